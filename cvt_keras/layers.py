@@ -1,0 +1,568 @@
+"""The paper's layers (arXiv 2103.15808, sections 3.1 and 3.2), on `keras.ops` alone.
+
+Tokens stay a grid, `(batch, height, width, channels)`, all the way through: the convolutions need it, and an image that is
+not square needs nothing more. A cls token travels beside the grid, as the paper's convolutions never touch it.
+"""
+
+import keras
+from keras import layers, ops
+
+from cvt_keras.variants import ACTIVATIONS, PROJECTION_KERNEL_SIZE, PROJECTIONS, pooled
+
+# The authors' code; Keras' own defaults are 1e-3 and 0.99. Keras' momentum is 1 - PyTorch's.
+NORM_EPSILON = 1e-5
+BATCH_NORM_MOMENTUM = 0.9
+
+# Keras' "truncated normal" cuts at two deviations of the normal it starts from, which leaves 0.8796 of it. PyTorch's
+# `trunc_normal_(std=0.02)` cuts at 100 deviations and keeps 0.02.
+_TRUNCATION_LOSS = 0.8796
+
+
+def linear_initializer():
+    # A new one each time: a Keras initialiser gives the same numbers again for the same shape.
+    return keras.initializers.TruncatedNormal(stddev=0.02 / _TRUNCATION_LOSS)
+
+
+def _conv_initializer():
+    """PyTorch's default for a convolution: uniform within 1 / sqrt(fan_in)."""
+    return keras.initializers.VarianceScaling(scale=1 / 3, mode="fan_in", distribution="uniform")
+
+
+def _layer_norm(dtype, name):
+    return layers.LayerNormalization(epsilon=NORM_EPSILON, dtype=dtype, name=name)
+
+
+def _batch_norm(dtype, name):
+    return layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM, epsilon=NORM_EPSILON, dtype=dtype, name=name)
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {tuple(choices)}. Received: {name}={value!r}")
+
+
+def _activate(x, activation):
+    if activation == "quick_gelu":
+        return x * ops.sigmoid(1.702 * x)
+    return ops.gelu(x, approximate=False)
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class ConvStem(layers.Layer):
+    """A convolution with BatchNorm and activation at full resolution, before the first token embedding.
+
+    Not in the paper. Its stem divides each side by 4 at once, which leaves little of an image of 32x32.
+
+    Args:
+        dim: output channels.
+        kernel_size: side of the kernel, in pixels; odd.
+        activation: `"quick_gelu"` or `"gelu"`.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: `(batch, height, width, dim)`.
+
+    Raises:
+        ValueError: for an even `kernel_size` or an unknown `activation`.
+    """
+
+    def __init__(self, dim, kernel_size=3, activation="gelu", **kwargs):
+        super().__init__(**kwargs)
+        _check_odd(kernel_size)
+        _check_choice("activation", activation, ACTIVATIONS)
+        self.dim = dim
+        self.kernel_size = kernel_size
+        self.activation = activation
+        self.conv = layers.Conv2D(
+            dim,
+            kernel_size,
+            padding="same",  # at stride 1 it is even
+            use_bias=False,  # BatchNorm would take it out again
+            data_format="channels_last",
+            kernel_initializer=_conv_initializer(),
+            dtype=self.dtype_policy,
+            name="conv",
+        )
+        self.norm = _batch_norm(self.dtype_policy, "norm")
+
+    def build(self, input_shape):
+        self.conv.build(input_shape)
+        self.norm.build(self.conv.compute_output_shape(input_shape))
+
+    def call(self, images, training=False):
+        return _activate(self.norm(self.conv(images), training=training), self.activation)
+
+    def compute_output_shape(self, input_shape):
+        return self.conv.compute_output_shape(input_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "dim": self.dim,
+            "kernel_size": self.kernel_size,
+            "activation": self.activation,
+        }
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class ConvTokenEmbedding(layers.Layer):
+    """Opens a stage: a strided convolution makes tokens that overlap, then LayerNorm (paper, section 3.1).
+
+    Args:
+        dim: width of a token.
+        kernel_size: side of the square kernel.
+        stride: of the convolution: tokens are this far apart.
+        padding: zeros added on each of the four sides.
+        cls_token: whether to give a learned token as well.
+
+    Input shape: `(batch, height, width, channels)`, an image or the tokens of the stage before.
+    Output shape: `(batch, new_height, new_width, dim)`, each side `(side + 2 * padding - kernel_size) // stride + 1`.
+        With `cls_token` a pair: that and `(batch, 1, dim)`.
+    """
+
+    def __init__(self, dim, kernel_size=3, stride=2, padding=1, cls_token=False, **kwargs):
+        super().__init__(**kwargs)
+        self.dim = dim
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.cls_token = cls_token
+        # Keras' "same" pads unevenly at stride 2; the published weights were trained with even padding.
+        self.pad = layers.ZeroPadding2D(padding, data_format="channels_last", dtype=self.dtype_policy, name="pad")
+        self.proj = layers.Conv2D(
+            dim,
+            kernel_size,
+            strides=stride,
+            data_format="channels_last",
+            kernel_initializer=_conv_initializer(),
+            dtype=self.dtype_policy,
+            name="proj",
+        )
+        self.norm = _layer_norm(self.dtype_policy, "norm")
+
+    def build(self, input_shape):
+        padded = self.pad.compute_output_shape(input_shape)
+        # PyTorch draws the bias within the kernel's bound, which depends on the channels that come in.
+        bound = (self.kernel_size**2 * input_shape[-1]) ** -0.5
+        self.proj.bias_initializer = keras.initializers.RandomUniform(-bound, bound)
+        self.proj.build(padded)
+        self.norm.build(self.proj.compute_output_shape(padded))
+        if self.cls_token:
+            self.cls_token_weight = self.add_weight(shape=(1, 1, self.dim), initializer=linear_initializer(), name="cls_token")
+
+    def call(self, images):
+        tokens = self.norm(self.proj(self.pad(images)))
+        if not self.cls_token:
+            return tokens
+        cls_token = ops.cast(self.cls_token_weight, tokens.dtype)
+        return tokens, ops.tile(cls_token, (ops.shape(tokens)[0], 1, 1))  # (1, 1, dim) -> (B, 1, dim)
+
+    def compute_output_shape(self, input_shape):
+        grid = self.proj.compute_output_shape(self.pad.compute_output_shape(input_shape))
+        return (grid, (input_shape[0], 1, self.dim)) if self.cls_token else grid
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "dim": self.dim,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "cls_token": self.cls_token,
+        }
+
+
+def _check_odd(kernel_size):
+    if kernel_size % 2 == 0:
+        raise ValueError(f"`kernel_size` must be odd, to pad evenly. Received: kernel_size={kernel_size}")
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class ConvProjection(layers.Layer):
+    """Projects a token grid with a depthwise convolution (paper, section 3.2, figure 2b-c).
+
+    The convolution and BatchNorm see each token's neighbourhood before the linear projection of attention does; a stride
+    of 2 squeezes keys and values to a quarter.
+
+    Args:
+        kernel_size: side of the square kernel, in tokens; odd.
+        stride: 1 for queries, 2 for squeezed keys and values.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: `(batch, ceil(height / stride), ceil(width / stride), channels)`.
+
+    Raises:
+        ValueError: for an even `kernel_size`.
+    """
+
+    def __init__(self, kernel_size=3, stride=1, **kwargs):
+        super().__init__(**kwargs)
+        _check_odd(kernel_size)
+        self.kernel_size = kernel_size
+        self.stride = stride
+        # Padded evenly, as in ConvTokenEmbedding.
+        self.pad = layers.ZeroPadding2D(kernel_size // 2, data_format="channels_last", dtype=self.dtype_policy, name="pad")
+        self.depthwise = layers.DepthwiseConv2D(
+            kernel_size,
+            strides=stride,
+            use_bias=False,
+            data_format="channels_last",
+            # PyTorch's fan_in is kernel_size^2 here. Keras' would count every channel and give kernels 10 times too small.
+            depthwise_initializer=keras.initializers.RandomUniform(-1 / kernel_size, 1 / kernel_size),
+            dtype=self.dtype_policy,
+            name="depthwise",
+        )
+        self.norm = _batch_norm(self.dtype_policy, "norm")
+
+    def build(self, input_shape):
+        padded = self.pad.compute_output_shape(input_shape)
+        self.depthwise.build(padded)
+        self.norm.build(self.depthwise.compute_output_shape(padded))
+
+    def call(self, tokens, training=False):
+        return self.norm(self.depthwise(self.pad(tokens)), training=training)
+
+    def compute_output_shape(self, input_shape):
+        return self.depthwise.compute_output_shape(self.pad.compute_output_shape(input_shape))
+
+    def get_config(self):
+        return {**super().get_config(), "kernel_size": self.kernel_size, "stride": self.stride}
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class AverageProjection(layers.Layer):
+    """Squeezes a token grid by average pooling: the `"avg"` ablation of the authors' code.
+
+    As PyTorch's `AvgPool2d(kernel_size, stride, padding=kernel_size // 2, ceil_mode=True)`: the padding counts as zeros, what
+    ceil mode adds beyond it does not count.
+
+    Args:
+        kernel_size: side of the square window, in tokens; odd.
+        stride: distance between windows.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: `(batch, height', width', channels)`; at stride 2 `side // 2 + 1`, so an even grid gets one more row.
+
+    Raises:
+        ValueError: for an even `kernel_size`.
+    """
+
+    def __init__(self, kernel_size=3, stride=2, **kwargs):
+        super().__init__(**kwargs)
+        _check_odd(kernel_size)
+        self.kernel_size = kernel_size
+        self.stride = stride
+
+    def call(self, tokens):
+        before = self.kernel_size // 2
+        # As far as ceil mode reaches, but no window may start beyond the input.
+        beyond = min(self.stride - 1, self.kernel_size - 1 - before)
+        # 1 where PyTorch counts a cell; one image and channel tell for all.
+        counted = ops.ones_like(tokens[:1, :, :, :1], dtype="float32")
+        counted = ops.pad(counted, [(0, 0), (before, before), (before, before), (0, 0)], constant_values=1.0)
+        counted = ops.pad(counted, [(0, 0), (0, beyond), (0, beyond), (0, 0)])
+        tokens = ops.pad(tokens, [(0, 0), (before, before + beyond), (before, before + beyond), (0, 0)])
+        return self._pool(tokens) / ops.cast(self._pool(counted), tokens.dtype)
+
+    def _pool(self, x):
+        return ops.average_pool(x, self.kernel_size, self.stride, padding="valid", data_format="channels_last")
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        sides = (None if side is None else pooled(side, self.kernel_size, self.stride) for side in (height, width))
+        return (batch, *sides, channels)
+
+    def get_config(self):
+        return {**super().get_config(), "kernel_size": self.kernel_size, "stride": self.stride}
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class ConvAttention(layers.Layer):
+    """Multi-head attention whose query, key and value come from convolutional projections (paper, section 3.2).
+
+    A cls token skips the convolutions: it joins the tokens before the linear projections and leaves after the last.
+
+    Args:
+        dim: width of a token, in and out.
+        heads: attention heads; must divide `dim`.
+        projection: `"dw_bn"`, `"avg"` (key and value; the query has none) or `"linear"` (none, strides are ignored).
+        qkv_bias: whether the linear projections of query, key and value have a bias.
+        kernel_size: side of the projections' kernel, in tokens; odd.
+        stride_q: stride of the query's projection.
+        stride_kv: stride of the key's and value's projections.
+
+    Input shape: tokens `(batch, height, width, dim)`; optionally `cls_token` `(batch, 1, dim)`.
+    Output shape: `(batch, ceil(height / stride_q), ceil(width / stride_q), dim)`; with a cls token a pair, that and
+        `(batch, 1, dim)`.
+
+    Raises:
+        ValueError: if `heads` does not divide `dim`, or the tokens' width is not `dim`.
+    """
+
+    def __init__(
+        self,
+        dim,
+        heads,
+        projection="dw_bn",
+        qkv_bias=True,
+        kernel_size=PROJECTION_KERNEL_SIZE,
+        stride_q=1,
+        stride_kv=2,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if dim % heads:
+            raise ValueError(f"`heads` must divide `dim`. Received: heads={heads}, dim={dim}")
+        _check_choice("projection", projection, PROJECTIONS)
+        self.dim = dim
+        self.heads = heads
+        self.projection = projection
+        self.qkv_bias = qkv_bias
+        self.kernel_size = kernel_size
+        self.stride_q = stride_q
+        self.stride_kv = stride_kv
+        self.conv_q = self._conv("linear" if projection == "avg" else projection, stride_q, "conv_q")
+        self.conv_k = self._conv(projection, stride_kv, "conv_k")
+        self.conv_v = self._conv(projection, stride_kv, "conv_v")
+        self.proj_q = self._linear(qkv_bias, "proj_q")
+        self.proj_k = self._linear(qkv_bias, "proj_k")
+        self.proj_v = self._linear(qkv_bias, "proj_v")
+        self.proj = self._linear(True, "proj")
+
+    def _conv(self, projection, stride, name):
+        if projection == "linear":
+            return layers.Identity(dtype=self.dtype_policy, name=name)
+        cls = ConvProjection if projection == "dw_bn" else AverageProjection
+        return cls(self.kernel_size, stride, dtype=self.dtype_policy, name=name)
+
+    def _linear(self, use_bias, name):
+        return layers.Dense(
+            self.dim, use_bias=use_bias, kernel_initializer=linear_initializer(), dtype=self.dtype_policy, name=name
+        )
+
+    def build(self, tokens_shape, cls_token_shape=None):
+        if tokens_shape[-1] != self.dim:
+            raise ValueError(f"Tokens must be `dim` wide. Received: tokens of shape {tokens_shape}, dim={self.dim}")
+        for conv in (self.conv_q, self.conv_k, self.conv_v):
+            conv.build(tokens_shape)
+        for linear in (self.proj_q, self.proj_k, self.proj_v, self.proj):
+            linear.build((None, None, self.dim))
+
+    def call(self, tokens, cls_token=None):
+        grid_q = self.conv_q(tokens)
+        # The whole width's scale, not a head's: the authors' code, so their weights. On the query, where it is cheapest.
+        q = self._split_heads(self.proj_q(_sequence(grid_q, cls_token)) * self.dim**-0.5)
+        k = self._split_heads(self.proj_k(_sequence(self.conv_k(tokens), cls_token)))
+        v = self._split_heads(self.proj_v(_sequence(self.conv_v(tokens), cls_token)))
+
+        scores = ops.matmul(q, ops.transpose(k, (0, 1, 3, 2)))  # (B, heads, Nq, Nk)
+        # In half precision a softmax loses what tells its small weights apart.
+        weights = ops.cast(ops.softmax(ops.cast(scores, "float32")), v.dtype)
+        x = ops.transpose(ops.matmul(weights, v), (0, 2, 1, 3))  # (B, heads, Nq, dim/heads) -> (B, Nq, heads, dim/heads)
+        x = self.proj(ops.reshape(x, (-1, ops.shape(x)[1], self.dim)))  # -> (B, Nq, dim)
+
+        _, height, width, _ = ops.shape(grid_q)
+        if cls_token is None:
+            return ops.reshape(x, (-1, height, width, self.dim))  # (B, H*W, dim) -> (B, H, W, dim)
+        return ops.reshape(x[:, 1:], (-1, height, width, self.dim)), x[:, :1]
+
+    def _split_heads(self, x):
+        x = ops.reshape(x, (-1, ops.shape(x)[1], self.heads, self.dim // self.heads))  # (B, N, dim) -> (B, N, heads, -1)
+        return ops.transpose(x, (0, 2, 1, 3))  # -> (B, heads, N, dim/heads)
+
+    def compute_output_shape(self, tokens_shape, cls_token_shape=None):
+        grid = self.conv_q.compute_output_shape(tokens_shape)
+        return grid if cls_token_shape is None else (grid, cls_token_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "dim": self.dim,
+            "heads": self.heads,
+            "projection": self.projection,
+            "qkv_bias": self.qkv_bias,
+            "kernel_size": self.kernel_size,
+            "stride_q": self.stride_q,
+            "stride_kv": self.stride_kv,
+        }
+
+
+def _sequence(grid, cls_token):
+    """(B, H, W, C) and optionally (B, 1, C) -> (B, H*W, C) or (B, 1 + H*W, C), the cls token first."""
+    _, height, width, channels = ops.shape(grid)
+    tokens = ops.reshape(grid, (-1, height * width, channels))
+    return tokens if cls_token is None else ops.concatenate([cls_token, tokens], axis=1)
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class MLP(layers.Layer):
+    """Two linear layers with a GELU between them.
+
+    Args:
+        hidden_dim: width between the two.
+        dim: width of a token, in and out.
+        activation: `"quick_gelu"`, `x * sigmoid(1.702 x)`, or `"gelu"`, the exact one.
+
+    Input shape: `(..., dim)`.
+    Output shape: the same.
+
+    Raises:
+        ValueError: for an unknown `activation`.
+    """
+
+    def __init__(self, hidden_dim, dim, activation="quick_gelu", **kwargs):
+        super().__init__(**kwargs)
+        _check_choice("activation", activation, ACTIVATIONS)
+        self.hidden_dim = hidden_dim
+        self.dim = dim
+        self.activation = activation
+        self.fc1 = self._linear(hidden_dim, "fc1")
+        self.fc2 = self._linear(dim, "fc2")
+
+    def _linear(self, units, name):
+        return layers.Dense(units, kernel_initializer=linear_initializer(), dtype=self.dtype_policy, name=name)
+
+    def build(self, input_shape):
+        self.fc1.build(input_shape)
+        self.fc2.build((*input_shape[:-1], self.hidden_dim))
+
+    def call(self, tokens):
+        return self.fc2(_activate(self.fc1(tokens), self.activation))
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.dim)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "dim": self.dim,
+            "activation": self.activation,
+        }
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class DropPath(layers.Layer):
+    """Stochastic depth: in training drops a residual branch for whole images (Huang et al., arXiv 1603.09382).
+
+    What is kept is divided by `1 - rate`, so that its mean stays.
+
+    Args:
+        rate: the share of images dropped; at least 0 and under 1.
+        seed: for the draws; `None` draws one.
+
+    Input shape: any that starts with batch, or a list of such: the tensors of one image share its draw.
+    Output shape: the same.
+
+    Raises:
+        ValueError: for a `rate` outside its range.
+    """
+
+    def __init__(self, rate, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        if not 0 <= rate < 1:
+            raise ValueError(f"`rate` must be at least 0 and under 1. Received: rate={rate}")
+        self.rate = rate
+        self.seed = seed
+        # Only a layer that draws carries the generator's state into checkpoints.
+        self.seed_generator = keras.random.SeedGenerator(seed) if rate else None
+
+    def call(self, branch, training=False):
+        if not training or not self.rate:
+            return branch
+        batch = ops.shape(keras.tree.flatten(branch)[0])[0]
+        kept = keras.random.uniform((batch,), seed=self.seed_generator) >= self.rate
+
+        def drop(x):
+            scale = ops.cast(kept, x.dtype) / (1 - self.rate)
+            return x * ops.reshape(scale, (-1, *[1] * (len(x.shape) - 1)))  # (B,) -> (B, 1, ...)
+
+        return keras.tree.map_structure(drop, branch)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "rate": self.rate, "seed": self.seed}
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class CvTBlock(layers.Layer):
+    """Convolutional attention, then an MLP, each behind LayerNorm and beside a shortcut (paper, figure 2b).
+
+    Args:
+        dim: width of a token.
+        heads: attention heads; must divide `dim`.
+        mlp_dim: hidden width of the MLP.
+        drop_path_rate: stochastic depth rate of both branches.
+        activation: of the MLP, `"quick_gelu"` or `"gelu"`.
+        projection, qkv_bias, stride_kv: see `ConvAttention`; the query's stride is 1, as its output joins the shortcut.
+
+    Input shape: tokens `(batch, height, width, dim)`; optionally `cls_token` `(batch, 1, dim)`.
+    Output shape: the same; with a cls token a pair.
+    """
+
+    def __init__(
+        self,
+        dim,
+        heads,
+        mlp_dim,
+        drop_path_rate=0.0,
+        activation="quick_gelu",
+        projection="dw_bn",
+        qkv_bias=True,
+        stride_kv=2,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.dim = dim
+        self.heads = heads
+        self.mlp_dim = mlp_dim
+        self.drop_path_rate = drop_path_rate
+        self.activation = activation
+        self.projection = projection
+        self.qkv_bias = qkv_bias
+        self.stride_kv = stride_kv
+        self.norm1 = _layer_norm(self.dtype_policy, "norm1")
+        self.attention = ConvAttention(
+            dim, heads, projection, qkv_bias, stride_kv=stride_kv, dtype=self.dtype_policy, name="attention"
+        )
+        self.drop_path = DropPath(drop_path_rate, dtype=self.dtype_policy, name="drop_path")
+        self.norm2 = _layer_norm(self.dtype_policy, "norm2")
+        self.mlp = MLP(mlp_dim, dim, activation, dtype=self.dtype_policy, name="mlp")
+
+    def build(self, tokens_shape, cls_token_shape=None):
+        self.norm1.build(tokens_shape)
+        self.attention.build(tokens_shape, cls_token_shape)
+        self.norm2.build(tokens_shape)
+        self.mlp.build(tokens_shape)
+
+    def call(self, tokens, cls_token=None):
+        # The paper's x is one sequence. Here grid and cls token go side by side and meet in the attention alone.
+        x = [tokens] if cls_token is None else [tokens, cls_token]
+        x = _add(x, self.drop_path(self.attention(*_each(self.norm1, x))))
+        x = _add(x, self.drop_path(_each(self.mlp, _each(self.norm2, x))))
+        return x[0] if cls_token is None else tuple(x)
+
+    def compute_output_shape(self, tokens_shape, cls_token_shape=None):
+        return tokens_shape if cls_token_shape is None else (tokens_shape, cls_token_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "dim": self.dim,
+            "heads": self.heads,
+            "mlp_dim": self.mlp_dim,
+            "drop_path_rate": self.drop_path_rate,
+            "activation": self.activation,
+            "projection": self.projection,
+            "qkv_bias": self.qkv_bias,
+            "stride_kv": self.stride_kv,
+        }
+
+
+def _each(layer, parts):
+    return [layer(part) for part in parts]
+
+
+def _add(shortcut, branch):
+    return [x + y for x, y in zip(shortcut, keras.tree.flatten(branch))]

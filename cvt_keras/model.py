@@ -1,0 +1,212 @@
+"""CvT as a `keras.Model`, and the classifier that takes raw pixels."""
+
+import keras
+from keras import layers
+
+from cvt_keras.layers import NORM_EPSILON, ConvStem, ConvTokenEmbedding, CvTBlock, linear_initializer
+from cvt_keras.variants import get_variant, to_dict
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class CvT(keras.Model):
+    """Convolutional vision transformer (Wu et al., arXiv 2103.15808) with a classification head.
+
+    A Functional model. The output of a stage is that of the layer named `stage0`, `stage1`, ...: its grid of tokens, or where
+    the stage has a cls token a list of grid and cls token.
+
+    Args:
+        variant: a `Variant`, its dict, or a name in `VARIANTS`.
+        num_classes: outputs of the head.
+        input_shape: `(height, width, channels)` of the normalised images; height and width may be `None`.
+        preprocessing: what raw pixels need before they come here, saved with the model: a dict of `mean` and `std` (of pixels
+            in 0..1, one number a channel), `class_names` and `image_size`. What it leaves out is `None`.
+        dtype: a dtype policy, `"mixed_bfloat16"` for instance. The head is float32 whatever the policy.
+
+    Input shape: `(batch, height, width, channels)`, normalised floats.
+    Output shape: `(batch, num_classes)`, float32 logits.
+
+    Raises:
+        ValueError: for an unknown variant, an image smaller than the strides, or an unknown key in `preprocessing`.
+
+    Example:
+
+    ```python
+    model = CvT.from_variant("cvt_13", num_classes=1000, input_shape=(224, 224, 3))
+    tokens = keras.Model(model.input, model.get_layer("stage1").output)  # (batch, 28, 28, 192)
+    ```
+    """
+
+    def __init__(self, variant, num_classes, input_shape=(224, 224, 3), preprocessing=None, dtype=None, name="cvt", **kwargs):
+        variant = get_variant(variant)
+        _check_sizes(variant, num_classes, input_shape)
+        dtype = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+
+        # === Functional Model ===
+        images = keras.Input(tuple(input_shape), name="images")
+        x = images
+        for i, dim in enumerate(variant.stem):
+            x = ConvStem(dim, activation=variant.activation, dtype=dtype, name=f"stem{i}")(x)
+        cls_token = None
+        for i, stage in enumerate(variant.stages):
+            x, cls_token = _stage(x, stage, variant.activation, dtype, name=f"stage{i}")
+
+        norm = layers.LayerNormalization(epsilon=NORM_EPSILON, dtype=dtype, name="norm")
+        if cls_token is None:
+            x = layers.GlobalAveragePooling2D(data_format="channels_last", dtype=dtype, name="pool")(norm(x))
+        else:
+            x = layers.Flatten(data_format="channels_last", dtype=dtype, name="pool")(norm(cls_token))  # -> (B, C)
+        # Logits of many classes lie close together: in half precision they would round to ties.
+        head = layers.Dense(num_classes, kernel_initializer=linear_initializer(), dtype="float32", name="head")
+        super().__init__(images, head(x), name=name, **kwargs)
+
+        # === Config ===
+        self.dtype_policy = dtype
+        self.variant = variant
+        self.num_classes = num_classes
+        self.preprocessing = _preprocessing(preprocessing)
+
+    @classmethod
+    def from_variant(cls, variant, num_classes=1000, input_shape=(224, 224, 3), **kwargs):
+        """A network with random weights.
+
+        Args:
+            variant: a name in `VARIANTS` or a `Variant`.
+            num_classes, input_shape, kwargs: as in `CvT`.
+
+        Raises:
+            ValueError: for an unknown name, with the known ones.
+        """
+        return cls(variant, num_classes, input_shape, **kwargs)
+
+    def get_config(self):
+        return {
+            "variant": to_dict(self.variant),
+            "num_classes": self.num_classes,
+            "input_shape": list(self.input_shape[1:]),
+            "preprocessing": dict(self.preprocessing),
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        # Keras' own would take the config for that of a graph.
+        return cls(**config)
+
+
+def _stage(x, stage, activation, dtype, name):
+    """One stage on a grid of tokens -> its grid and its cls token, or `None`."""
+    embed = ConvTokenEmbedding(
+        stage.dim, stage.kernel_size, stage.stride, stage.padding, stage.cls_token, dtype=dtype, name=f"{name}_embed"
+    )
+    x = embed(x)
+    for j, rate in enumerate(stage.drop_path_rates):
+        block = CvTBlock(
+            stage.dim,
+            stage.heads,
+            stage.mlp_dim,
+            rate,
+            activation,
+            stage.projection,
+            stage.qkv_bias,
+            stage.stride_kv,
+            dtype=dtype,
+            name=f"{name}_block{j}",
+        )
+        x = block(*x) if stage.cls_token else block(x)
+    # A name for the place, where a reader can cut the network.
+    x = layers.Identity(dtype=dtype, name=name)(x)
+    return x if stage.cls_token else (x, None)
+
+
+def _check_sizes(variant, num_classes, input_shape):
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"`num_classes` must be a positive integer. Received: num_classes={num_classes!r}")
+    if len(input_shape) != 3 or not isinstance(input_shape[2], int):
+        raise ValueError(f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape}")
+    # A side that is None is known when an image comes.
+    height, width = (variant.stride if side is None else side for side in input_shape[:2])
+    variant.grids(height, width)
+
+
+def _preprocessing(given):
+    known = {"mean": None, "std": None, "class_names": None, "image_size": None}
+    if unknown := set(given or {}) - set(known):
+        raise ValueError(f"`preprocessing` has the keys {', '.join(known)}. Received: {', '.join(sorted(unknown))}")
+    return {**known, **{key: _plain(value) for key, value in (given or {}).items()}}
+
+
+def build_classifier(model_or_variant, num_classes=None, input_shape=None, mean=None, std=None, class_names=None, **kwargs):
+    """A classifier of raw pixels: normalisation, then CvT.
+
+    Args:
+        model_or_variant: a `CvT`, which is used as it is and shares its weights, or what `CvT.from_variant` takes.
+        num_classes: outputs; with a variant it defaults to the number of `class_names`.
+        input_shape: `(height, width, channels)`; defaults to the model's, or `(32, 32, 3)` for a variant.
+        mean, std: of the pixels in 0..1, one number a channel; default to the model's `preprocessing`, else to 0.5, which maps
+            pixels to -1..1.
+        class_names: in the order of the outputs; default to the model's.
+        kwargs: for `CvT`, when it is made here.
+
+    Returns:
+        A `keras.Model` from float pixels in 0..255, `(batch, height, width, channels)`, to float32 logits
+        `(batch, num_classes)`. Its CvT is the layer `cvt`, whose `preprocessing` says what was settled here.
+
+    Raises:
+        ValueError: if the arguments disagree with each other or with the model.
+    """
+    if isinstance(model_or_variant, CvT):
+        model = model_or_variant
+        fixed = {"num_classes": model.num_classes, "input_shape": model.input_shape[1:]}
+        for name, given in {"num_classes": num_classes, "input_shape": input_shape}.items():
+            if given is not None and not _agree(given, fixed[name]):
+                raise ValueError(f"`{name}` must be the model's, {fixed[name]}. Received: {name}={given}")
+        if kwargs:
+            raise ValueError(f"The model is there already and takes no more arguments. Received: {', '.join(kwargs)}")
+        input_shape = tuple(input_shape or model.input_shape[1:])
+    else:
+        num_classes = num_classes or len(class_names or ())
+        input_shape = tuple(input_shape or (32, 32, 3))
+        model = CvT(model_or_variant, num_classes, input_shape, **kwargs)
+
+    given = {"mean": mean, "std": std, "class_names": class_names, "image_size": input_shape[:2]}
+    settled = {**model.preprocessing, **{key: _plain(value) for key, value in given.items() if value is not None}}
+    channels = input_shape[2]
+    for key in ("mean", "std"):
+        settled[key] = [float(value) for value in settled[key] or [0.5] * channels]
+        if len(settled[key]) != channels:
+            raise ValueError(f"`{key}` must have one number for each of {channels} channels. Received: {settled[key]}")
+    if min(settled["std"]) <= 0:
+        raise ValueError(f"`std` must be positive. Received: std={settled['std']}")
+    names = settled["class_names"]
+    if names is not None and len(names) != model.num_classes:
+        raise ValueError(f"`class_names` must name {model.num_classes} classes. Received: {len(names)} names")
+    model.preprocessing = settled
+
+    pixels = keras.Input(input_shape, name="images", dtype="float32")
+    # float32 whatever the policy: bfloat16 keeps 8 bits of a pixel, and the mean would take most of them.
+    normalize = layers.Normalization(
+        mean=[255 * value for value in settled["mean"]],
+        variance=[(255 * value) ** 2 for value in settled["std"]],
+        dtype="float32",
+        name="normalization",
+    )
+    classifier = keras.Model(pixels, model(normalize(pixels)), name="classifier")
+    # The policy of what it holds, so that `compile` scales the loss of float16; but a model casts its inputs by its policy,
+    # and bfloat16 would round what mixing and resizing leave between two whole pixel values.
+    classifier.dtype_policy = model.dtype_policy
+    classifier.autocast = False
+    return classifier
+
+
+def _agree(given, fixed):
+    """Whether two sizes are the same, where `None` in the model's stands for any."""
+    if isinstance(fixed, tuple):
+        return len(given) == len(fixed) and all(b is None or a == b for a, b in zip(given, fixed))
+    return given == fixed
+
+
+def _plain(value):
+    """JSON's types only: a list for every other sequence."""
+    return list(value) if isinstance(value, (tuple, list)) else value

@@ -1,0 +1,278 @@
+"""The shape and cost of each network, as data: no Keras is imported here.
+
+Sources: Wu et al., "CvT: Introducing Convolutions to Vision Transformers" (arXiv 2103.15808), table 1,
+and the yaml files of the authors' code, which settle what the paper leaves open. The CIFAR variants are this project's own.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+PROJECTION_KERNEL_SIZE = 3  # the paper's s in section 3.2; every published network uses 3
+PROJECTIONS = ("dw_bn", "avg", "linear")
+ACTIVATIONS = ("quick_gelu", "gelu")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a convolutional token embedding, then `depth` blocks of convolutional attention and MLP.
+
+    Args:
+        dim: width of a token.
+        depth: number of blocks.
+        heads: attention heads; must divide `dim`.
+        kernel_size: side of the token embedding's kernel, in pixels or tokens of the stage before.
+        stride: its stride: what the stage divides height and width by.
+        padding: zeros that it adds on each of the four sides.
+        mlp_ratio: hidden width of the MLP, as a multiple of `dim`.
+        drop_path: stochastic depth rate of the last block; the rates rise linearly from 0 in the first.
+        projection: `"dw_bn"` (depthwise convolution and BatchNorm), or the paper's ablations `"avg"` (average-pooled
+            keys and values) and `"linear"` (none).
+        qkv_bias: whether the linear projections of query, key and value have a bias.
+        stride_q: stride of the query's projection. A block adds its output to its input, so only 1 works with `"dw_bn"`.
+        stride_kv: stride of the key's and value's projections; 2 squeezes them to a quarter. `"linear"` ignores it.
+        cls_token: whether the stage puts a learned token beside its grid. The head reads the last stage's.
+
+    Raises:
+        ValueError: for a value that no network can have, naming it.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    kernel_size: int = 3
+    stride: int = 2
+    padding: int = 1
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.0
+    projection: str = "dw_bn"
+    qkv_bias: bool = True
+    stride_q: int = 1
+    stride_kv: int = 2
+    cls_token: bool = False
+
+    def __post_init__(self):
+        for name in ("dim", "depth", "heads", "kernel_size", "stride", "stride_q", "stride_kv"):
+            if not _is_integer(value := getattr(self, name)) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+        if self.dim % self.heads:
+            raise ValueError(f"`heads` must divide `dim`. Received: heads={self.heads}, dim={self.dim}")
+        if not _is_integer(self.padding) or not 0 <= self.padding < self.kernel_size:
+            raise ValueError(
+                "`padding` must be an integer from 0 to `kernel_size` - 1. "
+                f"Received: padding={self.padding!r}, kernel_size={self.kernel_size}"
+            )
+        if self.mlp_dim < 1:
+            raise ValueError(f"`mlp_ratio` must leave the MLP a width. Received: mlp_ratio={self.mlp_ratio}, dim={self.dim}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"`drop_path` must be at least 0 and under 1. Received: drop_path={self.drop_path}")
+        if self.projection not in PROJECTIONS:
+            raise ValueError(f"`projection` must be one of {PROJECTIONS}. Received: projection={self.projection!r}")
+        if self.projection == "dw_bn" and self.stride_q != 1:
+            raise ValueError(
+                f"`stride_q` must be 1 in a block, whose output is added to its input. Received: stride_q={self.stride_q}"
+            )
+
+    @property
+    def mlp_dim(self):
+        """Hidden width of the MLP."""
+        return int(self.dim * self.mlp_ratio)
+
+    @property
+    def drop_path_rates(self):
+        """The stochastic depth rate of each block: `linspace(0, drop_path, depth)`."""
+        return tuple(self.drop_path * block / max(self.depth - 1, 1) for block in range(self.depth))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A whole network, classifier head aside.
+
+    Args:
+        stages: `Stage` records (or their dicts), in order.
+        activation: of the MLPs: `"quick_gelu"`, which the authors' weights were trained with, or `"gelu"` (exact).
+        stem: widths of 3x3 convolutions with BatchNorm and activation, at full resolution, before the first stage.
+            Empty in the paper's networks.
+
+    Raises:
+        ValueError: for a value that no network can have, naming it.
+    """
+
+    stages: tuple[Stage, ...]
+    activation: str = "quick_gelu"
+    stem: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        stages = (_record(Stage, stage, f"stage {i}") for i, stage in enumerate(self.stages))
+        object.__setattr__(self, "stages", tuple(stages))
+        object.__setattr__(self, "stem", tuple(self.stem))
+        if not self.stages:
+            raise ValueError("`stages` must hold at least one `Stage`. Received: stages=()")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"`activation` must be one of {ACTIVATIONS}. Received: activation={self.activation!r}")
+        if not all(_is_integer(width) and width > 0 for width in self.stem):
+            raise ValueError(f"`stem` must hold positive integers. Received: stem={self.stem}")
+
+    @property
+    def stride(self):
+        """Pixels along a side of the input for each token of the last stage."""
+        return math.prod(stage.stride for stage in self.stages)
+
+    def grids(self, height, width):
+        """Tokens along height and width after each stage.
+
+        Args:
+            height, width: of the image, in pixels.
+
+        Returns:
+            A list of `(height, width)`, one for each stage.
+
+        Raises:
+            ValueError: if the image is smaller than the product of the strides, so that a token would see mostly padding.
+        """
+        if min(height, width) < self.stride:
+            raise ValueError(
+                f"`input_shape` must be at least {self.stride}x{self.stride}, the product of the stages' strides. "
+                f"Received: {height}x{width}"
+            )
+        grids = [(height, width)]
+        for i, stage in enumerate(self.stages):
+            grid = tuple(_convolved(side, stage.kernel_size, stage.stride, stage.padding) for side in grids[-1])
+            if min(grid) < 1:
+                raise ValueError(
+                    f"`input_shape` is too small for the {stage.kernel_size}x{stage.kernel_size} kernel of stage {i}. "
+                    f"Received: {height}x{width}"
+                )
+            grids.append(grid)
+        return grids[1:]
+
+
+def _record(cls, value, place):
+    """`value`, or the `cls` that it describes as a dict."""
+    if isinstance(value, cls):
+        return value
+    known = [field.name for field in dataclasses.fields(cls)]
+    if unknown := [key for key in value if key not in known]:
+        raise ValueError(f"{place} has the fields {', '.join(known)}. Received: {', '.join(unknown)}")
+    return cls(**value)
+
+
+def _is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _convolved(side, kernel_size, stride, padding):
+    return (side + 2 * padding - kernel_size) // stride + 1
+
+
+def _paper(dims, heads, depths, drop_path):
+    """The paper's three networks share all but their sizes (table 1; `experiments/imagenet/cvt/*.yaml`)."""
+    sizes = zip(dims, heads, depths, (7, 3, 3), (4, 2, 2), (2, 1, 1), (0.0, 0.0, drop_path), (False, False, True))
+    return Variant(
+        tuple(
+            Stage(dim, depth, head, kernel, stride, padding, drop_path=drop, cls_token=cls)
+            for dim, head, depth, kernel, stride, padding, drop, cls in sizes
+        )
+    )
+
+
+VARIANTS = {
+    "cvt_13": _paper((64, 192, 384), (1, 3, 6), (1, 2, 10), drop_path=0.1),
+    "cvt_21": _paper((64, 192, 384), (1, 3, 6), (1, 4, 16), drop_path=0.1),
+    "cvt_w24": _paper((192, 768, 1024), (3, 12, 16), (2, 2, 20), drop_path=0.3),
+    "cvt_cifar": Variant(
+        (
+            Stage(dim=64, depth=1, heads=1, mlp_ratio=2.0),
+            Stage(dim=128, depth=2, heads=2, mlp_ratio=2.0),
+            Stage(dim=256, depth=3, heads=4, mlp_ratio=2.0),
+        ),
+        activation="gelu",
+        stem=(32,),
+    ),
+    # The tests' own: every part of the paper's networks at the smallest size that has them all.
+    "cvt_tiny": Variant(
+        (
+            Stage(dim=8, depth=1, heads=1, mlp_ratio=2.0),
+            Stage(dim=16, depth=2, heads=2, mlp_ratio=2.0, drop_path=0.1, cls_token=True),
+        )
+    ),
+}
+
+
+def get_variant(variant):
+    """A `Variant` from its name, its dict or itself.
+
+    Raises:
+        ValueError: for an unknown name, with the list of known ones.
+        TypeError: for anything else.
+    """
+    if isinstance(variant, Variant):
+        return variant
+    if isinstance(variant, str):
+        if variant not in VARIANTS:
+            raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}. Received: variant={variant!r}")
+        return VARIANTS[variant]
+    if isinstance(variant, dict):
+        return _record(Variant, variant, "`variant`")
+    raise TypeError(f"`variant` must be a name, a `Variant` or its dict. Received: variant={variant!r}")
+
+
+def to_dict(variant):
+    """The dict that `get_variant` takes back, of JSON's types alone."""
+    config = dataclasses.asdict(variant)
+    return {**config, "stages": list(config["stages"]), "stem": list(config["stem"])}
+
+
+def macs(variant, input_shape, num_classes):
+    """Multiply-accumulates of one forward pass of one image.
+
+    Counted: convolutions, linear projections, the two matrix products of attention, the head. Not counted, as in the
+    authors' own count: normalisation, activations, softmax, pooling.
+
+    Args:
+        variant: a name, a `Variant` or its dict.
+        input_shape: `(height, width, channels)`.
+        num_classes: outputs of the head.
+
+    Returns:
+        An int.
+    """
+    variant = get_variant(variant)
+    height, width, channels = input_shape
+    if height is None or width is None:
+        raise ValueError(f"`macs` needs a height and a width. Received: input_shape={tuple(input_shape)}")
+    total = 0
+    for dim in variant.stem:
+        total += height * width * 9 * channels * dim
+        channels = dim
+    for stage, grid in zip(variant.stages, variant.grids(height, width)):
+        tokens = math.prod(grid)
+        total += tokens * stage.kernel_size**2 * channels * stage.dim
+        total += stage.depth * _block_macs(stage, grid)
+        channels = stage.dim
+    return total + channels * num_classes
+
+
+def _block_macs(stage, grid):
+    kernel = PROJECTION_KERNEL_SIZE
+    queries, keys = math.prod(grid), math.prod(grid)
+    convolution = 0
+    if stage.projection == "dw_bn":
+        keys = math.prod(_convolved(side, kernel, stage.stride_kv, kernel // 2) for side in grid)
+        convolution = (queries + 2 * keys) * kernel**2 * stage.dim
+    elif stage.projection == "avg":
+        keys = math.prod(pooled(side, kernel, stage.stride_kv) for side in grid)
+    queries, keys = queries + stage.cls_token, keys + stage.cls_token
+    linear = 2 * (queries + keys) * stage.dim**2  # query and output, key and value
+    attention = 2 * queries * keys * stage.dim
+    mlp = 2 * queries * stage.dim * stage.mlp_dim
+    return convolution + linear + attention + mlp
+
+
+def pooled(side, kernel_size, stride):
+    """Tokens along a side after average pooling with padding `kernel_size // 2` in ceil mode, as PyTorch counts them.
+
+    A last window counts where it starts inside the input or the padding before it: at stride 2 an even side gets one more.
+    """
+    padding = kernel_size // 2
+    return (side + padding + min(padding + stride - 1, kernel_size - 1) - kernel_size) // stride + 1

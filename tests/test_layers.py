@@ -1,0 +1,297 @@
+import inspect
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from layer_battery import PRECISIONS, check_layer
+
+import cvt_keras
+from cvt_keras import layers
+
+GRID = (2, 5, 8, 16)  # odd, even and not square
+CLS = (2, 1, 16)
+QKV = 3 * (16 * 9 + 2 * 16)  # three depthwise convolutions and their BatchNorms
+LINEAR = 4 * (16 * 16 + 16)
+MLP = 16 * 32 + 32 + 32 * 16 + 16
+BLOCK = QKV + LINEAR + MLP + 2 * 2 * 16
+
+# class, arguments, input shapes, output shapes, trainable values, other values
+CASES = [
+    (layers.ConvStem, {"dim": 6, "activation": "quick_gelu"}, [GRID], [(2, 5, 8, 6)], 9 * 16 * 6 + 12, 12),
+    (layers.ConvTokenEmbedding, {"dim": 6}, [GRID], [(2, 3, 4, 6)], 9 * 16 * 6 + 6 + 12, 0),
+    (
+        layers.ConvTokenEmbedding,
+        {"dim": 6, "kernel_size": 7, "stride": 4, "padding": 2, "cls_token": True},
+        [(2, 16, 24, 3)],
+        [(2, 4, 6, 6), (2, 1, 6)],
+        49 * 3 * 6 + 6 + 12 + 6,
+        0,
+    ),
+    (layers.ConvProjection, {}, [GRID], [GRID], 9 * 16 + 32, 32),
+    (layers.ConvProjection, {"kernel_size": 5, "stride": 2}, [GRID], [(2, 3, 4, 16)], 25 * 16 + 32, 32),
+    (layers.AverageProjection, {}, [GRID], [(2, 3, 5, 16)], 0, 0),
+    (layers.ConvAttention, {"dim": 16, "heads": 4}, [GRID], [GRID], QKV + LINEAR, 96),
+    (layers.ConvAttention, {"dim": 16, "heads": 2, "stride_q": 2}, [GRID, CLS], [(2, 3, 4, 16), CLS], QKV + LINEAR, 96),
+    (layers.ConvAttention, {"dim": 16, "heads": 1, "projection": "avg", "stride_q": 2}, [GRID], [GRID], LINEAR, 0),
+    (layers.ConvAttention, {"dim": 16, "heads": 1, "projection": "linear"}, [GRID, CLS], [GRID, CLS], LINEAR, 0),
+    (layers.ConvAttention, {"dim": 16, "heads": 1, "qkv_bias": False}, [GRID], [GRID], QKV + LINEAR - 48, 96),
+    (layers.MLP, {"hidden_dim": 32, "dim": 16}, [GRID], [GRID], MLP, 0),
+    (layers.MLP, {"hidden_dim": 32, "dim": 16, "activation": "gelu"}, [CLS], [CLS], MLP, 0),
+    (layers.DropPath, {"rate": 0.5, "seed": 1}, [GRID], [GRID], 0, 0),
+    (layers.CvTBlock, {"dim": 16, "heads": 4, "mlp_dim": 32}, [GRID], [GRID], BLOCK, 96),
+    (
+        layers.CvTBlock,
+        {"dim": 16, "heads": 4, "mlp_dim": 32, "drop_path_rate": 0.01, "activation": "gelu", "stride_kv": 1},
+        [GRID, CLS],
+        [GRID, CLS],
+        BLOCK,
+        96,
+    ),
+]
+
+
+def _case_id(value):
+    return value.__name__ if inspect.isclass(value) else None
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("cls, arguments, shapes, output_shapes, weights, statistics", CASES, ids=_case_id)
+def test_battery(cls, arguments, shapes, output_shapes, weights, statistics, precision, tmp_path):
+    check_layer(cls, arguments, shapes, output_shapes, weights, statistics, precision, tmp_path)
+
+
+def test_battery_leaves_no_public_layer_out():
+    public = {
+        value
+        for name, value in vars(layers).items()
+        if inspect.isclass(value) and issubclass(value, keras.layers.Layer) and not name.startswith("_")
+    }
+    assert public == {case[0] for case in CASES}
+    assert {cls.__name__ for cls in public} <= set(cvt_keras.__all__)
+
+
+def _kernels(layer):
+    return {v.path.partition("/")[2]: ops.convert_to_numpy(v) for v in layer.trainable_variables}
+
+
+def _check_uniform(values, bound):
+    assert np.abs(values).max() <= bound
+    assert np.abs(values).max() > 0.9 * bound
+    assert np.std(values) == pytest.approx(bound / 3**0.5, rel=0.15)
+
+
+def _check_normal(values):
+    assert np.std(values) == pytest.approx(0.02, rel=0.05)
+    assert abs(np.mean(values)) < 0.002
+
+
+def test_initial_kernels_of_convolutions_are_pytorch_defaults():
+    embed = layers.ConvTokenEmbedding(256, kernel_size=7, stride=4, padding=2)
+    embed.build((None, 32, 32, 3))
+    bound = (49 * 3) ** -0.5
+    _check_uniform(ops.convert_to_numpy(embed.proj.kernel), bound)
+    _check_uniform(ops.convert_to_numpy(embed.proj.bias), bound)
+
+    stem = layers.ConvStem(64)
+    stem.build((None, 32, 32, 32))
+    _check_uniform(ops.convert_to_numpy(stem.conv.kernel), (9 * 32) ** -0.5)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_initial_depthwise_kernels_count_their_own_window_as_fan_in(kernel_size):
+    projection = layers.ConvProjection(kernel_size)
+    projection.build((None, 8, 8, 128))
+    _check_uniform(ops.convert_to_numpy(projection.depthwise.kernel), 1 / kernel_size)
+
+
+def test_initial_linear_kernels_and_cls_token_deviate_by_002():
+    block = layers.CvTBlock(192, 3, 384)
+    block.build((None, 8, 8, 192))
+    linear = {path: value for path, value in _kernels(block).items() if value.ndim == 2}
+    assert set(linear) == {f"attention/proj{name}/kernel" for name in ("", "_q", "_k", "_v")} | {
+        "mlp/fc1/kernel",
+        "mlp/fc2/kernel",
+    }
+    for value in linear.values():
+        _check_normal(value)
+    embed = layers.ConvTokenEmbedding(4096, cls_token=True)
+    embed.build((None, 8, 8, 3))
+    _check_normal(ops.convert_to_numpy(embed.cls_token_weight))
+
+
+def test_no_two_initial_kernels_are_equal():
+    block = layers.CvTBlock(16, 1, 16)
+    block.build((None, 8, 8, 16))
+    kernels = [value for path, value in _kernels(block).items() if path.endswith("kernel")]
+    assert len({value.tobytes() for value in kernels}) == len(kernels) == 9
+
+
+def test_initial_biases_are_zero_and_norms_one():
+    block = layers.CvTBlock(16, 1, 16)
+    block.build((None, 8, 8, 16))
+    for path, value in _kernels(block).items():
+        if path.endswith(("bias", "beta")):
+            assert not value.any(), path
+        if path.endswith("gamma"):
+            assert (value == 1).all(), path
+
+
+def test_norms_have_the_authors_constants():
+    block = layers.CvTBlock(16, 1, 16)
+    assert block.norm1.epsilon == block.norm2.epsilon == 1e-5
+    norm = block.attention.conv_q.norm
+    assert (norm.epsilon, norm.momentum) == (1e-5, 0.9)
+    assert layers.ConvTokenEmbedding(16).norm.epsilon == 1e-5
+
+
+@pytest.mark.parametrize("side, kernel_size, stride", [(8, 3, 2), (7, 3, 2), (8, 3, 1), (8, 3, 3), (9, 5, 2), (10, 5, 4)])
+def test_average_projection_is_pytorch_average_pooling_in_ceil_mode(side, kernel_size, stride):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).normal(size=(2, side, side + 3, 4)).astype("float32")
+    pool = torch.nn.AvgPool2d(kernel_size, stride, padding=kernel_size // 2, ceil_mode=True)
+    expected = pool(torch.tensor(x.transpose(0, 3, 1, 2))).numpy().transpose(0, 2, 3, 1)
+    layer = layers.AverageProjection(kernel_size, stride)
+    assert layer.compute_output_shape(x.shape) == expected.shape
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(x)), expected, atol=1e-6)
+
+
+def _attention_by_hand(layer, tokens):
+    """The formula of the paper on one image without convolutions: softmax(q k' / sqrt(dim)) v."""
+    x = tokens.reshape(-1, layer.dim).astype("float64")
+    q, k, v = (
+        x @ ops.convert_to_numpy(linear.kernel) + ops.convert_to_numpy(linear.bias)
+        for linear in (layer.proj_q, layer.proj_k, layer.proj_v)
+    )
+    width = layer.dim // layer.heads
+    heads = []
+    for head in range(layer.heads):
+        part = slice(head * width, (head + 1) * width)
+        scores = np.exp(q[:, part] @ k[:, part].T / layer.dim**0.5)
+        heads.append(scores / scores.sum(axis=1, keepdims=True) @ v[:, part])
+    out = np.concatenate(heads, axis=1) @ ops.convert_to_numpy(layer.proj.kernel) + ops.convert_to_numpy(layer.proj.bias)
+    return out.reshape(tokens.shape)
+
+
+def test_attention_scales_by_the_whole_width():
+    layer = layers.ConvAttention(16, 4, projection="linear")
+    tokens = np.random.default_rng(0).normal(size=(3, 4, 16)).astype("float32")
+    layer.build((None, 3, 4, 16))
+    # Scores must matter: the initial kernels leave softmax all but flat.
+    layer.set_weights([20 * weight for weight in layer.get_weights()])
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(tokens[None]))[0], _attention_by_hand(layer, tokens), atol=1e-5)
+
+
+def test_linear_projection_ignores_strides():
+    first = layers.ConvAttention(16, 4, projection="linear", stride_q=2, stride_kv=2)
+    second = layers.ConvAttention(16, 4, projection="linear", stride_q=1, stride_kv=1)
+    tokens = np.random.default_rng(0).normal(size=GRID).astype("float32")
+    first.build(GRID)
+    second.build(GRID)
+    second.set_weights(first.get_weights())
+    np.testing.assert_array_equal(ops.convert_to_numpy(first(tokens)), ops.convert_to_numpy(second(tokens)))
+
+
+@pytest.mark.parametrize("projection, changes", [("dw_bn", True), ("avg", True), ("linear", False)])
+def test_stride_kv_changes_what_it_should(projection, changes):
+    outputs = []
+    for stride in (1, 2):
+        keras.utils.set_random_seed(0)
+        layer = layers.CvTBlock(16, 4, 16, projection=projection, stride_kv=stride)
+        outputs.append(ops.convert_to_numpy(layer(np.random.default_rng(0).normal(size=GRID).astype("float32"))))
+    assert np.array_equal(*outputs) != changes
+
+
+def test_cls_token_skips_the_convolutions():
+    layer = layers.ConvAttention(16, 4)
+    tokens = np.random.default_rng(0).normal(size=GRID).astype("float32")
+    cls_token = np.ones(CLS, "float32")
+    layer(tokens, cls_token)
+    # With tokens that carry nothing, all that is left of the output is the cls token's own value, 1 in 1 + 12.
+    for conv in (layer.conv_q, layer.conv_k, layer.conv_v):
+        conv.norm.gamma.assign(ops.zeros(16))
+    layer.proj_k.kernel.assign(ops.zeros((16, 16)))
+    layer.proj_v.kernel.assign(ops.eye(16))
+    layer.proj.kernel.assign(ops.eye(16))
+    grid, cls_out = layer(tokens, cls_token)
+    np.testing.assert_allclose(ops.convert_to_numpy(cls_out), 1 / 13, rtol=1e-5)
+    np.testing.assert_allclose(ops.convert_to_numpy(grid), 1 / 13, rtol=1e-5)
+
+
+def test_activations_are_the_named_ones():
+    x = np.linspace(-4, 4, 64).astype("float32")[None]
+    eye = np.eye(64, dtype="float32")
+    outputs = {}
+    for activation in ("quick_gelu", "gelu"):
+        layer = layers.MLP(64, 64, activation)
+        layer.build(x.shape)
+        layer.set_weights([eye, np.zeros(64), eye, np.zeros(64)])
+        outputs[activation] = ops.convert_to_numpy(layer(x))
+    np.testing.assert_allclose(outputs["quick_gelu"], x / (1 + np.exp(-1.702 * x)), atol=1e-6)
+    exact = ops.convert_to_numpy(x * 0.5 * (1 + ops.erf(x / 2**0.5)))
+    np.testing.assert_allclose(outputs["gelu"], exact, atol=1e-6)
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
+    layer = layers.DropPath(0.3, seed=1)
+    x = np.ones((4000, 2, 3), "float32")
+    y = ops.convert_to_numpy(layer(x, training=True))
+    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.7)}
+    assert (y == y[:, :1, :1]).all()
+    assert y.mean() == pytest.approx(1, abs=0.05)
+    assert not np.array_equal(y, ops.convert_to_numpy(layer(x, training=True)))
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer(x)), x)
+
+
+def test_drop_path_draws_once_for_the_parts_of_an_image():
+    first, second = layers.DropPath(0.5, seed=1)([np.ones((64, 2, 2, 3)), np.ones((64, 1, 3))], training=True)
+    np.testing.assert_array_equal(ops.convert_to_numpy(first)[:, 0, 0], ops.convert_to_numpy(second)[:, 0])
+
+
+def test_drop_path_at_rate_zero_has_no_state():
+    assert not layers.DropPath(0.0).variables
+    assert len(layers.DropPath(0.1).variables) == 1
+
+
+def test_block_passes_training_on():
+    x = np.random.default_rng(0).normal(size=GRID).astype("float32")
+    block = layers.CvTBlock(16, 4, 16, drop_path_rate=0.99)
+    training = ops.convert_to_numpy(block(x, training=True))
+    np.testing.assert_array_equal(training, x)  # dropped
+    assert ops.convert_to_numpy(block.attention.conv_q.norm.moving_mean).any()
+    assert not np.array_equal(ops.convert_to_numpy(block(x)), x)
+
+
+def test_layers_do_not_follow_a_channels_first_default():
+    x = np.random.default_rng(0).normal(size=GRID).astype("float32")
+    try:
+        keras.config.set_image_data_format("channels_first")
+        tokens = layers.ConvTokenEmbedding(16)(layers.ConvStem(8)(x))
+        for projection in ("dw_bn", "avg", "linear"):
+            tokens = layers.CvTBlock(16, 4, 16, projection=projection)(tokens)
+        logits = cvt_keras.CvT.from_variant("cvt_cifar", 10, (32, 48, 3))(np.zeros((1, 32, 48, 3), "float32"))
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    assert tokens.shape == (2, 3, 4, 16)
+    assert logits.shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    "make, parts",
+    [
+        (lambda: layers.ConvAttention(64, 5), ["heads=5", "dim=64"]),
+        (lambda: layers.ConvAttention(64, 4, projection="conv"), ["`projection`", "dw_bn", "'conv'"]),
+        (lambda: layers.ConvProjection(4), ["kernel_size=4", "odd"]),
+        (lambda: layers.AverageProjection(2), ["kernel_size=2", "odd"]),
+        (lambda: layers.ConvStem(8, kernel_size=2), ["kernel_size=2", "odd"]),
+        (lambda: layers.ConvStem(8, activation="relu"), ["`activation`", "'relu'"]),
+        (lambda: layers.MLP(8, 8, activation="relu"), ["`activation`", "gelu", "'relu'"]),
+        (lambda: layers.DropPath(1.0), ["rate=1.0"]),
+        (lambda: layers.ConvAttention(64, 4).build((None, 8, 8, 32)), ["dim=64", "32"]),
+    ],
+)
+def test_errors_name_argument_and_value(make, parts):
+    with pytest.raises(ValueError) as error:
+        make()
+    for part in parts:
+        assert part in str(error.value)

@@ -1,0 +1,235 @@
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from layer_battery import PRECISIONS
+
+import cvt_keras
+from cvt_keras import VARIANTS, CvT, Stage, Variant, build_classifier
+
+TINY = VARIANTS["cvt_tiny"]
+
+# Trainable values at 1000 and at 10 classes; the paper's were read off the authors' code.
+PARAMETERS = {
+    "cvt_13": (19_997_480, 19_616_330),
+    "cvt_21": (31_622_696, 31_241_546),
+    "cvt_w24": (277_196_392, 276_181_642),
+    "cvt_cifar": (None, None),
+    "cvt_cifar_large": (None, None),
+    "cvt_tiny": (23_280, 6_450),
+}
+
+
+def _images(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+def _trainable(model):
+    return sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+
+
+def test_every_variant_has_its_golden_count():
+    assert set(PARAMETERS) == set(VARIANTS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters(name):
+    at_1000, at_10 = PARAMETERS[name]
+    model = CvT.from_variant(name, 10, (None, None, 3))
+    assert _trainable(model) == at_10
+    width = VARIANTS[name].stages[-1].dim
+    assert at_10 + 990 * (width + 1) == at_1000
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_model_trains_in_every_precision(precision, tmp_path):
+    model = CvT(TINY, 10, (32, 32, 3), dtype=precision)
+    before = [ops.convert_to_numpy(v) for v in model.trainable_variables]
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    assert np.isfinite(model.train_on_batch(_images(4, 32, 32, 3), np.arange(4)))
+    changed = [not np.array_equal(a, ops.convert_to_numpy(b)) for a, b in zip(before, model.trainable_variables)]
+    assert np.mean(changed) > 0.8
+    assert model.output.dtype == "float32"
+    assert model.dtype_policy.name == precision
+    assert all(layer.dtype_policy.name == precision for layer in model.layers if layer.name.startswith("stage"))
+
+    model.save(tmp_path / "model.keras")
+    reloaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(reloaded) is CvT
+    assert reloaded.get_config() == model.get_config()
+    assert reloaded.dtype_policy.name == precision
+    x = _images(2, 32, 32, 3)
+    np.testing.assert_array_equal(*(ops.convert_to_numpy(net(x)) for net in (model, reloaded)))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_model_trains_a_step_with_xla(precision):
+    model = CvT(TINY, 10, (32, 32, 3), dtype=precision)
+    before = [ops.convert_to_numpy(v) for v in model.trainable_variables]
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=True)
+    losses = [model.train_on_batch(_images(4, 32, 32, 3), np.arange(4)) for _ in range(3)]
+    assert model.jit_compile is True
+    assert np.all(np.isfinite(losses))
+    changed = [not np.array_equal(a, ops.convert_to_numpy(b)) for a, b in zip(before, model.trainable_variables)]
+    assert np.mean(changed) > 0.8
+
+
+@pytest.mark.parametrize("projection", ["dw_bn", "avg", "linear"])
+@pytest.mark.parametrize("cls_token", [False, True])
+def test_any_size_also_unknown_and_not_square(projection, cls_token):
+    stages = (Stage(8, 1, 1, projection=projection), Stage(16, 1, 2, projection=projection, cls_token=cls_token))
+    model = CvT(Variant(stages), 5, (None, None, 3))
+    for size in ((32, 32), (17, 40), (4, 4)):
+        x = _images(2, *size, 3)
+        fixed = CvT(model.variant, 5, (*size, 3))
+        fixed.set_weights(model.get_weights())
+        logits = ops.convert_to_numpy(model(x))
+        assert logits.shape == (2, 5)
+        np.testing.assert_allclose(logits, ops.convert_to_numpy(fixed(x)), atol=1e-5)
+        np.testing.assert_allclose(logits, model.predict(x, verbose=0), atol=1e-5)
+
+
+def test_a_cls_token_before_the_last_stage_stays_there():
+    model = CvT(Variant((Stage(8, 1, 1, cls_token=True), Stage(16, 1, 2))), 5, (16, 16, 3))
+    grid, cls_token = model.get_layer("stage0").output
+    assert (grid.shape, cls_token.shape) == ((None, 8, 8, 8), (None, 1, 8))
+    assert model(_images(2, 16, 16, 3)).shape == (2, 5)
+
+
+def test_the_stages_output_is_the_layer_of_its_name():
+    model = CvT.from_variant("cvt_13", 10, (64, 96, 3))
+    assert model.get_layer("stage0").output.shape == (None, 16, 24, 64)
+    assert model.get_layer("stage1").output.shape == (None, 8, 12, 192)
+    grid, cls_token = model.get_layer("stage2").output
+    assert (grid.shape, cls_token.shape) == ((None, 4, 6, 384), (None, 1, 384))
+
+
+def test_without_a_cls_token_the_head_reads_the_mean():
+    model = CvT(Variant((Stage(8, 1, 1),)), 5, (16, 16, 3))
+    x = _images(2, 16, 16, 3)
+    tokens = keras.Model(model.input, model.get_layer("norm").output)(x)
+    expected = model.get_layer("head")(ops.mean(tokens, axis=(1, 2)))
+    np.testing.assert_allclose(*(ops.convert_to_numpy(y) for y in (model(x), expected)), atol=1e-6)
+
+
+def test_the_variant_sets_every_layer():
+    stages = (
+        Stage(8, 2, 2, kernel_size=5, stride=3, padding=2, mlp_ratio=3.0, drop_path=0.2, qkv_bias=False, stride_kv=1),
+        Stage(12, 1, 3, projection="avg", cls_token=True),
+    )
+    model = CvT(Variant(stages, activation="gelu", stem=(4, 6)), 5, (32, 32, 3))
+    stem = model.get_layer("stem1")
+    assert (stem.dim, stem.activation) == (6, "gelu")
+    embed = model.get_layer("stage0_embed")
+    assert (embed.dim, embed.kernel_size, embed.stride, embed.padding, embed.cls_token) == (8, 5, 3, 2, False)
+    block = model.get_layer("stage0_block1")
+    assert (block.heads, block.mlp_dim, block.drop_path_rate, block.activation) == (2, 24, 0.2, "gelu")
+    assert (block.projection, block.qkv_bias, block.stride_kv) == ("dw_bn", False, 1)
+    assert model.get_layer("stage0_block0").drop_path_rate == 0
+    assert model.get_layer("stage1_embed").cls_token
+    assert model.get_layer("stage1_block0").projection == "avg"
+
+
+def test_config_is_json_and_takes_a_variant_in_every_form():
+    preprocessing = {"mean": [0.1, 0.2, 0.3], "class_names": ["a", "b"]}
+    model = CvT(TINY, 2, (16, 24, 3), preprocessing=preprocessing)
+    config = model.get_config()
+    assert json.loads(json.dumps(config)) == config
+    assert CvT.from_config(config).get_config() == config
+    assert config["preprocessing"] == {**preprocessing, "std": None, "image_size": None}
+    assert CvT(config["variant"], 2, (16, 24, 3)).variant == CvT.from_variant("cvt_tiny", 2, (16, 24, 3)).variant == TINY
+
+
+def test_one_seed_gives_one_network():
+    weights = []
+    for seed in (0, 0, 1):
+        keras.utils.set_random_seed(seed)
+        weights.append(CvT(TINY, 10, (16, 16, 3)).get_weights())
+    assert all(np.array_equal(a, b) for a, b in zip(weights[0], weights[1]))
+    assert not all(np.array_equal(a, b) for a, b in zip(weights[0], weights[2]))
+
+
+@pytest.mark.parametrize(
+    "make, parts",
+    [
+        (lambda: CvT.from_variant("cvt_14"), ["'cvt_14'", "cvt_13", "cvt_tiny"]),
+        (lambda: CvT.from_variant("cvt_13", 10, (8, 8, 3)), ["`input_shape`", "16x16", "8x8"]),
+        (lambda: CvT.from_variant("cvt_13", 10, (None, 8, 3)), ["`input_shape`", "16x16", "x8"]),
+        (lambda: CvT(TINY, 0), ["num_classes=0"]),
+        (lambda: CvT(TINY, 10, (32, 32)), ["input_shape=(32, 32)"]),
+        (lambda: CvT(TINY, 10, preprocessing={"means": 1}), ["`preprocessing`", "means", "class_names"]),
+        (lambda: build_classifier("cvt_tiny"), ["num_classes"]),
+        (lambda: build_classifier("cvt_tiny", 10, mean=[0.5]), ["`mean`", "3 channels", "0.5"]),
+        (lambda: build_classifier("cvt_tiny", 10, std=[1.0, 1.0, 0.0]), ["`std`", "0.0"]),
+        (lambda: build_classifier("cvt_tiny", 10, class_names=["cat"]), ["`class_names`", "10", "1"]),
+        (lambda: build_classifier(CvT(TINY, 10), num_classes=5), ["num_classes=5", "10"]),
+        (lambda: build_classifier(CvT(TINY, 10), dtype="mixed_float16"), ["dtype"]),
+        (lambda: build_classifier(CvT(TINY, 10, (32, 32, 3)), input_shape=(48, 48, 3)), ["(48, 48, 3)", "(32, 32, 3)"]),
+    ],
+)
+def test_errors_name_argument_and_value(make, parts):
+    with pytest.raises(ValueError) as error:
+        make()
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_classifier_takes_raw_pixels():
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
+    classifier = build_classifier("cvt_tiny", 10, (32, 32, 3), mean=mean, std=std, class_names=list("abcdefghij"))
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+    model = classifier.get_layer("cvt")
+    expected = model((pixels / 255 - np.array(mean)) / np.array(std))
+    np.testing.assert_allclose(*(ops.convert_to_numpy(x) for x in (classifier(pixels), expected)), atol=1e-5)
+    assert model.preprocessing == {
+        "mean": list(mean),
+        "std": list(std),
+        "class_names": list("abcdefghij"),
+        "image_size": [32, 32],
+    }
+
+
+def test_classifier_reloads_with_its_preprocessing(tmp_path):
+    classifier = build_classifier("cvt_tiny", input_shape=(32, 32, 3), class_names=("cat", "dog"))
+    classifier.save(tmp_path / "model.keras")
+    reloaded = keras.saving.load_model(tmp_path / "model.keras")
+    model = reloaded.get_layer("cvt")
+    assert type(model) is CvT
+    assert model.preprocessing == classifier.get_layer("cvt").preprocessing
+    assert model.preprocessing["class_names"] == ["cat", "dog"]
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+    np.testing.assert_array_equal(*(ops.convert_to_numpy(net(pixels)) for net in (classifier, reloaded)))
+
+
+def test_classifier_of_a_model_shares_its_weights_and_preprocessing():
+    model = CvT(TINY, 2, (32, 32, 3), preprocessing={"mean": [0.1] * 3, "std": [0.2] * 3, "class_names": ["a", "b"]})
+    classifier = build_classifier(model)
+    assert classifier.get_layer("cvt") is model
+    np.testing.assert_allclose(np.ravel(classifier.get_layer("normalization").mean), 0.1 * 255, rtol=1e-6)
+    assert model.preprocessing["class_names"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_classifier_keeps_fractions_of_pixels_in_half_precision(precision):
+    classifier = build_classifier("cvt_tiny", 10, (32, 32, 3), mean=[0] * 3, std=[1 / 255] * 3, dtype=precision)
+    normalized = keras.Model(classifier.input, classifier.get_layer("normalization").output)
+    seen = []
+    layer = classifier.get_layer("normalization")
+    call = layer.call
+    layer.call = lambda x: seen.append(ops.convert_to_numpy(call(x))) or call(x)
+    classifier(np.full((1, 32, 32, 3), 100.7, "float32"))
+    np.testing.assert_allclose(seen[0], 100.7, rtol=1e-6)
+    assert normalized.output.dtype == "float32"
+
+
+def test_float16_classifier_scales_its_loss():
+    classifier = build_classifier("cvt_tiny", 10, (32, 32, 3), dtype="mixed_float16")
+    classifier.compile("adam", "mse")
+    assert isinstance(classifier.optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def test_public_names():
+    for name in cvt_keras.__all__:
+        assert getattr(cvt_keras, name) is not None
