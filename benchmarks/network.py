@@ -1,0 +1,71 @@
+"""Prints the tables of docs/network.md: python benchmarks/network.py
+
+Parameters and MACs of each variant, and how far the network is from the authors' code on the files in tests/golden.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cvt_keras import VARIANTS, CvT, environment, macs
+from cvt_keras.pretrained import load_state_dict, microsoft_weights, variant_from_microsoft
+
+# Where each network is at home: side of the image and classes.
+HOME = {"cvt_13": (224, 1000), "cvt_21": (224, 1000), "cvt_w24": (384, 1000)}
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def sizes():
+    """Rows of name, image side, classes, trainable parameters and MACs."""
+    for name in VARIANTS:
+        side, num_classes = HOME.get(name, (32, 10))
+        model = CvT.from_variant(name, num_classes, (None, None, 3))
+        parameters = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+        yield name, side, num_classes, parameters, macs(name, (side, side, 3), num_classes)
+
+
+def differences(path):
+    """The largest absolute difference from a golden file: a dict from `logits`, `stage0`, ... to a number."""
+    with np.load(path) as arrays:
+        golden = dict(arrays)
+    variant = variant_from_microsoft(json.loads(bytes(golden["spec_json"])))
+    images = golden["input_nchw"].transpose(0, 2, 3, 1)
+    model = CvT(variant, golden["out/logits"].shape[1], images.shape[1:])
+    prefix = "weights/"
+    state_dict = {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
+    load_state_dict(model, state_dict, microsoft_weights(variant))
+
+    found = {"logits": _largest(model(images), golden["out/logits"])}
+    for i, stage in enumerate(variant.stages):
+        output = keras.Model(model.input, model.get_layer(f"stage{i}").output)(images)
+        tokens, cls_token = output if stage.cls_token else (output, None)
+        found[f"stage{i}"] = _largest(ops.transpose(tokens, (0, 3, 1, 2)), golden[f"out/stage{i}"])
+        if cls_token is not None:
+            found[f"stage{i}_cls"] = _largest(cls_token, golden[f"out/stage{i}_cls"])
+    return found
+
+
+def _largest(ours, reference):
+    return float(np.abs(ops.convert_to_numpy(ours) - reference).max())
+
+
+def main():
+    print(f"{environment.cpu()}, {keras.config.backend()} backend, {environment.versions()}\n")
+    print("| variant | image | classes | trainable parameters | MACs |\n| --- | --- | --- | --- | --- |")
+    for name, side, num_classes, parameters, cost in sizes():
+        print(f"| `{name}` | {side}x{side} | {num_classes} | {parameters:,} | {cost / 1e6:,.1f} M |")
+    print("\n| golden file | largest absolute difference |\n| --- | --- |")
+    for path in sorted(GOLDEN.glob("ms_*.npz")):
+        found = ", ".join(f"{name} {value:.1e}" for name, value in differences(path).items())
+        print(f"| `{path.stem}` | {found} |")
+
+
+if __name__ == "__main__":
+    main()
