@@ -1,0 +1,1 @@
+"""Labelled images, from their source to batches."""

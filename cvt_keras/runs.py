@@ -1,0 +1,50 @@
+"""The run folder: what lies in it, and writes that are whole or absent."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+RECIPE = "recipe.json"
+HISTORY = "history.csv"
+MODEL = "model.keras"
+REPORT = "report.json"
+CHECKPOINTS = "checkpoints"
+
+
+def require_vacant(run_dir):
+    """A run is never overwritten.
+
+    Raises:
+        FileExistsError: if `run_dir` is there and anything but an empty folder.
+    """
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise FileExistsError(f"`run_dir` already holds something: {run_dir}. Remove it, or name another with --run-dir")
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Gives a path beside `path` to write to, and puts the file in its place once it is whole.
+
+    If the block raises, nothing is left at either.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Writes `value` whole or not at all."""
+    with whole(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path):
+    """Reads what `write_json` wrote."""
+    return json.loads(Path(path).read_text())
