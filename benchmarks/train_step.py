@@ -1,0 +1,164 @@
+"""How fast a network trains here: python benchmarks/train_step.py --help.
+
+Synthetic pixels that already lie on the device, so that the network alone is measured. With KERAS_BACKEND=jax it runs where
+TensorFlow is not installed.
+"""
+
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import keras
+import numpy as np
+import tyro
+from keras import ops
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cvt_keras import CvT, environment, macs
+from cvt_keras.training.optimizers import decays
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Images per second, peak memory, and the share of the device's own matrix-product rate that training reaches."""
+
+    variant: str = "cvt_cifar"
+    """A network in VARIANTS."""
+    image_size: int = 32
+    """Pixels of each side."""
+    num_classes: int = 10
+    """Outputs of the head."""
+    batch_size: int = 128
+    """Images a step."""
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    """A Keras dtype policy."""
+    xla: Literal["auto", "on", "off"] = "auto"
+    """auto: Keras' own choice."""
+    steps: int = 20
+    """Steps a repetition."""
+    repetitions: int = 5
+    """The median of so many counts; one before them, which compiles, does not."""
+
+    def __post_init__(self):
+        for name in ("image_size", "num_classes", "batch_size", "steps", "repetitions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
+
+
+class RepetitionSeconds(keras.callbacks.Callback):
+    """The seconds of each repetition, an epoch to Keras; reading its loss waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._started = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        float(logs["loss"])
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+def training_seconds(arguments):
+    """Seconds of each repetition of `steps` training steps, the one that compiles left out."""
+    keras.utils.set_random_seed(0)
+    shape = (arguments.image_size, arguments.image_size, 3)
+    model = CvT.from_variant(arguments.variant, arguments.num_classes, shape, dtype=arguments.precision)
+    optimizer = keras.optimizers.AdamW(1e-3, weight_decay=0.05)
+    optimizer.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if not decays(v)])
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile={"auto": "auto", "on": True, "off": False}[arguments.xla],
+    )
+    random = np.random.default_rng(0)
+    images = ops.convert_to_tensor(random.normal(size=(arguments.batch_size, *shape)).astype("float32"))
+    labels = ops.convert_to_tensor(random.integers(arguments.num_classes, size=arguments.batch_size).astype("int32"))
+
+    watch = RepetitionSeconds()
+    model.fit(
+        _endless(images, labels),
+        steps_per_epoch=arguments.steps,
+        epochs=arguments.repetitions + 1,
+        callbacks=[watch],
+        verbose=0,
+    )
+    return watch.seconds[1:], bool(model.jit_compile)
+
+
+def _endless(images, labels):
+    while True:
+        yield images, labels
+
+
+def matrix_product_rate(precision, repetitions=5):
+    """FLOP/s of the device's own product of two large square matrices, the best of `repetitions`."""
+    side = 8192 if _on_accelerator() else 2048
+    dtype = {"float32": "float32", "mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}[precision]
+    a = ops.cast(ops.convert_to_tensor(np.random.default_rng(0).normal(size=(side, side)).astype("float32")), dtype)
+    seconds = []
+    for _ in range(repetitions + 1):
+        started = time.perf_counter()
+        float(ops.cast(ops.matmul(a, a)[0, 0], "float32"))  # reading one number waits for all
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / min(seconds[1:])
+
+
+def _on_accelerator():
+    return device()[1] is not None
+
+
+def device():
+    """The name of the device that Keras computes on, and what tells its peak memory in bytes, `None` on a CPU."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        [first, *_] = jax.devices()
+        if first.platform != "cpu":
+            return first.device_kind, lambda: first.memory_stats()["peak_bytes_in_use"]
+    else:
+        import tensorflow as tf
+
+        if gpus := tf.config.list_physical_devices("GPU"):
+            name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+            return name, lambda: tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    return environment.cpu(), None
+
+
+def main(arguments):
+    name, peak_bytes = device()
+    seconds, xla = training_seconds(arguments)
+    # Read before the large matrices come, which a small network would hide behind.
+    memory = peak_bytes() if peak_bytes else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rates = [arguments.steps * arguments.batch_size / second for second in seconds]
+    shape = (arguments.image_size, arguments.image_size, 3)
+    # Backward computes two products for each of forward's.
+    flops = 3 * 2 * macs(arguments.variant, shape, arguments.num_classes) * statistics.median(rates)
+    product = matrix_product_rate(arguments.precision)
+    result = {
+        **dataclasses.asdict(arguments),
+        "backend": keras.config.backend(),
+        "xla": "on" if xla else "off",
+        "device": name,
+        "images_per_second": statistics.median(rates),
+        "images_per_second_min": min(rates),
+        "images_per_second_max": max(rates),
+        "peak_memory_bytes": memory,
+        "peak_memory_of": "device" if peak_bytes else "process",
+        "matrix_product_flops": product,
+        "share_of_matrix_product": flops / product,
+        "versions": environment.versions(),
+    }
+    print(json.dumps(result, indent=2))
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
