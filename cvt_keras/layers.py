@@ -310,7 +310,7 @@ class ConvAttention(layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ValueError(f"`heads` must divide `dim`. Received: heads={heads}, dim={dim}")
         _check_choice("projection", projection, PROJECTIONS)
         self.dim = dim

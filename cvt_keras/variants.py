@@ -184,10 +184,20 @@ VARIANTS = {
         (
             Stage(dim=64, depth=1, heads=1, mlp_ratio=2.0),
             Stage(dim=128, depth=2, heads=2, mlp_ratio=2.0),
-            Stage(dim=256, depth=3, heads=4, mlp_ratio=2.0),
+            Stage(dim=256, depth=1, heads=4, mlp_ratio=2.0),
         ),
         activation="gelu",
-        stem=(32,),
+        stem=(32, 32),
+    ),
+    # The same geometry with the paper's MLPs, wider and deeper, for a GPU.
+    "cvt_cifar_large": Variant(
+        (
+            Stage(dim=96, depth=2, heads=2),
+            Stage(dim=192, depth=5, heads=3, drop_path=0.05),
+            Stage(dim=384, depth=4, heads=6, drop_path=0.1),
+        ),
+        activation="gelu",
+        stem=(48, 48),
     ),
     # The tests' own: every part of the paper's networks at the smallest size that has them all.
     "cvt_tiny": Variant(

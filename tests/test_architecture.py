@@ -38,11 +38,10 @@ def _imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _modules():
-    return [path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name or path]
+MODULES = [path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py")) if path.stem != "__init__"]
 
 
-@pytest.mark.parametrize("module", [m for m in _modules() if m.name != "__init__"], ids=str)
+@pytest.mark.parametrize("module", MODULES, ids=str)
 def test_dependencies_point_one_way(module):
     part = module.parts[0]
     known = {path.stem for path in PACKAGE.iterdir()}

@@ -280,6 +280,7 @@ def test_layers_do_not_follow_a_channels_first_default():
     "make, parts",
     [
         (lambda: layers.ConvAttention(64, 5), ["heads=5", "dim=64"]),
+        (lambda: layers.ConvAttention(64, 0), ["heads=0", "dim=64"]),
         (lambda: layers.ConvAttention(64, 4, projection="conv"), ["`projection`", "dw_bn", "'conv'"]),
         (lambda: layers.ConvProjection(4), ["kernel_size=4", "odd"]),
         (lambda: layers.AverageProjection(2), ["kernel_size=2", "odd"]),

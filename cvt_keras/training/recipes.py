@@ -47,7 +47,7 @@ class Recipe:
     """Mirror half of the images."""
     crop_padding: int = 4
     """Pad by so many reflected pixels and crop the original size at random; 0 is off."""
-    peak_learning_rate: float = 1e-3
+    peak_learning_rate: float = 1.5e-3
     """Reached after the warm-up, then decayed to 0 by a half cosine."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises."""
@@ -80,6 +80,7 @@ CIFAR10 = Recipe(
     """Ten epochs on CIFAR-10, the default.
 
     python train.py cifar10
+    About 3.5 minutes an epoch on two cores of an AMD EPYC in float32. With --epochs 3: 68.0% test top-1 (n=1, JPEG copy).
     """,
 )
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cvt_keras import VARIANTS, CvT, evaluation, runs
+from cvt_keras import VARIANTS, CvT, evaluation
 from cvt_keras.data import sources
 from cvt_keras.training import RecipeError, run
 from cvt_keras.training.loop import resolve
@@ -146,10 +146,3 @@ def test_a_run_without_data_leaves_no_folder_in_the_way(recipe, tmp_path):
     with pytest.raises(sources.DataError):
         run(dataclasses.replace(recipe, data_dir=str(tmp_path / "nowhere")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_failed_write_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), runs.whole(tmp_path / "report.json") as aside:
-        aside.write_text("half")
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
