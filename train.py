@@ -46,20 +46,23 @@ def parse(argv):
 
 
 def main(argv):
+    run_dir = None
     try:
         recipe, run_dir = parse(argv)
         report = run(recipe, run_dir)
     except (RecipeError, FileExistsError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except (DataError, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        return _fail(error, 2)
+    except (DataError, FloatingPointError, OSError) as error:
+        return _fail(error, 1)
     except KeyboardInterrupt:
-        print("train.py: stopped", file=sys.stderr)
-        return 130
+        return _fail(f"stopped. The run is not finished: to train again, remove {run_dir} or name another with --run-dir", 130)
     print(f"{report.test['top1']:.2%} top-1 on {report.test['images']} test images; the run is in {run_dir}")
     return 0
+
+
+def _fail(message, code):
+    print(f"\ntrain.py: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

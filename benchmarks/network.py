@@ -31,19 +31,25 @@ def sizes():
         yield name, side, num_classes, parameters, macs(name, (side, side, 3), num_classes)
 
 
-def differences(path):
-    """The largest absolute difference from a golden file: a dict from `logits`, `stage0`, ... to a number."""
+def golden_model(path):
+    """The network of a golden file with its weights, their state dict, and everything that the file holds."""
     with np.load(path) as arrays:
         golden = dict(arrays)
     variant = variant_from_microsoft(json.loads(bytes(golden["spec_json"])))
-    images = golden["input_nchw"].transpose(0, 2, 3, 1)
-    model = CvT(variant, golden["out/logits"].shape[1], images.shape[1:])
     prefix = "weights/"
     state_dict = {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
+    height, width = golden["input_nchw"].shape[2:]
+    model = CvT(variant, golden["out/logits"].shape[1], (height, width, 3))
     load_state_dict(model, state_dict, microsoft_weights(variant))
+    return model, state_dict, golden
 
+
+def differences(path):
+    """The largest absolute difference from a golden file: a dict from `logits`, `stage0`, ... to a number."""
+    model, _, golden = golden_model(path)
+    images = golden["input_nchw"].transpose(0, 2, 3, 1)
     found = {"logits": _largest(model(images), golden["out/logits"])}
-    for i, stage in enumerate(variant.stages):
+    for i, stage in enumerate(model.variant.stages):
         output = keras.Model(model.input, model.get_layer(f"stage{i}").output)(images)
         tokens, cls_token = output if stage.cls_token else (output, None)
         found[f"stage{i}"] = _largest(ops.transpose(tokens, (0, 3, 1, 2)), golden[f"out/stage{i}"])

@@ -20,7 +20,7 @@ def cpu():
 def versions():
     """The versions of Python and of what computes, where it is installed."""
     found = {"python": platform.python_version()}
-    for package in ("keras", "tensorflow", "jax", "tensorflow-datasets", "numpy"):
+    for package in ("keras", "tensorflow", "jax", "jaxlib", "tensorflow-datasets", "numpy"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -19,7 +19,7 @@ class Report:
         epochs, seed, image_size, class_names: of the run.
         parameters: trainable ones.
         macs: of one image.
-        train_seconds: from the first step to the last validation.
+        train_seconds: of `fit`, with its compilation and validations.
         train_images_per_second: of the median epoch, without validation.
         validation, test: `metrics`; `test` is `None` where the test split was not touched.
         per_class: of the test split, or `None`.
@@ -54,14 +54,16 @@ def metrics(logits, labels):
         labels: int `(n,)`.
 
     Returns:
-        A dict: `top1` and `top5` (fractions of 1; `top5` is `None` under 6 classes), `loss` (plain cross-entropy, in nats),
-        `ece` (expected calibration error), `images`.
+        A dict: `top1` and `top5` (fractions of 1, a tie counting as a miss; `top5` is `None` under 6 classes), `loss` (plain
+        cross-entropy, in nats), `ece` (expected calibration error), `images`.
+
+    Raises:
+        FloatingPointError: if a logit is infinite or no number.
     """
+    rank = _rank(logits, labels)
+    correct = rank == 1
     log_probabilities = _log_softmax(np.asarray(logits, np.float64))
     of_label = log_probabilities[np.arange(len(labels)), labels]
-    # Ties count against the network: one that gives every class the same must not score.
-    rank = np.sum(log_probabilities >= of_label[:, None], axis=1)
-    correct = rank == 1
     return {
         "top1": float(np.mean(correct)),
         "top5": float(np.mean(rank <= 5)) if log_probabilities.shape[1] > 5 else None,
@@ -73,13 +75,21 @@ def metrics(logits, labels):
 
 def per_class(logits, labels, class_names):
     """The top-1 of each class's images: a list of `{"name", "top1", "images"}`, `top1` being `None` where there are none."""
-    predicted = np.argmax(logits, axis=1)
+    correct = _rank(logits, labels) == 1
     rows = []
     for index, name in enumerate(class_names):
-        of_class = predicted[labels == index]
-        top1 = float(np.mean(of_class == index)) if len(of_class) else None
-        rows.append({"name": name, "top1": top1, "images": len(of_class)})
+        of_class = correct[labels == index]
+        rows.append({"name": name, "top1": float(np.mean(of_class)) if len(of_class) else None, "images": len(of_class)})
     return rows
+
+
+def _rank(logits, labels):
+    """The place of each image's label among the classes, 1 the best. A tie counts against the network: one that gives every
+    class the same must not score."""
+    if not np.all(np.isfinite(logits)):
+        raise FloatingPointError("the network's logits are infinite or no numbers")
+    of_label = logits[np.arange(len(labels)), labels]
+    return np.sum(logits >= of_label[:, None], axis=1)
 
 
 def _log_softmax(logits):

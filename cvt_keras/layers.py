@@ -41,6 +41,13 @@ def _check_choice(name, value, choices):
         raise ValueError(f"`{name}` must be one of {tuple(choices)}. Received: {name}={value!r}")
 
 
+def _check_kernel(kernel_size, stride=1):
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"`kernel_size` must be odd, to pad evenly. Received: kernel_size={kernel_size}")
+    if stride < 1:
+        raise ValueError(f"`stride` must be a positive integer. Received: stride={stride}")
+
+
 def _activate(x, activation):
     if activation == "quick_gelu":
         return x * ops.sigmoid(1.702 * x)
@@ -67,7 +74,7 @@ class ConvStem(layers.Layer):
 
     def __init__(self, dim, kernel_size=3, activation="gelu", **kwargs):
         super().__init__(**kwargs)
-        _check_odd(kernel_size)
+        _check_kernel(kernel_size)
         _check_choice("activation", activation, ACTIVATIONS)
         self.dim = dim
         self.kernel_size = kernel_size
@@ -171,11 +178,6 @@ class ConvTokenEmbedding(layers.Layer):
         }
 
 
-def _check_odd(kernel_size):
-    if kernel_size % 2 == 0:
-        raise ValueError(f"`kernel_size` must be odd, to pad evenly. Received: kernel_size={kernel_size}")
-
-
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class ConvProjection(layers.Layer):
     """Projects a token grid with a depthwise convolution (paper, section 3.2, figure 2b-c).
@@ -191,12 +193,12 @@ class ConvProjection(layers.Layer):
     Output shape: `(batch, ceil(height / stride), ceil(width / stride), channels)`.
 
     Raises:
-        ValueError: for an even `kernel_size`.
+        ValueError: for an even `kernel_size` or a `stride` under 1.
     """
 
     def __init__(self, kernel_size=3, stride=1, **kwargs):
         super().__init__(**kwargs)
-        _check_odd(kernel_size)
+        _check_kernel(kernel_size, stride)
         self.kernel_size = kernel_size
         self.stride = stride
         # Padded evenly, as in ConvTokenEmbedding.
@@ -243,12 +245,12 @@ class AverageProjection(layers.Layer):
     Output shape: `(batch, height', width', channels)`; at stride 2 `side // 2 + 1`, so an even grid gets one more row.
 
     Raises:
-        ValueError: for an even `kernel_size`.
+        ValueError: for an even `kernel_size` or a `stride` under 1.
     """
 
     def __init__(self, kernel_size=3, stride=2, **kwargs):
         super().__init__(**kwargs)
-        _check_odd(kernel_size)
+        _check_kernel(kernel_size, stride)
         self.kernel_size = kernel_size
         self.stride = stride
 
@@ -330,7 +332,7 @@ class ConvAttention(layers.Layer):
 
     def _conv(self, projection, stride, name):
         if projection == "linear":
-            return layers.Identity(dtype=self.dtype_policy, name=name)
+            return layers.Identity(dtype=self.dtype_policy.name, name=name)
         cls = ConvProjection if projection == "dw_bn" else AverageProjection
         return cls(self.kernel_size, stride, dtype=self.dtype_policy, name=name)
 

@@ -1,10 +1,13 @@
 """CvT as a `keras.Model`, and the classifier that takes raw pixels."""
 
+import math
+
 import keras
+import numpy as np
 from keras import layers
 
 from cvt_keras.layers import NORM_EPSILON, ConvStem, ConvTokenEmbedding, CvTBlock, linear_initializer
-from cvt_keras.variants import get_variant, to_dict
+from cvt_keras.variants import get_variant, is_integer, to_dict
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
@@ -19,7 +22,7 @@ class CvT(keras.Model):
         num_classes: outputs of the head.
         input_shape: `(height, width, channels)` of the normalised images; height and width may be `None`.
         preprocessing: what raw pixels need before they come here, saved with the model: a dict of `mean` and `std` (of pixels
-            in 0..1, one number a channel), `class_names` and `image_size`. What it leaves out is `None`.
+            in 0..1, one number a channel), `class_names` and `image_size` (height, width). What it leaves out is `None`.
         dtype: a dtype policy, `"mixed_bfloat16"` for instance. The head is float32 whatever the policy.
 
     Input shape: `(batch, height, width, channels)`, normalised floats.
@@ -38,6 +41,7 @@ class CvT(keras.Model):
 
     def __init__(self, variant, num_classes, input_shape=(224, 224, 3), preprocessing=None, dtype=None, name="cvt", **kwargs):
         variant = get_variant(variant)
+        num_classes, input_shape = _plain(num_classes), _plain(input_shape)
         _check_sizes(variant, num_classes, input_shape)
         dtype = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
 
@@ -78,6 +82,13 @@ class CvT(keras.Model):
         """
         return cls(variant, num_classes, input_shape, **kwargs)
 
+    def call(self, inputs, training=None, mask=None):
+        height, width = inputs.shape[1:3]
+        if height is not None and width is not None:
+            # Where the model was made for any size, this is the first to see one.
+            self.variant.grids(height, width)
+        return super().call(inputs, training=training, mask=mask)
+
     def get_config(self):
         return {
             "variant": to_dict(self.variant),
@@ -87,12 +98,17 @@ class CvT(keras.Model):
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
             "trainable": self.trainable,
+            "frozen_layers": [layer.name for layer in self.layers if not layer.trainable],
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        # Keras' own would take the config for that of a graph.
-        return cls(**config)
+        config = dict(config)
+        frozen = config.pop("frozen_layers", [])
+        model = cls(**config)
+        for name in frozen:
+            model.get_layer(name).trainable = False
+        return model
 
 
 def _stage(x, stage, activation, dtype, name):
@@ -116,16 +132,19 @@ def _stage(x, stage, activation, dtype, name):
         )
         x = block(*x) if stage.cls_token else block(x)
     # A name for the place, where a reader can cut the network.
-    x = layers.Identity(dtype=dtype, name=name)(x)
+    x = layers.Identity(dtype=dtype.name, name=name)(x)  # its config takes no policy, only a policy's name
     return x if stage.cls_token else (x, None)
 
 
 def _check_sizes(variant, num_classes, input_shape):
-    if not isinstance(num_classes, int) or num_classes < 1:
+    if not is_integer(num_classes) or num_classes < 1:
         raise ValueError(f"`num_classes` must be a positive integer. Received: num_classes={num_classes!r}")
-    if len(input_shape) != 3 or not isinstance(input_shape[2], int):
-        raise ValueError(f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape}")
-    # A side that is None is known when an image comes.
+    if not isinstance(input_shape, list) or len(input_shape) != 3 or not is_integer(input_shape[2]) or input_shape[2] < 1:
+        raise ValueError(
+            "`input_shape` must be (height, width, channels), where height and width may be None. "
+            f"Received: input_shape={tuple(input_shape) if isinstance(input_shape, list) else input_shape}"
+        )
+    # A side that is None is checked in `call`, when an image comes.
     height, width = (variant.stride if side is None else side for side in input_shape[:2])
     variant.grids(height, width)
 
@@ -151,7 +170,9 @@ def build_classifier(model_or_variant, num_classes=None, input_shape=None, mean=
 
     Returns:
         A `keras.Model` from float pixels in 0..255, `(batch, height, width, channels)`, to float32 logits
-        `(batch, num_classes)`. Its CvT is the layer `cvt`, whose `preprocessing` says what was settled here.
+        `(batch, num_classes)`. Its CvT is the layer named as the model is, `cvt` by default, and its `preprocessing` says what
+        was settled here. Under mixed_float16, `compile` scales the loss; after reloading a `.keras` file it does so only if you
+        wrap the optimizer in a `LossScaleOptimizer`, as Keras keeps the policies of layers there but not of a whole graph.
 
     Raises:
         ValueError: if the arguments disagree with each other or with the model.
@@ -166,19 +187,25 @@ def build_classifier(model_or_variant, num_classes=None, input_shape=None, mean=
             raise ValueError(f"The model is there already and takes no more arguments. Received: {', '.join(kwargs)}")
         input_shape = tuple(input_shape or model.input_shape[1:])
     else:
-        num_classes = num_classes or len(class_names or ())
+        if num_classes is None:
+            if class_names is None:
+                raise ValueError("`num_classes` or `class_names` is needed with a variant. Received: neither")
+            num_classes = len(class_names)
         input_shape = tuple(input_shape or (32, 32, 3))
         model = CvT(model_or_variant, num_classes, input_shape, **kwargs)
 
-    given = {"mean": mean, "std": std, "class_names": class_names, "image_size": input_shape[:2]}
-    settled = {**model.preprocessing, **{key: _plain(value) for key, value in given.items() if value is not None}}
     channels = input_shape[2]
+    given = {"mean": mean, "std": std, "class_names": class_names}
+    settled = {**model.preprocessing, **{key: _plain(value) for key, value in given.items() if value is not None}}
     for key in ("mean", "std"):
-        settled[key] = [float(value) for value in settled[key] or [0.5] * channels]
-        if len(settled[key]) != channels:
-            raise ValueError(f"`{key}` must have one number for each of {channels} channels. Received: {settled[key]}")
+        if settled[key] is None:
+            settled[key] = [0.5] * channels
+        if not isinstance(settled[key], list) or len(settled[key]) != channels or not all(map(math.isfinite, settled[key])):
+            raise ValueError(f"`{key}` must have one number for each of {channels} channels. Received: {key}={settled[key]}")
     if min(settled["std"]) <= 0:
         raise ValueError(f"`std` must be positive. Received: std={settled['std']}")
+    if None not in input_shape[:2]:
+        settled["image_size"] = list(input_shape[:2])
     names = settled["class_names"]
     if names is not None and len(names) != model.num_classes:
         raise ValueError(f"`class_names` must name {model.num_classes} classes. Received: {len(names)} names")
@@ -193,10 +220,7 @@ def build_classifier(model_or_variant, num_classes=None, input_shape=None, mean=
         name="normalization",
     )
     classifier = keras.Model(pixels, model(normalize(pixels)), name="classifier")
-    # The policy of what it holds, so that `compile` scales the loss of float16; but a model casts its inputs by its policy,
-    # and bfloat16 would round what mixing and resizing leave between two whole pixel values.
-    classifier.dtype_policy = model.dtype_policy
-    classifier.autocast = False
+    classifier.dtype_policy = model.dtype_policy  # `compile` reads it, and scales the loss of float16
     return classifier
 
 
@@ -208,5 +232,7 @@ def _agree(given, fixed):
 
 
 def _plain(value):
-    """JSON's types only: a list for every other sequence."""
-    return list(value) if isinstance(value, (tuple, list)) else value
+    """`value` in JSON's types: a list for any other sequence or array, Python's number for NumPy's."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -120,8 +120,11 @@ def variant_from_microsoft(spec):
         spec: the dict, with a list entry for each stage under `DIM_EMBED` and the like.
 
     Raises:
-        ValueError: for a setting that this network has not, such as a projection kernel that is not 3.
+        ValueError: for a setting that this network has not: a projection kernel that is not 3, dropout, a position embedding.
     """
+    for key in ("DROP_RATE", "ATTN_DROP_RATE", "POS_EMBED"):
+        if any(spec.get(key, [])):
+            raise ValueError(f"`{key}` must be 0 in every stage. Received: {spec[key]}")
     kernels = {*spec["KERNEL_QKV"], *(2 * padding + 1 for padding in spec["PADDING_Q"] + spec["PADDING_KV"])}
     if kernels != {3}:
         raise ValueError(f"`KERNEL_QKV` must be 3, padded by 1. Received: {spec['KERNEL_QKV']}")

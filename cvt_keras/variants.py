@@ -29,7 +29,8 @@ class Stage:
         projection: `"dw_bn"` (depthwise convolution and BatchNorm), or the paper's ablations `"avg"` (average-pooled
             keys and values) and `"linear"` (none).
         qkv_bias: whether the linear projections of query, key and value have a bias.
-        stride_q: stride of the query's projection. A block adds its output to its input, so only 1 works with `"dw_bn"`.
+        stride_q: stride of the query's projection: 1, as a block adds its output to its input. The authors' yaml files name
+            it, and so does this; `"avg"` and `"linear"` project no query, and ignore it.
         stride_kv: stride of the key's and value's projections; 2 squeezes them to a quarter. `"linear"` ignores it.
         cls_token: whether the stage puts a learned token beside its grid. The head reads the last stage's.
 
@@ -53,11 +54,11 @@ class Stage:
 
     def __post_init__(self):
         for name in ("dim", "depth", "heads", "kernel_size", "stride", "stride_q", "stride_kv"):
-            if not _is_integer(value := getattr(self, name)) or value < 1:
+            if not is_integer(value := getattr(self, name)) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
         if self.dim % self.heads:
             raise ValueError(f"`heads` must divide `dim`. Received: heads={self.heads}, dim={self.dim}")
-        if not _is_integer(self.padding) or not 0 <= self.padding < self.kernel_size:
+        if not is_integer(self.padding) or not 0 <= self.padding < self.kernel_size:
             raise ValueError(
                 "`padding` must be an integer from 0 to `kernel_size` - 1. "
                 f"Received: padding={self.padding!r}, kernel_size={self.kernel_size}"
@@ -110,7 +111,7 @@ class Variant:
             raise ValueError("`stages` must hold at least one `Stage`. Received: stages=()")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"`activation` must be one of {ACTIVATIONS}. Received: activation={self.activation!r}")
-        if not all(_is_integer(width) and width > 0 for width in self.stem):
+        if not all(is_integer(width) and width > 0 for width in self.stem):
             raise ValueError(f"`stem` must hold positive integers. Received: stem={self.stem}")
 
     @property
@@ -151,13 +152,19 @@ def _record(cls, value, place):
     """`value`, or the `cls` that it describes as a dict."""
     if isinstance(value, cls):
         return value
-    known = [field.name for field in dataclasses.fields(cls)]
-    if unknown := [key for key in value if key not in known]:
-        raise ValueError(f"{place} has the fields {', '.join(known)}. Received: {', '.join(unknown)}")
+    if not isinstance(value, dict):
+        raise TypeError(f"{place} must be a `{cls.__name__}` or its dict. Received: {value!r}")
+    fields = dataclasses.fields(cls)
+    unknown = set(value) - {field.name for field in fields}
+    missing = {field.name for field in fields if field.default is dataclasses.MISSING} - set(value)
+    if unknown or missing:
+        known = ", ".join(field.name for field in fields)
+        raise ValueError(f"{place} has the fields {known}. Unknown: {sorted(unknown)}; missing: {sorted(missing)}")
     return cls(**value)
 
 
-def _is_integer(value):
+def is_integer(value):
+    """Whether `value` is an `int`; `True` is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 if keras.config.backend() != "tensorflow":
-    collect_ignore = ["data", "training", "test_train.py"]
+    collect_ignore = [
+        *("benchmarks", "data", "training", "test_architecture.py"),
+        *("test_environment.py", "test_evaluation.py", "test_runs.py", "test_train.py"),
+    ]
 
 
 @pytest.fixture(autouse=True)

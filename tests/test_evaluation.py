@@ -39,6 +39,22 @@ def test_top5_of_few_classes_means_nothing():
 
 def test_a_tie_is_no_hit():
     assert metrics(np.zeros((4, 6)), LABELS)["top1"] == 0
+    assert [row["top1"] for row in per_class(np.zeros((4, 6)), LABELS, "abcdef")] == [0, 0, 0, None, None, 0]
+
+
+def test_classes_average_to_the_whole():
+    random = np.random.default_rng(0)
+    logits, labels = random.integers(0, 3, (200, 6)), random.integers(0, 6, 200)  # many ties
+    rows = per_class(logits, labels, "abcdef")
+    assert np.average([row["top1"] for row in rows], weights=[row["images"] for row in rows]) == metrics(logits, labels)["top1"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_refused(value):
+    logits = np.eye(6)[:4]
+    logits[2, 3] = value
+    with pytest.raises(FloatingPointError, match="logits"):
+        metrics(logits, LABELS)
 
 
 def test_per_class_counts_each_class():

@@ -283,6 +283,7 @@ def test_layers_do_not_follow_a_channels_first_default():
         (lambda: layers.ConvAttention(64, 0), ["heads=0", "dim=64"]),
         (lambda: layers.ConvAttention(64, 4, projection="conv"), ["`projection`", "dw_bn", "'conv'"]),
         (lambda: layers.ConvProjection(4), ["kernel_size=4", "odd"]),
+        (lambda: layers.ConvProjection(3, stride=0), ["stride=0"]),
         (lambda: layers.AverageProjection(2), ["kernel_size=2", "odd"]),
         (lambda: layers.ConvStem(8, kernel_size=2), ["kernel_size=2", "odd"]),
         (lambda: layers.ConvStem(8, activation="relu"), ["`activation`", "'relu'"]),

@@ -106,6 +106,85 @@ def test_the_stages_output_is_the_layer_of_its_name():
     assert (grid.shape, cls_token.shape) == ((None, 4, 6, 384), (None, 1, 384))
 
 
+@pytest.mark.parametrize("layer", ["stage0", "stage1"])  # without and with a cls token
+def test_a_network_cut_at_a_stage_reloads(layer, tmp_path):
+    model = CvT(TINY, 10, (32, 32, 3))
+    cut = keras.Model(model.input, model.get_layer(layer).output)
+    cut.save(tmp_path / "cut.keras")
+    reloaded = keras.saving.load_model(tmp_path / "cut.keras")
+    x = _images(2, 32, 32, 3)
+    for ours, theirs in zip(keras.tree.flatten(cut(x)), keras.tree.flatten(reloaded(x)), strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(ours), ops.convert_to_numpy(theirs))
+
+
+def test_a_clone_computes_the_same():
+    model = CvT(TINY, 10, (32, 32, 3))
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    x = _images(2, 32, 32, 3)
+    np.testing.assert_array_equal(*(ops.convert_to_numpy(net(x)) for net in (model, clone)))
+
+
+def test_frozen_layers_stay_frozen(tmp_path):
+    model = CvT(TINY, 10, (32, 32, 3))
+    model.get_layer("stage0_embed").trainable = False
+    model.save(tmp_path / "model.keras")
+    reloaded = keras.saving.load_model(tmp_path / "model.keras")
+    trainable = [variable.path for variable in model.trainable_variables]
+    assert [variable.path for variable in reloaded.trainable_variables] == trainable
+    assert not any(path.startswith("stage0_embed") for path in trainable)
+
+
+@pytest.mark.parametrize("make", [lambda m: m, build_classifier], ids=["CvT", "classifier"])
+def test_a_model_of_any_size_refuses_an_image_under_its_strides(make):
+    model = make(CvT.from_variant("cvt_13", 10, (None, None, 3)))
+    assert model(_images(1, 16, 24, 3)).shape == (1, 10)
+    with pytest.raises(ValueError, match=r"16x16.*8x24"):
+        model(_images(1, 8, 24, 3))
+
+
+def _expected_start(path, shape):
+    """What the authors' code starts a weight with: a kind and its bound or deviation."""
+    name, stem_or_embed = path.rpartition("/")[2], "/proj/" in path or "/conv/" in path
+    if name in ("beta", "moving_mean"):
+        return "constant", 0
+    if name in ("gamma", "moving_variance"):
+        return "constant", 1
+    if "/depthwise/" in path:
+        return "uniform", 1 / shape[0]
+    if stem_or_embed and len(shape) == 4:
+        return "uniform", (shape[0] * shape[1] * shape[2]) ** -0.5
+    if name == "kernel" and len(shape) == 2:
+        return "normal", 0.02
+    if name == "cls_token":
+        return "normal", 0.02
+    if name == "bias" and "_embed/proj/" in path:
+        return "uniform", None  # its kernel's bound
+    if name == "bias":
+        return "constant", 0
+    raise AssertionError(f"unclassified: {path}")
+
+
+@pytest.mark.parametrize("cls_token", [False, True])
+def test_every_weight_starts_as_in_the_authors_code(cls_token):
+    stages = (Stage(48, 1, 2, kernel_size=7, stride=4, padding=2), Stage(96, 2, 3, cls_token=cls_token))
+    model = CvT(Variant(stages, stem=(24,)), 200, (32, 32, 3))
+    bounds = {}
+    for variable in model.weights:
+        value = ops.convert_to_numpy(variable)
+        kind, scale = _expected_start(variable.path, value.shape)
+        if kind == "constant":
+            assert (value == scale).all(), variable.path
+        elif kind == "uniform":
+            scale = scale or bounds[variable.path.replace("bias", "kernel")]
+            bounds[variable.path] = scale
+            assert 0.85 * scale < np.abs(value).max() <= scale, variable.path
+            assert np.std(value) == pytest.approx(scale / 3**0.5, rel=0.3), variable.path
+        else:
+            assert np.std(value) == pytest.approx(scale, rel=0.25 if value.size < 1000 else 0.05), variable.path
+    assert ("stage1_embed/cls_token" in {variable.path for variable in model.weights}) == cls_token
+
+
 def test_without_a_cls_token_the_head_reads_the_mean():
     model = CvT(Variant((Stage(8, 1, 1),)), 5, (16, 16, 3))
     x = _images(2, 16, 16, 3)
@@ -142,6 +221,22 @@ def test_config_is_json_and_takes_a_variant_in_every_form():
     assert CvT(config["variant"], 2, (16, 24, 3)).variant == CvT.from_variant("cvt_tiny", 2, (16, 24, 3)).variant == TINY
 
 
+def test_numpy_arguments_become_plain(tmp_path):
+    preprocessing = {"mean": np.array([0.1, 0.2, 0.3]), "class_names": np.array(["a", "b"])}
+    model = CvT(TINY, np.int64(2), (16, 24, 3), preprocessing=preprocessing)
+    model.save(tmp_path / "model.keras")
+    reloaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert reloaded.preprocessing == {"mean": [0.1, 0.2, 0.3], "std": None, "class_names": ["a", "b"], "image_size": None}
+    classifier = build_classifier("cvt_tiny", 2, (16, 16, 3), mean=np.array([0.5] * 3), std=np.array([0.5] * 3))
+    assert classifier.get_layer("cvt").preprocessing["mean"] == [0.5] * 3
+
+
+def test_classifier_of_any_size_keeps_the_image_size_that_is_known():
+    model = CvT(TINY, 2, (None, None, 3), preprocessing={"image_size": (224, 224)})
+    build_classifier(model)
+    assert model.preprocessing["image_size"] == [224, 224]
+
+
 def test_one_seed_gives_one_network():
     weights = []
     for seed in (0, 0, 1):
@@ -158,7 +253,10 @@ def test_one_seed_gives_one_network():
         (lambda: CvT.from_variant("cvt_13", 10, (8, 8, 3)), ["`input_shape`", "16x16", "8x8"]),
         (lambda: CvT.from_variant("cvt_13", 10, (None, 8, 3)), ["`input_shape`", "16x16", "x8"]),
         (lambda: CvT(TINY, 0), ["num_classes=0"]),
+        (lambda: CvT(TINY, True), ["num_classes=True"]),
         (lambda: CvT(TINY, 10, (32, 32)), ["input_shape=(32, 32)"]),
+        (lambda: CvT(TINY, 10, None), ["input_shape=None"]),
+        (lambda: CvT(TINY, 10, (32, 32, 0)), ["input_shape=(32, 32, 0)"]),
         (lambda: CvT(TINY, 10, preprocessing={"means": 1}), ["`preprocessing`", "means", "class_names"]),
         (lambda: build_classifier("cvt_tiny"), ["num_classes"]),
         (lambda: build_classifier("cvt_tiny", 10, mean=[0.5]), ["`mean`", "3 channels", "0.5"]),

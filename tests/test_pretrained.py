@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.network import differences
+from benchmarks.network import differences, golden_model
 from cvt_keras import VARIANTS, CvT
 from cvt_keras.pretrained import load_state_dict, microsoft_weights, variant_from_microsoft
 
@@ -14,19 +14,6 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("ms_*.npz"))
 def _spec(path):
     with np.load(path) as arrays:
         return json.loads(bytes(arrays["spec_json"]))
-
-
-def _state_dict(path):
-    with np.load(path) as arrays:
-        return {key.removeprefix("weights/"): arrays[key] for key in arrays.files if key.startswith("weights/")}
-
-
-def _model(path):
-    variant = variant_from_microsoft(_spec(path))
-    state_dict = _state_dict(path)
-    model = CvT(variant, len(state_dict["head.bias"]), (None, None, 3))
-    load_state_dict(model, state_dict, microsoft_weights(variant))
-    return model, state_dict
 
 
 def test_golden_files_are_there():
@@ -51,7 +38,7 @@ def test_the_map_covers_the_papers_networks(name):
 
 
 def test_a_state_dict_is_used_whole_or_refused():
-    model, state_dict = _model(GOLDEN[-1])
+    model, state_dict, _ = golden_model(GOLDEN[-1])
     before = model.get_weights()
     damaged = dict(state_dict)
     damaged["head.extra"] = damaged.pop("head.bias")
@@ -66,7 +53,7 @@ def test_a_state_dict_is_used_whole_or_refused():
 
 
 def test_a_map_of_another_network_is_refused():
-    model, state_dict = _model(GOLDEN[-1])
+    model, state_dict, _ = golden_model(GOLDEN[-1])
     with pytest.raises(ValueError, match="stage1_block1"):
         load_state_dict(model, state_dict, microsoft_weights("cvt_tiny"))
 
@@ -76,7 +63,12 @@ def test_a_stem_has_no_counterpart():
         microsoft_weights("cvt_cifar")
 
 
-def test_an_unknown_projection_kernel_is_refused():
-    spec = _spec(GOLDEN[0])
-    with pytest.raises(ValueError, match=r"`KERNEL_QKV`.*\[3, 5, 3\]"):
-        variant_from_microsoft({**spec, "KERNEL_QKV": [3, 5, 3]})
+@pytest.mark.parametrize(
+    "key, value",
+    [("KERNEL_QKV", [3, 5, 3]), ("DROP_RATE", [0, 0, 0.1]), ("ATTN_DROP_RATE", [0.1, 0, 0]), ("POS_EMBED", [1, 0, 0])],
+)
+def test_a_setting_that_the_network_has_not_is_refused(key, value):
+    with pytest.raises(ValueError) as error:
+        variant_from_microsoft({**_spec(GOLDEN[0]), key: value})
+    assert f"`{key}`" in str(error.value)
+    assert str(value) in str(error.value)

@@ -48,7 +48,7 @@ def test_every_field_has_a_flag():
 
 def test_an_unknown_recipe_ends_with_2_and_one_line(capsys):
     assert train.main(["cifar11"]) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = capsys.readouterr().err.strip().splitlines()
     for part in ("cifar11", "cifar10", "smoke"):
         assert part in line
 
@@ -74,8 +74,19 @@ def test_a_wrong_flag_ends_with_2_and_its_name(arguments, parts, capsys):
 def test_missing_data_ends_with_1_and_one_line(tmp_path, capsys):
     arguments = ["smoke", "--data-dir", str(tmp_path / "nowhere"), "--run-dir", str(tmp_path / "run")]
     assert train.main(arguments) == 1
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = capsys.readouterr().err.strip().splitlines()
     assert "nowhere" in line
+
+
+@pytest.mark.parametrize("raised, code, part", [(OSError("no space"), 1, "no space"), (KeyboardInterrupt(), 130, "--run-dir")])
+def test_what_stops_a_run_is_told_in_one_line(raised, code, part, monkeypatch, capsys):
+    def stop(recipe, run_dir):
+        raise raised
+
+    monkeypatch.setattr(train, "run", stop)
+    assert train.main(["smoke"]) == code
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert part in line
 
 
 def test_the_command_trains_and_says_where(cifar10_dir, tmp_path):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,7 @@ def test_a_variant_survives_json():
         (lambda: Variant(({"dim": 8, "depth": 1, "head": 1},)), ["head", "heads", "stage 0"]),
         (lambda: get_variant("cvt_14"), ["'cvt_14'", *VARIANTS]),
         (lambda: get_variant({"stages": [], "width": 1}), ["width", "activation"]),
+        (lambda: get_variant({}), ["missing", "stages"]),
         (lambda: CVT_13.grids(15, 224), ["16x16", "15x224"]),
         (lambda: Variant((Stage(8, 1, 1, kernel_size=7, stride=1, padding=0),)).grids(6, 9), ["7x7", "6x9"]),
         (lambda: macs("cvt_13", (8, 8, 3), 10), ["16x16", "8x8"]),
@@ -111,8 +113,10 @@ def test_errors_name_argument_and_value(make, parts):
 def test_a_variant_of_another_type_is_refused():
     with pytest.raises(TypeError, match="Received: variant=13"):
         get_variant(13)
+    with pytest.raises(TypeError, match=r"stage 0.*Received: 3"):
+        Variant((3,))
 
 
 def test_variants_import_no_keras():
     code = "import runpy, sys; runpy.run_path('cvt_keras/variants.py'); assert 'keras' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

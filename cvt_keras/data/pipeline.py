@@ -4,7 +4,7 @@ import tensorflow as tf
 
 from cvt_keras.data import augment
 
-EVALUATION_BATCH = 500  # divides 5,000 and 10,000, so that no second graph is traced for a remainder
+EVALUATION_BATCH = 500  # divides 5,000 and 10,000: XLA compiles a remainder of another size anew
 
 # One purpose's draws must not repeat another's: each has a key of its own beside the recipe's seed.
 _ORDER, _FLIP, _CROP = range(3)
@@ -24,7 +24,8 @@ def training_batches(split, num_classes, recipe):
         A `tf.data.Dataset` of `(images, labels)`: float32 `(batch, height, width, channels)` and `(batch, num_classes)`,
         `batches_per_epoch` of them an epoch.
     """
-    images, labels = tf.constant(split.images), tf.constant(split.labels)
+    with tf.device("CPU:0"):  # where the pipeline works, also beside a GPU
+        images, labels = tf.constant(split.images), tf.constant(split.labels)
     steps = batches_per_epoch(split, recipe)
 
     def key(purpose, position):

@@ -1,6 +1,7 @@
 """Where labelled images come from."""
 
 import socket
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def cifar10(data_dir=None):
     try:
         builder = tfds.builder("cifar10", data_dir=data_dir)
         if not builder.is_prepared():
-            _probe(CIFAR10_HOST)
+            if not urllib.request.getproxies():  # through one, a connection of our own proves nothing
+                _probe(CIFAR10_HOST)
             builder.download_and_prepare()
         train, test = (
             Split(*tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1, as_supervised=True)))

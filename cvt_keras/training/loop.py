@@ -32,7 +32,7 @@ def run(recipe, run_dir, *, evaluate_test=True):
     Raises:
         FileExistsError: if `run_dir` already holds something.
         DataError: if the images can't be had.
-        RecipeError: if there are fewer images than a batch.
+        RecipeError: if the recipe does not fit the images: fewer than a batch, or too small.
         FloatingPointError: if the loss is no number any more.
     """
     run_dir = Path(run_dir)
@@ -46,12 +46,22 @@ def run(recipe, run_dir, *, evaluate_test=True):
         raise RecipeError(
             f"`batch_size` must not exceed the {len(train)} training images. Received: batch_size={recipe.batch_size}"
         )
+    image_shape = train.images.shape[1:]
+    if recipe.crop_padding >= min(image_shape[:2]):
+        raise RecipeError(
+            f"`crop_padding` must be under the {min(image_shape[:2])} pixels of a side. "
+            f"Received: crop_padding={recipe.crop_padding}"
+        )
+    variant = get_variant(recipe.variant)
+    try:
+        variant.grids(*image_shape[:2])
+    except ValueError as error:
+        raise RecipeError(f"`variant` {recipe.variant} does not fit the images: {error}") from error
     counts = f"{len(train)} training, {len(source.validation)} validation, {len(test)} test images"
     print(f"{source.name}: {counts}{f' ({source.note})' if source.note else ''}", flush=True)
 
     keras.utils.set_random_seed(recipe.seed)
-    variant = get_variant(recipe.variant)
-    num_classes, image_shape = len(source.class_names), train.images.shape[1:]
+    num_classes = len(source.class_names)
     about = {
         "input_shape": image_shape,
         "mean": source.mean,
@@ -90,7 +100,7 @@ def run(recipe, run_dir, *, evaluate_test=True):
     if not np.isfinite(history.history["loss"][-1]):
         raise FloatingPointError(
             f"the loss is no number any more in epoch {len(history.epoch)}: train at a lower --peak-learning-rate "
-            f"than {recipe.peak_learning_rate}, or with --precision float32"
+            f"than {recipe.peak_learning_rate}, or with --precision float32; {run_dir} holds what is left of this run"
         )
 
     # What leaves the run is float32 whatever trained it, and carries no optimizer.

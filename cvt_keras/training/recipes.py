@@ -21,7 +21,7 @@ class Recipe:
         RecipeError: for a value that no run can have, naming it.
     """
 
-    description: Suppress[str]
+    description: Suppress[str] = ""
 
     variant: str = "cvt_cifar"
     """A network in VARIANTS."""
@@ -68,6 +68,8 @@ class Recipe:
         for name in ("seed", "crop_padding", "peak_learning_rate", "weight_decay", "gradient_clip"):
             if not getattr(self, name) >= 0:  # NaN neither
                 raise RecipeError(f"`{name}` must not be negative. Received: {name}={getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise RecipeError(f"`seed` must be under 2**32. Received: seed={self.seed}")
         if not 0 <= self.warmup < 1:
             raise RecipeError(f"`warmup` must be at least 0 and under 1. Received: warmup={self.warmup}")
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cvt_keras import VARIANTS, CvT, evaluation
+from cvt_keras import VARIANTS, CvT, Stage, Variant, evaluation
 from cvt_keras.data import sources
-from cvt_keras.training import RecipeError, run
+from cvt_keras.training import RecipeError, loop, run
 from cvt_keras.training.loop import resolve
 from cvt_keras.training.recipes import SMOKE
 from cvt_keras.variants import to_dict
@@ -71,11 +71,21 @@ def test_it_learns(finished):
     assert report.validation["top1"] > 0.2  # chance is 0.1
 
 
-def test_the_best_validation_epoch_is_kept(finished):
-    report, run_dir = finished
-    with open(run_dir / "history.csv") as file:
-        best = max(float(row["val_accuracy"]) for row in csv.DictReader(file))
-    assert report.validation["top1"] == pytest.approx(best, abs=1e-4)
+def test_the_best_validation_epoch_is_kept(recipe, tmp_path, monkeypatch):
+    class Spoiled(loop.Stopwatch):
+        """Ruins the last epoch's weights just before they are validated."""
+
+        def on_test_begin(self, logs=None):
+            super().on_test_begin(logs)
+            if len(self.epoch_seconds) == recipe.epochs:
+                self.model.get_layer("cvt").get_layer("head").bias.assign(1e6 * np.eye(10)[0])
+
+    monkeypatch.setattr(loop, "Stopwatch", Spoiled)
+    report = run(recipe, tmp_path / "run", evaluate_test=False)
+    with open(tmp_path / "run" / "history.csv") as file:
+        first, last = (float(row["val_accuracy"]) for row in csv.DictReader(file))
+    assert first > last == pytest.approx(0.1, abs=0.01)
+    assert report.validation["top1"] == pytest.approx(first, abs=1e-4)
 
 
 def test_a_seed_gives_the_same_run(recipe, tmp_path):
@@ -133,6 +143,18 @@ def test_a_batch_larger_than_the_data_is_refused(recipe, tmp_path):
     with pytest.raises(RecipeError, match="batch_size=32"):
         run(dataclasses.replace(recipe, train_limit=31), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_padding_wider_than_the_image_is_refused(recipe, tmp_path):
+    with pytest.raises(RecipeError, match=r"32 pixels.*crop_padding=32"):
+        run(dataclasses.replace(recipe, crop_padding=32), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_variant_too_coarse_for_the_images_is_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "coarse", Variant((Stage(8, 1, 1, kernel_size=63, stride=64, padding=31),)))
+    with pytest.raises(RecipeError, match=r"coarse.*64x64"):
+        run(dataclasses.replace(recipe, variant="coarse"), tmp_path / "run")
 
 
 def test_a_loss_that_is_no_number_ends_the_run(recipe, tmp_path):

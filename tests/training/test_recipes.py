@@ -19,6 +19,7 @@ def test_a_recipe_says_its_command(name):
         ({"train_limit": 0}, ["train_limit=0"]),
         ({"test_limit": 0}, ["test_limit=0"]),
         ({"seed": -1}, ["seed=-1"]),
+        ({"seed": 2**32}, ["2**32", "seed=4294967296"]),
         ({"crop_padding": -4}, ["crop_padding=-4"]),
         ({"peak_learning_rate": -1e-3}, ["peak_learning_rate=-0.001"]),
         ({"weight_decay": float("nan")}, ["weight_decay=nan"]),
