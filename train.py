@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # before TensorFlow is imported: its greetings hide the first lines
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # before TensorFlow is imported: its notes would break the progress bar
 
 from cvt_keras.data.sources import DataError
 from cvt_keras.training import RECIPES, Recipe, RecipeError, run

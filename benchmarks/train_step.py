@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cvt_keras import CvT, environment, macs
 from cvt_keras.training.optimizers import decays
+from cvt_keras.variants import get_variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Arguments:
         for name in ("image_size", "num_classes", "batch_size", "steps", "repetitions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
+        get_variant(self.variant).grids(self.image_size, self.image_size)
 
 
 class RepetitionSeconds(keras.callbacks.Callback):
@@ -89,6 +91,7 @@ def training_seconds(arguments):
         steps_per_epoch=arguments.steps,
         epochs=arguments.repetitions + 1,
         callbacks=[watch],
+        shuffle=False,  # there is but one batch
         verbose=0,
     )
     return watch.seconds[1:], bool(model.jit_compile)
@@ -96,7 +99,7 @@ def training_seconds(arguments):
 
 def _repeated(images, labels):
     if keras.config.backend() != "tensorflow":
-        return itertools.repeat((images, labels))
+        return ((images, labels) for _ in itertools.count())  # Keras takes a generator, no other iterator
     import tensorflow as tf
 
     return tf.data.Dataset.from_tensors((images, labels)).repeat().prefetch(tf.data.AUTOTUNE)

@@ -312,7 +312,7 @@ class ConvAttention(layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if heads < 1 or dim % heads:
+        if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"`heads` must divide `dim`. Received: heads={heads}, dim={dim}")
         _check_choice("projection", projection, PROJECTIONS)
         self.dim = dim
@@ -342,8 +342,8 @@ class ConvAttention(layers.Layer):
         )
 
     def build(self, tokens_shape, cls_token_shape=None):
-        if tokens_shape[-1] != self.dim:
-            raise ValueError(f"Tokens must be `dim` wide. Received: tokens of shape {tokens_shape}, dim={self.dim}")
+        if len(tokens_shape) != 4 or tokens_shape[-1] != self.dim:
+            raise ValueError(f"Tokens must be a grid, `dim` wide. Received: tokens of shape {tokens_shape}, dim={self.dim}")
         for conv in (self.conv_q, self.conv_k, self.conv_v):
             conv.build(tokens_shape)
         for linear in (self.proj_q, self.proj_k, self.proj_v, self.proj):
@@ -424,6 +424,8 @@ class MLP(layers.Layer):
         return layers.Dense(units, kernel_initializer=linear_initializer(), dtype=self.dtype_policy, name=name)
 
     def build(self, input_shape):
+        if input_shape[-1] != self.dim:
+            raise ValueError(f"Tokens must be `dim` wide. Received: tokens of shape {input_shape}, dim={self.dim}")
         self.fc1.build(input_shape)
         self.fc2.build((*input_shape[:-1], self.hidden_dim))
 

@@ -39,7 +39,9 @@ class CvT(keras.Model):
     ```
     """
 
-    def __init__(self, variant, num_classes, input_shape=(224, 224, 3), preprocessing=None, dtype=None, name="cvt", **kwargs):
+    def __init__(
+        self, variant, num_classes, input_shape=(224, 224, 3), preprocessing=None, dtype=None, name="cvt", trainable=True
+    ):
         variant = get_variant(variant)
         num_classes, input_shape = _plain(num_classes), _plain(input_shape)
         _check_sizes(variant, num_classes, input_shape)
@@ -61,7 +63,7 @@ class CvT(keras.Model):
             x = layers.Flatten(data_format="channels_last", dtype=dtype, name="pool")(norm(cls_token))  # -> (B, C)
         # Logits of many classes lie close together: in half precision they would round to ties.
         head = layers.Dense(num_classes, kernel_initializer=linear_initializer(), dtype="float32", name="head")
-        super().__init__(images, head(x), name=name, **kwargs)
+        super().__init__(images, head(x), name=name, trainable=trainable)
 
         # === Config ===
         self.dtype_policy = dtype
@@ -139,7 +141,8 @@ def _stage(x, stage, activation, dtype, name):
 def _check_sizes(variant, num_classes, input_shape):
     if not is_integer(num_classes) or num_classes < 1:
         raise ValueError(f"`num_classes` must be a positive integer. Received: num_classes={num_classes!r}")
-    if not isinstance(input_shape, list) or len(input_shape) != 3 or not is_integer(input_shape[2]) or input_shape[2] < 1:
+    *sides, channels = input_shape if isinstance(input_shape, list) and len(input_shape) == 3 else (0, 0, 0)
+    if not all(side is None or is_integer(side) for side in sides) or not is_integer(channels) or channels < 1:
         raise ValueError(
             "`input_shape` must be (height, width, channels), where height and width may be None. "
             f"Received: input_shape={tuple(input_shape) if isinstance(input_shape, list) else input_shape}"
@@ -160,7 +163,8 @@ def build_classifier(model_or_variant, num_classes=None, input_shape=None, mean=
     """A classifier of raw pixels: normalisation, then CvT.
 
     Args:
-        model_or_variant: a `CvT`, which is used as it is and shares its weights, or what `CvT.from_variant` takes.
+        model_or_variant: what `CvT.from_variant` takes, or a `CvT`, which is used as it is: it shares its weights, and its
+            `preprocessing` becomes what is settled here, for one classifier at a time.
         num_classes: outputs; with a variant it defaults to the number of `class_names`.
         input_shape: `(height, width, channels)`; defaults to the model's, or `(32, 32, 3)` for a variant.
         mean, std: of the pixels in 0..1, one number a channel; default to the model's `preprocessing`, else to 0.5, which maps
@@ -188,8 +192,11 @@ def build_classifier(model_or_variant, num_classes=None, input_shape=None, mean=
         input_shape = tuple(input_shape or model.input_shape[1:])
     else:
         if num_classes is None:
-            if class_names is None:
-                raise ValueError("`num_classes` or `class_names` is needed with a variant. Received: neither")
+            if class_names is None or isinstance(class_names, str):
+                raise ValueError(
+                    "`num_classes` or `class_names` is needed with a variant. "
+                    f"Received: num_classes=None, class_names={class_names!r}"
+                )
             num_classes = len(class_names)
         input_shape = tuple(input_shape or (32, 32, 3))
         model = CvT(model_or_variant, num_classes, input_shape, **kwargs)
@@ -202,8 +209,12 @@ def build_classifier(model_or_variant, num_classes=None, input_shape=None, mean=
             settled[key] = [0.5] * channels
         if not isinstance(settled[key], list) or len(settled[key]) != channels or not all(map(math.isfinite, settled[key])):
             raise ValueError(f"`{key}` must have one number for each of {channels} channels. Received: {key}={settled[key]}")
+        if max(map(abs, settled[key])) > 1:
+            raise ValueError(f"`{key}` is of pixels in 0..1: divide by 255. Received: {key}={settled[key]}")
     if min(settled["std"]) <= 0:
         raise ValueError(f"`std` must be positive. Received: std={settled['std']}")
+    if isinstance(class_names, str):
+        raise ValueError(f"`class_names` must be a list of names. Received: class_names={class_names!r}")
     if None not in input_shape[:2]:
         settled["image_size"] = list(input_shape[:2])
     names = settled["class_names"]

@@ -63,7 +63,7 @@ class Stage:
                 "`padding` must be an integer from 0 to `kernel_size` - 1. "
                 f"Received: padding={self.padding!r}, kernel_size={self.kernel_size}"
             )
-        if self.mlp_dim < 1:
+        if not 0 < self.mlp_ratio < math.inf or self.mlp_dim < 1:
             raise ValueError(f"`mlp_ratio` must leave the MLP a width. Received: mlp_ratio={self.mlp_ratio}, dim={self.dim}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"`drop_path` must be at least 0 and under 1. Received: drop_path={self.drop_path}")
@@ -104,6 +104,9 @@ class Variant:
     stem: tuple[int, ...] = ()
 
     def __post_init__(self):
+        for name in ("stages", "stem"):
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise TypeError(f"`{name}` must be a tuple. Received: {name}={getattr(self, name)!r}")
         stages = (_record(Stage, stage, f"stage {i}") for i, stage in enumerate(self.stages))
         object.__setattr__(self, "stages", tuple(stages))
         object.__setattr__(self, "stem", tuple(self.stem))
@@ -255,9 +258,9 @@ def macs(variant, input_shape, num_classes):
         An int.
     """
     variant = get_variant(variant)
+    if len(input_shape) != 3 or None in input_shape:
+        raise ValueError(f"`input_shape` must be (height, width, channels), all known. Received: {tuple(input_shape)}")
     height, width, channels = input_shape
-    if height is None or width is None:
-        raise ValueError(f"`macs` needs a height and a width. Received: input_shape={tuple(input_shape)}")
     total = 0
     for dim in variant.stem:
         total += height * width * 9 * channels * dim

@@ -290,6 +290,8 @@ def test_layers_do_not_follow_a_channels_first_default():
         (lambda: layers.MLP(8, 8, activation="relu"), ["`activation`", "gelu", "'relu'"]),
         (lambda: layers.DropPath(1.0), ["rate=1.0"]),
         (lambda: layers.ConvAttention(64, 4).build((None, 8, 8, 32)), ["dim=64", "32"]),
+        (lambda: layers.ConvAttention(64, 4).build((None, 64, 64)), ["grid", "(None, 64, 64)"]),
+        (lambda: layers.MLP(8, 8).build((None, 8, 8, 5)), ["dim=8", "5"]),
     ],
 )
 def test_errors_name_argument_and_value(make, parts):

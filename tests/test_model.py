@@ -258,7 +258,14 @@ def test_one_seed_gives_one_network():
         (lambda: CvT(TINY, 10, None), ["input_shape=None"]),
         (lambda: CvT(TINY, 10, (32, 32, 0)), ["input_shape=(32, 32, 0)"]),
         (lambda: CvT(TINY, 10, preprocessing={"means": 1}), ["`preprocessing`", "means", "class_names"]),
+        (lambda: CvT(TINY, 10, 224), ["input_shape=224"]),
+        (lambda: CvT(TINY, 10, ("a", 32, 3)), ["input_shape=('a', 32, 3)"]),
         (lambda: build_classifier("cvt_tiny"), ["num_classes"]),
+        (lambda: build_classifier("cvt_tiny", class_names="ab"), ["class_names='ab'"]),
+        (lambda: build_classifier("cvt_tiny", 2, class_names="ab"), ["class_names='ab'"]),
+        (lambda: build_classifier("cvt_tiny", 0, class_names=["a", "b"]), ["num_classes=0"]),
+        (lambda: build_classifier("cvt_tiny", 10, mean=0.5), ["`mean`", "0.5"]),
+        (lambda: build_classifier("cvt_tiny", 10, mean=(125, 123, 114)), ["`mean`", "255", "125"]),
         (lambda: build_classifier("cvt_tiny", 10, mean=[0.5]), ["`mean`", "3 channels", "0.5"]),
         (lambda: build_classifier("cvt_tiny", 10, std=[1.0, 1.0, 0.0]), ["`std`", "0.0"]),
         (lambda: build_classifier("cvt_tiny", 10, class_names=["cat"]), ["`class_names`", "10", "1"]),
@@ -272,6 +279,12 @@ def test_errors_name_argument_and_value(make, parts):
         make()
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("make", [CvT.from_variant, build_classifier])
+def test_an_unknown_argument_is_refused(make):
+    with pytest.raises(TypeError, match="pretrained"):
+        make("cvt_tiny", 10, (32, 32, 3), pretrained=True)
 
 
 def test_classifier_takes_raw_pixels():

@@ -51,8 +51,10 @@ def test_cifar_variants_keep_their_budget(name, budget):
 
 
 def test_macs_need_a_size():
-    with pytest.raises(ValueError, match=r"height and a width.*None"):
+    with pytest.raises(ValueError, match=r"`input_shape`.*all known.*None"):
         macs("cvt_tiny", (None, None, 3), 10)
+    with pytest.raises(ValueError, match=r"`input_shape`.*\(32, 32\)"):
+        macs("cvt_tiny", (32, 32), 10)
 
 
 @pytest.mark.parametrize("side, expected", [(7, 4), (8, 5), (9, 5)])
@@ -87,6 +89,7 @@ def test_a_variant_survives_json():
         (lambda: Stage(64, 1, 1, stride=0), ["stride=0"]),
         (lambda: Stage(64, 1, 1, padding=-1), ["padding=-1"]),
         (lambda: Stage(64, 1, 1, mlp_ratio=0), ["mlp_ratio=0"]),
+        (lambda: Stage(64, 1, 1, mlp_ratio=float("nan")), ["mlp_ratio=nan"]),
         (lambda: Stage(8, 1, 1, mlp_ratio=0.01), ["mlp_ratio=0.01", "dim=8"]),
         (lambda: Stage(64, 1, 1, drop_path=1.0), ["drop_path=1.0"]),
         (lambda: Stage(64, 1, 1, projection="conv"), ["`projection`", "dw_bn", "avg", "linear", "'conv'"]),
@@ -115,6 +118,10 @@ def test_a_variant_of_another_type_is_refused():
         get_variant(13)
     with pytest.raises(TypeError, match=r"stage 0.*Received: 3"):
         Variant((3,))
+    with pytest.raises(TypeError, match=r"`stages`.*depth=1"):
+        Variant(Stage(8, 1, 1))
+    with pytest.raises(TypeError, match="stem=32"):
+        Variant((Stage(8, 1, 1),), stem=32)
 
 
 def test_variants_import_no_keras():

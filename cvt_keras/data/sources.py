@@ -1,5 +1,6 @@
 """Where labelled images come from."""
 
+import re
 import socket
 import urllib.request
 from dataclasses import dataclass
@@ -80,23 +81,27 @@ def cifar10(data_dir=None):
 
     if data_dir is not None and not Path(data_dir).is_dir():
         raise DataError(f"`data_dir` is no folder: {data_dir}. Leave it out to download CIFAR-10, or name TFDS' folder")
+    where = data_dir or tfds.core.constants.DATA_DIR
     try:
         builder = tfds.builder("cifar10", data_dir=data_dir)
         if not builder.is_prepared():
             if not urllib.request.getproxies():  # through one, a connection of our own proves nothing
                 _probe(CIFAR10_HOST)
             builder.download_and_prepare()
+    except Exception as error:  # TFDS raises dozens of types for what a user sees as one thing
+        raise DataError(
+            f"CIFAR-10 is not in {where} (as cifar10/3.0.2/dataset_info.json and its records), and the download failed: "
+            f"{_reason(error)}. Name the folder that holds cifar10/ with --data-dir or TFDS_DATA_DIR, or connect"
+        ) from error
+    try:
         train, test = (
             Split(*tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1, as_supervised=True)))
             for split in ("train", "test")
         )
         [first] = builder.as_dataset(split="train[:1]", decoders={"image": tfds.decode.SkipDecoding()})
-    except Exception as error:  # TFDS and TensorFlow raise dozens of types for what a user sees as one thing
-        where = data_dir or tfds.core.constants.DATA_DIR
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:
         raise DataError(
-            f"CIFAR-10 can be neither read from {where} nor downloaded: {reason}. Name the folder that holds cifar10/ with "
-            "--data-dir, connect to download it, or remove cifar10/ if it is half-written"
+            f"CIFAR-10 in {where} can't be read: {_reason(error)}. Remove {builder.data_path} to download it again"
         ) from error
     # TFDS packs the originals as PNG.
     lossy = first["image"].numpy().startswith(b"\xff\xd8")
@@ -109,8 +114,14 @@ def cifar10(data_dir=None):
         class_names=CIFAR10_CLASSES,
         mean=CIFAR10_MEAN,
         std=CIFAR10_STD,
-        note="JPEG copy: the pixels went through JPEG, accuracy runs a little below the originals'" if lossy else "",
+        note="JPEG copy: the pixels went through JPEG, which costs a little accuracy" if lossy else "",
     )
+
+
+def _reason(error):
+    """The first line of an error, without what TensorFlow puts around it."""
+    text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\].*", "", str(error)).strip()
+    return (text or type(error).__name__).splitlines()[0].rstrip(". ")
 
 
 def _probe(host):

@@ -35,6 +35,10 @@ def run(recipe, run_dir, *, evaluate_test=True):
         RecipeError: if the recipe does not fit the images: fewer than a batch, or too small.
         FloatingPointError: if the loss is no number any more.
     """
+    if keras.config.backend() != "tensorflow":
+        raise RecipeError(
+            f"Training needs Keras' tensorflow backend: unset KERAS_BACKEND. Received: KERAS_BACKEND={keras.config.backend()}"
+        )
     run_dir = Path(run_dir)
     runs.require_vacant(run_dir)
     recipe = resolve(recipe)

@@ -1,8 +1,9 @@
 """What a training run is made of. A recipe is a document: the command, what it costs, and what it gave."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import Suppress
 
@@ -15,16 +16,18 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting of a run but where it is written. The string under a field is its flag's help in `train.py`.
+    """Every setting of a run but where it is written.
 
     Raises:
         RecipeError: for a value that no run can have, naming it.
     """
 
+    # The string under a field is its flag's help in train.py.
+
     description: Suppress[str] = ""
 
     variant: str = "cvt_cifar"
-    """A network in VARIANTS."""
+    """cvt_cifar, cvt_cifar_large, cvt_13, cvt_21, cvt_w24, or cvt_tiny, the tests' own."""
     dataset: Literal["cifar10"] = "cifar10"
     """What to train on."""
     data_dir: str | None = None
@@ -61,13 +64,16 @@ class Recipe:
             get_variant(self.variant)
         except ValueError as error:
             raise RecipeError(str(error)) from error
+        for name, choices in get_type_hints(type(self)).items():
+            if get_origin(choices) is Literal and getattr(self, name) not in get_args(choices):
+                raise RecipeError(f"`{name}` must be one of {get_args(choices)}. Received: {name}={getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "train_limit", "test_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"`{name}` must be at least 1. Received: {name}={value}")
         for name in ("seed", "crop_padding", "peak_learning_rate", "weight_decay", "gradient_clip"):
-            if not getattr(self, name) >= 0:  # NaN neither
-                raise RecipeError(f"`{name}` must not be negative. Received: {name}={getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RecipeError(f"`{name}` must be a number that is not negative. Received: {name}={getattr(self, name)}")
         if self.seed >= 2**32:
             raise RecipeError(f"`seed` must be under 2**32. Received: seed={self.seed}")
         if not 0 <= self.warmup < 1:

@@ -49,3 +49,10 @@ def test_it_runs_on_jax_where_tensorflow_is_not_installed():
 def test_a_size_below_one_is_refused(field):
     with pytest.raises(ValueError, match=f"{field}=0"):
         Arguments(**{field: 0})
+
+
+def test_what_has_no_shape_is_refused():
+    with pytest.raises(ValueError, match="'cvt_14'"):
+        Arguments(variant="cvt_14")
+    with pytest.raises(ValueError, match="16x16"):
+        Arguments(variant="cvt_13", image_size=8)

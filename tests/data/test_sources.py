@@ -44,7 +44,7 @@ def test_without_data_or_network_it_says_so_within_seconds(tmp_path, monkeypatch
     with pytest.raises(sources.DataError) as error:
         sources.cifar10(tmp_path)
     assert time.monotonic() - started < 20
-    for part in (str(tmp_path), "host.invalid", "--data-dir"):
+    for part in (f"not in {tmp_path}", "host.invalid", "--data-dir"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -55,7 +55,8 @@ def test_a_half_written_folder_is_named(cifar10_dir, tmp_path):
     records.write_bytes(records.read_bytes()[:100_000])
     with pytest.raises(sources.DataError) as error:
         sources.cifar10(tmp_path)
-    assert str(tmp_path) in str(error.value)
+    assert f"in {tmp_path} can't be read: truncated record" in str(error.value)
+    assert "{{" not in str(error.value)
     assert "\n" not in str(error.value)
 
 

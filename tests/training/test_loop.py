@@ -145,6 +145,12 @@ def test_a_batch_larger_than_the_data_is_refused(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_another_backend_is_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    with pytest.raises(RecipeError, match="KERAS_BACKEND=jax"):
+        run(recipe, tmp_path / "run")
+
+
 def test_a_padding_wider_than_the_image_is_refused(recipe, tmp_path):
     with pytest.raises(RecipeError, match=r"32 pixels.*crop_padding=32"):
         run(dataclasses.replace(recipe, crop_padding=32), tmp_path / "run")

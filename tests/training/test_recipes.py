@@ -14,6 +14,10 @@ def test_a_recipe_says_its_command(name):
     "change, parts",
     [
         ({"variant": "cvt_14"}, ["'cvt_14'", "cvt_cifar"]),
+        ({"precision": "fp16"}, ["'fp16'", "mixed_float16"]),
+        ({"xla": True}, ["xla=True", "auto"]),
+        ({"dataset": "mnist"}, ["'mnist'", "cifar10"]),
+        ({"peak_learning_rate": float("inf")}, ["peak_learning_rate=inf"]),
         ({"epochs": 0}, ["`epochs`", "epochs=0"]),
         ({"batch_size": -1}, ["batch_size=-1"]),
         ({"train_limit": 0}, ["train_limit=0"]),
