@@ -4,6 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+try:
+    import sklearn.metrics
+    from scipy.special import log_softmax
+except ImportError as error:
+    raise ImportError(f"The figures of a run need scikit-learn: pip install scikit-learn ({error})") from error
+
 CALIBRATION_BINS = 15  # Guo et al., arXiv 1706.04599
 
 
@@ -22,7 +28,7 @@ class Report:
         train_seconds: of `fit`, with its compilation and validations.
         train_images_per_second: of the median epoch, without validation.
         validation, test: `metrics`; `test` is `None` where the test split was not touched.
-        per_class: of the test split, or `None`.
+        per_class, confusion: of the test split, or `None`.
         device: the name of what trained.
         versions: package -> version.
     """
@@ -42,6 +48,7 @@ class Report:
     validation: dict
     test: dict | None
     per_class: list[dict] | None
+    confusion: list[list[int]] | None
     device: str
     versions: dict[str, str]
 
@@ -61,26 +68,78 @@ def metrics(logits, labels):
         FloatingPointError: if a logit is infinite or no number.
     """
     rank = _rank(logits, labels)
-    correct = rank == 1
-    log_probabilities = _log_softmax(np.asarray(logits, np.float64))
-    of_label = log_probabilities[np.arange(len(labels)), labels]
     return {
-        "top1": float(np.mean(correct)),
-        "top5": float(np.mean(rank <= 5)) if log_probabilities.shape[1] > 5 else None,
-        "loss": float(-np.mean(of_label)),
-        "ece": _calibration_error(np.exp(log_probabilities.max(axis=1)), correct),
+        "top1": float(np.mean(rank == 1)),
+        "top5": float(np.mean(rank <= 5)) if logits.shape[1] > 5 else None,
+        "loss": float(np.mean(_losses(logits, labels))),
+        "ece": calibration_error(*reliability(logits, labels)),
         "images": len(labels),
     }
 
 
 def per_class(logits, labels, class_names):
-    """The top-1 of each class's images: a list of `{"name", "top1", "images"}`, `top1` being `None` where there are none."""
+    """How each class fares.
+
+    Returns:
+        A dict for each class: its `name`, `top1` (the share of its images that are found: the recall), `precision`, `f1`, and
+        `images`. A share of nothing is `None`: `top1` of a class without images, `precision` of one never predicted, `f1` of
+        one that is neither.
+    """
+    precision, recall, f1, images = sklearn.metrics.precision_recall_fscore_support(
+        labels, predictions(logits, labels), labels=range(len(class_names)), zero_division=np.nan
+    )
+    shares = np.stack([recall, precision, f1], axis=1)
+    return [
+        {
+            "name": name,
+            **{key: None if np.isnan(share) else float(share) for key, share in zip(("top1", "precision", "f1"), row)},
+            "images": int(count),
+        }
+        for name, row, count in zip(class_names, shares, images)
+    ]
+
+
+def confusion(logits, labels, num_classes):
+    """Counts of images, int `(num_classes, num_classes)`: a row for each label, a column for each prediction."""
+    return sklearn.metrics.confusion_matrix(labels, predictions(logits, labels), labels=range(num_classes))
+
+
+def predictions(logits, labels):
+    """The class with the highest logit for each image, int `(n,)`: where the label ties with another class, the other.
+
+    Raises:
+        FloatingPointError: if a logit is infinite or no number.
+    """
+    others = np.array(logits, np.float64)
+    others[np.arange(len(labels)), labels] = -np.inf
+    return np.where(_rank(logits, labels) == 1, labels, others.argmax(axis=1))
+
+
+def worst(logits, labels, n):
+    """The images that the network gets wrong, up to `n` of them, the highest cross-entropy first: their indices."""
+    wrong = np.flatnonzero(_rank(logits, labels) > 1)
+    return wrong[np.argsort(-_losses(logits, labels)[wrong], kind="stable")][:n]
+
+
+def reliability(logits, labels):
+    """What calibration is read off: the images, sorted into bins of equal width by the probability of their prediction.
+
+    Returns:
+        Three arrays `(CALIBRATION_BINS,)`: the mean confidence and the accuracy in each bin (no number where it is empty), and
+        its count of images.
+    """
+    confidence = np.exp(log_softmax(np.asarray(logits, np.float64), axis=1).max(axis=1))
     correct = _rank(logits, labels) == 1
-    rows = []
-    for index, name in enumerate(class_names):
-        of_class = correct[labels == index]
-        rows.append({"name": name, "top1": float(np.mean(of_class)) if len(of_class) else None, "images": len(of_class)})
-    return rows
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    images = np.bincount(bins, minlength=CALIBRATION_BINS)
+    filled = np.where(images, images, np.nan)
+    sums = (np.bincount(bins, weights=of_image, minlength=CALIBRATION_BINS) for of_image in (confidence, correct))
+    return *(total / filled for total in sums), images
+
+
+def calibration_error(confidence, accuracy, images):
+    """The expected calibration error of what `reliability` gives: the mean over images of how far the two are apart."""
+    return float(np.nansum(images * np.abs(accuracy - confidence)) / images.sum())
 
 
 def _rank(logits, labels):
@@ -92,12 +151,6 @@ def _rank(logits, labels):
     return np.sum(logits >= of_label[:, None], axis=1)
 
 
-def _log_softmax(logits):
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
-def _calibration_error(confidence, correct):
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=CALIBRATION_BINS)
-    return float(np.abs(gaps).sum() / len(confidence))
+def _losses(logits, labels):
+    # Not sklearn's log_loss: it takes probabilities, and cuts off those that a float can't tell from 0.
+    return -log_softmax(np.asarray(logits, np.float64), axis=1)[np.arange(len(labels)), labels]

@@ -1,14 +1,19 @@
 """The run folder: what lies in it, and writes that are whole or absent."""
 
 import contextlib
+import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 RECIPE = "recipe.json"
 HISTORY = "history.csv"
 MODEL = "model.keras"
 REPORT = "report.json"
+PAGE = "report.html"
+PLOTS = "plots"
+TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 
 
@@ -19,7 +24,9 @@ def require_vacant(run_dir):
         FileExistsError: if `run_dir` is there and anything but an empty folder.
     """
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise FileExistsError(f"`run_dir` already holds something: {run_dir}. Remove it, or name another with --run-dir")
+        raise FileExistsError(
+            f"`run_dir` already holds something: {run_dir}. Go on with it by --resume, or name another with --run-dir"
+        )
 
 
 @contextlib.contextmanager
@@ -37,6 +44,30 @@ def whole(path):
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path):
+    """The same for a folder that is not there yet: it appears with all its files or not at all."""
+    path = Path(path)
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for file in aside.iterdir():
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+        os.rename(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_csv(path, rows):
+    """Writes a list of dicts with the same keys, whole or not at all."""
+    with whole(path) as aside, open(aside, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0] if rows else ())
+        table.writeheader()
+        table.writerows(rows)
 
 
 def write_json(path, value):

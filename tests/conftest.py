@@ -1,5 +1,7 @@
 """The network's tests run on every backend; the rest needs TensorFlow's."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -16,15 +18,36 @@ def seeded():
     keras.utils.set_random_seed(0)
 
 
+def _write_tfds(data_dir, name, splits, class_names=None):
+    """Writes a data set into a folder as TFDS does.
+
+    Args:
+        data_dir: TFDS' folder.
+        name: the builder's, with its config if it has several.
+        splits: `{split: examples}`, each a dict of the builder's features.
+        class_names: for the file of names that TFDS keeps beside the records; else that file is missing.
+
+    Returns:
+        The folder of the records.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=data_dir)
+    folder = Path(builder.data_path)
+    folder.mkdir(parents=True)
+    if class_names:
+        builder.info.features["label"].names = class_names
+    writer = tfds.core.SequentialWriter(builder.info, max_examples_per_shard=10_000)
+    writer.initialize_splits(list(splits))
+    writer.add_examples(splits)
+    writer.close_all()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def cifar10_dir(tmp_path_factory):
     """A folder as TFDS writes it, with CIFAR-10's features and 5,256 + 256 made images: a colour for each class, and noise."""
-    import tensorflow_datasets as tfds
-
     data_dir = tmp_path_factory.mktemp("tensorflow_datasets")
-    builder = tfds.builder("cifar10", data_dir=data_dir)
-    folder = data_dir / "cifar10" / str(builder.version)
-    folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     colours = random.integers(64, 192, (10, 3))
 
@@ -33,8 +56,11 @@ def cifar10_dir(tmp_path_factory):
             noise = random.integers(-64, 64, (32, 32, 3))
             yield {"id": f"{i}", "image": (colours[i % 10] + noise).astype("uint8"), "label": i % 10}
 
-    writer = tfds.core.SequentialWriter(builder.info, max_examples_per_shard=10_000)
-    writer.initialize_splits(["train", "test"])
-    writer.add_examples({"train": examples(5_256), "test": examples(256)})
-    writer.close_all()
+    _write_tfds(data_dir, "cifar10", {"train": examples(5_256), "test": examples(256)})
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def write_tfds():
+    """`_write_tfds`, for the tests that make a folder of their own."""
+    return _write_tfds

@@ -1,15 +1,19 @@
-"""Augmentation of whole batches, drawn for each image: stateless, so the same seed draws the same again."""
+"""Augmentation of whole batches, drawn for each image: stateless, so the same seed draws the same again.
+
+Everywhere `images` are `(batch, height, width, channels)` with pixels in 0..255, `labels` are `(batch, classes)`, and `seed` is
+two integers.
+"""
+
+import math
 
 import tensorflow as tf
 
+MAGNITUDES = 10  # of RandAugment, as its paper counts them
+_GREY = 128.0  # of what a moved image uncovers
+
 
 def flip(images, seed):
-    """Mirrors half of the images left to right.
-
-    Args:
-        images: `(batch, height, width, channels)` of any dtype.
-        seed: two integers.
-    """
+    """Mirrors half of the images left to right."""
     chosen = tf.random.stateless_uniform((tf.shape(images)[0], 1, 1, 1), seed) < 0.5
     return tf.where(chosen, tf.reverse(images, axis=[2]), images)
 
@@ -18,8 +22,6 @@ def crop(images, seed, padding):
     """Pads by reflection, then cuts the original size out, at a place of its own for each image.
 
     Args:
-        images: `(batch, height, width, channels)` of any dtype.
-        seed: two integers.
         padding: pixels on each of the four sides; under the image's sides.
     """
     batch, height, width = tf.unstack(tf.shape(images)[:3])
@@ -27,3 +29,210 @@ def crop(images, seed, padding):
     top, left = tf.unstack(tf.random.stateless_uniform((2, batch, 1), seed, 0, 2 * padding + 1, tf.int32))
     rows = tf.gather(padded, top + tf.range(height), axis=1, batch_dims=1)
     return tf.ensure_shape(tf.gather(rows, left + tf.range(width), axis=2, batch_dims=1), images.shape)
+
+
+def mixup(images, labels, seed, alpha):
+    """Blends each image with its neighbour in the batch, and their labels alike (Zhang et al., arXiv 1710.09412).
+
+    Args:
+        images: float.
+        alpha: the blend's weight is drawn from Beta(alpha, alpha), for each image; positive.
+    """
+    kept = _beta(tf.shape(images)[0], seed, alpha)
+    return tuple(
+        weight * values + (1 - weight) * _neighbour(values)
+        for values, weight in ((images, kept[:, None, None, None]), (labels, kept[:, None]))
+    )
+
+
+def cutmix(images, labels, seed, alpha):
+    """Replaces a box of each image by its neighbour's, and as much of its label (Yun et al., arXiv 1905.04899).
+
+    The box lies inside the image, so its area is what was drawn, rounded to pixels; the label goes by the pixels.
+
+    Args:
+        alpha: the share that is kept is drawn from Beta(alpha, alpha), for each image; positive.
+    """
+    batch, height, width = tf.unstack(tf.shape(images)[:3])
+    draw, place = _split(seed, 2)
+    side = tf.sqrt(1 - _beta(batch, draw, alpha))
+    inside = _box(height, width, side, side, place)
+    kept = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), axis=(1, 2))  # (B, 1)
+    return tf.where(inside, _neighbour(images), images), kept * labels + (1 - kept) * _neighbour(labels)
+
+
+def erase(images, seed, probability):
+    """Fills a box of some images with noise (Zhong et al., arXiv 1708.04896; its areas and aspects).
+
+    Args:
+        images: float.
+        probability: of an image to be chosen.
+    """
+    batch, height, width = tf.unstack(tf.shape(images)[:3])
+    choice, sizes, place, noise = _split(seed, 4)
+    chosen = tf.random.stateless_uniform((batch, 1, 1, 1), choice) < probability
+    area, aspect = tf.unstack(tf.random.stateless_uniform((2, batch), sizes))
+    area = 0.02 + area * (0.4 - 0.02)
+    aspect = tf.exp(math.log(0.3) * (1 - 2 * aspect))  # 0.3 to 1 / 0.3
+    inside = _box(height, width, tf.sqrt(area * aspect), tf.sqrt(area / aspect), place)
+    return tf.where(chosen & inside, tf.random.stateless_uniform(tf.shape(images), noise, 0, 255), images)
+
+
+def rand_augment(images, seed, operations, magnitude):
+    """Passes each image through operations drawn for it alone (Cubuk et al., arXiv 1909.13719).
+
+    Args:
+        images: float `(batch, height, width, 3)`.
+        operations: how many, one after the other; each is one of the paper's fourteen.
+        magnitude: of all of them, 0 to 10. What an operation does at 10 is in the source.
+    """
+    for layer in _split(seed, operations):
+        draw, direction = _split(layer, 2)
+        batch = tf.shape(images)[0]
+        drawn = tf.random.stateless_uniform((batch,), draw, 0, len(_POINTWISE) + len(_GEOMETRIC), tf.int32)
+        sign = tf.where(tf.random.stateless_uniform((batch,), direction) < 0.5, -1.0, 1.0)
+        level = sign * magnitude / MAGNITUDES  # -1..1
+        images = _colour(_move(images, drawn, level), drawn, level)
+    return images
+
+
+def _colour(images, drawn, level):
+    """Every operation on every image, then the one drawn: a batch of them costs less than a branch for each image."""
+    result = images
+    for number, operation in enumerate(_POINTWISE):
+        result = tf.where((drawn == number)[:, None, None, None], operation(images, level[:, None, None, None]), result)
+    return tf.ensure_shape(result, images.shape)
+
+
+def _autocontrast(images, level):
+    low = tf.reduce_min(images, axis=(1, 2), keepdims=True)
+    span = tf.reduce_max(images, axis=(1, 2), keepdims=True) - low
+    return tf.where(span > 0, 255 * tf.math.divide_no_nan(images - low, span), images)
+
+
+def _equalize(images, level):
+    # Each channel by itself: its values spread so that each is as frequent as any other, with Pillow's rounding.
+    batch, height, width, channels = tf.unstack(tf.shape(images))
+    flat = tf.reshape(tf.transpose(images, (0, 3, 1, 2)), (batch * channels, height * width))  # (B, H, W, C) -> (B*C, H*W)
+    values = tf.clip_by_value(tf.cast(tf.round(flat), tf.int32), 0, 255)
+    counts = tf.math.bincount(values, minlength=256, maxlength=256, axis=-1)  # (B*C, 256)
+    brightest = tf.gather(counts, tf.reduce_max(values, axis=1), batch_dims=1)
+    step = ((height * width - brightest) // 255)[:, None]
+    spread = (tf.cumsum(counts, axis=-1, exclusive=True) + step // 2) // tf.maximum(step, 1)
+    equal = tf.cast(tf.minimum(tf.gather(spread, values, batch_dims=1), 255), tf.float32)
+    flat = tf.where(step > 0, equal, flat)  # too few pixels to spread
+    return tf.transpose(tf.reshape(flat, (batch, channels, height, width)), (0, 2, 3, 1))  # (B*C, H*W) -> (B, H, W, C)
+
+
+def _solarize(images, level):
+    return tf.where(images < 256 * (1 - tf.abs(level)), images, 255 - images)
+
+
+def _posterize(images, level):
+    step = 2 ** tf.round(4 * tf.abs(level))  # 8 bits to 4
+    return step * tf.floor(images / step)
+
+
+def _brightness(images, level):
+    return _blend(0.0, images, level)
+
+
+def _contrast(images, level):
+    return _blend(tf.reduce_mean(_grey(images), axis=(1, 2), keepdims=True), images, level)
+
+
+def _saturation(images, level):
+    return _blend(_grey(images), images, level)
+
+
+def _sharpness(images, level):
+    kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32)[:, :, None, None] / 13
+    smooth = tf.nn.depthwise_conv2d(images, tf.tile(kernel, (1, 1, images.shape[-1], 1)), (1, 1, 1, 1), "VALID")
+    # The border has no neighbours outside, and stays.
+    border = tf.pad(tf.ones_like(smooth, tf.bool), [(0, 0), (1, 1), (1, 1), (0, 0)])
+    smooth = tf.where(border, tf.pad(smooth, [(0, 0), (1, 1), (1, 1), (0, 0)]), images)
+    return _blend(smooth, images, level)
+
+
+def _grey(images):
+    return tf.reduce_sum(images * (0.299, 0.587, 0.114), axis=-1, keepdims=True)
+
+
+def _blend(extreme, images, level):
+    """Away from `extreme` where `level` is positive, towards it where it is negative, by up to nine tenths."""
+    return tf.clip_by_value(extreme + (1 + 0.9 * level) * (images - extreme), 0, 255)
+
+
+def _identity(images, level):
+    return images
+
+
+_POINTWISE = (
+    _identity,
+    _autocontrast,
+    _equalize,
+    _solarize,
+    _posterize,
+    _brightness,
+    _contrast,
+    _saturation,
+    _sharpness,
+)
+_GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+
+
+def _move(images, drawn, level):
+    """Rotates, shears or translates the images for which that was drawn."""
+    height, width = tf.unstack(tf.cast(tf.shape(images)[1:3], tf.float32))
+    rotate, shear_x, shear_y, translate_x, translate_y = (
+        tf.where(drawn == len(_POINTWISE) + number, level, 0.0) for number in range(len(_GEOMETRIC))
+    )
+    angle = rotate * math.radians(30)
+    # Output pixel (x, y), counted from the middle -> input pixel: (a x + b y, c x + d y), then moved.
+    a, b = tf.cos(angle), tf.sin(angle) + 0.3 * shear_x
+    c, d = -tf.sin(angle) + 0.3 * shear_y, tf.cos(angle)
+    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
+    right = middle_x - a * middle_x - b * middle_y + translate_x * width * 10 / 32
+    down = middle_y - c * middle_x - d * middle_y + translate_y * height * 10 / 32
+    zero = tf.zeros_like(a)
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=images,
+        transforms=tf.stack([a, b, right, c, d, down, zero, zero], axis=1),
+        output_shape=tf.shape(images)[1:3],
+        fill_value=_GREY,
+        interpolation="BILINEAR",
+        fill_mode="CONSTANT",
+    )
+
+
+def _split(seed, n):
+    """`n` seeds that draw apart from each other."""
+    return tf.unstack(tf.random.split(tf.convert_to_tensor(seed), n) if n else tf.zeros((0, 2), tf.int32))
+
+
+def _beta(n, seed, alpha):
+    """`(n,)` draws from Beta(alpha, alpha)."""
+    a, b = tf.unstack(tf.random.stateless_gamma((2, n), seed, alpha))
+    return tf.math.divide_no_nan(a, a + b)  # both can be too small for a float
+
+
+def _neighbour(batch):
+    return tf.roll(batch, 1, axis=0)
+
+
+def _box(height, width, tall, wide, seed):
+    """A box inside each image -> bool `(batch, height, width, 1)`.
+
+    Args:
+        tall, wide: `(batch,)`, its sides as shares of the image's; what is more than 1 counts as 1.
+    """
+    place = tf.random.stateless_uniform((2, tf.shape(tall)[0]), seed)
+
+    def inside(side, share, place):
+        length = tf.round(tf.minimum(share, 1.0) * tf.cast(side, tf.float32))
+        first = tf.floor(place * (tf.cast(side, tf.float32) - length + 1))
+        position = tf.range(tf.cast(side, tf.float32))
+        return (position >= first[:, None]) & (position < (first + length)[:, None])  # (B, side)
+
+    rows, columns = inside(height, tall, place[0]), inside(width, wide, place[1])
+    return rows[:, :, None, None] & columns[:, None, :, None]

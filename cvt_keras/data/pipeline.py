@@ -4,21 +4,23 @@ import tensorflow as tf
 
 from cvt_keras.data import augment
 
-EVALUATION_BATCH = 500  # divides 5,000 and 10,000: XLA compiles a remainder of another size anew
+EVALUATION_BATCH = 500  # of 32x32; divides 5,000 and 10,000: XLA compiles a remainder of another size anew
 
 # One purpose's draws must not repeat another's: each has a key of its own beside the recipe's seed.
-_ORDER, _FLIP, _CROP = range(3)
+_ORDER, _FLIP, _CROP, _RAND_AUGMENT, _ERASE, _MIXUP, _CUTMIX, _MIXUP_OR_CUTMIX = range(8)
 
 
-def training_batches(split, num_classes, recipe):
-    """Augmented batches, epoch after epoch for `recipe.epochs`; an epoch leaves out what does not fill its last batch.
+def training_batches(split, num_classes, recipe, first_epoch=0):
+    """Augmented batches, epoch after epoch up to `recipe.epochs`; an epoch leaves out what does not fill its last batch.
 
-    The order is a function of (seed, epoch), the augmentation of (seed, epoch, batch).
+    The order is a function of (seed, epoch), the augmentation of (seed, epoch, place in the order): a run that starts at
+    `first_epoch` sees what one from the start sees there.
 
     Args:
         split: a `Split` of uint8 images.
         num_classes: width of the one-hot labels.
-        recipe: its `epochs`, `batch_size`, `seed`, `flip` and `crop_padding` are read.
+        recipe: its `epochs`, `batch_size`, `seed` and augmentation are read.
+        first_epoch: counted from 0.
 
     Returns:
         A `tf.data.Dataset` of `(images, labels)`: float32 `(batch, height, width, channels)` and `(batch, num_classes)`,
@@ -37,14 +39,33 @@ def training_batches(split, num_classes, recipe):
         return batches.enumerate(start=epoch * steps)
 
     def load(step, chosen):
-        pixels = tf.gather(images, chosen)
+        # Bytes as long as they are only moved: a quarter of the memory that floats take.
+        pixels, targets = tf.gather(images, chosen), tf.one_hot(tf.gather(labels, chosen), num_classes)
         if recipe.flip:
             pixels = augment.flip(pixels, key(_FLIP, step))
         if recipe.crop_padding:
             pixels = augment.crop(pixels, key(_CROP, step), recipe.crop_padding)
-        return tf.cast(pixels, tf.float32), tf.one_hot(tf.gather(labels, chosen), num_classes)
+        pixels = tf.cast(pixels, tf.float32)
+        if recipe.rand_augment:
+            pixels = augment.rand_augment(pixels, key(_RAND_AUGMENT, step), recipe.rand_augment, recipe.rand_augment_magnitude)
+        if recipe.erase:
+            pixels = augment.erase(pixels, key(_ERASE, step), recipe.erase)
+        return mix(pixels, targets, step)
 
-    dataset = tf.data.Dataset.range(recipe.epochs).flat_map(epoch_batches)
+    def mix(pixels, targets, step):
+        plain = pixels, targets
+        if recipe.mixup:
+            pixels, targets = augment.mixup(*plain, key(_MIXUP, step), recipe.mixup)
+        if recipe.cutmix:
+            mixed = pixels, targets
+            pixels, targets = augment.cutmix(*plain, key(_CUTMIX, step), recipe.cutmix)
+            if recipe.mixup:  # one of the two for each image
+                first = tf.random.stateless_uniform((recipe.batch_size, 1), key(_MIXUP_OR_CUTMIX, step)) < 0.5
+                pixels = tf.where(first[:, :, None, None], mixed[0], pixels)
+                targets = tf.where(first, mixed[1], targets)
+        return pixels, targets
+
+    dataset = tf.data.Dataset.range(first_epoch, recipe.epochs).flat_map(epoch_batches)
     return dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
@@ -55,6 +76,8 @@ def batches_per_epoch(split, recipe):
 
 def evaluation_batches(split, num_classes):
     """All images of a `Split`, in their order and as they are."""
-    dataset = tf.data.Dataset.from_tensor_slices((split.images, split.labels)).batch(EVALUATION_BATCH)
+    height, width = split.images.shape[1:3]
+    size = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 32 * 32 // (height * width)))
+    dataset = tf.data.Dataset.from_tensor_slices((split.images, split.labels)).batch(size)
     dataset = dataset.map(lambda images, labels: (tf.cast(images, tf.float32), tf.one_hot(labels, num_classes)))
     return dataset.prefetch(tf.data.AUTOTUNE)

@@ -1,31 +1,148 @@
 """Only what Keras lacks."""
 
+import math
+import shutil
 import time
 
 import keras
+import numpy as np
+
+from cvt_keras import runs
+
+
+class HaltOnNaN(keras.callbacks.Callback):
+    """Ends the training at the step whose loss is no number, before anything of it is kept."""
+
+    def __init__(self, advice):
+        super().__init__()
+        self.advice = advice
+        self.epoch = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        # The mean over the epoch so far: once no number, it stays so.
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(f"the loss is no number in step {batch + 1} of epoch {self.epoch + 1}: {self.advice}")
+
+    def on_test_end(self, logs=None):
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(f"the loss is no number after the last step of epoch {self.epoch + 1}: {self.advice}")
 
 
 class Stopwatch(keras.callbacks.Callback):
-    """Times the training batches of each epoch, without the validation after them.
+    """Times each epoch, with the validation after it and without.
 
     Attributes:
-        epoch_seconds: a number for each epoch.
+        train_seconds: of the training batches of the epoch at hand.
+        seconds: of all of it.
     """
-
-    def on_train_begin(self, logs=None):
-        self.epoch_seconds = []
-        self._started = None
 
     def on_epoch_begin(self, epoch, logs=None):
         self._started = time.perf_counter()
+        self.train_seconds = None
 
     def on_test_begin(self, logs=None):
-        self._stop()
+        self.train_seconds = time.perf_counter() - self._started
 
     def on_epoch_end(self, epoch, logs=None):
-        self._stop()
+        self.seconds = time.perf_counter() - self._started
+        if self.train_seconds is None:
+            self.train_seconds = self.seconds
 
-    def _stop(self):
-        if self._started is not None:
-            self.epoch_seconds.append(time.perf_counter() - self._started)
-            self._started = None
+
+class BestWeights(keras.callbacks.Callback):
+    """Keeps the weights that validated best, the earliest of equals.
+
+    It must stand before Keras' `SwapEMAWeights`, which takes the averaged weights away again at the end of a validation.
+
+    Attributes:
+        score: validation accuracy, a fraction of 1.
+        weights: as `model.get_weights()` gives them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.score = -1.0
+        self.weights = None
+
+    def on_test_end(self, logs=None):
+        if logs["accuracy"] > self.score:
+            self.score = float(logs["accuracy"])
+            self.weights = self.model.get_weights()
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """After each epoch, all that the next one needs: a run that goes on from there ends as if it had never stopped.
+
+    A checkpoint is a folder `epoch-0003` that appears whole; it then takes the place of the one before. It holds the raw
+    weights and the seeds' states, the optimizer's variables with the moving average, the best weights so far, and in
+    `state.json` the best score and the history. After it `history.csv` is written.
+
+    Args:
+        run_dir: the run folder.
+        stopwatch, best: the callbacks whose findings are kept; they stand before this one.
+
+    Attributes:
+        history: a dict for each finished epoch.
+    """
+
+    def __init__(self, run_dir, stopwatch, best):
+        super().__init__()
+        self.run_dir = run_dir
+        self.stopwatch = stopwatch
+        self.best = best
+        self.history = []
+
+    def restore(self, model):
+        """Sets a compiled model and the other callbacks to the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: if the checkpoint is of another network or optimizer.
+        """
+        for aside in self._folder.glob(".*-epoch-*"):  # half-written when the run was killed
+            shutil.rmtree(aside)
+        newest = max(self._folder.glob("epoch-*"), default=None)
+        if newest is None:
+            return
+        model.optimizer.build(model.trainable_variables)
+        variables = _state(model)
+        with np.load(newest / "state.npz") as stored:
+            if stored.files != list(variables) or any(stored[name].shape != v.shape for name, v in variables.items()):
+                raise ValueError(f"{newest} is of another network or optimizer: train anew, in another folder")
+            for name, variable in variables.items():
+                variable.assign(stored[name])
+        state = runs.read_json(newest / "state.json")
+        self.history = state["history"]
+        self.best.score = state["best_score"]
+        with np.load(newest / "best.npz") as stored:
+            self.best.weights = [stored[name] for name in stored.files]
+        runs.write_csv(self.run_dir / runs.HISTORY, self.history)  # which the kill may have come before
+
+    def on_epoch_end(self, epoch, logs=None):
+        measured = {
+            "epoch": epoch,
+            "learning_rate": float(np.asarray(self.model.optimizer.learning_rate)),
+            **{name: float(value) for name, value in logs.items()},
+            "train_seconds": self.stopwatch.train_seconds,
+            "seconds": self.stopwatch.seconds,
+        }
+        self.history = [*self.history, measured]
+        with runs.whole_folder(self._folder / f"epoch-{epoch + 1:04d}") as aside:
+            np.savez(aside / "state.npz", **{name: np.asarray(v) for name, v in _state(self.model).items()})
+            np.savez(aside / "best.npz", *self.best.weights)
+            runs.write_json(aside / "state.json", {"best_score": self.best.score, "history": self.history})
+        for older in sorted(self._folder.glob("epoch-*"))[:-1]:
+            shutil.rmtree(older)
+        runs.write_csv(self.run_dir / runs.HISTORY, self.history)
+
+    @property
+    def _folder(self):
+        return self.run_dir / runs.CHECKPOINTS
+
+
+def _state(model):
+    """All variables that training changes, by names that are the same in the next process."""
+    variables = [*model.variables, *model.optimizer.variables]  # the model's with the states of its random seeds
+    return {f"{i:04d} {variable.path}": variable for i, variable in enumerate(variables)}

@@ -1,38 +1,41 @@
 """One training run: recipe and run folder in, report out."""
 
 import dataclasses
-import time
+import json
+import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from cvt_keras import environment, evaluation, runs
+from cvt_keras import environment, evaluation, page, plots, runs
 from cvt_keras.data import sources
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
 from cvt_keras.model import build_classifier
-from cvt_keras.training.callbacks import Stopwatch
+from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, Stopwatch
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import RecipeError
-from cvt_keras.variants import get_variant, macs, to_dict
+from cvt_keras.variants import get_variant, macs
 
 
-def run(recipe, run_dir, *, evaluate_test=True):
+def run(recipe, run_dir, resume=False, evaluate_test=True):
     """Trains by `recipe` and writes a run folder.
 
     Args:
         recipe: a `Recipe`.
-        run_dir: a folder that does not exist yet, or is empty.
+        run_dir: a folder that does not exist yet, or is empty, unless `resume`.
+        resume: go on where the run in `run_dir` stopped: after its last finished epoch. What comes out is what an uninterrupted
+            run gives, to the bit where TensorFlow is deterministic. A finished run is left as it is.
         evaluate_test: whether to touch the test split, once, at the end.
 
     Returns:
         The `Report` that `report.json` holds.
 
     Raises:
-        FileExistsError: if `run_dir` already holds something.
+        FileExistsError: if `run_dir` already holds something, without `resume`.
         DataError: if the images can't be had.
-        RecipeError: if the recipe does not fit the images: fewer than a batch, or too small.
+        RecipeError: if the recipe does not fit the images (fewer than a batch, or too small) or, with `resume`, the run.
         FloatingPointError: if the loss is no number any more.
     """
     if keras.config.backend() != "tensorflow":
@@ -40,107 +43,152 @@ def run(recipe, run_dir, *, evaluate_test=True):
             f"Training needs Keras' tensorflow backend: unset KERAS_BACKEND. Received: KERAS_BACKEND={keras.config.backend()}"
         )
     run_dir = Path(run_dir)
-    runs.require_vacant(run_dir)
-    recipe = resolve(recipe)
+    stored = _stored_settings(run_dir) if resume else None
+    if not resume:
+        runs.require_vacant(run_dir)
+    recipe = resolve(recipe, stored)
     print(f"{device()}, {recipe.precision}, XLA {recipe.xla}", flush=True)
-    source = sources.cifar10(recipe.data_dir)
+    if not tf.config.list_physical_devices("GPU") and environment.has_nvidia_device():
+        _warn('this machine has an NVIDIA device that TensorFlow does not see: pip install "tensorflow[and-cuda]"')
+    source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
+    if source.fallback:
+        _warn(source.fallback)
+    dataset = source.name if recipe.dataset == "auto" else recipe.dataset
+    recipe = dataclasses.replace(recipe, dataset=dataset, flip=recipe.flip and source.mirror)
     train, test = source.train.limit(recipe.train_limit), source.test.limit(recipe.test_limit)
-    steps = batches_per_epoch(train, recipe)
-    if not steps:
-        raise RecipeError(
-            f"`batch_size` must not exceed the {len(train)} training images. Received: batch_size={recipe.batch_size}"
-        )
-    image_shape = train.images.shape[1:]
-    if recipe.crop_padding >= min(image_shape[:2]):
-        raise RecipeError(
-            f"`crop_padding` must be under the {min(image_shape[:2])} pixels of a side. "
-            f"Received: crop_padding={recipe.crop_padding}"
-        )
-    variant = get_variant(recipe.variant)
-    try:
-        variant.grids(*image_shape[:2])
-    except ValueError as error:
-        raise RecipeError(f"`variant` {recipe.variant} does not fit the images: {error}") from error
+    _check(recipe, train)
+    if stored:
+        _require_same(recipe, stored, run_dir)
     counts = f"{len(train)} training, {len(source.validation)} validation, {len(test)} test images"
     print(f"{source.name}: {counts}{f' ({source.note})' if source.note else ''}", flush=True)
+    if stored and (run_dir / runs.REPORT).exists():
+        print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
+        return evaluation.Report(**runs.read_json(run_dir / runs.REPORT))
 
-    keras.utils.set_random_seed(recipe.seed)
-    num_classes = len(source.class_names)
-    about = {
-        "input_shape": image_shape,
-        "mean": source.mean,
-        "std": source.std,
-        "class_names": source.class_names,
-    }
-    classifier = build_classifier(variant, num_classes, **about, dtype=recipe.precision)
-    classifier.compile(
-        optimizer=make_optimizer(recipe, classifier, steps * recipe.epochs),
-        loss=keras.losses.CategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        jit_compile=recipe.xla == "on",
-    )
-
-    # Not before everything is known to be there: a folder in the way would make the next try harder.
-    (run_dir / runs.CHECKPOINTS).mkdir(parents=True)
-    runs.write_json(run_dir / runs.RECIPE, {**recipe.settings(), "variant": to_dict(variant)})
-
-    stopwatch = Stopwatch()
-    best = run_dir / runs.CHECKPOINTS / "best.weights.h5"
-    started = time.perf_counter()
-    history = classifier.fit(
-        training_batches(train, num_classes, recipe),
-        epochs=recipe.epochs,
-        steps_per_epoch=steps,
-        shuffle=False,  # the pipeline does
-        validation_data=evaluation_batches(source.validation, num_classes),
-        callbacks=[
-            stopwatch,
-            keras.callbacks.CSVLogger(run_dir / runs.HISTORY),
-            keras.callbacks.ModelCheckpoint(best, monitor="val_accuracy", save_best_only=True, save_weights_only=True),
-            keras.callbacks.TerminateOnNaN(),
-        ],
-    )
-    seconds = time.perf_counter() - started
-    if not np.isfinite(history.history["loss"][-1]):
-        raise FloatingPointError(
-            f"the loss is no number any more in epoch {len(history.epoch)}: train at a lower --peak-learning-rate "
-            f"than {recipe.peak_learning_rate}, or with --precision float32; {run_dir} holds what is left of this run"
-        )
+    best, history = _fit(recipe, run_dir, source, train)
 
     # What leaves the run is float32 whatever trained it, and carries no optimizer.
-    classifier.load_weights(best)
-    final = build_classifier(variant, num_classes, **about, dtype="float32")
-    final.set_weights(classifier.get_weights())
+    final = _build(recipe, source, "float32")
+    final.set_weights(best.weights)
     with runs.whole(run_dir / runs.MODEL) as aside:
         final.save(aside)
 
+    num_classes = len(source.class_names)
+    image_shape = train.images.shape[1:]
     validation_logits = _logits(final, source.validation, num_classes)
     test_logits = _logits(final, test, num_classes) if evaluate_test else None
     report = evaluation.Report(
         dataset=source.name,
         data_note=source.note,
-        variant=recipe.variant,
+        variant=recipe.variant_name,
         recipe=recipe.settings(),
         epochs=recipe.epochs,
         seed=recipe.seed,
         image_size=list(image_shape[:2]),
         class_names=list(source.class_names),
         parameters=sum(int(np.prod(variable.shape)) for variable in final.trainable_variables),
-        macs=macs(variant, image_shape, num_classes),
-        train_seconds=seconds,
-        train_images_per_second=steps * recipe.batch_size / float(np.median(stopwatch.epoch_seconds)),
+        macs=macs(recipe.variant, image_shape, num_classes),
+        train_seconds=sum(epoch["seconds"] for epoch in history),
+        train_images_per_second=_images_per_epoch(recipe, train) / float(np.median([row["train_seconds"] for row in history])),
         validation=evaluation.metrics(validation_logits, source.validation.labels),
         test=evaluation.metrics(test_logits, test.labels) if evaluate_test else None,
         per_class=evaluation.per_class(test_logits, test.labels, source.class_names) if evaluate_test else None,
+        confusion=evaluation.confusion(test_logits, test.labels, num_classes).tolist() if evaluate_test else None,
         device=device(),
         versions=environment.versions(),
     )
+    shown = {"images": test.images, "logits": test_logits, "labels": test.labels, "class_names": source.class_names}
+    plots.draw(run_dir, history, **(shown if evaluate_test else {}))
     runs.write_json(run_dir / runs.REPORT, dataclasses.asdict(report))
+    page.write(run_dir)
+    if source.fallback:
+        _warn(source.fallback)
     return report
 
 
-def resolve(recipe):
-    """The recipe with `precision` and `xla` as this machine will run them."""
+def _fit(recipe, run_dir, source, train):
+    """Trains, or goes on -> the `BestWeights` and the history, a dict for each epoch."""
+    keras.utils.set_random_seed(recipe.seed)
+    steps = batches_per_epoch(train, recipe)
+    num_classes = len(source.class_names)
+    classifier = _build(recipe, source, recipe.precision)
+    classifier.compile(
+        optimizer=make_optimizer(recipe, classifier, steps * recipe.epochs),
+        loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
+        # The loss is of smoothed labels; the plain one is what a reader can compare.
+        metrics=["accuracy", keras.metrics.CategoricalCrossentropy(from_logits=True, name="cross_entropy")],
+        jit_compile=recipe.xla == "on",
+    )
+    # Not before everything is known to be there: a folder in the way would make the next try harder.
+    (run_dir / runs.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    if not (run_dir / runs.RECIPE).exists():
+        runs.write_json(run_dir / runs.RECIPE, recipe.settings())
+
+    stopwatch, best = Stopwatch(), BestWeights()
+    checkpoints = Checkpoints(run_dir, stopwatch, best)
+    checkpoints.restore(classifier)
+    first_epoch = len(checkpoints.history)
+    if first_epoch:
+        print(f"going on after epoch {first_epoch} of {recipe.epochs}", flush=True)
+    if first_epoch < recipe.epochs:
+        advice = f"train at a lower --peak-learning-rate than {recipe.peak_learning_rate}, or with --precision float32"
+        classifier.fit(
+            training_batches(train, num_classes, recipe, first_epoch),
+            initial_epoch=first_epoch,
+            epochs=recipe.epochs,
+            steps_per_epoch=steps,
+            shuffle=False,  # the pipeline does
+            validation_data=evaluation_batches(source.validation, num_classes),
+            callbacks=[
+                HaltOnNaN(advice),
+                stopwatch,
+                best,
+                *([keras.callbacks.SwapEMAWeights()] if recipe.ema else []),
+                checkpoints,
+                keras.callbacks.TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
+            ],
+        )
+    return best, checkpoints.history
+
+
+def _build(recipe, source, dtype):
+    return build_classifier(
+        recipe.variant,
+        input_shape=source.train.images.shape[1:],
+        mean=source.mean,
+        std=source.std,
+        class_names=source.class_names,
+        dtype=dtype,
+    )
+
+
+def _check(recipe, train):
+    """Whether the recipe fits the images.
+
+    Raises:
+        RecipeError: if it does not.
+    """
+    height, width = train.images.shape[1:3]
+    if not batches_per_epoch(train, recipe):
+        raise RecipeError(
+            f"`batch_size` must not exceed the {len(train)} training images. Received: batch_size={recipe.batch_size}"
+        )
+    if recipe.crop_padding >= min(height, width):
+        raise RecipeError(
+            f"`crop_padding` must be under the {min(height, width)} pixels of a side. "
+            f"Received: crop_padding={recipe.crop_padding}"
+        )
+    try:
+        get_variant(recipe.variant).grids(height, width)
+    except ValueError as error:
+        raise RecipeError(f"`variant` {recipe.variant_name} does not fit the images: {error}") from error
+
+
+def resolve(recipe, stored=None):
+    """The recipe with `precision` and `xla` as this machine will run them, or as the `stored` settings of a run have them."""
+    left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
+    if stored:
+        return dataclasses.replace(recipe, **{name: stored[name] for name in left_open})
     gpus = tf.config.list_physical_devices("GPU")
     precision, xla = recipe.precision, recipe.xla
     if precision == "auto":
@@ -148,6 +196,34 @@ def resolve(recipe):
     if xla == "auto":
         xla = "on" if gpus else "off"
     return dataclasses.replace(recipe, precision=precision, xla=xla)
+
+
+def _stored_settings(run_dir):
+    """The settings of the run in `run_dir`, or `None` where no run has begun.
+
+    Raises:
+        FileExistsError: if the folder holds something else than a run.
+    """
+    if (run_dir / runs.RECIPE).exists():
+        return runs.read_json(run_dir / runs.RECIPE)
+    runs.require_vacant(run_dir)
+    print(f"no run to go on with in {run_dir}: training from the first epoch", flush=True)
+    return None
+
+
+def _require_same(recipe, stored, run_dir):
+    """A run goes on with the settings it began with.
+
+    Raises:
+        RecipeError: if `recipe` has others, naming them.
+    """
+    settings = json.loads(json.dumps(recipe.settings()))
+    # Where TFDS keeps a data set changes nothing; another folder of images is another data set.
+    same = [] if recipe.dataset == "folder" else ["data_dir"]
+    names = [name for name in {**stored, **settings} if name not in same and stored.get(name) != settings.get(name)]
+    if names:
+        differences = ", ".join(f"{name} was {stored.get(name)!r} and is {settings.get(name)!r}" for name in names)
+        raise RecipeError(f"the run in {run_dir} can't go on with other settings: {differences}")
 
 
 def device():
@@ -166,3 +242,11 @@ def _gpu_precision(gpu):
 
 def _logits(model, split, num_classes):
     return model.predict(evaluation_batches(split, num_classes), verbose=0)
+
+
+def _images_per_epoch(recipe, train):
+    return batches_per_epoch(train, recipe) * recipe.batch_size
+
+
+def _warn(text):
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)

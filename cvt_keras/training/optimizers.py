@@ -1,6 +1,9 @@
 """Learning-rate schedule and optimizer, on Keras alone."""
 
+import math
+
 import keras
+from keras import ops
 
 
 def decays(variable):
@@ -8,32 +11,91 @@ def decays(variable):
     return variable.name == "kernel"
 
 
-def learning_rate(recipe, steps):
-    """Rises linearly from 0 over the first `recipe.warmup` of the steps, then falls by a half cosine to 0.
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class WarmupThenDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """Rises linearly to `peak` in `warmup_steps`, then falls to 0 at `steps`.
 
     Args:
-        recipe: its `peak_learning_rate` and `warmup` are read.
+        peak: the highest rate.
+        steps: of the whole training.
+        warmup_steps: of them in the rise; under `steps`.
+        decay: `"linear"`, `"cosine"` (a half cosine), or `"constant"` (not at all).
+    """
+
+    def __init__(self, peak, steps, warmup_steps=0, decay="linear"):
+        self.peak = peak
+        self.steps = steps
+        self.warmup_steps = warmup_steps
+        self.decay = decay
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        left = ops.clip((self.steps - step) / (self.steps - self.warmup_steps), 0.0, 1.0)  # 1 at the peak, 0 at the end
+        if self.decay == "cosine":
+            left = 0.5 - 0.5 * ops.cos(math.pi * left)
+        elif self.decay == "constant":
+            left = 1.0
+        # The first step already moves: at a rate of 0 it would only cost time.
+        return self.peak * ops.minimum((step + 1) / max(1, self.warmup_steps), left)
+
+    def get_config(self):
+        return {"peak": self.peak, "steps": self.steps, "warmup_steps": self.warmup_steps, "decay": self.decay}
+
+
+def learning_rate(recipe, steps):
+    """The schedule of a recipe.
+
+    Args:
+        recipe: its `peak_learning_rate`, `warmup` and `decay` are read.
         steps: of the whole training.
     """
-    warmup_steps = max(1, round(recipe.warmup * steps))
-    return keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=0.0,
-        decay_steps=max(1, steps - warmup_steps),
-        warmup_target=recipe.peak_learning_rate,
-        warmup_steps=warmup_steps,
-    )
+    warmup_steps = min(round(recipe.warmup * steps), steps - 1)
+    return WarmupThenDecay(recipe.peak_learning_rate, steps, warmup_steps, recipe.decay)
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class Muon(keras.optimizers.Muon):
+    """Keras' Muon, which takes 2-D kernels alone, for convolutions too.
+
+    A kernel `(height, width, in, out)` is updated as the matrix `(height * width * in, out)` that it multiplies patches by
+    (Jordan et al., kellerjordan.github.io/posts/muon). AdamW takes the rest: the head, depthwise kernels, whose matrix would
+    have one column, the cls token, norms and biases.
+    """
+
+    def _should_use_adamw(self, variable):
+        if len(variable.shape) == 4 and variable.shape[-1] > 1:
+            return False
+        return super()._should_use_adamw(variable)
+
+    def _muon_update_step(self, gradient, variable, lr, m):
+        self.assign_add(m, ops.add(gradient, m * (self.momentum - 1)))
+        direction = ops.add(gradient, self.momentum * m) if self.nesterov else m
+        matrix = ops.reshape(direction, (-1, direction.shape[-1]))  # (h, w, in, out) -> (h*w*in, out)
+        update = self.lr_adjust(lr * self.zeropower_via_newtonschulz5(matrix, self.ns_steps))
+        self.assign_sub(variable, ops.reshape(update, variable.shape))  # and back
 
 
 def make_optimizer(recipe, model, steps):
-    """AdamW for `model`, with weight decay where `decays` says so.
+    """The optimizer of a recipe, with weight decay where `decays` says so.
 
     Args:
-        recipe: its `peak_learning_rate`, `warmup`, `weight_decay` and `gradient_clip` are read.
+        recipe: its `optimizer`, `peak_learning_rate`, `adamw_ratio`, `warmup`, `decay`, `weight_decay`, `gradient_clip` and
+            `ema` are read.
         model: a built model.
         steps: of the whole training.
     """
-    optimizer = keras.optimizers.AdamW(
-        learning_rate(recipe, steps), weight_decay=recipe.weight_decay, global_clipnorm=recipe.gradient_clip or None
-    )
+    settings = {
+        "learning_rate": learning_rate(recipe, steps),
+        "weight_decay": recipe.weight_decay,
+        "global_clipnorm": recipe.gradient_clip or None,
+        "use_ema": recipe.ema > 0,
+        "ema_momentum": recipe.ema,
+    }
+    if recipe.optimizer == "muon":
+        optimizer = Muon(
+            **settings, adam_weight_decay=recipe.weight_decay, adam_lr_ratio=recipe.adamw_ratio, exclude_layers=["(^|/)head/"]
+        )
+    else:
+        optimizer = keras.optimizers.AdamW(**settings)
     optimizer.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if not decays(v)])
     return optimizer

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
+import tyro
 from tyro.conf import Suppress
 
-from cvt_keras.variants import get_variant
+from cvt_keras.data import sources
+from cvt_keras.variants import VARIANTS, Variant, get_variant, to_dict
 
 
 class RecipeError(ValueError):
@@ -26,70 +28,171 @@ class Recipe:
 
     description: Suppress[str] = ""
 
-    variant: str = "cvt_cifar"
-    """cvt_cifar, cvt_cifar_large, cvt_13, cvt_21, cvt_w24, or cvt_tiny, the tests' own."""
-    dataset: Literal["cifar10"] = "cifar10"
-    """What to train on."""
+    # === Network ===
+    variant: Annotated[str | Variant, tyro.conf.arg(constructor=str, metavar="NAME")] = "cvt_cifar"
+    """cvt_cifar, cvt_cifar_large, cvt_13, cvt_21, cvt_w24, or cvt_tiny, the tests' own. From Python also a Variant."""
+    image_size: int = 32
+    """Side of the square that the network sees; images of another size are resized."""
+
+    # === Data ===
+    dataset: Annotated[str, tyro.conf.arg(metavar="{auto,cifar10,cifar100,tfds:NAME,folder,digits}")] = "auto"
+    """auto: cifar10, or where it can't be had the digits that scikit-learn carries."""
     data_dir: str | None = None
-    """TFDS' folder; without it TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    """TFDS' folder, by default TFDS_DATA_DIR or ~/tensorflow_datasets; for `folder` the one with a folder for each class."""
+    train_limit: int | None = None
+    """Train on the first N images only."""
+    test_limit: int | None = None
+    """Test on the first N images only."""
+
+    # === Augmentation ===
+    flip: bool = True
+    """Mirror half of the images; off where it would change what they show, as of digits."""
+    crop_padding: int = 4
+    """Pad by so many reflected pixels and crop the original size at random; 0 is off."""
+    rand_augment: int = 0
+    """RandAugment's operations on each image; 0 is off."""
+    rand_augment_magnitude: float = 5.0
+    """How strong they are, 0 to 10."""
+    erase: float = 0.0
+    """Random erasing: probability that a box of an image becomes noise."""
+    mixup: float = 0.0
+    """Blend images, with a weight from Beta(mixup, mixup); 0 is off. With cutmix, each image gets one of the two."""
+    cutmix: float = 0.0
+    """Paste a box of another image, its area from Beta(cutmix, cutmix); 0 is off."""
+
+    # === Optimization ===
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 128
     """Images a step."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: for the matrices, AdamW for the rest."""
+    peak_learning_rate: float = 2e-3
+    """Reached after the warm-up."""
+    adamw_ratio: float = 0.5
+    """With muon: the learning rate of the rest, as a share of it."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """The learning rate's way from its peak to 0, or constant."""
+    weight_decay: float = 0.05
+    """Decoupled, times the learning rate; of kernels alone."""
+    gradient_clip: float = 1.0
+    """Largest norm of all gradients together; 0 is off."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+    ema: float = 0.0
+    """Momentum of the weights' moving average, which is validated and saved in their place; 0 is off."""
+
+    # === Machine ===
     seed: int = 0
     """Of weights, data order, augmentation and stochastic depth."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
     """auto: float32 on a CPU; on a GPU mixed_bfloat16 where it has it, else mixed_float16."""
     xla: Literal["auto", "on", "off"] = "auto"
     """auto: on with a GPU, off on a CPU, where it is slower."""
-    train_limit: int | None = None
-    """Train on the first N images only."""
-    test_limit: int | None = None
-    """Test on the first N images only."""
-    flip: bool = True
-    """Mirror half of the images."""
-    crop_padding: int = 4
-    """Pad by so many reflected pixels and crop the original size at random; 0 is off."""
-    peak_learning_rate: float = 1.5e-3
-    """Reached after the warm-up, then decayed to 0 by a half cosine."""
-    warmup: float = 0.1
-    """Share of the steps in which the learning rate rises."""
-    weight_decay: float = 0.05
-    """Decoupled, times the learning rate; of kernels alone."""
-    gradient_clip: float = 1.0
-    """Largest norm of all gradients together; 0 is off."""
 
     def __post_init__(self):
         try:
             get_variant(self.variant)
-        except ValueError as error:
+            sources.check_name(self.dataset)
+        except (ValueError, TypeError) as error:
             raise RecipeError(str(error)) from error
         for name, choices in get_type_hints(type(self)).items():
             if get_origin(choices) is Literal and getattr(self, name) not in get_args(choices):
                 raise RecipeError(f"`{name}` must be one of {get_args(choices)}. Received: {name}={getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "train_limit", "test_limit"):
+        for name in ("epochs", "batch_size", "image_size", "train_limit", "test_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"`{name}` must be at least 1. Received: {name}={value}")
-        for name in ("seed", "crop_padding", "peak_learning_rate", "weight_decay", "gradient_clip"):
+        for name in (
+            *("seed", "crop_padding", "rand_augment", "mixup", "cutmix"),
+            *("peak_learning_rate", "adamw_ratio", "weight_decay", "gradient_clip"),
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RecipeError(f"`{name}` must be a number that is not negative. Received: {name}={getattr(self, name)}")
         if self.seed >= 2**32:
             raise RecipeError(f"`seed` must be under 2**32. Received: seed={self.seed}")
-        if not 0 <= self.warmup < 1:
-            raise RecipeError(f"`warmup` must be at least 0 and under 1. Received: warmup={self.warmup}")
+        for name in ("warmup", "label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RecipeError(f"`{name}` must be at least 0 and under 1. Received: {name}={getattr(self, name)}")
+        for name, most in {"erase": 1, "rand_augment_magnitude": 10}.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise RecipeError(f"`{name}` must be within 0 and {most}. Received: {name}={getattr(self, name)}")
+
+    @property
+    def variant_name(self):
+        """The variant's name, or `custom`."""
+        return self.variant if isinstance(self.variant, str) else "custom"
 
     def settings(self):
-        """The fields as a dict, without the description, which is of the recipe as written and not of what flags made of it."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "description"}
+        """The fields as JSON has them, the variant whole: what `recipe.json` holds.
+
+        Without the description, which is of the recipe as written and not of what flags made of it.
+        """
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del settings["description"]
+        return {**settings, "variant": to_dict(get_variant(self.variant))}
+
+    @classmethod
+    def from_settings(cls, settings):
+        """The recipe that `settings` describes; what it leaves out has its default.
+
+        Raises:
+            RecipeError: for a setting that there is not.
+        """
+        unknown = set(settings) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise RecipeError(f"a recipe has no {', '.join(sorted(unknown))}. Known: {', '.join(cls().settings())}")
+        if isinstance(settings.get("variant"), dict):
+            try:
+                variant = get_variant(settings["variant"])
+            except (ValueError, TypeError) as error:
+                raise RecipeError(str(error)) from error
+            names = [name for name, known in VARIANTS.items() if known == variant]
+            settings = {**settings, "variant": names[0] if names else variant}
+        return cls(**settings)
 
 
 CIFAR10 = Recipe(
     """Ten epochs on CIFAR-10, the default.
 
     python train.py cifar10
-    About 3.5 minutes an epoch on two cores of an AMD EPYC in float32. With --epochs 3: 68.0% test top-1 (n=1, JPEG copy).
     """,
+)
+
+CIFAR10_LONG = Recipe(
+    """Two hundred epochs of the larger network, for a GPU. Not trained yet: what it gives is not known.
+
+    python train.py cifar10_long
+    """,
+    variant="cvt_cifar_large",
+    epochs=200,
+    batch_size=256,
+    rand_augment=2,
+    erase=0.25,
+    mixup=0.2,
+    cutmix=1.0,
+    warmup=0.05,
+    decay="cosine",
+    label_smoothing=0.1,
+    ema=0.999,
+)
+
+REFERENCE = Recipe(
+    """What the project that this one redoes did: the paper's CvT-13 at 32x32, Adam, no augmentation.
+
+    python train.py reference
+    """,
+    variant="cvt_13",
+    flip=False,
+    crop_padding=0,
+    optimizer="adamw",  # without weight decay: Adam
+    peak_learning_rate=1e-3,
+    warmup=0.0,
+    decay="constant",
+    weight_decay=0.0,
+    gradient_clip=0.0,
 )
 
 SMOKE = Recipe(
@@ -104,4 +207,4 @@ SMOKE = Recipe(
     test_limit=256,
 )
 
-RECIPES = {"cifar10": CIFAR10, "smoke": SMOKE}
+RECIPES = {"cifar10": CIFAR10, "cifar10_long": CIFAR10_LONG, "reference": REFERENCE, "smoke": SMOKE}

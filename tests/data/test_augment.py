@@ -43,3 +43,135 @@ def test_crop_cuts_each_image_from_its_reflection_at_its_own_place():
         assert len(found) == 1
         places += found
     assert set(places) == {(top, left) for top in range(5) for left in range(5)}
+
+
+FLOAT = {
+    "erase": lambda images, seed: augment.erase(images, seed, 1.0),
+    "rand_augment": lambda images, seed: augment.rand_augment(images, seed, 2, 9.0),
+    "mixup": lambda images, seed: augment.mixup(images, tf.eye(len(images)), seed, 1.0)[0],
+    "cutmix": lambda images, seed: augment.cutmix(images, tf.eye(len(images)), seed, 1.0)[0],
+}
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_each_image_is_drawn_for_itself(name):
+    # The same image again and again: what differs was drawn. Mixing needs something to mix with, the same for all.
+    one, other = _images(n=2).numpy().astype("float32")
+    images = np.stack([one, other] * 32)
+    first, again, reseeded = (FLOAT[name](tf.constant(images), seed).numpy() for seed in ((0, 0), (0, 0), (0, 1)))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, reseeded)
+    assert len(np.unique(first[::2].reshape(32, -1), axis=0)) > 20
+    assert first.shape == images.shape
+    assert first.min() >= 0 and first.max() <= 255
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+@pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0])
+def test_labels_weigh_as_the_pixels_do(name, alpha):
+    # Image i has the pixel value i everywhere, and its own class: the mix can be read off both.
+    n = 100
+    images = tf.tile(tf.range(n, dtype=tf.float32)[:, None, None, None], (1, 8, 12, 3))
+    mixed, labels = (value.numpy() for value in getattr(augment, name)(images, tf.eye(n), (0, 0), alpha))
+    neighbour = np.roll(np.arange(n), 1)
+    measured = (mixed.mean(axis=(1, 2, 3)) - neighbour) / (np.arange(n) - neighbour)
+    np.testing.assert_allclose(labels[np.arange(n), np.arange(n)], measured, atol=3e-5)
+    np.testing.assert_allclose(labels.sum(axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(labels[np.arange(n), neighbour], 1 - measured, atol=3e-5)
+    assert np.all(np.isfinite(mixed))
+    # Beta(a, a) spreads by 1 / (4 (2 a + 1)) around a half.
+    assert np.mean(measured) == pytest.approx(0.5, abs=0.15)
+    assert np.var(measured) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.3)
+
+
+def test_cutmix_pastes_one_box():
+    n = 50
+    images = tf.tile(tf.range(n, dtype=tf.float32)[:, None, None, None], (1, 8, 12, 3))
+    mixed = augment.cutmix(images, tf.eye(n), (0, 0), 1.0)[0].numpy()
+    for i in range(n):
+        pasted = mixed[i, :, :, 0] != i
+        rows, columns = pasted.any(axis=1), pasted.any(axis=0)
+        assert pasted.sum() == rows.sum() * columns.sum()
+        assert set(np.unique(mixed[i])) <= {i, (i - 1) % n}
+
+
+def test_erase_fills_a_box_of_the_chosen_images_with_noise():
+    n = 400
+    images = tf.fill((n, 32, 32, 3), -1.0)
+    erased = augment.erase(images, (0, 0), 0.25).numpy()[..., 0] >= 0
+    assert np.mean(erased.any(axis=(1, 2))) == pytest.approx(0.25, abs=0.07)
+    shares = erased.mean(axis=(1, 2))[erased.any(axis=(1, 2))]
+    assert 0.01 < shares.min() < 0.08
+    assert 0.3 < shares.max() < 0.43
+    assert not augment.erase(images, (0, 0), 0.0).numpy().max() >= 0
+
+
+def _colour(operation, images, level=1.0):
+    return operation(tf.constant(images, tf.float32), tf.fill((len(images), 1, 1, 1), level)).numpy()
+
+
+@pytest.mark.parametrize(
+    "name", ["autocontrast", "equalize", "solarize", "posterize", "brightness", "contrast", "color", "sharpness"]
+)
+def test_colour_operations_are_those_of_pillow(name):
+    from PIL import Image, ImageEnhance, ImageOps
+
+    images = np.random.default_rng(0).integers(40, 200, (4, 64, 48, 3)).astype("uint8")
+    theirs = {
+        "autocontrast": ImageOps.autocontrast,
+        "equalize": ImageOps.equalize,
+        "solarize": lambda image: ImageOps.solarize(image, 128),
+        "posterize": lambda image: ImageOps.posterize(image, 6),
+        **{
+            name: lambda image, name=name: getattr(ImageEnhance, name.capitalize())(image).enhance(1.45)
+            for name in ("brightness", "contrast", "color", "sharpness")
+        },
+    }[name]
+    operation = getattr(augment, f"_{'saturation' if name == 'color' else name}")
+    ours = _colour(operation, images, 0.5)
+    expected = np.stack([np.asarray(theirs(Image.fromarray(image))) for image in images])
+    # Pillow rounds to bytes on its way, and contrast's mean and the greys to integers.
+    np.testing.assert_allclose(ours, expected, atol=1.6)
+
+
+@pytest.mark.parametrize("name", ["autocontrast", "equalize"])
+def test_one_value_has_no_contrast_to_spread(name):
+    images = np.full((2, 8, 8, 3), 7.0, "float32")
+    np.testing.assert_array_equal(_colour(getattr(augment, f"_{name}"), images), images)
+
+
+def _moved(name, level, image):
+    number = len(augment._POINTWISE) + augment._GEOMETRIC.index(name)
+    return augment._move(tf.constant(image[None], tf.float32), tf.constant([number]), tf.constant([level])).numpy()[0]
+
+
+def test_translate_moves_by_ten_pixels_of_32():
+    image = np.random.default_rng(0).uniform(0, 255, (32, 32, 3)).astype("float32")
+    right = _moved("translate_x", 1.0, image)
+    np.testing.assert_allclose(right[:, :22], image[:, 10:], atol=1e-3)
+    np.testing.assert_array_equal(right[:, 22:], 128)
+    np.testing.assert_allclose(_moved("translate_y", -0.5, image)[5:], image[:27], atol=1e-3)
+
+
+def test_rotate_and_shear_turn_about_the_middle():
+    image = np.zeros((33, 33, 3), "float32")
+    image[:, 16] = 255  # a line straight down
+    turned = _moved("rotate", 1.0, image)[:, :, 0]
+    assert turned[16, 16] == pytest.approx(255)
+    # 30 degrees: eight rows from the middle, the line is 8 tan(30) = 4.6 columns off it.
+    assert abs(int(np.argmax(turned[8])) - 16) == pytest.approx(4.6, abs=0.6)
+    sheared = _moved("shear_x", 1.0, image)[:, :, 0]
+    assert abs(int(np.argmax(sheared[6])) - 16) == pytest.approx(3, abs=0.1)  # 0.3 of ten rows
+    across = np.swapaxes(image, 0, 1)
+    np.testing.assert_allclose(_moved("shear_y", 1.0, across)[:, :, 0], sheared.T, atol=1e-3)
+
+
+def test_rand_augment_draws_every_operation_and_obeys_its_strength():
+    images = tf.tile(tf.cast(_images(n=1, height=16, width=16), tf.float32), (300, 1, 1, 1))
+    assert len(np.unique(augment.rand_augment(images, (0, 0), 1, 10.0).numpy().reshape(300, -1), axis=0)) >= 14
+    change = [
+        float(tf.reduce_mean(tf.abs(augment.rand_augment(images, (0, 0), operations, magnitude) - images)))
+        for operations, magnitude in ((0, 10.0), (1, 2.0), (1, 8.0), (3, 8.0))
+    ]
+    assert change[0] == 0
+    assert change == sorted(change)

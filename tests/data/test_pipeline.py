@@ -8,6 +8,7 @@ from cvt_keras.data.sources import Split
 from cvt_keras.training.recipes import SMOKE
 
 PLAIN = dataclasses.replace(SMOKE, epochs=2, batch_size=16, flip=False, crop_padding=0)
+ALL = {"flip": True, "crop_padding": 2, "rand_augment": 1, "erase": 0.5, "mixup": 1.0, "cutmix": 1.0}
 
 
 @pytest.fixture
@@ -41,6 +42,17 @@ def test_order_is_a_function_of_seed_and_epoch(split):
     np.testing.assert_array_equal(_order(split, dataclasses.replace(PLAIN, epochs=3))[:2], first)
 
 
+def test_a_later_start_sees_what_comes_there(split):
+    recipe = dataclasses.replace(PLAIN, epochs=3, **ALL)
+    steps = batches_per_epoch(split, recipe)
+    whole, later = (list(training_batches(split, 10, recipe, first).as_numpy_iterator()) for first in (0, 2))
+    assert len(whole) == 3 * steps
+    assert len(later) == steps
+    for (images, labels), (later_images, later_labels) in zip(whole[2 * steps :], later):
+        np.testing.assert_array_equal(images, later_images)
+        np.testing.assert_array_equal(labels, later_labels)
+
+
 def test_batches_are_float_pixels_and_one_hot_labels(split):
     images, labels = next(training_batches(split, 10, PLAIN).as_numpy_iterator())
     assert images.dtype == labels.dtype == np.float32
@@ -50,7 +62,7 @@ def test_batches_are_float_pixels_and_one_hot_labels(split):
     np.testing.assert_array_equal(labels, np.eye(10)[indices % 10])
 
 
-@pytest.mark.parametrize("change", [{"flip": True}, {"crop_padding": 2}])
+@pytest.mark.parametrize("change", [{name: value} for name, value in ALL.items()])
 def test_augmentation_is_a_function_of_seed_epoch_and_batch(split, change):
     # One batch of all images, so that each epoch shows each image once.
     recipe = dataclasses.replace(PLAIN, batch_size=100, **change)
@@ -64,6 +76,36 @@ def test_augmentation_is_a_function_of_seed_epoch_and_batch(split, change):
     assert not np.array_equal(first[0], first[1])
     plain = epochs(dataclasses.replace(PLAIN, batch_size=100))
     assert not np.array_equal(first[0], plain[0])
+
+
+@pytest.mark.parametrize("change", [{"mixup": 0.5}, {"cutmix": 0.5}, {"mixup": 0.5, "cutmix": 0.5}])
+def test_mixing_reaches_the_labels(split, change):
+    recipe = dataclasses.replace(PLAIN, batch_size=100, epochs=1, **change)
+    [(_, labels)] = training_batches(split, 10, recipe).as_numpy_iterator()
+    np.testing.assert_allclose(labels.sum(axis=1), 1, atol=1e-5)
+    assert np.mean(labels.max(axis=1) < 0.99) > 0.5
+
+
+def test_mixup_and_cutmix_share_the_images(split):
+    flat = Split(np.repeat(np.repeat(split.images[:, :1, :1], 8, axis=1), 8, axis=2), split.labels)  # one colour each
+    recipe = dataclasses.replace(PLAIN, batch_size=100, epochs=1, mixup=1.0, cutmix=1.0)
+    [(images, _)] = training_batches(flat, 10, recipe).as_numpy_iterator()
+    blended = np.ptp(images, axis=(1, 2)).max(axis=1) == 0  # a pasted box would show
+    assert 0.3 < np.mean(blended) < 0.8
+
+
+def test_the_strength_of_rand_augment_is_read(split):
+    shown = []
+    for magnitude in (0.0, 10.0):
+        recipe = dataclasses.replace(PLAIN, batch_size=100, epochs=1, rand_augment=2, rand_augment_magnitude=magnitude)
+        shown.append(next(training_batches(split, 10, recipe).as_numpy_iterator())[0])
+    assert not np.array_equal(*shown)
+
+
+def test_evaluation_batches_of_large_images_are_small():
+    images = np.zeros((40, 224, 224, 3), np.uint8)
+    [first, *_] = evaluation_batches(Split(images, np.zeros(40, int)), 10)
+    assert len(first[0]) == 10
 
 
 def test_evaluation_takes_every_image_in_order(split):

@@ -1,18 +1,123 @@
+import csv
+import dataclasses
 import time
 
+import keras
+import numpy as np
 import pytest
 
-from cvt_keras.training.callbacks import Stopwatch
+from cvt_keras import build_classifier
+from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, Stopwatch
+from cvt_keras.training.optimizers import make_optimizer
+from cvt_keras.training.recipes import SMOKE
 
 
-def test_stopwatch_leaves_validation_out():
+@pytest.mark.parametrize("validated", [True, False])
+def test_stopwatch_tells_training_from_validation(validated):
     watch = Stopwatch()
-    watch.on_train_begin()
-    for validated in (True, False):
-        watch.on_epoch_begin(0)
-        time.sleep(0.05)
-        if validated:
-            watch.on_test_begin()
-            time.sleep(0.5)
-        watch.on_epoch_end(0)
-    assert watch.epoch_seconds == pytest.approx([0.05, 0.05], abs=0.04)
+    watch.on_epoch_begin(0)
+    time.sleep(0.05)
+    if validated:
+        watch.on_test_begin()
+        time.sleep(0.5)
+    watch.on_epoch_end(0)
+    assert watch.train_seconds == pytest.approx(0.05, abs=0.04)
+    assert watch.seconds == pytest.approx(0.55 if validated else 0.05, abs=0.08)
+
+
+def test_a_loss_that_is_no_number_names_its_step():
+    halt = HaltOnNaN("lower the rate")
+    halt.on_epoch_begin(2)
+    halt.on_train_batch_end(6, {"loss": 1.0})
+    with pytest.raises(FloatingPointError, match=r"step 8 of epoch 3.*lower the rate"):
+        halt.on_train_batch_end(7, {"loss": float("nan")})
+    with pytest.raises(FloatingPointError, match=r"last step of epoch 3.*lower the rate"):
+        halt.on_test_end({"loss": float("inf")})
+
+
+def _trained(ema=0.0, precision="float32"):
+    """A small compiled network after two steps."""
+    recipe = dataclasses.replace(SMOKE, ema=ema, optimizer="muon")
+    model = build_classifier("cvt_tiny", 3, (16, 16, 3), dtype=precision)
+    model.compile(make_optimizer(recipe, model, 10), "mse", metrics=["accuracy"])
+    images, labels = np.random.default_rng(0).uniform(0, 255, (8, 16, 16, 3)), np.eye(3)[np.arange(8) % 3]
+    return model, images, labels
+
+
+def test_the_best_weights_are_the_averaged_ones_of_the_best_epoch():
+    model, images, labels = _trained(ema=0.9)
+    best = BestWeights()
+    model.fit(
+        images,
+        labels,
+        batch_size=4,
+        epochs=1,
+        validation_data=(images, labels),
+        verbose=0,
+        callbacks=[best, keras.callbacks.SwapEMAWeights()],
+    )
+    # `fit` leaves the averages in the model.
+    for ours, theirs in zip(best.weights, model.get_weights()):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    score, kept = best.score, best.weights
+    best.on_test_end({"accuracy": score})  # an equal one comes too late
+    assert best.weights is kept
+    best.on_test_end({"accuracy": score + 0.1})
+    assert best.weights is not kept
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+def test_a_checkpoint_holds_every_variable(tmp_path, precision):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".7-epoch-0002").mkdir()  # of a run that was killed as it wrote
+    (tmp_path / "checkpoints" / ".7-epoch-0002" / "state.npz").touch()
+    model, images, labels = _trained(ema=0.9, precision=precision)
+
+    def callbacks():
+        stopwatch, best = Stopwatch(), BestWeights()
+        return stopwatch, best, Checkpoints(tmp_path, stopwatch, best)
+
+    stopwatch, best, checkpoints = callbacks()
+    checkpoints.restore(model)
+    assert checkpoints.history == []
+    swap = keras.callbacks.SwapEMAWeights()
+    model.fit(
+        images,
+        labels,
+        batch_size=4,
+        epochs=2,
+        validation_data=(images, labels),
+        verbose=0,
+        callbacks=[stopwatch, best, swap, checkpoints],
+    )
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch-0002"]
+
+    keras.utils.set_random_seed(1)
+    other, *_ = _trained(ema=0.9, precision=precision)
+    _, other_best, restored = callbacks()
+    restored.restore(other)
+    with np.load(tmp_path / "checkpoints" / "epoch-0002" / "state.npz") as stored:
+        saved = dict(stored)
+    names = " ".join(saved)
+    for part in ("cls_token", "moving_variance", "seed_generator_state", "iteration", "momentum", "velocity", "average"):
+        assert part in names, part
+    assert ("dynamic_scale" in names) == (precision == "mixed_float16")
+    for variable, value in zip([*other.variables, *other.optimizer.variables], saved.values()):
+        np.testing.assert_array_equal(np.asarray(variable), value)
+    assert restored.history == checkpoints.history
+    assert [row["epoch"] for row in restored.history] == [0, 1]
+    assert other_best.score == best.score
+    for ours, theirs in zip(other_best.weights, best.weights):
+        np.testing.assert_array_equal(ours, theirs)
+    with open(tmp_path / "history.csv") as file:
+        assert [float(row["val_loss"]) for row in csv.DictReader(file)] == [row["val_loss"] for row in restored.history]
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    model, images, labels = _trained()
+    stopwatch, best = Stopwatch(), BestWeights()
+    checkpoints = Checkpoints(tmp_path, stopwatch, best)
+    model.fit(images, labels, validation_data=(images, labels), verbose=0, callbacks=[stopwatch, best, checkpoints])
+    with pytest.raises(ValueError, match=r"epoch-0001 is of another network or optimizer"):
+        Checkpoints(tmp_path, stopwatch, best).restore(_trained(ema=0.5)[0])

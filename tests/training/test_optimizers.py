@@ -1,5 +1,6 @@
 import dataclasses
 
+import keras
 import numpy as np
 import pytest
 
@@ -7,27 +8,98 @@ from cvt_keras import CvT
 from cvt_keras.training.optimizers import decays, learning_rate, make_optimizer
 from cvt_keras.training.recipes import SMOKE
 
-RECIPE = dataclasses.replace(SMOKE, peak_learning_rate=1e-2, warmup=0.1, weight_decay=0.5, gradient_clip=0)
+RECIPE = dataclasses.replace(SMOKE, optimizer="adamw", peak_learning_rate=1e-2, warmup=0.1, weight_decay=0.5, gradient_clip=0)
+MUON = dataclasses.replace(RECIPE, optimizer="muon")
 
 
 def _model():
     return CvT.from_variant("cvt_tiny", 10, (16, 16, 3))
 
 
-def test_learning_rate_rises_then_falls_to_zero():
-    rates = [float(learning_rate(RECIPE, 200)(step)) for step in range(201)]
-    assert rates[0] == 0
-    assert rates[10] == pytest.approx(0.5e-2)
+def _rates(steps, **change):
+    schedule = learning_rate(dataclasses.replace(RECIPE, **change), steps)
+    return [float(schedule(step)) for step in range(steps + 1)]
+
+
+@pytest.mark.parametrize("decay, quarter_way", [("linear", 0.75), ("cosine", 0.853553), ("constant", 1.0)])
+def test_learning_rate_rises_then_decays(decay, quarter_way):
+    rates = _rates(200, decay=decay)
+    np.testing.assert_allclose(rates[:20], 1e-2 * np.arange(1, 21) / 20, rtol=1e-5)
     assert rates[20] == max(rates) == pytest.approx(1e-2)
-    assert rates[110] == pytest.approx(0.5e-2)  # half of the way down
-    assert rates[200] == pytest.approx(0, abs=1e-8)
-    assert np.all(np.diff(rates[20:]) < 0)
+    assert rates[65] == pytest.approx(quarter_way * 1e-2)
+    assert rates[200] == pytest.approx(1e-2 if decay == "constant" else 0, abs=1e-8)
+    assert np.all(np.diff(rates[20:]) <= 0)
 
 
-@pytest.mark.parametrize("warmup", [0.0, 0.5])
-def test_warmup_share_is_read(warmup):
-    rates = [float(learning_rate(dataclasses.replace(RECIPE, warmup=warmup), 100)(step)) for step in range(100)]
-    assert int(np.argmax(rates)) == max(1, round(100 * warmup))
+@pytest.mark.parametrize("warmup, steps, peak", [(0.0, 100, 0), (0.5, 100, 49), (0.9, 1, 0)])
+def test_warmup_share_is_read(warmup, steps, peak):
+    assert int(np.argmax(_rates(steps, warmup=warmup))) == peak
+
+
+def test_schedule_comes_back_from_its_config():
+    schedule = learning_rate(RECIPE, 200)
+    again = keras.optimizers.schedules.deserialize(keras.optimizers.schedules.serialize(schedule))
+    assert [float(again(step)) for step in (0, 30, 150)] == [float(schedule(step)) for step in (0, 30, 150)]
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    model = _model()
+    optimizer = make_optimizer(MUON, model, 100)
+    optimizer.build(model.trainable_variables)
+    # Keras' Muon has a velocity for what AdamW updates.
+    adamw = {v.path for v, velocity in zip(model.trainable_variables, optimizer.adam_velocities) if velocity is not None}
+    muon = {v.path for v in model.trainable_variables} - adamw
+    assert {path for path in muon if "stage1_block0" in path} == {
+        *(f"stage1_block0/attention/{name}/kernel" for name in ("proj_q", "proj_k", "proj_v", "proj")),
+        *(f"stage1_block0/mlp/{name}/kernel" for name in ("fc1", "fc2")),
+    }
+    assert {"stage0_embed/proj/kernel", "stage1_embed/proj/kernel"} <= muon
+    assert {"head/kernel", "head/bias", "stage1_embed/cls_token"} <= adamw
+    assert all("depthwise" in path or "norm" in path or not path.endswith("kernel") or path == "head/kernel" for path in adamw)
+
+
+def _step(recipe, seed=0):
+    """Each variable's change in one step at the peak, with random gradients."""
+    model = _model()
+    optimizer = make_optimizer(dataclasses.replace(recipe, warmup=0.0, weight_decay=0.0), model, 10_000)
+    random = np.random.default_rng(seed)
+    before = {v.path: np.asarray(v) for v in model.trainable_variables}
+    gradients = {v.path: random.normal(size=v.shape).astype("float32") for v in model.trainable_variables}
+    optimizer.apply([*gradients.values()], model.trainable_variables)
+    return {v.path: np.asarray(v) - before[v.path] for v in model.trainable_variables}, gradients
+
+
+def test_muon_makes_a_convolutions_update_orthogonal():
+    changes, gradients = _step(MUON)
+    for path in ("stage1_embed/proj/kernel", "stage1_block0/mlp/fc1/kernel"):
+        matrix = changes[path].reshape(-1, changes[path].shape[-1])
+        scale = 1e-2 * 0.2 * max(matrix.shape) ** 0.5
+        singular = np.linalg.svd(matrix / scale, compute_uv=False)
+        assert np.all((singular > 0.6) & (singular < 1.3)), path  # where five iterations bring them
+        assert np.sum(matrix * gradients[path].reshape(matrix.shape)) < 0  # downhill
+
+
+def test_adamw_ratio_scales_the_rest_alone():
+    whole, tenth = (_step(dataclasses.replace(MUON, adamw_ratio=ratio))[0] for ratio in (1.0, 0.1))
+    np.testing.assert_allclose(tenth["head/kernel"], 0.1 * whole["head/kernel"], rtol=1e-3)
+    np.testing.assert_array_equal(tenth["stage1_embed/proj/kernel"], whole["stage1_embed/proj/kernel"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_ema_averages_the_weights(optimizer):
+    model = _model()
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, warmup=0.0, weight_decay=0.0, decay="constant", ema=0.75)
+    optimizer = make_optimizer(recipe, model, 100)
+    gradients = [np.ones(v.shape, "float32") for v in model.trainable_variables]
+    path = []
+    for _ in range(3):
+        optimizer.apply(gradients, model.trainable_variables)
+        path.append(np.asarray(model.trainable_variables[0]))
+    [average] = [v for v in optimizer.variables if "average" in v.path][:1]
+    # It begins at the weights after the first step.
+    expected = 0.75 * (0.75 * path[0] + 0.25 * path[1]) + 0.25 * path[2]
+    np.testing.assert_allclose(np.asarray(average), expected, atol=1e-6)
+    assert not make_optimizer(dataclasses.replace(recipe, ema=0.0), model, 100).use_ema
 
 
 def test_kernels_alone_decay():
@@ -40,16 +112,17 @@ def test_kernels_alone_decay():
     assert {path.rpartition("/")[2] for path in kept} == {"cls_token", "bias", "gamma", "beta"}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_optimizer_decays_what_it_should(weight_decay):
+def test_optimizer_decays_what_it_should(weight_decay, optimizer):
     model = _model()
-    optimizer = make_optimizer(dataclasses.replace(RECIPE, warmup=0.01, weight_decay=weight_decay), model, 100)
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, warmup=0.0, weight_decay=weight_decay, decay="constant")
+    optimizer = make_optimizer(recipe, model, 100)
     variables = model.trainable_variables
     for variable in variables:
         variable.assign(np.ones(variable.shape))
     zero = [np.zeros(variable.shape, "float32") for variable in variables]
-    optimizer.apply(zero, variables)  # the first step of the warm-up, at 0
-    optimizer.apply(zero, variables)  # the second, at the peak
+    optimizer.apply(zero, variables)
     for variable in variables:
         expected = 1 - 1e-2 * weight_decay if decays(variable) else 1.0
         np.testing.assert_allclose(np.asarray(variable), expected, rtol=1e-5)
