@@ -143,6 +143,9 @@ class Checkpoints(keras.callbacks.Callback):
 
 
 def _state(model):
-    """All variables that training changes, by names that are the same in the next process."""
+    """All variables that training changes, by place and name.
+
+    Not by path: Keras numbers the layers of a second model in the same process on.
+    """
     variables = [*model.variables, *model.optimizer.variables]  # the model's with the states of its random seeds
-    return {f"{i:04d} {variable.path}": variable for i, variable in enumerate(variables)}
+    return {f"{i:04d} {variable.name}": variable for i, variable in enumerate(variables)}

@@ -82,7 +82,7 @@ def test_muon_makes_a_convolutions_update_orthogonal():
 def test_adamw_ratio_scales_the_rest_alone():
     whole, tenth = (_step(dataclasses.replace(MUON, adamw_ratio=ratio))[0] for ratio in (1.0, 0.1))
     np.testing.assert_allclose(tenth["head/kernel"], 0.1 * whole["head/kernel"], rtol=1e-3)
-    np.testing.assert_array_equal(tenth["stage1_embed/proj/kernel"], whole["stage1_embed/proj/kernel"])
+    np.testing.assert_allclose(tenth["stage1_embed/proj/kernel"], whole["stage1_embed/proj/kernel"], atol=1e-7)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
