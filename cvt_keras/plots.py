@@ -1,1 +1,156 @@
-def draw(*a,**k): pass
+"""The pictures of a run: its curves, and how it did on the test images."""
+
+from scipy.special import softmax
+
+from cvt_keras import evaluation, runs
+
+try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+except ImportError as error:
+    raise ImportError(f"A run's plots need matplotlib: pip install matplotlib ({error})") from error
+
+# In the order of the page.
+CURVES = "curves.png"
+CONFUSION = "confusion.png"
+CALIBRATION = "calibration.png"
+MOST_WRONG = "most_wrong.png"
+
+TRAINING, VALIDATION, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: apart for every eye
+MOST_LABELS = 40  # as many as can be read along an axis
+MOST_NUMBERS = 20  # and in a matrix
+
+
+def draw(run_dir, history, images=None, logits=None, labels=None, class_names=None):
+    """Draws a run into its folder's plots: the curves, and with test images the other three.
+
+    Args:
+        run_dir: the run folder.
+        history: a dict for each epoch, as `history.csv` has them.
+        images: uint8 `(n, height, width, 3)`, of the test split.
+        logits: float `(n, classes)`, for them.
+        labels: int `(n,)`, of them.
+        class_names: in the order of the labels.
+    """
+    figures = {CURVES: curves(history)}
+    if logits is not None:
+        figures[CONFUSION] = confusion(evaluation.confusion(logits, labels, len(class_names)), class_names)
+        figures[CALIBRATION] = calibration(logits, labels)
+        figures[MOST_WRONG] = most_wrong(images, logits, labels, class_names)
+    (run_dir / runs.PLOTS).mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        with runs.whole(run_dir / runs.PLOTS / name) as aside:
+            FigureCanvasAgg(figure)
+            figure.savefig(aside, format="png", dpi=144)
+
+
+def curves(history):
+    """Accuracy and cross-entropy of each epoch, the best one marked, and the learning rate after it -> `Figure`."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    accuracy, loss, rate = figure.subplots(1, 3)
+    epochs = [row["epoch"] + 1 for row in history]
+    best = max(range(len(history)), key=lambda i: history[i]["val_accuracy"])  # the first of equals, as the run keeps it
+    for axes, key, title in ((accuracy, "accuracy", "Accuracy"), (loss, "cross_entropy", "Cross-entropy, nats")):
+        training, validation = [row[key] for row in history], [row[f"val_{key}"] for row in history]
+        axes.plot(epochs, training, "o-", color=TRAINING, markersize=3, label="training, augmented")
+        axes.plot(epochs, validation, "o-", color=VALIDATION, markersize=3, label="validation")
+        axes.plot(epochs[best], validation[best], "o", color=VALIDATION, markersize=9, fillstyle="none")
+        axes.annotate(
+            f"{validation[best]:.1%}" if key == "accuracy" else f"{validation[best]:.3f}",
+            (epochs[best], validation[best]),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            color=VALIDATION,
+        )
+        axes.margins(y=0.12)
+        axes.set_title(title, loc="left")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracy.legend(frameon=False, loc="lower right", fontsize="small")
+    rate.plot(epochs, [row["learning_rate"] for row in history], "o-", color=GREY, markersize=3)
+    rate.set_title("Learning rate after the epoch", loc="left")
+    rate.set_ylim(bottom=0)
+    for axes in (accuracy, loss, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _plain(axes)
+    return figure
+
+
+def confusion(counts, class_names):
+    """A matrix of images -> `Figure`: a row for each label, a column for each prediction, as shares of the label's images."""
+    n = len(class_names)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    side = min(2.5 + 0.45 * n, 12)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    step = -(-n // MOST_LABELS)
+    axes.set_xticks(range(0, n, step), class_names[::step], rotation=90 if n > 5 else 0, parse_math=False)
+    axes.set_yticks(range(0, n, step), class_names[::step], parse_math=False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label")
+    axes.set_title("Test images of each label by prediction", loc="left")
+    if n <= MOST_NUMBERS:
+        for row in range(n):
+            for column in range(n):
+                if counts[row, column]:
+                    colour = "white" if shares[row, column] > 0.5 else "black"
+                    axes.text(column, row, counts[row, column], ha="center", va="center", fontsize="small", color=colour)
+    figure.colorbar(drawn, ax=axes, shrink=0.8, format=PercentFormatter(1), label="share of the label's images")
+    return figure
+
+
+def calibration(logits, labels):
+    """A reliability diagram -> `Figure`: the accuracy among images of about the same confidence, and how many these are."""
+    confidence, accuracy, images = evaluation.reliability(logits, labels)
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    diagram, count = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    width = 1 / len(images)
+    left = [i * width for i in range(len(images))]
+    diagram.bar(left, accuracy, width, align="edge", color=TRAINING, edgecolor="white")
+    diagram.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfectly calibrated")
+    diagram.plot(confidence, accuracy, "o", color=VALIDATION, markersize=4, label="mean confidence of the bin")
+    diagram.set_ylabel("accuracy")
+    diagram.set_ylim(0, 1)
+    diagram.legend(frameon=False, loc="upper left", fontsize="small")
+    diagram.set_title(f"Calibration: expected error {evaluation.calibration_error(confidence, accuracy, images):.1%}", loc="left")
+    count.bar(left, images, width, align="edge", color=GREY, edgecolor="white")
+    count.set_ylabel("images")
+    count.set_xlabel("confidence")
+    count.set_xlim(0, 1)
+    count.xaxis.set_major_formatter(PercentFormatter(1))
+    diagram.yaxis.set_major_formatter(PercentFormatter(1))
+    for axes in (diagram, count):
+        _plain(axes)
+    return figure
+
+
+def most_wrong(images, logits, labels, class_names, n=24):
+    """The images with the highest cross-entropy -> `Figure`: each with its label, and what it was taken for."""
+    chosen = evaluation.worst(logits, labels, n)
+    columns = 6
+    rows = max(1, -(-len(chosen) // columns))
+    figure = Figure(figsize=(columns * 1.6, rows * 2 + 0.4), layout="constrained")
+    figure.suptitle("The most wrong test images" if len(chosen) else "No test image is wrong", x=0.01, ha="left")
+    predicted = evaluation.predictions(logits, labels)
+    probabilities = softmax(logits, axis=1)
+    for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.axis("off")
+        if place < len(chosen):
+            i = chosen[place]
+            axes.imshow(images[i], interpolation="nearest")
+            axes.set_title(
+                f"{class_names[labels[i]]} {probabilities[i, labels[i]]:.1%}\n"
+                f"as {class_names[predicted[i]]} {probabilities[i, predicted[i]]:.0%}",
+                fontsize=8,
+                parse_math=False,  # a folder's class may hold a dollar sign
+            )
+    return figure
+
+
+def _plain(axes):
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)

@@ -15,6 +15,7 @@ PAGE = "report.html"
 PLOTS = "plots"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
+EXPORT = "export"
 
 
 def require_vacant(run_dir):
