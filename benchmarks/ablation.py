@@ -12,7 +12,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cvt_keras import VARIANTS, Stage, Variant
+from cvt_keras import Stage, Variant
 from cvt_keras.training import RECIPES, run
 
 
@@ -54,10 +54,12 @@ def main(arguments):
     rows = []
     for name, variant in CANDIDATES.items():
         if arguments.only in name:
-            VARIANTS[name] = variant
             recipe = dataclasses.replace(
                 RECIPES["cifar10"],
-                variant=name,
+                variant=variant,
+                dataset="cifar10",
+                optimizer="adamw",
+                decay="cosine",
                 epochs=1,
                 data_dir=arguments.data_dir,
                 peak_learning_rate=arguments.peak_learning_rate,

@@ -38,7 +38,7 @@ CAPTIONS = {
 
 
 def write(run_dir):
-    """Writes `report.html` from what a run folder holds: its report, history and plots, and the exports' report if there is one."""
+    """Writes `report.html` from what a run folder holds: report, history and plots, and the exports' report if there is one."""
     run_dir = Path(run_dir)
     report = runs.read_json(run_dir / runs.REPORT)
     with open(run_dir / runs.HISTORY, newline="") as file:
@@ -81,8 +81,8 @@ def _tiles(report):
         "training": _duration(report["train_seconds"]),
         "images a second": f"{report['train_images_per_second']:,.0f}",
     }
-    drawn = "".join(f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in tiles.items())
-    return f'<div class="tiles">{drawn}</div>'
+    drawn = [f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in tiles.items()]
+    return f'<div class="tiles">{"".join(drawn)}</div>'
 
 
 def _splits(report):
@@ -143,10 +143,7 @@ def _picture(run_dir, name):
         return ""
     title, caption = CAPTIONS[name]
     data = base64.b64encode(path.read_bytes()).decode()
-    return (
-        f'<h2>{title}</h2><p class="quiet">{caption}</p>'
-        f'<img alt="{title}: {caption}" src="data:image/png;base64,{data}">'
-    )
+    return f'<h2>{title}</h2><p class="quiet">{caption}</p><img alt="{title}: {caption}" src="data:image/png;base64,{data}">'
 
 
 def _table(names, rows, kind=""):

@@ -59,12 +59,13 @@ def curves(history):
         axes.annotate(
             f"{validation[best]:.1%}" if key == "accuracy" else f"{validation[best]:.3f}",
             (epochs[best], validation[best]),
-            xytext=(0, 9),
+            xytext=(0, 12 if key == "accuracy" else -12),  # away from the curves
             textcoords="offset points",
             ha="center",
+            va="center",
             color=VALIDATION,
         )
-        axes.margins(y=0.12)
+        axes.margins(y=0.15)
         axes.set_title(title, loc="left")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     accuracy.legend(frameon=False, loc="lower right", fontsize="small")
@@ -109,13 +110,14 @@ def calibration(logits, labels):
     diagram, count = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     width = 1 / len(images)
     left = [i * width for i in range(len(images))]
-    diagram.bar(left, accuracy, width, align="edge", color=TRAINING, edgecolor="white")
+    diagram.bar(left, accuracy, width, align="edge", color=TRAINING, edgecolor="white", alpha=0.6)
     diagram.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfectly calibrated")
     diagram.plot(confidence, accuracy, "o", color=VALIDATION, markersize=4, label="mean confidence of the bin")
     diagram.set_ylabel("accuracy")
     diagram.set_ylim(0, 1)
     diagram.legend(frameon=False, loc="upper left", fontsize="small")
-    diagram.set_title(f"Calibration: expected error {evaluation.calibration_error(confidence, accuracy, images):.1%}", loc="left")
+    error = evaluation.calibration_error(confidence, accuracy, images)
+    diagram.set_title(f"Calibration: expected error {error:.1%}", loc="left")
     count.bar(left, images, width, align="edge", color=GREY, edgecolor="white")
     count.set_ylabel("images")
     count.set_xlabel("confidence")
@@ -133,7 +135,8 @@ def most_wrong(images, logits, labels, class_names, n=24):
     columns = 6
     rows = max(1, -(-len(chosen) // columns))
     figure = Figure(figsize=(columns * 1.6, rows * 2 + 0.4), layout="constrained")
-    figure.suptitle("The most wrong test images" if len(chosen) else "No test image is wrong", x=0.01, ha="left")
+    title = "The most wrong test images: label, prediction" if len(chosen) else "No test image is wrong"
+    figure.suptitle(title, x=0.01, ha="left")
     predicted = evaluation.predictions(logits, labels)
     probabilities = softmax(logits, axis=1)
     for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):

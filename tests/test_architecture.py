@@ -17,11 +17,13 @@ ALLOWED = {
     "environment": set(),
     "runs": set(),
     "evaluation": set(),
+    "plots": {"evaluation", "runs"},
+    "page": {"plots", "runs"},
     "layers": {"variants"},
     "model": {"layers", "variants"},
     "pretrained": {"variants"},
     "data": set(),
-    "training": {"data", "environment", "evaluation", "model", "runs", "variants"},
+    "training": {"data", "environment", "evaluation", "model", "page", "plots", "runs", "variants"},
 }
 # Keras and NumPy alone, so that they run on every backend.
 PORTABLE = ["layers", "model", "pretrained", "training/optimizers"]
@@ -54,6 +56,11 @@ def test_dependencies_point_one_way(module):
 def test_the_network_needs_keras_and_numpy_alone(module):
     used = {name.split(".")[0] for name in _imports(PACKAGE / f"{module}.py")}
     assert used <= {"cvt_keras", "keras", "numpy", *sys.stdlib_module_names}
+
+
+def test_one_module_alone_draws():
+    drawing = {str(module) for module in MODULES if any("matplotlib" in name for name in _imports(PACKAGE / f"{module}.py"))}
+    assert drawing == {"plots"}
 
 
 def _run(code, **environment):

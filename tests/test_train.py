@@ -1,31 +1,43 @@
+import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import train
-from cvt_keras.training import RECIPES
+from cvt_keras.training import RECIPES, Recipe
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_a_recipe_comes_first_and_its_values_are_the_defaults():
-    recipe, run_dir = train.parse(["smoke", "--seed", "3"])
+    arguments = train.parse(["smoke", "--seed", "3"])
+    recipe = arguments.recipe
     assert (recipe.seed, recipe.epochs, recipe.variant) == (3, RECIPES["smoke"].epochs, "cvt_tiny")
-    assert run_dir == Path("runs/smoke-cifar10-cvt_tiny")
+    assert arguments.run_dir == Path("runs/smoke-auto-cvt_tiny")
+    assert not arguments.resume
+    assert train.parse(["--dataset", "tfds:imagenette/160px-v2"]).run_dir == Path(
+        "runs/cifar10-tfds-imagenette-160px-v2-cvt_cifar"
+    )
 
 
 def test_without_a_name_it_is_the_default_recipe():
-    recipe, run_dir = train.parse(["--epochs", "3", "--run-dir", "somewhere"])
+    arguments = train.parse(["--epochs", "3", "--run-dir", "somewhere", "--resume"])
+    recipe = arguments.recipe
     assert (recipe.epochs, recipe.variant, recipe.batch_size) == (3, "cvt_cifar", RECIPES["cifar10"].batch_size)
-    assert run_dir == Path("somewhere")
+    assert arguments.run_dir == Path("somewhere")
+    assert arguments.resume
 
 
 def test_every_field_has_a_flag():
     flags = {
         "--variant": ("variant", "cvt_13"),
+        "--image-size": ("image_size", 64),
+        "--dataset": ("dataset", "tfds:mnist"),
         "--data-dir": ("data_dir", "somewhere"),
         "--epochs": ("epochs", 7),
         "--batch-size": ("batch_size", 64),
@@ -39,11 +51,49 @@ def test_every_field_has_a_flag():
         "--warmup": ("warmup", 0.25),
         "--weight-decay": ("weight_decay", 0.25),
         "--gradient-clip": ("gradient_clip", 0.25),
+        "--rand-augment": ("rand_augment", 2),
+        "--rand-augment-magnitude": ("rand_augment_magnitude", 7.0),
+        "--erase": ("erase", 0.25),
+        "--mixup": ("mixup", 0.25),
+        "--cutmix": ("cutmix", 0.25),
+        "--optimizer": ("optimizer", "adamw"),
+        "--adamw-ratio": ("adamw_ratio", 0.25),
+        "--decay": ("decay", "cosine"),
+        "--label-smoothing": ("label_smoothing", 0.25),
+        "--ema": ("ema", 0.25),
     }
     for flag, (field, value) in flags.items():
-        recipe, _ = train.parse([flag, str(value)])
+        recipe = train.parse([flag, str(value)]).recipe
         assert getattr(recipe, field) == value != getattr(RECIPES["cifar10"], field), flag
-    assert not train.parse(["--no-flip"])[0].flip
+    assert not train.parse(["--no-flip"]).recipe.flip
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert {field for field, _ in flags.values()} | {"flip", "description"} == fields
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_recipe_comes_from_a_file_and_flags_change_it(tmp_path, joined):
+    file = tmp_path / "mine.json"
+    settings = dataclasses.replace(RECIPES["smoke"], seed=5, epochs=7).settings()
+    file.write_text(json.dumps(settings))
+    flags = [f"--recipe-file={file}"] if joined else ["--recipe-file", str(file)]
+    arguments = train.parse([*flags, "--epochs", "9"])
+    assert (arguments.recipe.seed, arguments.recipe.epochs, arguments.recipe.variant) == (5, 9, "cvt_tiny")
+    assert arguments.run_dir == Path("runs/mine-auto-cvt_tiny")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"epoch": 3}', '{"epochs": 0}', None])
+def test_a_file_that_is_no_recipe_ends_with_2_and_its_name(tmp_path, capsys, content):
+    file = tmp_path / "mine.json"
+    if content is not None:
+        file.write_text(content)
+    assert train.main(["--recipe-file", str(file)]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert str(file) in line
+
+
+def test_a_recipe_is_named_or_comes_from_a_file(tmp_path, capsys):
+    assert train.main(["smoke", "--recipe-file", str(tmp_path / "mine.json")]) == 2
+    assert "not both" in capsys.readouterr().err
 
 
 def test_an_unknown_recipe_ends_with_2_and_one_line(capsys):
@@ -60,6 +110,7 @@ def test_an_unknown_recipe_ends_with_2_and_one_line(capsys):
         (["cifar10", "--epochs", "0"], ["epochs=0"]),
         (["--precision", "float8"], ["float8", "mixed_bfloat16"]),
         (["--epoch", "3"], ["--epoch"]),
+        (["--dataset", "mnist"], ["'mnist'", "tfds:NAME"]),
     ],
 )
 def test_a_wrong_flag_ends_with_2_and_its_name(arguments, parts, capsys):
@@ -72,26 +123,64 @@ def test_a_wrong_flag_ends_with_2_and_its_name(arguments, parts, capsys):
 
 
 def test_missing_data_ends_with_1_and_one_line(tmp_path, capsys):
-    arguments = ["smoke", "--data-dir", str(tmp_path / "nowhere"), "--run-dir", str(tmp_path / "run")]
+    arguments = ["smoke", "--dataset", "cifar10", "--data-dir", str(tmp_path / "nowhere"), "--run-dir", str(tmp_path / "run")]
     assert train.main(arguments) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "nowhere" in line
 
 
-@pytest.mark.parametrize("raised, code, part", [(OSError("no space"), 1, "no space"), (KeyboardInterrupt(), 130, "--run-dir")])
+@pytest.mark.parametrize(
+    "raised, code, part",
+    [
+        (OSError("no space"), 1, "no space"),
+        (KeyboardInterrupt(), 130, "To go on: python train.py smoke --run-dir 'my runs/one' --resume"),
+        (train.Terminated(), 143, "To go on: python train.py smoke --run-dir 'my runs/one' --resume"),
+    ],
+)
 def test_what_stops_a_run_is_told_in_one_line(raised, code, part, monkeypatch, capsys):
-    def stop(recipe, run_dir):
+    def stop(recipe, run_dir, resume):
         raise raised
 
     monkeypatch.setattr(train, "run", stop)
-    assert train.main(["smoke"]) == code
+    assert train.main(["smoke", "--run-dir", "my runs/one"]) == code
     [line] = capsys.readouterr().err.strip().splitlines()
     assert part in line
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_keeps_its_epochs_and_goes_on(cifar10_dir, tmp_path, number, code, capsys):
+    run_dir = tmp_path / "run"
+    flags = ["smoke", "--dataset", "cifar10", "--data-dir", str(cifar10_dir), "--run-dir", str(run_dir), "--epochs", "12"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], stderr=subprocess.PIPE, text=True)
+    while not (run_dir / "checkpoints" / "epoch-0001").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == code, error
+    assert error.strip().splitlines()[-1].endswith("--resume")
+    [checkpoint] = (run_dir / "checkpoints").iterdir()
+    kept = (run_dir / "history.csv").read_text()
+    assert not (run_dir / "report.json").exists()
+
+    assert train.main([*flags, "--resume"]) == 0
+    assert f"going on after epoch {int(checkpoint.name[-4:])} of 12" in capsys.readouterr().out
+    assert (run_dir / "history.csv").read_text().startswith(kept)
+    assert json.loads((run_dir / "report.json").read_text())["epochs"] == 12
+
+
 def test_the_command_trains_and_says_where(cifar10_dir, tmp_path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, ROOT / "train.py", "smoke", "--data-dir", cifar10_dir, "--run-dir", run_dir]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "smoke",
+        "--dataset",
+        "cifar10",
+        "--data-dir",
+        cifar10_dir,
+        "--run-dir",
+        run_dir,
+    ]
     first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     report = json.loads((run_dir / "report.json").read_text())

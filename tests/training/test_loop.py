@@ -1,6 +1,10 @@
 import csv
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -14,10 +18,23 @@ from cvt_keras.training.loop import resolve
 from cvt_keras.training.recipes import SMOKE
 from cvt_keras.variants import to_dict
 
+ROOT = Path(__file__).parent.parent.parent
+
 
 @pytest.fixture(scope="module")
 def recipe(cifar10_dir):
-    return dataclasses.replace(SMOKE, data_dir=str(cifar10_dir), test_limit=100, peak_learning_rate=5e-3)
+    return dataclasses.replace(SMOKE, dataset="cifar10", data_dir=str(cifar10_dir), test_limit=100, peak_learning_rate=5e-3)
+
+
+@pytest.fixture
+def short(recipe):
+    """An epoch of two steps."""
+    return dataclasses.replace(recipe, epochs=1, train_limit=64)
+
+
+def _history(run_dir):
+    with open(run_dir / "history.csv") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +50,28 @@ def test_a_run_leaves_its_folder(finished, recipe):
     assert stored["variant"] == to_dict(VARIANTS["cvt_tiny"])
     assert (stored["precision"], stored["xla"]) == ("float32", "off")
     assert stored["epochs"] == recipe.epochs
-    with open(run_dir / "history.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1"]
-    assert float(rows[1]["val_loss"]) > 0
+    rows = _history(run_dir)
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert rows[0]["learning_rate"] > rows[1]["learning_rate"]
+    for row in rows:
+        assert row["val_loss"] == row["val_cross_entropy"] > 0
+        assert 0 < row["train_seconds"] < row["seconds"]
+    assert report.train_seconds == pytest.approx(sum(row["seconds"] for row in rows))
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["epoch-0002"]
+    assert {path.name for path in (run_dir / "plots").iterdir()} == {
+        *("curves.png", "confusion.png", "calibration.png", "most_wrong.png")
+    }
+    assert f"{report.test['top1']:.1%}" in (run_dir / "report.html").read_text()
+
+
+def test_tensorboard_has_a_value_for_each_epoch(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, run_dir = finished
+    events = EventAccumulator(str(run_dir / "tensorboard" / "validation"))
+    events.Reload()
+    values = [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors("epoch_accuracy")]
+    assert values == pytest.approx([row["val_accuracy"] for row in _history(run_dir)])
 
 
 def test_report_holds_the_contracts_fields(finished, recipe):
@@ -44,6 +79,7 @@ def test_report_holds_the_contracts_fields(finished, recipe):
     assert set(dataclasses.asdict(report)) == {
         *("dataset", "data_note", "variant", "recipe", "epochs", "seed", "image_size", "class_names", "parameters", "macs"),
         *("train_seconds", "train_images_per_second", "test", "validation", "per_class", "device", "versions"),
+        "confusion",
     }
     assert (report.dataset, report.variant, report.image_size) == ("cifar10", "cvt_tiny", [32, 32])
     assert report.test["images"] == 100
@@ -52,6 +88,8 @@ def test_report_holds_the_contracts_fields(finished, recipe):
     assert report.train_images_per_second > 0
     assert report.versions["keras"] == keras.__version__
     assert [row["name"] for row in report.per_class] == report.class_names
+    assert np.sum(report.confusion) == 100
+    assert np.trace(report.confusion) == round(100 * report.test["top1"])
 
 
 def test_the_model_is_the_one_of_the_report(finished, recipe):
@@ -75,21 +113,23 @@ def test_the_best_validation_epoch_is_kept(recipe, tmp_path, monkeypatch):
     class Spoiled(loop.Stopwatch):
         """Ruins the last epoch's weights just before they are validated."""
 
+        def on_epoch_begin(self, epoch, logs=None):
+            super().on_epoch_begin(epoch, logs)
+            self.epoch = epoch
+
         def on_test_begin(self, logs=None):
             super().on_test_begin(logs)
-            if len(self.epoch_seconds) == recipe.epochs:
+            if self.epoch == recipe.epochs - 1:
                 self.model.get_layer("cvt").get_layer("head").bias.assign(1e6 * np.eye(10)[0])
 
     monkeypatch.setattr(loop, "Stopwatch", Spoiled)
     report = run(recipe, tmp_path / "run", evaluate_test=False)
-    with open(tmp_path / "run" / "history.csv") as file:
-        first, last = (float(row["val_accuracy"]) for row in csv.DictReader(file))
+    first, last = (row["val_accuracy"] for row in _history(tmp_path / "run"))
     assert first > last == pytest.approx(0.1, abs=0.01)
     assert report.validation["top1"] == pytest.approx(first, abs=1e-4)
 
 
-def test_a_seed_gives_the_same_run(recipe, tmp_path):
-    short = dataclasses.replace(recipe, epochs=1, train_limit=64)
+def test_a_seed_gives_the_same_run(short, tmp_path):
     first, again, other = (
         run(dataclasses.replace(short, seed=seed), tmp_path / name, evaluate_test=False)
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
@@ -97,27 +137,27 @@ def test_a_seed_gives_the_same_run(recipe, tmp_path):
     # Threads add in any order: equal but for rounding.
     assert first.validation["loss"] == pytest.approx(again.validation["loss"], rel=1e-5)
     assert first.validation["loss"] != pytest.approx(other.validation["loss"], rel=1e-4)
-    assert first.test is None
-    assert first.per_class is None
+    assert (first.test, first.per_class, first.confusion) == (None, None, None)
+    assert [path.name for path in (tmp_path / "a" / "plots").iterdir()] == ["curves.png"]
+    assert "top-1, validation" in (tmp_path / "a" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
-def test_a_mixed_precision_run_leaves_a_float32_model(recipe, precision, tmp_path):
-    short = dataclasses.replace(recipe, epochs=1, train_limit=64, precision=precision)
-    report = run(short, tmp_path / "run", evaluate_test=False)
+def test_a_mixed_precision_run_leaves_a_float32_model(short, precision, tmp_path):
+    report = run(dataclasses.replace(short, precision=precision), tmp_path / "run", evaluate_test=False)
     assert report.recipe["precision"] == precision
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert {layer.dtype_policy.name for layer in model._flatten_layers()} == {"float32"}
 
 
-def test_xla_can_be_forced(recipe, tmp_path, monkeypatch):
+def test_xla_can_be_forced(short, tmp_path, monkeypatch):
     compiled = []
     original = keras.Model.compile
     monkeypatch.setattr(
         keras.Model, "compile", lambda self, *args, **kwargs: compiled.append(kwargs) or original(self, *args, **kwargs)
     )
     for xla in ("on", "off"):
-        run(dataclasses.replace(recipe, epochs=1, train_limit=64, xla=xla), tmp_path / xla, evaluate_test=False)
+        run(dataclasses.replace(short, xla=xla), tmp_path / xla, evaluate_test=False)
     assert [kwargs["jit_compile"] for kwargs in compiled if "jit_compile" in kwargs] == [True, False]
 
 
@@ -130,6 +170,145 @@ def test_auto_follows_the_device(monkeypatch):
         assert (resolve(SMOKE).precision, resolve(SMOKE).xla) == (precision, "on")
     forced = dataclasses.replace(SMOKE, precision="float32", xla="off")
     assert resolve(forced) == forced
+
+
+def test_label_smoothing_and_image_size_and_average_take_effect(short, tmp_path):
+    change = {"label_smoothing": 0.5, "image_size": 16, "ema": 0.9}
+    report = run(dataclasses.replace(short, **change), tmp_path / "run", evaluate_test=False)
+    [row] = _history(tmp_path / "run")
+    assert row["loss"] != pytest.approx(row["cross_entropy"], rel=1e-3)
+    assert row["val_cross_entropy"] == pytest.approx(report.validation["loss"], rel=1e-4)  # of labels that are not smoothed
+    assert report.image_size == [16, 16]
+    # What was validated and saved is the average, what goes on the raw weights.
+    model = keras.saving.load_model(tmp_path / "run" / "model.keras")
+    checkpoint = tmp_path / "run" / "checkpoints" / "epoch-0001"
+    with np.load(checkpoint / "state.npz") as state, np.load(checkpoint / "best.npz") as best:
+        raw, averaged = list(state.values()), list(best.values())
+    for ours, theirs in zip(model.get_weights(), averaged):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not all(np.array_equal(*pair) for pair in zip(raw, averaged))
+
+
+def test_a_recipe_may_hold_a_variant_of_its_own(short, tmp_path):
+    variant = Variant((Stage(8, 1, 1, kernel_size=7, stride=4, padding=2),))
+    report = run(dataclasses.replace(short, variant=variant), tmp_path / "run", evaluate_test=False)
+    assert report.variant == "custom"
+    assert report.recipe["variant"] == to_dict(variant)
+
+
+def test_auto_says_at_start_and_end_what_stands_in_and_why(short, tmp_path, monkeypatch, capsys):
+    def unavailable(data_dir, image_size):
+        raise sources._UnavailableError("CIFAR-10 is nowhere")
+
+    monkeypatch.setattr(sources, "cifar10", unavailable)
+    report = run(dataclasses.replace(short, dataset="auto"), tmp_path / "run")
+    assert report.dataset == report.recipe["dataset"] == "digits"
+    assert report.recipe["flip"] is False  # a mirrored digit is another
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "CIFAR-10 is nowhere" in line]
+    assert len(warnings) == 2
+    assert warnings[0].startswith("WARNING: ")
+
+
+def test_an_unseen_nvidia_device_is_told(short, tmp_path, monkeypatch, capsys):
+    for there in (True, False):
+        monkeypatch.setattr(loop.environment, "has_nvidia_device", lambda there=there: there)
+        with pytest.raises(sources.DataError):
+            run(dataclasses.replace(short, data_dir=str(tmp_path / "nowhere")), tmp_path / "run")
+        assert ("tensorflow[and-cuda]" in capsys.readouterr().err) == there
+
+
+def test_a_finished_run_is_left_as_it_is(finished, recipe, capsys):
+    report, run_dir = finished
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert run(recipe, run_dir, resume=True) == report
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_its_own_settings_alone(finished, recipe):
+    _, run_dir = finished
+    with pytest.raises(RecipeError, match=r"seed was 0 and is 1, epochs|epochs was 2 and is 3, .*seed was 0 and is 1"):
+        run(dataclasses.replace(recipe, epochs=3, seed=1), run_dir, resume=True)
+
+
+def test_resume_begins_where_there_is_no_run_and_refuses_another_folder(short, tmp_path, capsys):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "letter.txt").touch()
+    with pytest.raises(FileExistsError, match="letters"):
+        run(short, tmp_path / "letters", resume=True)
+    assert run(short, tmp_path / "run", resume=True, evaluate_test=False).epochs == 1
+    assert "no run to go on with" in capsys.readouterr().out
+
+
+def test_what_a_run_lost_after_its_last_epoch_is_made_again(short, tmp_path):
+    report = run(short, tmp_path / "run")
+    for name in ("model.keras", "report.json", "report.html", "history.csv"):
+        (tmp_path / "run" / name).unlink()
+    assert run(short, tmp_path / "run", resume=True) == report
+    assert (tmp_path / "run" / "model.keras").exists() and (tmp_path / "run" / "report.html").exists()
+    assert len(_history(tmp_path / "run")) == 1
+
+
+KILLED = """
+import dataclasses, json, os, signal, sys
+import tensorflow as tf
+from cvt_keras import Stage, Variant
+from cvt_keras.training import Recipe, loop, run
+
+tf.config.experimental.enable_op_determinism()
+data_dir, run_dir, fate = sys.argv[1:]
+
+class Killer(loop.Stopwatch):
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == (1, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+if fate == "killed":
+    loop.Stopwatch = Killer
+stages = (Stage(8, 2, 1, kernel_size=7, stride=4, padding=2, drop_path=0.5), Stage(16, 1, 2, cls_token=True))
+recipe = Recipe(
+    variant=Variant(stages, "gelu"), dataset="cifar10", data_dir=data_dir, train_limit=96, test_limit=32, epochs=4, batch_size=32,
+    ema=0.9, label_smoothing=0.1, mixup=0.2, seed=7,
+)
+run(recipe, run_dir, resume=fate == "resumed")
+"""
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(cifar10_dir, tmp_path):
+    def start(name, fate):
+        command = [sys.executable, "-c", KILLED, str(cifar10_dir), str(tmp_path / name), fate]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+    def finish(process):
+        output, _ = process.communicate()
+        return process.returncode, output
+
+    whole, killed = start("whole", "whole"), start("killed", "killed")
+    code, output = finish(whole)
+    assert code == 0, output
+    assert finish(killed)[0] == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob("epoch-*")] == ["epoch-0001"]
+    code, output = finish(start("killed", "resumed"))
+    assert code == 0, output
+    assert "going on after epoch 1 of 4" in output
+
+    for file in ("state.npz", "best.npz"):
+        stored = [np.load(tmp_path / name / "checkpoints" / "epoch-0004" / file) for name in ("whole", "killed")]
+        assert stored[0].files == stored[1].files
+        for name in stored[0].files:
+            np.testing.assert_array_equal(stored[0][name], stored[1][name], err_msg=name)
+    timed = {"train_seconds", "seconds"}
+    histories = [
+        [{name: value for name, value in row.items() if name not in timed} for row in _history(tmp_path / name)]
+        for name in ("whole", "killed")
+    ]
+    assert histories[0] == histories[1]
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
+    assert reports[0]["test"] == reports[1]["test"]
 
 
 def test_a_run_is_never_overwritten(recipe, tmp_path):
@@ -165,7 +344,7 @@ def test_a_variant_too_coarse_for_the_images_is_refused(recipe, tmp_path, monkey
 
 def test_a_loss_that_is_no_number_ends_the_run(recipe, tmp_path):
     wild = dataclasses.replace(recipe, peak_learning_rate=1e30, gradient_clip=0)
-    with pytest.raises(FloatingPointError, match=r"epoch 1.*1e\+30"):
+    with pytest.raises(FloatingPointError, match=r"step \d+ of epoch 1.*1e\+30"):
         run(wild, tmp_path / "run")
     assert not (tmp_path / "run" / "model.keras").exists()
 

@@ -1,8 +1,10 @@
 import dataclasses
+import json
 
 import pytest
 
-from cvt_keras.training.recipes import RECIPES, SMOKE, RecipeError
+from cvt_keras import VARIANTS, Stage, Variant
+from cvt_keras.training.recipes import RECIPES, SMOKE, Recipe, RecipeError
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -29,6 +31,18 @@ def test_a_recipe_says_its_command(name):
         ({"weight_decay": float("nan")}, ["weight_decay=nan"]),
         ({"gradient_clip": -1.0}, ["gradient_clip=-1.0"]),
         ({"warmup": 1.0}, ["warmup=1.0"]),
+        ({"image_size": 0}, ["image_size=0"]),
+        ({"optimizer": "sgd"}, ["'sgd'", "muon"]),
+        ({"decay": "step"}, ["'step'", "cosine"]),
+        ({"adamw_ratio": -1.0}, ["adamw_ratio=-1.0"]),
+        ({"rand_augment": -1}, ["rand_augment=-1"]),
+        ({"rand_augment_magnitude": 11.0}, ["rand_augment_magnitude=11.0", "10"]),
+        ({"erase": 1.5}, ["erase=1.5"]),
+        ({"mixup": -0.2}, ["mixup=-0.2"]),
+        ({"cutmix": float("nan")}, ["cutmix=nan"]),
+        ({"label_smoothing": 1.0}, ["label_smoothing=1.0"]),
+        ({"ema": -0.5}, ["ema=-0.5"]),
+        ({"ema": 1.0}, ["ema=1.0"]),
     ],
 )
 def test_errors_name_argument_and_value(change, parts):
@@ -36,3 +50,35 @@ def test_errors_name_argument_and_value(change, parts):
         dataclasses.replace(SMOKE, **change)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_settings_come_back_from_json(name):
+    again = Recipe.from_settings(json.loads(json.dumps(RECIPES[name].settings())))
+    assert again == dataclasses.replace(RECIPES[name], description="")
+
+
+def test_a_variant_without_a_name_comes_back_too():
+    recipe = dataclasses.replace(SMOKE, variant=Variant((Stage(8, 1, 1),)))
+    assert recipe.variant_name == "custom"
+    again = Recipe.from_settings(json.loads(json.dumps(recipe.settings())))
+    assert again.variant == recipe.variant
+
+
+def test_settings_hold_the_whole_variant():
+    assert SMOKE.settings()["variant"]["stages"][0]["dim"] == VARIANTS["cvt_tiny"].stages[0].dim
+    assert "description" not in SMOKE.settings()
+
+
+@pytest.mark.parametrize("settings, part", [({"epoch": 3}, "epoch"), ({"variant": {"stages": [{"dim": 8}]}}, "depth")])
+def test_settings_of_no_recipe_are_refused(settings, part):
+    with pytest.raises(RecipeError, match=part):
+        Recipe.from_settings(settings)
+
+
+def test_reference_is_adam_without_anything():
+    reference = RECIPES["reference"]
+    assert (reference.variant, reference.optimizer, reference.peak_learning_rate) == ("cvt_13", "adamw", 1e-3)
+    assert (reference.batch_size, reference.epochs, reference.decay) == (128, 10, "constant")
+    for name in ("flip", "crop_padding", "rand_augment", "erase", "mixup", "cutmix", "weight_decay", "warmup", "gradient_clip"):
+        assert not getattr(reference, name), name

@@ -1,0 +1,109 @@
+import html.parser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cvt_keras import page, runs
+
+SPLIT = {"top1": 0.8125, "top5": None, "loss": 0.5, "ece": 0.0625, "images": 1600}
+REPORT = {
+    "dataset": "folder",
+    "data_note": "tested on <a tenth>",
+    "variant": "cvt_cifar",
+    "recipe": {"epochs": 10, "peak_learning_rate": 0.0023},
+    "epochs": 10,
+    "parameters": 1_250_000,
+    "macs": 54_900_000,
+    "train_seconds": 600.0,
+    "train_images_per_second": 222.0,
+    "validation": {**SPLIT, "top1": 0.75},
+    "test": SPLIT,
+    "per_class": [
+        {"name": "easy", "top1": 0.9, "precision": 0.8, "f1": 0.85, "images": 100},
+        {"name": "<script>hard</script>", "top1": 0.2, "precision": None, "f1": 0.0, "images": 100},
+    ],
+    "device": "a CPU & its cores",
+    "versions": {"keras": "3.15.1"},
+}
+
+
+class _Page(html.parser.HTMLParser):
+    """The tags that are open, the links and the text of a page."""
+
+    VOID = {"meta", "img", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.sources, self.text, self.tags = [], [], "", set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    runs.write_json(tmp_path / runs.REPORT, REPORT)
+    runs.write_csv(tmp_path / runs.HISTORY, [{"epoch": 0, "val_loss": 0.123456, "seconds": 61.23}])
+    (tmp_path / runs.PLOTS).mkdir()
+    Image.fromarray(np.zeros((4, 4, 3), "uint8")).save(tmp_path / runs.PLOTS / "curves.png")
+    return tmp_path
+
+
+def _written(run_dir):
+    page.write(run_dir)
+    read = _Page((run_dir / runs.PAGE).read_text())
+    assert not read.open
+    return read
+
+
+def test_the_page_stands_alone_and_tells_the_run(run_dir):
+    read = _written(run_dir)
+    assert [source.partition(",")[0] for source in read.sources] == ["data:image/png;base64"]
+    for part in (
+        *("cvt_cifar on folder", "a CPU & its cores", "81.2%", "75.0%", "6.2%", "1.25 M", "54.9 M", "10.0 min", "222", "1,600"),
+        *("0.1235", "61.2", "0.0023", "3.15.1", "n/a"),
+    ):
+        assert part in read.text, part
+
+
+def test_names_are_text_whatever_they_hold(run_dir):
+    read = _written(run_dir)
+    assert "script" not in read.tags
+    assert "<script>hard</script>" in read.text and "tested on <a tenth>" in read.text
+
+
+def test_the_hardest_class_comes_first(run_dir):
+    text = _written(run_dir).text
+    assert text.index("hard</script>") < text.index("easy")
+
+
+def test_a_run_without_a_test_shows_validation(run_dir):
+    runs.write_json(run_dir / runs.REPORT, {**REPORT, "test": None, "per_class": None, "data_note": ""})
+    text = _written(run_dir).text
+    assert "top-1, validation" in text and "test" not in text.replace("tested", "")
+
+
+def test_exports_are_on_the_page_once_there_are_some(run_dir):
+    assert "Exports" not in _written(run_dir).text
+    artifact = {
+        **{"name": "int8", "bytes": 1_400_000, "top1": 0.8, "agreement": 0.98, "max_abs_diff": 0.03125, "milliseconds": 2.5},
+        **{"images": 1000, "runtime": "LiteRT 2", "passed": True},
+    }
+    (run_dir / runs.EXPORT).mkdir()
+    runs.write_json(
+        run_dir / runs.EXPORT / runs.REPORT, {"artifacts": [artifact, {**artifact, "name": "float16", "passed": False}]}
+    )
+    text = _written(run_dir).text
+    for part in ("Exports", "int8", "1.40", "98.0%", "0.031", "2.5", "LiteRT 2", "passed", "FAILED"):
+        assert part in text, part

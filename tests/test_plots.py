@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from cvt_keras import plots
+
+HISTORY = [
+    {
+        "epoch": epoch,
+        "learning_rate": 1e-3,
+        "accuracy": accuracy - 0.1,
+        "cross_entropy": 1.0,
+        "val_accuracy": accuracy,
+        "val_cross_entropy": 0.9,
+    }
+    for epoch, accuracy in enumerate([0.5, 0.75, 0.75])
+]
+NAMES = ("a", "$b", "c")
+
+
+@pytest.fixture
+def shown():
+    """Nine test images of three classes, three of them taken for the next class."""
+    labels = np.arange(9) % 3
+    predicted = np.where(np.arange(9) < 3, (labels + 1) % 3, labels)
+    logits = np.eye(3, dtype="float32")[predicted] * np.arange(1, 10, dtype="float32")[:, None]
+    images = np.zeros((9, 8, 8, 3), "uint8") + np.arange(9, dtype="uint8")[:, None, None, None]
+    return {"images": images, "logits": logits, "labels": labels}
+
+
+def _texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_every_picture_is_drawn_whole(tmp_path, shown):
+    plots.draw(tmp_path, HISTORY, **shown, class_names=NAMES)
+    files = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "plots").iterdir()}
+    assert set(files) == {plots.CURVES, plots.CONFUSION, plots.CALIBRATION, plots.MOST_WRONG}
+    for pixels in files.values():
+        assert pixels.shape[0] > 200 and pixels.std() > 1
+
+
+def test_without_test_images_there_are_the_curves(tmp_path):
+    plots.draw(tmp_path, HISTORY)
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == [plots.CURVES]
+
+
+def test_curves_count_epochs_from_one_and_mark_the_best():
+    accuracy, loss, rate = plots.curves(HISTORY).axes
+    training, validation, mark = accuracy.lines
+    assert training.get_xdata().tolist() == [1, 2, 3]
+    assert list(validation.get_ydata()) == [0.5, 0.75, 0.75]
+    assert list(mark.get_xdata()) == [2]  # the first of equals
+    assert (_texts(accuracy), _texts(loss)) == (["75.0%"], ["0.900"])
+    assert rate.lines[0].get_ydata().tolist() == [1e-3] * 3
+
+
+def test_confusion_shows_counts_and_shares():
+    counts = np.array([[3, 1], [0, 0]])
+    axes = plots.confusion(counts, ("a", "b")).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), [[0.75, 0.25], [0, 0]])
+    assert _texts(axes) == ["3", "1"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_confusion_of_many_classes_stays_legible():
+    names = [f"{i}" for i in range(100)]
+    axes = plots.confusion(np.eye(100, dtype=int), names).axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == names[::3]
+    assert not axes.texts
+
+
+def test_calibration_draws_the_bins(shown):
+    diagram, count = plots.calibration(shown["logits"], shown["labels"]).axes
+    assert sum(bar.get_height() for bar in count.patches) == 9
+    assert "expected error" in diagram.get_title(loc="left")
+
+
+def test_the_most_wrong_come_first_with_label_and_prediction(shown):
+    figure = plots.most_wrong(**shown, class_names=NAMES)
+    assert [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes if axes.images] == [2, 1, 0]
+    first, second, *_ = (axes.get_title() for axes in figure.axes)
+    assert first.startswith("c ") and "as a" in first
+    assert second.startswith("$b ") and "as c" in second
+
+
+def test_a_perfect_network_has_no_wrong_images(shown):
+    shown["logits"] = np.eye(3, dtype="float32")[shown["labels"]]
+    figure = plots.most_wrong(**shown, class_names=NAMES)
+    assert not any(axes.images for axes in figure.axes)
+    assert "No test image is wrong" in figure._suptitle.get_text()
