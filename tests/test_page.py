@@ -31,8 +31,6 @@ REPORT = {
 class _Page(html.parser.HTMLParser):
     """The tags that are open, the links and the text of a page."""
 
-    VOID = {"meta", "img", "br"}
-
     def __init__(self, text):
         super().__init__()
         self.open, self.sources, self.text, self.tags = [], [], "", set()
@@ -41,7 +39,7 @@ class _Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
         self.sources += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in self.VOID:
+        if tag not in ("meta", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
