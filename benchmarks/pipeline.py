@@ -1,0 +1,110 @@
+"""Whether data keeps up with training: python benchmarks/pipeline.py --help.
+
+The pipeline of a recipe alone, and the recipe's training on one batch that is already there, turn by turn, so that a noisy
+machine treats both alike.
+"""
+
+import dataclasses
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cvt_keras import build_classifier, environment
+from cvt_keras.data.pipeline import training_batches
+from cvt_keras.data.sources import Split
+from cvt_keras.training import RECIPES
+from cvt_keras.training.loop import device, resolve
+from cvt_keras.training.optimizers import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Images per second of a recipe's pipeline and of its training, on synthetic pixels."""
+
+    recipe: str = "cifar10"
+    """A recipe in RECIPES."""
+    num_images: int = 45_000
+    """Training images, shuffled and augmented as the recipe does."""
+    num_classes: int = 10
+    """Outputs of the head."""
+    steps: int = 20
+    """Training steps a turn; the pipeline makes four times as many batches."""
+    turns: int = 5
+    """Of each; the medians count."""
+
+    def __post_init__(self):
+        if self.recipe not in RECIPES:
+            raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}. Received: recipe={self.recipe!r}")
+        for name in ("num_classes", "steps", "turns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
+        least = RECIPES[self.recipe].batch_size
+        if self.num_images < least:
+            raise ValueError(f"`num_images` must be a batch of {least} at least. Received: num_images={self.num_images}")
+
+
+def main(arguments):
+    recipe = dataclasses.replace(resolve(RECIPES[arguments.recipe]), epochs=10**6)  # more than will be asked for
+    random = np.random.default_rng(0)
+    shape = (recipe.image_size, recipe.image_size, 3)
+    images = random.integers(0, 256, (arguments.num_images, *shape), "uint8")
+    split = Split(images, random.integers(0, arguments.num_classes, arguments.num_images))
+    batches = iter(training_batches(split, arguments.num_classes, recipe))
+
+    keras.utils.set_random_seed(0)
+    model = build_classifier(recipe.variant, arguments.num_classes, shape, dtype=recipe.precision)
+    model.compile(
+        make_optimizer(recipe, model, 10**6),
+        keras.losses.CategoricalCrossentropy(from_logits=True),
+        jit_compile=recipe.xla == "on",
+    )
+    batch = tf.data.Dataset.from_tensors(next(batches)).repeat()
+
+    def pipeline():
+        # The few batches that lie ready were made in the turn before, and as many are made ahead of the next: they cancel.
+        for _ in itertools.islice(batches, 4 * arguments.steps):
+            pass
+        return 4 * arguments.steps
+
+    def training():
+        model.fit(batch, steps_per_epoch=arguments.steps, verbose=0)
+        return arguments.steps
+
+    rates = {"pipeline": [], "training": []}
+    for turn in range(arguments.turns + 1):
+        for name, work in (("pipeline", pipeline), ("training", training)):
+            started = time.perf_counter()
+            count = work() * recipe.batch_size
+            if turn:  # the first compiles
+                rates[name].append(count / (time.perf_counter() - started))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    print(
+        json.dumps(
+            {
+                **dataclasses.asdict(arguments),
+                "pipeline_images_per_second": round(medians["pipeline"]),
+                "training_images_per_second": round(medians["training"], 1),
+                "ratio": round(medians["pipeline"] / medians["training"], 2),
+                "ratios": [round(a / b, 2) for a, b in zip(rates["pipeline"], rates["training"])],
+                "variant": recipe.variant_name,
+                "precision": recipe.precision,
+                "xla": recipe.xla,
+                "device": device(),
+                "versions": environment.versions(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
