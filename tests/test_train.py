@@ -151,7 +151,13 @@ def test_what_stops_a_run_is_told_in_one_line(raised, code, part, monkeypatch, c
 def test_a_stopped_run_keeps_its_epochs_and_goes_on(cifar10_dir, tmp_path, number, code, capsys):
     run_dir = tmp_path / "run"
     flags = ["smoke", "--dataset", "cifar10", "--data-dir", str(cifar10_dir), "--run-dir", str(run_dir), "--epochs", "12"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Of a shell in the background, children are born deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     while not (run_dir / "checkpoints" / "epoch-0001").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)

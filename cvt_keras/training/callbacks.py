@@ -96,7 +96,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.history = []
 
     def restore(self, model):
-        """Sets a compiled model and the other callbacks to the newest checkpoint, if there is one.
+        """Sets a compiled model, its optimizer built, and the other callbacks to the newest checkpoint, if there is one.
 
         Raises:
             ValueError: if the checkpoint is of another network or optimizer.
@@ -106,7 +106,6 @@ class Checkpoints(keras.callbacks.Callback):
         newest = max(self._folder.glob("epoch-*"), default=None)
         if newest is None:
             return
-        model.optimizer.build(model.trainable_variables)
         variables = _state(model)
         with np.load(newest / "state.npz") as stored:
             if stored.files != list(variables) or any(stored[name].shape != v.shape for name, v in variables.items()):

@@ -119,6 +119,11 @@ def _fit(recipe, run_dir, source, train):
         metrics=["accuracy", keras.metrics.CategoricalCrossentropy(from_logits=True, name="cross_entropy")],
         jit_compile=recipe.xla == "on",
     )
+    # What `fit` would make in its first step: it would trace the step twice then, which takes as long as many steps.
+    classifier.optimizer.build(classifier.trainable_variables)
+    blank = np.zeros((1, num_classes), "float32")
+    classifier.compute_loss(None, blank, blank)
+    classifier.compute_metrics(None, blank, blank)  # of which `fit` forgets the value
     # Not before everything is known to be there: a folder in the way would make the next try harder.
     (run_dir / runs.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     if not (run_dir / runs.RECIPE).exists():

@@ -40,6 +40,7 @@ def _trained(ema=0.0, precision="float32"):
     recipe = dataclasses.replace(SMOKE, ema=ema, optimizer="muon")
     model = build_classifier("cvt_tiny", 3, (16, 16, 3), dtype=precision)
     model.compile(make_optimizer(recipe, model, 10), "mse", metrics=["accuracy"])
+    model.optimizer.build(model.trainable_variables)
     images, labels = np.random.default_rng(0).uniform(0, 255, (8, 16, 16, 3)), np.eye(3)[np.arange(8) % 3]
     return model, images, labels
 
