@@ -77,7 +77,7 @@ def main(arguments):
         return 4 * arguments.steps
 
     def training():
-        model.fit(batch, steps_per_epoch=arguments.steps, verbose=0)
+        model.fit(batch, steps_per_epoch=arguments.steps, shuffle=False, verbose=0)
         return arguments.steps
 
     rates = {"pipeline": [], "training": []}
