@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from cvt_keras import runs
+from cvt_keras.training.recipes import RecipeError
 
 
 class HaltOnNaN(keras.callbacks.Callback):
@@ -99,7 +100,7 @@ class Checkpoints(keras.callbacks.Callback):
         """Sets a compiled model, its optimizer built, and the other callbacks to the newest checkpoint, if there is one.
 
         Raises:
-            ValueError: if the checkpoint is of another network or optimizer.
+            RecipeError: if the checkpoint is of another network or optimizer.
         """
         for aside in self._folder.glob(".*-epoch-*"):  # half-written when the run was killed
             shutil.rmtree(aside)
@@ -109,7 +110,7 @@ class Checkpoints(keras.callbacks.Callback):
         variables = _state(model)
         with np.load(newest / "state.npz") as stored:
             if stored.files != list(variables) or any(stored[name].shape != v.shape for name, v in variables.items()):
-                raise ValueError(f"{newest} is of another network or optimizer: train anew, in another folder")
+                raise RecipeError(f"{newest} is of another network or optimizer: train anew, in another folder")
             for name, variable in variables.items():
                 variable.assign(stored[name])
         state = runs.read_json(newest / "state.json")

@@ -9,7 +9,7 @@ import pytest
 from cvt_keras import build_classifier
 from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, Stopwatch
 from cvt_keras.training.optimizers import make_optimizer
-from cvt_keras.training.recipes import SMOKE
+from cvt_keras.training.recipes import SMOKE, RecipeError
 
 
 @pytest.mark.parametrize("validated", [True, False])
@@ -120,5 +120,5 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     stopwatch, best = Stopwatch(), BestWeights()
     checkpoints = Checkpoints(tmp_path, stopwatch, best)
     model.fit(images, labels, validation_data=(images, labels), verbose=0, callbacks=[stopwatch, best, checkpoints])
-    with pytest.raises(ValueError, match=r"epoch-0001 is of another network or optimizer"):
+    with pytest.raises(RecipeError, match=r"epoch-0001 is of another network or optimizer"):
         Checkpoints(tmp_path, stopwatch, best).restore(_trained(ema=0.5)[0])
