@@ -70,7 +70,7 @@ def main(arguments):
     batch = tf.data.Dataset.from_tensors(next(iter(batches))).repeat()
 
     def pipeline():
-        # A new iterator, and none left at the end: what prefetch made while the network trains would be measured as made at once.
+        # A new iterator: what an old one's prefetch made while the network trained would count as made at once.
         for _ in batches.take(4 * arguments.steps):
             pass
         return 4 * arguments.steps

@@ -30,7 +30,7 @@ summary { cursor: pointer; color: var(--quiet); }
 """
 
 CAPTIONS = {
-    plots.CURVES: ("Curves", "The ring marks the epoch that was kept. Training is measured on augmented images as they pass."),
+    plots.CURVES: ("Curves", "The ring marks the epoch that was kept. Training is measured as it goes, augmentation included."),
     plots.CONFUSION: ("Confusion", "Test images of each label by what the network took them for."),
     plots.CALIBRATION: ("Calibration", "Of the images that the network is so sure of, how many it gets right."),
     plots.MOST_WRONG: ("Most wrong", "The test images with the highest cross-entropy: mislabelled, odd, or hard."),

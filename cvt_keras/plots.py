@@ -53,7 +53,7 @@ def curves(history):
     best = max(range(len(history)), key=lambda i: history[i]["val_accuracy"])  # the first of equals, as the run keeps it
     for axes, key, title in ((accuracy, "accuracy", "Accuracy"), (loss, "cross_entropy", "Cross-entropy, nats")):
         training, validation = [row[key] for row in history], [row[f"val_{key}"] for row in history]
-        axes.plot(epochs, training, "o-", color=TRAINING, markersize=3, label="training, augmented")
+        axes.plot(epochs, training, "o-", color=TRAINING, markersize=3, label="training, as it goes")
         axes.plot(epochs, validation, "o-", color=VALIDATION, markersize=3, label="validation")
         axes.plot(epochs[best], validation[best], "o", color=VALIDATION, markersize=9, fillstyle="none")
         axes.annotate(

@@ -184,6 +184,7 @@ REFERENCE = Recipe(
     """What the project that this one redoes did: the paper's CvT-13 at 32x32, Adam, no augmentation.
 
     python train.py reference
+    Two epochs: 53.4% test top-1 (n=1, JPEG copy), about 4 minutes each on two cores of an Intel Xeon in float32.
     """,
     variant="cvt_13",
     flip=False,
