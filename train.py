@@ -1,20 +1,27 @@
 """Trains a network: flags in, one call of `cvt_keras.training.run`. See python train.py --help."""
 
 import dataclasses
+import itertools
 import os
 import shlex
 import signal
 import sys
 from pathlib import Path
 
-import tyro
-
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # before TensorFlow is imported: its notes would break the progress bar
 
-from cvt_keras import runs
-from cvt_keras.data.sources import DataError
-from cvt_keras.training import RECIPES, Recipe, RecipeError, run
+try:
+    import tyro
 
+    from cvt_keras import runs
+    from cvt_keras.data.sources import DataError
+    from cvt_keras.training import RECIPES, Recipe, RecipeError, run
+except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that there is not
+    sys.exit(f"train.py: {error}. Is all of requirements.txt installed, and KERAS_BACKEND unset?")
+except KeyboardInterrupt:
+    sys.exit(130)
+
+PROGRAM = "train.py [RECIPE]"
 DEFAULT = "cifar10"
 
 
@@ -22,11 +29,19 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, ended like Ctrl-C."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeFile:
+    """The flag that is read first."""
+
     recipe_file: Path | None = None
     """A recipe.json, a run's for instance, in place of RECIPE: its values are the flags' defaults."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(RecipeFile):
+    """All flags."""
+
+    recipe: tyro.conf.OmitArgPrefixes[Recipe]
     run_dir: Path | None = None
     """Where the run is written; without it runs/<recipe>-<dataset>-<variant>."""
     resume: bool = False
@@ -44,18 +59,23 @@ def parse(argv):
     name, flags = (argv[0], argv[1:]) if named else (DEFAULT, argv)
     if name not in RECIPES:
         raise RecipeError(f"`RECIPE` must be one of {', '.join(RECIPES)}. Received: {name}")
-    defaults = RECIPES[name]
-    file = _recipe_file(flags)
+    for before, flag in itertools.pairwise(flags):
+        if flag in RECIPES and (not before.startswith("--") or "=" in before):
+            raise RecipeError(f"`RECIPE` comes before the flags: python train.py {flag} ... Received: it after {before}")
+    # Read before the other flags, whose defaults it holds.
+    given, _ = tyro.cli(RecipeFile, prog=PROGRAM, args=flags, return_unknown_args=True, add_help=False)
+    file, defaults = given.recipe_file, RECIPES[name]
     if file:
         if named:
             raise RecipeError(f"a recipe is named or comes from a file, not both. Received: {name} and --recipe-file {file}")
-        name, defaults = file.stem, _read(file)
+        defaults = _read(file)
+        name = file.stem if file.name != runs.RECIPE else file.resolve().parent.name  # every run's is called alike
     arguments = tyro.cli(
         Arguments,
-        prog="train.py [RECIPE]",
+        prog=PROGRAM,
         description=f"RECIPE, one of {', '.join(RECIPES)}, comes first; {DEFAULT} if left out. "
         f"The defaults below are those of {name}: {defaults.description}",
-        default=Arguments(defaults),
+        default=Arguments(recipe=defaults),
         args=flags,
     )
     recipe = arguments.recipe
@@ -63,20 +83,10 @@ def parse(argv):
     return dataclasses.replace(arguments, run_dir=arguments.run_dir or Path("runs") / folder)
 
 
-def _recipe_file(flags):
-    """The file that --recipe-file names, read before the other flags, whose defaults it holds."""
-    for i, flag in enumerate(flags):
-        if flag == "--recipe-file" and i + 1 < len(flags):
-            return Path(flags[i + 1])
-        if flag.startswith("--recipe-file="):
-            return Path(flag.partition("=")[2])
-    return None
-
-
 def _read(file):
     try:
         return Recipe.from_settings(runs.read_json(file))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, RecipeError, runs.RunError) as error:
         raise RecipeError(f"`--recipe-file` {file} is no recipe.json: {error}") from error
 
 
@@ -87,12 +97,14 @@ def main(argv):
         report = run(arguments.recipe, arguments.run_dir, resume=arguments.resume)
     except (RecipeError, FileExistsError) as error:
         return _fail(error, 2)
-    except (DataError, FloatingPointError, OSError) as error:
+    except (DataError, runs.RunError, FloatingPointError, MemoryError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt as stop:
         command = shlex.join(["python", "train.py", *argv, *([] if "--resume" in argv else ["--resume"])])
         return _fail(f"stopped; finished epochs are kept. To go on: {command}", 143 if isinstance(stop, Terminated) else 130)
-    print(f"{report.test['top1']:.2%} top-1 on {report.test['images']} test images; the run is in {arguments.run_dir}")
+    split = "test" if report.test else "validation"  # a run from Python may leave the test images alone
+    found = getattr(report, split)
+    print(f"{found['top1']:.2%} top-1 on {found['images']} {split} images; the run is in {arguments.run_dir}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import json
 from html import escape
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def _artifacts(artifacts):
 
 
 def _settings(title, settings):
-    rows = [[name, value] for name, value in settings.items()]
+    rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in settings.items()]
     return f"<details><summary>{title}</summary>{_table(['', ''], rows, 'settings')}</details>"
 
 

@@ -20,6 +20,7 @@ MOST_WRONG = "most_wrong.png"
 TRAINING, VALIDATION, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: apart for every eye
 MOST_LABELS = 40  # as many as can be read along an axis
 MOST_NUMBERS = 20  # and in a matrix
+MOST_CHARACTERS = 16  # of a class name, where there is little room
 
 
 def draw(run_dir, history, images=None, logits=None, labels=None, class_names=None):
@@ -82,14 +83,16 @@ def curves(history):
 def confusion(counts, class_names):
     """A matrix of images -> `Figure`: a row for each label, a column for each prediction, as shares of the label's images."""
     n = len(class_names)
+    names = [_shortened(name) for name in class_names]
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
-    side = min(2.5 + 0.45 * n, 12)
+    side = min(max(4.5, 2.5 + 0.45 * n), 12)  # inches; the least that the title needs
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     step = -(-n // MOST_LABELS)
-    axes.set_xticks(range(0, n, step), class_names[::step], rotation=90 if n > 5 else 0, parse_math=False)
-    axes.set_yticks(range(0, n, step), class_names[::step], parse_math=False)
+    upright = n > 5 or max(map(len, names)) > 6
+    axes.set_xticks(range(0, n, step), names[::step], rotation=90 if upright else 0, parse_math=False)
+    axes.set_yticks(range(0, n, step), names[::step], parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("label")
     axes.set_title("Test images of each label by prediction", loc="left")
@@ -112,7 +115,7 @@ def calibration(logits, labels):
     left = [i * width for i in range(len(images))]
     diagram.bar(left, accuracy, width, align="edge", color=TRAINING, edgecolor="white", alpha=0.6)
     diagram.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfectly calibrated")
-    diagram.plot(confidence, accuracy, "o", color=VALIDATION, markersize=4, label="mean confidence of the bin")
+    diagram.plot(confidence, accuracy, "o", color=VALIDATION, markersize=4, clip_on=False, label="mean confidence of the bin")
     diagram.set_ylabel("accuracy")
     diagram.set_ylim(0, 1)
     diagram.legend(frameon=False, loc="upper left", fontsize="small")
@@ -145,12 +148,16 @@ def most_wrong(images, logits, labels, class_names, n=24):
             i = chosen[place]
             axes.imshow(images[i], interpolation="nearest")
             axes.set_title(
-                f"{class_names[labels[i]]} {probabilities[i, labels[i]]:.1%}\n"
-                f"as {class_names[predicted[i]]} {probabilities[i, predicted[i]]:.0%}",
+                f"{_shortened(class_names[labels[i]])} {probabilities[i, labels[i]]:.1%}\n"
+                f"as {_shortened(class_names[predicted[i]])} {probabilities[i, predicted[i]]:.0%}",
                 fontsize=8,
                 parse_math=False,  # a folder's class may hold a dollar sign
             )
     return figure
+
+
+def _shortened(name):
+    return name if len(name) <= MOST_CHARACTERS else f"{name[: MOST_CHARACTERS - 1]}…"
 
 
 def _plain(axes):

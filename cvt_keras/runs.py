@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,16 +19,30 @@ CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 
 
+class RunError(Exception):
+    """A run folder that can't be read. The message is one line: which file, and the way out."""
+
+
 def require_vacant(run_dir):
     """A run is never overwritten.
 
     Raises:
         FileExistsError: if `run_dir` is there and anything but an empty folder.
     """
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if run_dir.exists() and not run_dir.is_dir():
+        raise FileExistsError(f"`run_dir` is no folder: {run_dir}. Name another with --run-dir")
+    if (run_dir / RECIPE).exists():
         raise FileExistsError(
-            f"`run_dir` already holds something: {run_dir}. Go on with it by --resume, or name another with --run-dir"
+            f"`run_dir` already holds a run: {run_dir}. Go on with it by --resume, or name another with --run-dir"
         )
+    if run_dir.exists() and not all(_is_aside(path) for path in run_dir.iterdir()):
+        raise FileExistsError(f"`run_dir` holds something, but no run: {run_dir}. Name another with --run-dir")
+
+
+def sweep(run_dir):
+    """Removes what a run that was killed left half-written."""
+    for path in [path for path in run_dir.rglob(".*") if _is_aside(path)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager
@@ -37,12 +52,12 @@ def whole(path):
     If the block raises, nothing is left at either.
     """
     path = Path(path)
-    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    aside = _aside(path)
     try:
         yield aside
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
+        _sync(aside)
         os.replace(aside, path)
+        _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -51,16 +66,35 @@ def whole(path):
 def whole_folder(path):
     """The same for a folder that is not there yet: it appears with all its files or not at all."""
     path = Path(path)
-    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    aside = _aside(path)
     try:
         aside.mkdir(parents=True)
         yield aside
-        for file in aside.iterdir():
-            with open(file, "rb+") as written:
-                os.fsync(written.fileno())
+        for written in (*aside.iterdir(), aside):
+            _sync(written)
         os.rename(aside, path)
+        _sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(path):
+    return path.with_name(f".{os.getpid()}-{path.name}")
+
+
+def _is_aside(path):
+    return re.match(r"\.\d+-", path.name) is not None
+
+
+def _sync(path):
+    """Waits until a file, or a folder's list of files, is on the disk: a power cut takes it no more."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_csv(path, rows):
@@ -78,5 +112,12 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Reads what `write_json` wrote."""
-    return json.loads(Path(path).read_text())
+    """Reads what `write_json` wrote.
+
+    Raises:
+        RunError: if it is no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is broken ({error})") from error

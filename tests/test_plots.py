@@ -1,5 +1,8 @@
+import itertools
+
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from cvt_keras import plots
@@ -63,6 +66,23 @@ def test_confusion_shows_counts_and_shares():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
 
 
+@pytest.mark.parametrize("names", [("a", "b"), ("Cavalier King Charles spaniel", "an airport"), tuple("abcde")])
+def test_nothing_of_confusion_is_cut_off(names):
+    n = len(names)
+    figure = plots.confusion(np.eye(n, dtype=int), names)
+    FigureCanvasAgg(figure).draw()
+    matrix, bar = figure.axes
+    boxes = [
+        text.get_window_extent() for text in (matrix.title, matrix._left_title, bar.yaxis.label, *matrix.get_xticklabels())
+    ]
+    for box in boxes:
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+    labels = boxes[3:]
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(labels))
+    assert max(len(label.get_text()) for label in matrix.get_xticklabels()) <= plots.MOST_CHARACTERS
+
+
 def test_confusion_of_many_classes_stays_legible():
     names = [f"{i}" for i in range(100)]
     axes = plots.confusion(np.eye(100, dtype=int), names).axes[0]
@@ -83,6 +103,14 @@ def test_the_most_wrong_come_first_with_label_and_prediction(shown):
     first, second, *_ = (axes.get_title() for axes in figure.axes)
     assert first.startswith("c ") and "as a" in first
     assert second.startswith("$b ") and "as c" in second
+
+
+def test_the_names_of_the_most_wrong_do_not_run_into_each_other(shown):
+    names = ("Cavalier King Charles spaniel", "English springer spaniel, liver and white", "c")
+    figure = plots.most_wrong(**shown, class_names=names)
+    FigureCanvasAgg(figure).draw()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes if axes.images]
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
 
 
 def test_a_perfect_network_has_no_wrong_images(shown):

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from cvt_keras import runs
@@ -27,10 +30,51 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 def test_a_vacant_folder_is_absent_or_empty(tmp_path):
     runs.require_vacant(tmp_path / "absent")
     runs.require_vacant(tmp_path)
+    (tmp_path / ".123-recipe.json").touch()  # of a run that was killed as it began
+    runs.require_vacant(tmp_path)
     (tmp_path / "file").touch()
-    for taken in (tmp_path, tmp_path / "file"):
-        with pytest.raises(FileExistsError, match=str(taken)):
-            runs.require_vacant(taken)
+    with pytest.raises(FileExistsError, match=f"holds something, but no run: {tmp_path}"):
+        runs.require_vacant(tmp_path)
+    with pytest.raises(FileExistsError, match=f"no folder: {tmp_path}/file"):
+        runs.require_vacant(tmp_path / "file")
+    (tmp_path / "recipe.json").touch()
+    with pytest.raises(FileExistsError, match=f"already holds a run: {tmp_path}. Go on with it by --resume"):
+        runs.require_vacant(tmp_path)
+
+
+def test_what_was_half_written_is_swept_away(tmp_path):
+    for name in (".7-history.csv", ".keep", "history.csv", "checkpoints/.7-epoch-0002/state.npz", "checkpoints/epoch-0001/a"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    runs.sweep(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {".keep", "history.csv", "checkpoints/epoch-0001/a"}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch-0001"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
+def test_broken_json_is_named(tmp_path, content):
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(runs.RunError, match=f"^{tmp_path}/report.json is broken"):
+        runs.read_json(tmp_path / "report.json")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="tells by Linux' /proc what a descriptor is of")
+def test_a_power_cut_takes_nothing_that_was_written(tmp_path, monkeypatch):
+    synced, original = [], os.fsync
+
+    def fsync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    aside = f"{tmp_path}/.{os.getpid()}-"
+    runs.write_json(tmp_path / "report.json", {})
+    assert synced == [f"{aside}report.json", str(tmp_path)]
+    synced.clear()
+    with runs.whole_folder(tmp_path / "folder") as folder:
+        (folder / "one").touch()
+    assert synced == [f"{aside}folder/one", f"{aside}folder", str(tmp_path)]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

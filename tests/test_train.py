@@ -1,14 +1,17 @@
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import train
+from cvt_keras.runs import RunError
 from cvt_keras.training import RECIPES, Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -70,15 +73,31 @@ def test_every_field_has_a_flag():
     assert {field for field, _ in flags.values()} | {"flip", "description"} == fields
 
 
-@pytest.mark.parametrize("joined", [True, False])
-def test_a_recipe_comes_from_a_file_and_flags_change_it(tmp_path, joined):
+@pytest.fixture
+def recipe_file(tmp_path):
     file = tmp_path / "mine.json"
-    settings = dataclasses.replace(RECIPES["smoke"], seed=5, epochs=7).settings()
-    file.write_text(json.dumps(settings))
-    flags = [f"--recipe-file={file}"] if joined else ["--recipe-file", str(file)]
-    arguments = train.parse([*flags, "--epochs", "9"])
+    file.write_text(json.dumps(dataclasses.replace(RECIPES["smoke"], seed=5, epochs=7).settings()))
+    return file
+
+
+# As tyro takes every other flag.
+@pytest.mark.parametrize(
+    "flags",
+    [["--recipe-file={}"], ["--recipe-file", "{}"], ["--recipe_file", "{}"], ["--recipe-file", "nowhere", "--recipe_file={}"]],
+)
+def test_a_recipe_comes_from_a_file_and_flags_change_it(recipe_file, flags):
+    arguments = train.parse([*(flag.format(recipe_file) for flag in flags), "--epochs", "9"])
     assert (arguments.recipe.seed, arguments.recipe.epochs, arguments.recipe.variant) == (5, 9, "cvt_tiny")
+    assert arguments.recipe_file == recipe_file
     assert arguments.run_dir == Path("runs/mine-auto-cvt_tiny")
+
+
+def test_a_runs_recipe_is_called_as_the_run(recipe_file, monkeypatch):
+    file = recipe_file.rename(recipe_file.parent / "recipe.json")
+    name = Path(f"runs/{file.parent.name}-auto-cvt_tiny")
+    assert train.parse(["--recipe-file", str(file)]).run_dir == name
+    monkeypatch.chdir(file.parent)
+    assert train.parse(["--recipe-file", "recipe.json"]).run_dir == name
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"epoch": 3}', '{"epochs": 0}', None])
@@ -94,6 +113,11 @@ def test_a_file_that_is_no_recipe_ends_with_2_and_its_name(tmp_path, capsys, con
 def test_a_recipe_is_named_or_comes_from_a_file(tmp_path, capsys):
     assert train.main(["smoke", "--recipe-file", str(tmp_path / "mine.json")]) == 2
     assert "not both" in capsys.readouterr().err
+
+
+def test_a_recipe_after_the_flags_is_told_where_it_belongs(capsys):
+    assert train.main(["--seed", "3", "smoke"]) == 2
+    assert "comes before the flags: python train.py smoke" in capsys.readouterr().err
 
 
 def test_an_unknown_recipe_ends_with_2_and_one_line(capsys):
@@ -133,6 +157,10 @@ def test_missing_data_ends_with_1_and_one_line(tmp_path, capsys):
     "raised, code, part",
     [
         (OSError("no space"), 1, "no space"),
+        (FloatingPointError("no number"), 1, "no number"),
+        (MemoryError("too small"), 1, "too small"),
+        (RunError("broken"), 1, "broken"),
+        (FileExistsError("a run"), 2, "a run"),
         (KeyboardInterrupt(), 130, "To go on: python train.py smoke --run-dir 'my runs/one' --resume"),
         (train.Terminated(), 143, "To go on: python train.py smoke --run-dir 'my runs/one' --resume"),
     ],
@@ -147,6 +175,33 @@ def test_what_stops_a_run_is_told_in_one_line(raised, code, part, monkeypatch, c
     assert part in line
 
 
+def test_a_run_that_left_the_test_images_alone_tells_validation(monkeypatch, capsys):
+    report = SimpleNamespace(test=None, validation={"top1": 0.125, "images": 5_000})
+    monkeypatch.setattr(train, "run", lambda recipe, run_dir, resume: report)
+    assert train.main(["smoke"]) == 0
+    assert "12.50% top-1 on 5000 validation images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "missing, environment, part",
+    [("matplotlib", {}, "pip install matplotlib"), ("tyro", {}, "requirements.txt"), ("", {"KERAS_BACKEND": "foo"}, "foo")],
+)
+def test_what_can_not_be_imported_is_told_in_one_line(missing, environment, part):
+    code = "import runpy, sys\nsys.modules[sys.argv.pop(1)] = None\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    code = code.replace("sys.argv[0]", repr(str(ROOT / "train.py")))
+    ended = subprocess.run(
+        [sys.executable, "-c", code, missing, "smoke"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    assert ended.returncode == 1
+    line = ended.stderr.strip().splitlines()[-1]
+    assert line.startswith("train.py: ") and part in line
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_keeps_its_epochs_and_goes_on(cifar10_dir, tmp_path, number, code, capsys):
     run_dir = tmp_path / "run"
@@ -158,18 +213,18 @@ def test_a_stopped_run_keeps_its_epochs_and_goes_on(cifar10_dir, tmp_path, numbe
         # Of a shell in the background, children are born deaf to Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    while not (run_dir / "checkpoints" / "epoch-0001").exists() and process.poll() is None:
+    while not (run_dir / "history.csv").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)
     _, error = process.communicate()
     assert process.returncode == code, error
     assert error.strip().splitlines()[-1].endswith("--resume")
-    [checkpoint] = (run_dir / "checkpoints").iterdir()
+    newest = max((run_dir / "checkpoints").glob("epoch-*"))  # that before may be there too
     kept = (run_dir / "history.csv").read_text()
     assert not (run_dir / "report.json").exists()
 
     assert train.main([*flags, "--resume"]) == 0
-    assert f"going on after epoch {int(checkpoint.name[-4:])} of 12" in capsys.readouterr().out
+    assert f"going on after epoch {int(newest.name[-4:])} of 12" in capsys.readouterr().out
     assert (run_dir / "history.csv").read_text().startswith(kept)
     assert json.loads((run_dir / "report.json").read_text())["epochs"] == 12
 

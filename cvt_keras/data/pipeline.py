@@ -6,8 +6,9 @@ from cvt_keras.data import augment
 
 EVALUATION_BATCH = 500  # of 32x32; divides 5,000 and 10,000: XLA compiles a remainder of another size anew
 
-# One purpose's draws must not repeat another's: each has a key of its own beside the recipe's seed.
+# One purpose's draws must not repeat another's, of this seed or the next: each has a key of its own.
 _ORDER, _FLIP, _CROP, _RAND_AUGMENT, _ERASE, _MIXUP, _CUTMIX, _MIXUP_OR_CUTMIX = range(8)
+_PURPOSES = 16  # with room for more: another number would change every draw
 
 
 def training_batches(split, num_classes, recipe, first_epoch=0):
@@ -31,7 +32,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0):
     steps = batches_per_epoch(split, recipe)
 
     def key(purpose, position):
-        return tf.stack([tf.constant(recipe.seed * 16 + purpose, tf.int64), position])
+        return tf.stack([tf.constant(recipe.seed * _PURPOSES + purpose, tf.int64), position])
 
     def epoch_batches(epoch):
         order = tf.random.experimental.stateless_shuffle(tf.range(len(split)), key(_ORDER, epoch))

@@ -3,11 +3,16 @@
 import dataclasses
 import importlib
 import json
+import mimetypes
+import queue
 import re
 import socket
 import textwrap
+import threading
+import time
 import urllib.parse
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +27,10 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VALIDATION_IMAGES = 5_000
 CIFAR10_HOST = "www.cs.toronto.edu"  # and CIFAR-100's
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+PROBE_SECONDS = 5
+# TensorFlow also reads .bmp, but takes the numbers of a palette for colours.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
+SPLIT_FOLDERS = {"test": ("test",), "validation": ("validation", "valid", "val")}
 # Of TFDS: a mirrored letter or digit is another one, or none.
 CHARACTERS = {"binary_alpha_digits", "cmaterdb", "emnist", "kmnist", "mnist", "mnist_corrupted", "omniglot", "svhn_cropped"}
 
@@ -81,6 +89,15 @@ class Source:
     note: str = ""
     mirror: bool = True
     fallback: str = ""
+
+    def fingerprint(self):
+        """What tells these images and labels from others: a dict of numbers and strings, as JSON keeps them."""
+        parts = {"class names": ", ".join(self.class_names), "note": self.note}
+        for name in ("train", "validation", "test"):
+            split = getattr(self, name)
+            parts[f"number of {name} images"] = len(split)
+            parts[f"checksum of {name} images"] = zlib.crc32(split.labels, zlib.crc32(split.images))
+        return parts
 
 
 def check_name(dataset):
@@ -256,8 +273,7 @@ def _prepare(builder, title, hosts=None):
             raise DataError(f"{title} can't be read: {folder} has no dataset_info.json. Remove it to download it again")
         return
     try:
-        if not urllib.request.getproxies():  # through one, a connection of our own proves nothing
-            _probe(hosts or _hosts(builder))
+        _probe(_proxies() or hosts or _hosts(builder))
         builder.download_and_prepare()
     except Exception as error:
         where = Path(builder.data_dir_root)
@@ -274,24 +290,42 @@ def _hosts(builder):
     return {(url.hostname, url.port or ports.get(url.scheme, 443)) for url in urls if url.hostname}
 
 
+def _proxies():
+    """What stands between here and every host -> a set of (host, port). It may reach a host that we can't."""
+    proxies = urllib.request.getproxies()
+    urls = [urllib.parse.urlsplit(proxies[scheme]) for scheme in ("http", "https", "ftp", "all") if scheme in proxies]
+    return {(url.hostname, url.port or (443 if url.scheme == "https" else 80)) for url in urls if url.hostname}
+
+
 def _probe(hosts):
     """Fails within seconds where TFDS would try again for minutes.
 
     One host that answers is enough: TFDS lists those of all configs of a data set.
     """
+    answers = queue.SimpleQueue()
 
-    def error_of(address):
+    def knock(address):
         try:
-            socket.create_connection(address, timeout=5).close()
+            socket.create_connection(address, timeout=PROBE_SECONDS).close()
+            answers.put(None)
         except OSError as error:
-            return error
+            answers.put(error)
 
-    if not hosts:
-        return
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        errors = list(pool.map(error_of, hosts))
-    if all(errors):
-        raise ConnectionError(f"no connection to {', '.join(sorted(host for host, _ in hosts))} ({errors[0]})") from errors[0]
+    deadline = time.monotonic() + PROBE_SECONDS
+    for address in hosts:
+        # Threads that nobody waits for: looking a name up knows no timeout.
+        threading.Thread(target=knock, args=(address,), daemon=True).start()
+    error = None
+    for _ in hosts:
+        try:
+            error = answers.get(timeout=max(0, deadline - time.monotonic()))
+        except queue.Empty:
+            error = error or TimeoutError(f"no answer within {PROBE_SECONDS} seconds")
+            break
+        if error is None:
+            return
+    if hosts:
+        raise ConnectionError(f"no connection to {', '.join(sorted(host for host, _ in hosts))} ({error})") from error
 
 
 def _read(builder, title, split, keys, image_size, shuffle=False):
@@ -353,8 +387,8 @@ def _cut(split, n, title):
 def folder(data_dir, image_size=32):
     """Images in a folder for each class: `data_dir/CLASS/*`, or `data_dir/train/CLASS/*`.
 
-    Beside `train`, `test` and `validation` (or `val`) may hold the same classes. Where one is missing, a tenth of each class's
-    training images is held out for it: always the same ones whatever a run's seed, so that runs can be compared.
+    Beside them, `test` and `validation` (or `valid` or `val`) may hold the same classes. Where one is missing, a tenth of each
+    class's training images is held out for it: always the same ones whatever a run's seed, so that runs can be compared.
 
     Args:
         data_dir: the folder.
@@ -368,24 +402,24 @@ def folder(data_dir, image_size=32):
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise DataError(f"`data_dir` is no folder: {data_dir}. Name the one that holds a folder of images for each class")
-    splits = {"test": ("test",), "validation": ("validation", "val")}
     nested = bool(_folders(root / "train"))
     train = root / "train" if nested else root
-    class_names = tuple(path.name for path in _folders(train))
-    if len(class_names) < 2 or set(class_names) <= {"train", *sum(splits.values(), ())}:
+    splits = _split_folders(root, nested)
+    class_names = tuple(path.name for path in _folders(train) if path not in splits.values())
+    if len(class_names) < 2 or set(class_names) <= {"train", *sum(SPLIT_FOLDERS.values(), ())}:
         raise DataError(
             f"{root} needs a folder for each of two classes or more, in itself or in its folder train. "
             f"Found: {', '.join(class_names) or 'none'}"
         )
-    files = {"train": _class_files(train)}
-    for split, names in splits.items():
-        # Of the flat layout, every folder is a class.
-        found = [root / name for name in names if nested and (root / name).is_dir()]
-        files[split] = _class_files(found[0]) if found else {}
-        if found and (odd := sorted(set(files[split]) ^ set(class_names))):
-            raise DataError(f"{found[0]} and {train} must hold the same class folders. Only one has: {', '.join(odd)}")
+    if nested and (odd := [path.name for path in _folders(root) if path not in (train, *splits.values())]):
+        raise DataError(f"{root} has a folder train and others that are no split: {', '.join(odd)}. Move them into it, or away")
+    files = {"train": {name: _class_files(train / name) for name in class_names}, "test": {}, "validation": {}}
+    for split, path in splits.items():
+        files[split] = {path.name: _class_files(path) for path in _folders(path)}
+        if odd := sorted(set(files[split]) ^ set(class_names)):
+            raise DataError(f"{path} and {train} must hold the same class folders. Only one has: {', '.join(odd)}")
 
-    missing = [split for split in splits if not files[split]]
+    missing = [split for split in SPLIT_FOLDERS if not files[split]]
     for name, paths in files["train"].items():
         if len(paths) <= len(missing):
             raise DataError(
@@ -405,14 +439,32 @@ def folder(data_dir, image_size=32):
     )
 
 
+def _split_folders(root, nested):
+    """Which folders of `root` hold what `train` does not: `{split: folder}`.
+
+    Where classes lie beside them, one of these may be called test: it holds images, while the split holds classes.
+    """
+    found = {}
+    for split, names in SPLIT_FOLDERS.items():
+        folders = [root / name for name in names if (root / name).is_dir() and (nested or _folders(root / name))]
+        if len(folders) > 1:
+            raise DataError(f"{root} must have one folder for {split}. Found: {', '.join(path.name for path in folders)}")
+        if folders:
+            found[split] = folders[0]
+    return found
+
+
 def _class_files(folder):
-    """`{class name: its image files}`, sorted."""
-    files = {}
-    for path in _folders(folder):
-        files[path.name] = [file for file in _visible(path) if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-        if not files[path.name]:
-            raise DataError(f"{path} holds no files of {' '.join(IMAGE_SUFFIXES)}. Add some, or remove the folder")
-    return files
+    """The image files in a class's folder, sorted."""
+    files = [file for file in _visible(folder) if file.is_file()]
+    for file in files:
+        kind = mimetypes.guess_type(file.name, strict=False)[0] or ""
+        if kind.startswith("image/") and file.suffix.lower() not in IMAGE_SUFFIXES:
+            raise DataError(f"{file} is none of {' '.join(IMAGE_SUFFIXES)}. Convert it to .png, or remove it")
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise DataError(f"{folder} holds no files of {' '.join(IMAGE_SUFFIXES)}. Add some, or remove the folder")
+    return images
 
 
 def _folders(path):

@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+import zipfile
 
 import keras
 import numpy as np
@@ -79,19 +80,21 @@ class Checkpoints(keras.callbacks.Callback):
 
     A checkpoint is a folder `epoch-0003` that appears whole; it then takes the place of the one before. It holds the raw
     weights and the seeds' states, the optimizer's variables with the moving average, the best weights so far, and in
-    `state.json` the best score and the history. After it `history.csv` is written.
+    `state.json` the best score, the history and what tells the data from others. After it `history.csv` is written.
 
     Args:
         run_dir: the run folder.
+        data: a dict, equal for the same images and labels alone; see `Source.fingerprint`.
         stopwatch, best: the callbacks whose findings are kept; they stand before this one.
 
     Attributes:
         history: a dict for each finished epoch.
     """
 
-    def __init__(self, run_dir, stopwatch, best):
+    def __init__(self, run_dir, data, stopwatch, best):
         super().__init__()
         self.run_dir = run_dir
+        self.data = data
         self.stopwatch = stopwatch
         self.best = best
         self.history = []
@@ -100,24 +103,30 @@ class Checkpoints(keras.callbacks.Callback):
         """Sets a compiled model, its optimizer built, and the other callbacks to the newest checkpoint, if there is one.
 
         Raises:
-            RecipeError: if the checkpoint is of another network or optimizer.
+            RecipeError: if the checkpoint is of other data, or another network or optimizer.
+            RunError: if it is broken.
         """
-        for aside in self._folder.glob(".*-epoch-*"):  # half-written when the run was killed
-            shutil.rmtree(aside)
         newest = max(self._folder.glob("epoch-*"), default=None)
         if newest is None:
             return
+        try:
+            values, best = _arrays(newest / "state.npz"), _arrays(newest / "best.npz")
+            state = runs.read_json(newest / "state.json")
+            data, history, score = (state[name] for name in ("data", "history", "best_score"))
+        except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, runs.RunError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise runs.RunError(f"{newest} is broken ({reason}): remove it to train from the first epoch on") from error
+        changed = [name for name, value in self.data.items() if data.get(name) != value]
+        if changed:
+            differences = ", ".join(f"{name} was {data.get(name)!r} and is {self.data[name]!r}" for name in changed)
+            way_out = "Bring the former data back, or train in another --run-dir"
+            raise RecipeError(f"the run in {self.run_dir} can't go on with other data: {differences}. {way_out}")
         variables = _state(model)
-        with np.load(newest / "state.npz") as stored:
-            if stored.files != list(variables) or any(stored[name].shape != v.shape for name, v in variables.items()):
-                raise RecipeError(f"{newest} is of another network or optimizer: train anew, in another folder")
-            for name, variable in variables.items():
-                variable.assign(stored[name])
-        state = runs.read_json(newest / "state.json")
-        self.history = state["history"]
-        self.best.score = state["best_score"]
-        with np.load(newest / "best.npz") as stored:
-            self.best.weights = [stored[name] for name in stored.files]
+        if {name: value.shape for name, value in values.items()} != {name: tuple(v.shape) for name, v in variables.items()}:
+            raise RecipeError(f"{newest} is of another network or optimizer: train anew, in another folder")
+        for name, variable in variables.items():
+            variable.assign(values[name])
+        self.history, self.best.score, self.best.weights = history, score, list(best.values())
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)  # which the kill may have come before
 
     def on_epoch_end(self, epoch, logs=None):
@@ -132,7 +141,7 @@ class Checkpoints(keras.callbacks.Callback):
         with runs.whole_folder(self._folder / f"epoch-{epoch + 1:04d}") as aside:
             np.savez(aside / "state.npz", **{name: np.asarray(v) for name, v in _state(self.model).items()})
             np.savez(aside / "best.npz", *self.best.weights)
-            runs.write_json(aside / "state.json", {"best_score": self.best.score, "history": self.history})
+            runs.write_json(aside / "state.json", {"best_score": self.best.score, "history": self.history, "data": self.data})
         for older in sorted(self._folder.glob("epoch-*"))[:-1]:
             shutil.rmtree(older)
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)
@@ -140,6 +149,11 @@ class Checkpoints(keras.callbacks.Callback):
     @property
     def _folder(self):
         return self.run_dir / runs.CHECKPOINTS
+
+
+def _arrays(path):
+    with np.load(path) as stored:
+        return dict(stored)
 
 
 def _state(model):

@@ -1,7 +1,6 @@
 """One training run: recipe and run folder in, report out."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, train
 from cvt_keras.model import build_classifier
 from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, Stopwatch
 from cvt_keras.training.optimizers import make_optimizer
-from cvt_keras.training.recipes import RecipeError
+from cvt_keras.training.recipes import Recipe, RecipeError
 from cvt_keras.variants import get_variant, macs
 
 
@@ -33,37 +32,47 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         The `Report` that `report.json` holds.
 
     Raises:
-        FileExistsError: if `run_dir` already holds something, without `resume`.
+        FileExistsError: if `run_dir` already holds something, without `resume`, or something else than a run.
         DataError: if the images can't be had.
         RecipeError: if the recipe does not fit the images (fewer than a batch, or too small) or, with `resume`, the run.
+        RunError: with `resume`, if a file of the run is broken.
         FloatingPointError: if the loss is no number any more.
+        MemoryError: if a batch does not fit into the GPU's memory.
     """
     if keras.config.backend() != "tensorflow":
         raise RecipeError(
-            f"Training needs Keras' tensorflow backend: unset KERAS_BACKEND. Received: KERAS_BACKEND={keras.config.backend()}"
+            "training needs Keras' tensorflow backend: set KERAS_BACKEND=tensorflow. "
+            f"Received: {keras.config.backend()}, from KERAS_BACKEND or keras.json"
         )
     run_dir = Path(run_dir)
-    stored = _stored_settings(run_dir) if resume else None
-    if not resume:
+    stored = _stored_recipe(run_dir) if resume else None
+    if stored is None:
         runs.require_vacant(run_dir)
+        if resume:
+            print(f"no run to go on with in {run_dir}: training from the first epoch", flush=True)
+    auto = recipe.dataset == "auto"
     recipe = resolve(recipe, stored)
     print(f"{device()}, {recipe.precision}, XLA {recipe.xla}", flush=True)
     if not tf.config.list_physical_devices("GPU") and environment.has_nvidia_device():
         _warn('this machine has an NVIDIA device that TensorFlow does not see: pip install "tensorflow[and-cuda]"')
     source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
+    if auto and recipe.dataset == "digits":
+        because = "scikit-learn's digits stand in for CIFAR-10, as when this run began. For CIFAR-10 train in another --run-dir"
+        source = dataclasses.replace(source, fallback=because)
     if source.fallback:
         _warn(source.fallback)
     dataset = source.name if recipe.dataset == "auto" else recipe.dataset
     recipe = dataclasses.replace(recipe, dataset=dataset, flip=recipe.flip and source.mirror)
     train, test = source.train.limit(recipe.train_limit), source.test.limit(recipe.test_limit)
     _check(recipe, train)
-    if stored:
+    if stored is not None:
         _require_same(recipe, stored, run_dir)
     counts = f"{len(train)} training, {len(source.validation)} validation, {len(test)} test images"
     print(f"{source.name}: {counts}{f' ({source.note})' if source.note else ''}", flush=True)
-    if stored and (run_dir / runs.REPORT).exists():
+    runs.sweep(run_dir)
+    if stored is not None and (run_dir / runs.REPORT).exists():
         print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
-        return evaluation.Report(**runs.read_json(run_dir / runs.REPORT))
+        return _stored_report(run_dir / runs.REPORT)
 
     best, history = _fit(recipe, run_dir, source, train)
 
@@ -125,18 +134,23 @@ def _fit(recipe, run_dir, source, train):
     classifier.compute_loss(None, blank, blank)
     classifier.compute_metrics(None, blank, blank)  # of which `fit` forgets the value
     # Not before everything is known to be there: a folder in the way would make the next try harder.
-    (run_dir / runs.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     if not (run_dir / runs.RECIPE).exists():
         runs.write_json(run_dir / runs.RECIPE, recipe.settings())
+    (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
 
     stopwatch, best = Stopwatch(), BestWeights()
-    checkpoints = Checkpoints(run_dir, stopwatch, best)
+    checkpoints = Checkpoints(run_dir, source.fingerprint(), stopwatch, best)
     checkpoints.restore(classifier)
     first_epoch = len(checkpoints.history)
     if first_epoch:
         print(f"going on after epoch {first_epoch} of {recipe.epochs}", flush=True)
-    if first_epoch < recipe.epochs:
-        advice = f"train at a lower --peak-learning-rate than {recipe.peak_learning_rate}, or with --precision float32"
+    if first_epoch == recipe.epochs:
+        return best, checkpoints.history
+    advice = f"train anew, into another --run-dir, at a lower --peak-learning-rate than {recipe.peak_learning_rate}"
+    if recipe.precision != "float32":
+        advice += ", or with --precision float32"
+    try:
         classifier.fit(
             training_batches(train, num_classes, recipe, first_epoch),
             initial_epoch=first_epoch,
@@ -153,6 +167,11 @@ def _fit(recipe, run_dir, source, train):
                 keras.callbacks.TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
             ],
         )
+    except tf.errors.ResourceExhaustedError as error:
+        raise MemoryError(
+            f"the memory of {device()} is too small: train at a smaller --batch-size than {recipe.batch_size}, "
+            "into another --run-dir"
+        ) from error
     return best, checkpoints.history
 
 
@@ -190,10 +209,19 @@ def _check(recipe, train):
 
 
 def resolve(recipe, stored=None):
-    """The recipe with `precision` and `xla` as this machine will run them, or as the `stored` settings of a run have them."""
-    left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
-    if stored:
-        return dataclasses.replace(recipe, **{name: stored[name] for name in left_open})
+    """What is `auto` in a recipe, settled.
+
+    Args:
+        recipe: a `Recipe`.
+        stored: that of the run it goes on with, or `None`.
+
+    Returns:
+        The recipe with `dataset`, `precision` and `xla` as the stored one has them; without one with `precision` and `xla` as
+        this machine will run them.
+    """
+    if stored is not None:
+        left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
+        return dataclasses.replace(recipe, **{name: getattr(stored, name) for name in left_open})
     gpus = tf.config.list_physical_devices("GPU")
     precision, xla = recipe.precision, recipe.xla
     if precision == "auto":
@@ -203,17 +231,30 @@ def resolve(recipe, stored=None):
     return dataclasses.replace(recipe, precision=precision, xla=xla)
 
 
-def _stored_settings(run_dir):
-    """The settings of the run in `run_dir`, or `None` where no run has begun.
+def _stored_recipe(run_dir):
+    """The recipe of the run in `run_dir`, or `None` where no run has begun.
 
     Raises:
-        FileExistsError: if the folder holds something else than a run.
+        RunError: if its recipe.json is broken.
     """
-    if (run_dir / runs.RECIPE).exists():
-        return runs.read_json(run_dir / runs.RECIPE)
-    runs.require_vacant(run_dir)
-    print(f"no run to go on with in {run_dir}: training from the first epoch", flush=True)
-    return None
+    path = run_dir / runs.RECIPE
+    if not path.exists():
+        return None
+    settings = runs.read_json(path)
+    try:
+        recipe = Recipe.from_settings(settings)
+    except RecipeError as error:
+        raise runs.RunError(f"{path} is broken ({error})") from error
+    if unsettled := [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]:
+        raise runs.RunError(f"{path} is of no run: it leaves {', '.join(unsettled)} open")
+    return recipe
+
+
+def _stored_report(path):
+    try:
+        return evaluation.Report(**runs.read_json(path))
+    except (TypeError, runs.RunError) as error:
+        raise runs.RunError(f"{path} is broken ({error}): remove it to have it made again") from error
 
 
 def _require_same(recipe, stored, run_dir):
@@ -222,12 +263,13 @@ def _require_same(recipe, stored, run_dir):
     Raises:
         RecipeError: if `recipe` has others, naming them.
     """
-    settings = json.loads(json.dumps(recipe.settings()))
-    # Where TFDS keeps a data set changes nothing; another folder of images is another data set.
-    same = [] if recipe.dataset == "folder" else ["data_dir"]
-    names = [name for name in {**stored, **settings} if name not in same and stored.get(name) != settings.get(name)]
+    was, is_now = stored.settings(), recipe.settings()
+    # Where TFDS keeps a data set may change; another folder of images is another data set. What lies in it is compared with
+    # the checkpoint's.
+    ignored = set() if recipe.dataset == "folder" else {"data_dir"}
+    names = [name for name in was if name not in ignored and was[name] != is_now[name]]
     if names:
-        differences = ", ".join(f"{name} was {stored.get(name)!r} and is {settings.get(name)!r}" for name in names)
+        differences = ", ".join(f"{name} was {was[name]!r} and is {is_now[name]!r}" for name in names)
         raise RecipeError(f"the run in {run_dir} can't go on with other settings: {differences}")
 
 

@@ -48,6 +48,9 @@ def learning_rate(recipe, steps):
     Args:
         recipe: its `peak_learning_rate`, `warmup` and `decay` are read.
         steps: of the whole training.
+
+    Returns:
+        A `WarmupThenDecay`, which takes a step counted from 0.
     """
     warmup_steps = min(round(recipe.warmup * steps), steps - 1)
     return WarmupThenDecay(recipe.peak_learning_rate, steps, warmup_steps, recipe.decay)
@@ -83,6 +86,9 @@ def make_optimizer(recipe, model, steps):
             `ema` are read.
         model: a built model.
         steps: of the whole training.
+
+    Returns:
+        A Keras optimizer, not built yet.
     """
     settings = {
         "learning_rate": learning_rate(recipe, steps),

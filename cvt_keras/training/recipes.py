@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
+from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import tyro
@@ -93,14 +95,15 @@ class Recipe:
     """auto: on with a GPU, off on a CPU, where it is slower."""
 
     def __post_init__(self):
+        if isinstance(self.data_dir, os.PathLike):
+            object.__setattr__(self, "data_dir", os.fspath(self.data_dir))  # as recipe.json has it
+        for name, hint in get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), hint)
         try:
             get_variant(self.variant)
             sources.check_name(self.dataset)
         except (ValueError, TypeError) as error:
             raise RecipeError(str(error)) from error
-        for name, choices in get_type_hints(type(self)).items():
-            if get_origin(choices) is Literal and getattr(self, name) not in get_args(choices):
-                raise RecipeError(f"`{name}` must be one of {get_args(choices)}. Received: {name}={getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "image_size", "train_limit", "test_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -139,8 +142,10 @@ class Recipe:
         """The recipe that `settings` describes; what it leaves out has its default.
 
         Raises:
-            RecipeError: for a setting that there is not.
+            RecipeError: for what is no dict, or a setting that there is not.
         """
+        if not isinstance(settings, dict):
+            raise RecipeError(f"a recipe is a dict of settings. Received: {settings!r}")
         unknown = set(settings) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise RecipeError(f"a recipe has no {', '.join(sorted(unknown))}. Known: {', '.join(cls().settings())}")
@@ -152,6 +157,20 @@ class Recipe:
             names = [name for name, known in VARIANTS.items() if known == variant]
             settings = {**settings, "variant": names[0] if names else variant}
         return cls(**settings)
+
+
+def _check_type(name, value, hint):
+    """Python takes 2.5 epochs, and "no" for yes."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise RecipeError(f"`{name}` must be one of {get_args(hint)}. Received: {name}={value!r}")
+        return
+    kinds = get_args(hint) or (hint,)
+    taken = (*kinds, int) if float in kinds else kinds
+    # To Python, True is an int.
+    if not isinstance(value, taken) or (isinstance(value, bool) and bool not in kinds):
+        said = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise RecipeError(f"`{name}` must be {said}. Received: {name}={value!r}")
 
 
 CIFAR10 = Recipe(

@@ -1,9 +1,11 @@
 import ast
 import dataclasses
+import json
 import os
 import shutil
 import socket
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -392,6 +394,29 @@ def test_hosts_are_tried_before_tfds_does(tmp_path, reached):
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("proxies", "tried"),
+    [
+        ({"no": "localhost"}, ("www.cs.toronto.edu", 443)),  # names no proxy
+        ({"https": "http://proxy.invalid:3128"}, ("proxy.invalid", 3128)),
+        ({"all": "https://user:word@proxy.invalid"}, ("proxy.invalid", 443)),
+        ({"http": "http://proxy.invalid"}, ("proxy.invalid", 80)),
+    ],
+)
+def test_a_proxy_is_tried_in_the_hosts_place(tmp_path, monkeypatch, reached, proxies, tried):
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: proxies)
+    assert f"no connection to {tried[0]} (no network)" in error_of("cifar10", tmp_path)
+    assert reached == [tried]
+
+
+def test_a_name_that_is_looked_up_for_ever_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: threading.Event().wait())
+    started = time.monotonic()
+    assert "no answer within 0.2 seconds" in error_of("cifar10", tmp_path)
+    assert time.monotonic() - started < 10
+
+
 @pytest.mark.parametrize("way", ["host", "proxy", "manual"])
 def test_tfds_downloads_where_the_way_is_open(tmp_path, monkeypatch, way):
     import tensorflow_datasets as tfds
@@ -400,15 +425,18 @@ def test_tfds_downloads_where_the_way_is_open(tmp_path, monkeypatch, way):
         raise RuntimeError("the disk is full\nand more")
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download)
+    refuse = socket.create_connection
     if way == "host":
-        refuse = socket.create_connection
         # One of two is enough: the other may be that of another config.
         monkeypatch.setattr(sources, "_hosts", lambda builder: {("up", 443), ("down", 443)})
         monkeypatch.setattr(
             socket, "create_connection", lambda at, timeout: socket.socket() if at[0] == "up" else refuse(at, timeout)
         )
     elif way == "proxy":
-        monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "proxy.invalid"})
+        monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://up:3128"})
+        monkeypatch.setattr(
+            socket, "create_connection", lambda at, timeout: socket.socket() if at == ("up", 3128) else refuse(at, timeout)
+        )
     name = "imagenet2012" if way == "manual" else "mnist"
     assert "the download failed: the disk is full. Name" in error_of(f"tfds:{name}", tmp_path)
 
@@ -457,10 +485,11 @@ def test_a_folder_is_held_out_by_class(photos):
     assert "held out" in source.note
 
 
-@pytest.mark.parametrize("validation", ["validation", "val", None])
-def test_a_folder_may_bring_its_splits(photos, tmp_path, validation):
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("validation", ["validation", "valid", "val", None])
+def test_a_folder_may_bring_its_splits(photos, tmp_path, validation, nested):
     root = tmp_path / "split"
-    shutil.copytree(photos, root / "train")
+    shutil.copytree(photos, root / "train" if nested else root)
     for split, n in {"test": 3, validation: 2}.items():
         for name in ("cat", "dog") if split else ():
             for i in range(n):
@@ -472,10 +501,50 @@ def test_a_folder_may_bring_its_splits(photos, tmp_path, validation):
     assert len(np.unique(rows(source.train, source.validation, source.test), axis=0)) == sum(sizes(source))
 
 
-def test_a_class_may_be_called_train(photos):
+def test_a_class_may_be_called_as_a_split(photos):
     for i in range(10):
-        write_image(photos / "train" / f"{i}.png")
-    assert sources.load("folder", photos).class_names == ("cat", "dog", "train")
+        for name in ("train", "test"):
+            write_image(photos / name / f"{i}.png")
+    assert sources.load("folder", photos).class_names == ("cat", "dog", "test", "train")
+
+
+@pytest.mark.parametrize("name", ["Test", "extra"])
+def test_what_lies_beside_train_and_is_no_split_is_not_passed_over(photos, tmp_path, name):
+    shutil.copytree(photos, tmp_path / "split" / "train")
+    shutil.copytree(photos, tmp_path / "split" / name)
+    assert f"others that are no split: {name}. Move them" in error_of("folder", tmp_path / "split")
+
+
+def test_a_split_has_one_folder(photos, tmp_path):
+    for name in ("train", "validation", "val"):
+        shutil.copytree(photos, tmp_path / "split" / name)
+    assert "one folder for validation. Found: validation, val" in error_of("folder", tmp_path / "split")
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".WEBP", ".tiff"])
+def test_an_image_that_would_be_passed_over_is_named(photos, suffix):
+    (photos / "cat" / f"1{suffix}").touch()
+    message = error_of("folder", photos)
+    assert message == f"{photos}/cat/1{suffix} is none of .jpg .jpeg .png .gif. Convert it to .png, or remove it"
+
+
+def test_a_fingerprint_tells_images_apart(photos):
+    source = sources.load("folder", photos)
+    fingerprint = source.fingerprint()
+    assert json.loads(json.dumps(fingerprint)) == fingerprint == sources.load("folder", photos).fingerprint()
+    assert fingerprint["number of train images"] == 40
+    for split in ("train", "validation", "test"):
+        images, labels = getattr(source, split).images.copy(), getattr(source, split).labels.copy()
+        images[-1, -1, -1, -1] ^= 1
+        labels[-1] ^= 1
+        for other in (
+            sources.Split(images, getattr(source, split).labels),
+            sources.Split(getattr(source, split).images, labels),
+        ):
+            changed = dataclasses.replace(source, **{split: other}).fingerprint()
+            assert {name for name in fingerprint if changed[name] != fingerprint[name]} == {f"checksum of {split} images"}
+    assert dataclasses.replace(source, note="JPEG copy").fingerprint() != fingerprint
+    assert dataclasses.replace(source, class_names=("dog", "cat")).fingerprint() != fingerprint
 
 
 def test_a_folder_takes_each_format_and_passes_over_what_is_hidden(photos):
@@ -485,7 +554,6 @@ def test_a_folder_takes_each_format_and_passes_over_what_is_hidden(photos):
     for folder in ("cat", "dog"):
         for i, suffix in enumerate((".jpg", ".JPEG", ".png", ".PNG")):
             write_image(photos / folder / f"{i}{suffix}", flat)
-        tf.keras.utils.save_img(photos / folder / "4.bmp", flat, scale=False)
         tf.keras.utils.save_img(photos / folder / "5.gif", flat, scale=False)
         write_image(photos / folder / "6.png", flat[..., :1])
         write_image(photos / folder / "7.png", np.concatenate([flat, flat[..., :1] // 2], axis=-1))
@@ -495,11 +563,11 @@ def test_a_folder_takes_each_format_and_passes_over_what_is_hidden(photos):
     (photos / ".cache").mkdir()
     (photos / "README.md").write_text("no class")
     source = sources.load("folder", photos)
-    assert sum(sizes(source)) == 16
+    assert sum(sizes(source)) == 14
     images = np.concatenate([source.train.images, source.validation.images, source.test.images])
     grey = images[..., 2] == 200
     assert grey.all(axis=(1, 2)).sum() == 2
-    np.testing.assert_allclose(images[~grey.any(axis=(1, 2))], np.broadcast_to(flat, (14, 32, 32, 3)), atol=5)
+    np.testing.assert_allclose(images[~grey.any(axis=(1, 2))], np.broadcast_to(flat, (12, 32, 32, 3)), atol=5)
 
 
 def test_images_of_one_colour_do_not_divide_by_zero(photos):
@@ -527,8 +595,8 @@ def test_a_folder_is_needed():
 
 def test_an_empty_class_folder_is_named(photos):
     (photos / "eel").mkdir()
-    (photos / "eel" / "1.tiff").write_bytes(b"")
-    assert f"{photos / 'eel'} holds no files of .jpg .jpeg .png .bmp .gif" in error_of("folder", photos)
+    (photos / "eel" / "1.txt").write_bytes(b"")
+    assert f"{photos / 'eel'} holds no files of .jpg .jpeg .png .gif" in error_of("folder", photos)
 
 
 def test_a_class_too_small_to_hold_out_is_named(photos):

@@ -7,22 +7,25 @@ import numpy as np
 import pytest
 
 from cvt_keras import build_classifier
+from cvt_keras.runs import RunError
 from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, Stopwatch
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import SMOKE, RecipeError
 
+DATA = {"note": "", "train images": 8}
+
 
 @pytest.mark.parametrize("validated", [True, False])
-def test_stopwatch_tells_training_from_validation(validated):
+def test_stopwatch_tells_training_from_validation(validated, monkeypatch):
+    times = iter([100.0, 130.0, 135.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
     watch = Stopwatch()
     watch.on_epoch_begin(0)
-    time.sleep(0.05)
     if validated:
         watch.on_test_begin()
-        time.sleep(0.5)
     watch.on_epoch_end(0)
-    assert watch.train_seconds == pytest.approx(0.05, abs=0.04)
-    assert watch.seconds == pytest.approx(0.55 if validated else 0.05, abs=0.08)
+    assert watch.train_seconds == 30
+    assert watch.seconds == (35 if validated else 30)
 
 
 def test_a_loss_that_is_no_number_names_its_step():
@@ -70,13 +73,11 @@ def test_the_best_weights_are_the_averaged_ones_of_the_best_epoch():
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
 def test_a_checkpoint_holds_every_variable(tmp_path, precision):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / ".7-epoch-0002").mkdir()  # of a run that was killed as it wrote
-    (tmp_path / "checkpoints" / ".7-epoch-0002" / "state.npz").touch()
     model, images, labels = _trained(ema=0.9, precision=precision)
 
     def callbacks():
         stopwatch, best = Stopwatch(), BestWeights()
-        return stopwatch, best, Checkpoints(tmp_path, stopwatch, best)
+        return stopwatch, best, Checkpoints(tmp_path, DATA, stopwatch, best)
 
     stopwatch, best, checkpoints = callbacks()
     checkpoints.restore(model)
@@ -114,11 +115,44 @@ def test_a_checkpoint_holds_every_variable(tmp_path, precision):
         assert [float(row["val_loss"]) for row in csv.DictReader(file)] == [row["val_loss"] for row in restored.history]
 
 
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The folder of a checkpoint, in a run folder that is `tmp_path`."""
     (tmp_path / "checkpoints").mkdir()
     model, images, labels = _trained()
     stopwatch, best = Stopwatch(), BestWeights()
-    checkpoints = Checkpoints(tmp_path, stopwatch, best)
+    checkpoints = Checkpoints(tmp_path, DATA, stopwatch, best)
     model.fit(images, labels, validation_data=(images, labels), verbose=0, callbacks=[stopwatch, best, checkpoints])
+    return tmp_path / "checkpoints" / "epoch-0001"
+
+
+def _restore(run_dir, data=DATA, ema=0.0):
+    Checkpoints(run_dir, data, Stopwatch(), BestWeights()).restore(_trained(ema)[0])
+
+
+def test_a_checkpoint_of_another_network_is_refused(checkpoint, tmp_path):
     with pytest.raises(RecipeError, match=r"epoch-0001 is of another network or optimizer"):
-        Checkpoints(tmp_path, stopwatch, best).restore(_trained(ema=0.5)[0])
+        _restore(tmp_path, ema=0.5)
+
+
+def test_a_checkpoint_of_other_data_is_refused(checkpoint, tmp_path):
+    with pytest.raises(RecipeError, match=r"other data: train images was 8 and is 9\."):
+        _restore(tmp_path, data={**DATA, "train images": 9})
+
+
+@pytest.mark.parametrize("name", ["state.npz", "best.npz", "state.json"])
+@pytest.mark.parametrize("sabotage", ["cut", "empty", "gone", "other"])
+def test_a_broken_checkpoint_is_named(checkpoint, tmp_path, name, sabotage):
+    file = checkpoint / name
+    data = file.read_bytes()
+    if sabotage == "gone":
+        file.unlink()
+    elif sabotage == "other" and name == "state.json":
+        file.write_text("[]")
+    elif sabotage == "other":
+        file.write_bytes(data[:300] + bytes(255 - byte for byte in data[300:400]) + data[400:])
+    else:
+        file.write_bytes(data[: len(data) // 2] if sabotage == "cut" else b"")
+    with pytest.raises(RunError, match=r"epoch-0001 is broken .*: remove it to train from the first epoch on$") as error:
+        _restore(tmp_path)
+    assert "\n" not in str(error.value)

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from cvt_keras import VARIANTS, CvT, Stage, Variant, evaluation
 from cvt_keras.data import sources
+from cvt_keras.runs import RunError
 from cvt_keras.training import RecipeError, loop, run
 from cvt_keras.training.loop import resolve
 from cvt_keras.training.recipes import SMOKE
@@ -142,23 +143,31 @@ def test_a_seed_gives_the_same_run(short, tmp_path):
     assert "top-1, validation" in (tmp_path / "a" / "report.html").read_text()
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """The list of the models that `fit` was called of."""
+    models = []
+    fit = keras.Model.fit
+    monkeypatch.setattr(keras.Model, "fit", lambda self, *args, **kwargs: models.append(self) or fit(self, *args, **kwargs))
+    return models
+
+
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
-def test_a_mixed_precision_run_leaves_a_float32_model(short, precision, tmp_path):
+def test_a_mixed_precision_run_leaves_a_float32_model(short, precision, tmp_path, compiled):
     report = run(dataclasses.replace(short, precision=precision), tmp_path / "run", evaluate_test=False)
     assert report.recipe["precision"] == precision
+    [trained] = compiled
+    assert trained.get_layer("cvt").dtype_policy.name == precision
+    scaled = isinstance(trained.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert scaled == (precision == "mixed_float16")
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert {layer.dtype_policy.name for layer in model._flatten_layers()} == {"float32"}
 
 
-def test_xla_can_be_forced(short, tmp_path, monkeypatch):
-    compiled = []
-    original = keras.Model.compile
-    monkeypatch.setattr(
-        keras.Model, "compile", lambda self, *args, **kwargs: compiled.append(kwargs) or original(self, *args, **kwargs)
-    )
+def test_xla_can_be_forced(short, tmp_path, compiled):
     for xla in ("on", "off"):
         run(dataclasses.replace(short, xla=xla), tmp_path / xla, evaluate_test=False)
-    assert [kwargs["jit_compile"] for kwargs in compiled if "jit_compile" in kwargs] == [True, False]
+    assert [model.jit_compile for model in compiled] == [True, False]
 
 
 def test_auto_follows_the_device(monkeypatch):
@@ -208,6 +217,12 @@ def test_auto_says_at_start_and_end_what_stands_in_and_why(short, tmp_path, monk
     assert len(warnings) == 2
     assert warnings[0].startswith("WARNING: ")
 
+    (tmp_path / "run" / "report.json").unlink()
+    run(dataclasses.replace(short, dataset="auto"), tmp_path / "run", resume=True)
+    assert capsys.readouterr().err.count("WARNING: scikit-learn's digits stand in for CIFAR-10") == 2
+    run(dataclasses.replace(short, dataset="digits"), tmp_path / "run", resume=True)
+    assert "WARNING" not in capsys.readouterr().err
+
 
 def test_an_unseen_nvidia_device_is_told(short, tmp_path, monkeypatch, capsys):
     for there in (True, False):
@@ -238,6 +253,61 @@ def test_resume_begins_where_there_is_no_run_and_refuses_another_folder(short, t
         run(short, tmp_path / "letters", resume=True)
     assert run(short, tmp_path / "run", resume=True, evaluate_test=False).epochs == 1
     assert "no run to go on with" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_as_it_began_begins_again(short, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / ".7-recipe.json").write_text("{")
+    run(short, run_dir, evaluate_test=False)
+    assert not (run_dir / ".7-recipe.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"epochs": 0}', '{"epoch": 1}'])
+def test_a_broken_recipe_of_a_run_is_named(short, tmp_path, content):
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(RunError, match=rf"{tmp_path}/recipe.json is (broken|of no run)"):
+        run(short, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_a_broken_report_is_named_and_made_again(short, tmp_path, content):
+    report = run(short, tmp_path / "run")
+    path = tmp_path / "run" / "report.json"
+    path.write_text(content)
+    with pytest.raises(RunError, match=rf"{path} is broken .*: remove it"):
+        run(short, tmp_path / "run", resume=True)
+    path.unlink()
+    assert run(short, tmp_path / "run", resume=True) == report
+
+
+def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path):
+    def add(name, i):
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), "uint8")
+        (tmp_path / "photos" / name / f"{i}.png").write_bytes(tf.io.encode_png(pixels).numpy())
+
+    for i in range(40):
+        add("cat" if i % 2 else "dog", i)
+    folder = dataclasses.replace(short, dataset="folder", data_dir=tmp_path / "photos", batch_size=8)
+    run(folder, tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    run(folder, tmp_path / "run", resume=True)
+    (tmp_path / "run" / "report.json").unlink()
+    add("cat", 40)  # shuffles anew which ones are held out
+    with pytest.raises(RecipeError, match=r"other data: number of train images was 32 and is 33, .*another --run-dir"):
+        run(folder, tmp_path / "run", resume=True)
+    with pytest.raises(RecipeError, match=r"other settings: data_dir was"):
+        run(dataclasses.replace(folder, data_dir=tmp_path), tmp_path / "run", resume=True)
+
+
+def test_too_little_memory_names_the_batch_size(short, tmp_path, monkeypatch):
+    def exhaust(*args, **kwargs):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating\nand a page more")
+
+    monkeypatch.setattr(keras.Model, "fit", exhaust)
+    with pytest.raises(MemoryError, match=r"smaller --batch-size than 32, into another --run-dir$"):
+        run(short, tmp_path / "run")
 
 
 def test_what_a_run_lost_after_its_last_epoch_is_made_again(short, tmp_path):
@@ -326,7 +396,7 @@ def test_a_batch_larger_than_the_data_is_refused(recipe, tmp_path):
 
 def test_another_backend_is_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    with pytest.raises(RecipeError, match="KERAS_BACKEND=jax"):
+    with pytest.raises(RecipeError, match=r"set KERAS_BACKEND=tensorflow.*Received: jax"):
         run(recipe, tmp_path / "run")
 
 
@@ -344,7 +414,7 @@ def test_a_variant_too_coarse_for_the_images_is_refused(recipe, tmp_path, monkey
 
 def test_a_loss_that_is_no_number_ends_the_run(recipe, tmp_path):
     wild = dataclasses.replace(recipe, peak_learning_rate=1e30, gradient_clip=0)
-    with pytest.raises(FloatingPointError, match=r"step \d+ of epoch 1.*1e\+30"):
+    with pytest.raises(FloatingPointError, match=r"step \d+ of epoch 1.*another --run-dir.*1e\+30$"):
         run(wild, tmp_path / "run")
     assert not (tmp_path / "run" / "model.keras").exists()
 

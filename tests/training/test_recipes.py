@@ -43,6 +43,16 @@ def test_a_recipe_says_its_command(name):
         ({"label_smoothing": 1.0}, ["label_smoothing=1.0"]),
         ({"ema": -0.5}, ["ema=-0.5"]),
         ({"ema": 1.0}, ["ema=1.0"]),
+        ({"epochs": 2.5}, ["`epochs` must be int", "epochs=2.5"]),
+        ({"epochs": "3"}, ["epochs='3'"]),
+        ({"epochs": True}, ["epochs=True"]),
+        ({"seed": 1.5}, ["seed=1.5"]),
+        ({"seed": None}, ["seed=None"]),
+        ({"train_limit": 2.0}, ["`train_limit` must be int or None", "train_limit=2.0"]),
+        ({"flip": "no"}, ["`flip` must be bool", "flip='no'"]),
+        ({"erase": "0.5"}, ["`erase` must be float", "erase='0.5'"]),
+        ({"data_dir": 3}, ["`data_dir` must be str or None", "data_dir=3"]),
+        ({"variant": 3}, ["`variant` must be str or Variant", "variant=3"]),
     ],
 )
 def test_errors_name_argument_and_value(change, parts):
@@ -50,6 +60,13 @@ def test_errors_name_argument_and_value(change, parts):
         dataclasses.replace(SMOKE, **change)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_whole_number_and_a_path_pass(tmp_path):
+    recipe = dataclasses.replace(SMOKE, mixup=1, data_dir=tmp_path)
+    assert recipe.mixup == 1
+    assert recipe.data_dir == str(tmp_path)
+    json.dumps(recipe.settings())
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -70,7 +87,9 @@ def test_settings_hold_the_whole_variant():
     assert "description" not in SMOKE.settings()
 
 
-@pytest.mark.parametrize("settings, part", [({"epoch": 3}, "epoch"), ({"variant": {"stages": [{"dim": 8}]}}, "depth")])
+@pytest.mark.parametrize(
+    "settings, part", [([], "dict"), ({"epoch": 3}, "epoch"), ({"variant": {"stages": [{"dim": 8}]}}, "depth")]
+)
 def test_settings_of_no_recipe_are_refused(settings, part):
     with pytest.raises(RecipeError, match=part):
         Recipe.from_settings(settings)
