@@ -177,7 +177,7 @@ CIFAR10 = Recipe(
     """Ten epochs on CIFAR-10, the default.
 
     python train.py cifar10
-    84.2% test top-1 (n=1, JPEG copy), about 6 minutes an epoch on two cores of an AMD EPYC in float32.
+    84.2% test top-1 (n=2, both the same to 0.1, JPEG copy), 33 minutes on two cores of an Intel Xeon in float32.
     """,
 )
 

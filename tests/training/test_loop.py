@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,14 +272,13 @@ def test_a_broken_recipe_of_a_run_is_named(short, tmp_path, content):
 
 
 @pytest.mark.parametrize("content", ["{", "{}"])
-def test_a_broken_report_is_named_and_made_again(short, tmp_path, content):
-    report = run(short, tmp_path / "run")
+def test_a_broken_report_is_named(finished, recipe, tmp_path, content):
+    _, run_dir = finished
+    shutil.copytree(run_dir, tmp_path / "run")
     path = tmp_path / "run" / "report.json"
     path.write_text(content)
-    with pytest.raises(RunError, match=rf"{path} is broken .*: remove it"):
-        run(short, tmp_path / "run", resume=True)
-    path.unlink()
-    assert run(short, tmp_path / "run", resume=True) == report
+    with pytest.raises(RunError, match=rf"{path} is broken .*: remove it to have it made again"):
+        run(recipe, tmp_path / "run", resume=True)
 
 
 def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path):
@@ -297,8 +297,9 @@ def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path):
     add("cat", 40)  # shuffles anew which ones are held out
     with pytest.raises(RecipeError, match=r"other data: number of train images was 32 and is 33, .*another --run-dir"):
         run(folder, tmp_path / "run", resume=True)
+    shutil.copytree(tmp_path / "photos", tmp_path / "others")
     with pytest.raises(RecipeError, match=r"other settings: data_dir was"):
-        run(dataclasses.replace(folder, data_dir=tmp_path), tmp_path / "run", resume=True)
+        run(dataclasses.replace(folder, data_dir=tmp_path / "others"), tmp_path / "run", resume=True)
 
 
 def test_too_little_memory_names_the_batch_size(short, tmp_path, monkeypatch):
