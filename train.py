@@ -86,7 +86,9 @@ def parse(argv):
 def _read(file):
     try:
         return Recipe.from_settings(runs.read_json(file))
-    except (OSError, RecipeError, runs.RunError) as error:
+    except OSError as error:
+        raise RecipeError(f"`--recipe-file` {file} can't be read: {error.strerror}") from error
+    except (RecipeError, runs.RunError) as error:
         raise RecipeError(f"`--recipe-file` {file} is no recipe.json: {error}") from error
 
 

@@ -240,13 +240,13 @@ def _stored_recipe(run_dir):
     path = run_dir / runs.RECIPE
     if not path.exists():
         return None
-    settings = runs.read_json(path)
+    way_out = "put the run's own back, or train in another --run-dir"
     try:
-        recipe = Recipe.from_settings(settings)
-    except RecipeError as error:
-        raise runs.RunError(f"{path} is broken ({error})") from error
+        recipe = Recipe.from_settings(runs.read_json(path))
+    except (RecipeError, runs.RunError) as error:
+        raise runs.RunError(f"{path} can't be gone on with ({error}): {way_out}") from error
     if unsettled := [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]:
-        raise runs.RunError(f"{path} is of no run: it leaves {', '.join(unsettled)} open")
+        raise runs.RunError(f"{path} is of no run, as it leaves {', '.join(unsettled)} open: {way_out}")
     return recipe
 
 
@@ -270,7 +270,8 @@ def _require_same(recipe, stored, run_dir):
     names = [name for name in was if name not in ignored and was[name] != is_now[name]]
     if names:
         differences = ", ".join(f"{name} was {was[name]!r} and is {is_now[name]!r}" for name in names)
-        raise RecipeError(f"the run in {run_dir} can't go on with other settings: {differences}")
+        way_out = "Give it its own settings, or train in another --run-dir"
+        raise RecipeError(f"the run in {run_dir} can't go on with other settings: {differences}. {way_out}")
 
 
 def device():

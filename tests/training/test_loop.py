@@ -243,7 +243,7 @@ def test_a_finished_run_is_left_as_it_is(finished, recipe, capsys):
 
 def test_a_run_goes_on_with_its_own_settings_alone(finished, recipe):
     _, run_dir = finished
-    with pytest.raises(RecipeError, match=r"seed was 0 and is 1, epochs|epochs was 2 and is 3, .*seed was 0 and is 1"):
+    with pytest.raises(RecipeError, match=r"epochs was 2 and is 3, .*seed was 0 and is 1\. Give it"):
         run(dataclasses.replace(recipe, epochs=3, seed=1), run_dir, resume=True)
 
 
@@ -267,7 +267,7 @@ def test_a_run_that_was_killed_as_it_began_begins_again(short, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"epochs": 0}', '{"epoch": 1}'])
 def test_a_broken_recipe_of_a_run_is_named(short, tmp_path, content):
     (tmp_path / "recipe.json").write_text(content)
-    with pytest.raises(RunError, match=rf"{tmp_path}/recipe.json is (broken|of no run)"):
+    with pytest.raises(RunError, match=rf"{tmp_path}/recipe.json (can't be gone on with|is of no run).*: put .*--run-dir$"):
         run(short, tmp_path, resume=True)
 
 
