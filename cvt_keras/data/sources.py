@@ -1,9 +1,10 @@
 """Where labelled images come from."""
 
+import base64
 import dataclasses
+import http.client
 import importlib
 import json
-import mimetypes
 import queue
 import re
 import socket
@@ -29,11 +30,34 @@ VALIDATION_IMAGES = 5_000
 CIFAR10_HOST = "www.cs.toronto.edu"  # and CIFAR-100's
 PROBE_SECONDS = 5
 # TensorFlow also reads .bmp, but takes the numbers of a palette for colours.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif")
+# Pictures that must not be passed over without a word. Listed, as what `mimetypes` knows differs from machine to machine.
+OTHER_IMAGE_SUFFIXES = {
+    *(
+        ".apng",
+        ".avif",
+        ".bmp",
+        ".dib",
+        ".eps",
+        ".exr",
+        ".hdr",
+        ".heic",
+        ".heif",
+        ".ico",
+        ".j2k",
+        ".jp2",
+        ".jpf",
+        ".jpx",
+        ".jxl",
+    ),
+    *(".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm"),
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"),  # cameras' raw ones
+}
 SPLIT_FOLDERS = {"test": ("test",), "validation": ("validation", "valid", "val")}
 # Of TFDS: a mirrored letter or digit is another one, or none.
 CHARACTERS = {"binary_alpha_digits", "cmaterdb", "emnist", "kmnist", "mnist", "mnist_corrupted", "omniglot", "svhn_cropped"}
 
+_PORTS = {"http": 80, "ftp": 21, "https": 443}
 _READ_BATCH = 256  # images; reading one by one takes four times as long
 
 
@@ -273,7 +297,7 @@ def _prepare(builder, title, hosts=None):
             raise DataError(f"{title} can't be read: {folder} has no dataset_info.json. Remove it to download it again")
         return
     try:
-        _probe(_proxies() or hosts or _hosts(builder))
+        _probe(hosts or _hosts(builder))
         builder.download_and_prepare()
     except Exception as error:
         where = Path(builder.data_dir_root)
@@ -285,16 +309,8 @@ def _prepare(builder, title, hosts=None):
 
 def _hosts(builder):
     """Where TFDS downloads from -> a set of (host, port); empty where it doesn't tell, or leaves the download to the user."""
-    ports = {"http": 80, "ftp": 21}
     urls = [] if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else map(urllib.parse.urlsplit, builder.url_infos or ())
-    return {(url.hostname, url.port or ports.get(url.scheme, 443)) for url in urls if url.hostname}
-
-
-def _proxies():
-    """What stands between here and every host -> a set of (host, port). It may reach a host that we can't."""
-    proxies = urllib.request.getproxies()
-    urls = [urllib.parse.urlsplit(proxies[scheme]) for scheme in ("http", "https", "ftp", "all") if scheme in proxies]
-    return {(url.hostname, url.port or (443 if url.scheme == "https" else 80)) for url in urls if url.hostname}
+    return {(url.hostname, url.port or _PORTS.get(url.scheme, 443)) for url in urls if url.hostname}
 
 
 def _probe(hosts):
@@ -306,9 +322,9 @@ def _probe(hosts):
 
     def knock(address):
         try:
-            socket.create_connection(address, timeout=PROBE_SECONDS).close()
+            _knock(*address)
             answers.put(None)
-        except OSError as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             answers.put(error)
 
     deadline = time.monotonic() + PROBE_SECONDS
@@ -325,7 +341,45 @@ def _probe(hosts):
         if error is None:
             return
     if hosts:
-        raise ConnectionError(f"no connection to {', '.join(sorted(host for host, _ in hosts))} ({error})") from error
+        ways = {proxy.netloc.rpartition("@")[2] for host, port in hosts if (proxy := _proxy(host, port))}
+        through = f" through the proxy {', '.join(sorted(ways))}" if ways else ""
+        raise ConnectionError(f"no connection to {', '.join(sorted(host for host, _ in hosts))}{through} ({error})") from error
+
+
+def _knock(host, port):
+    """Connects to a host, by its proxy if it has one.
+
+    Raises:
+        OSError: if the host can't be reached, or the proxy lets nobody through to it.
+        HTTPException: if the proxy does not answer as one.
+    """
+    proxy = _proxy(host, port)
+    if proxy is None:
+        socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
+        return
+    address = proxy.hostname, proxy.port or (443 if proxy.scheme == "https" else 80)
+    if proxy.scheme != "http" or port != 443:  # only this pair is asked for a tunnel, and in the clear
+        socket.create_connection(address, timeout=PROBE_SECONDS).close()
+        return
+    connection = http.client.HTTPConnection(*address, timeout=PROBE_SECONDS)
+    headers = {}
+    if proxy.username:
+        account = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
+        headers["Proxy-Authorization"] = f"Basic {base64.b64encode(account.encode()).decode()}"
+    connection.set_tunnel(host, port, headers)
+    try:
+        connection.connect()
+    finally:
+        connection.close()
+
+
+def _proxy(host, port):
+    """The proxy that a download from a host goes through -> its split URL, or `None`. It may reach a host that we can't."""
+    proxies = urllib.request.getproxies()
+    url = proxies.get(next((scheme for scheme, usual in _PORTS.items() if usual == port), "https")) or proxies.get("all")
+    if not url or urllib.request.proxy_bypass(host):
+        return None
+    return urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
 
 
 def _read(builder, title, split, keys, image_size, shuffle=False):
@@ -458,8 +512,7 @@ def _class_files(folder):
     """The image files in a class's folder, sorted."""
     files = [file for file in _visible(folder) if file.is_file()]
     for file in files:
-        kind = mimetypes.guess_type(file.name, strict=False)[0] or ""
-        if kind.startswith("image/") and file.suffix.lower() not in IMAGE_SUFFIXES:
+        if file.suffix.lower() in OTHER_IMAGE_SUFFIXES:
             raise DataError(f"{file} is none of {' '.join(IMAGE_SUFFIXES)}. Convert it to .png, or remove it")
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     if not images:

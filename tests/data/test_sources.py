@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import http.server
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import tensorflow as tf
 
 from cvt_keras.data import sources
 
+CREATE_CONNECTION = socket.create_connection
 TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
@@ -24,7 +26,7 @@ def reached(monkeypatch):
     """No network; the list of the addresses that were tried."""
     addresses = []
 
-    def refuse(address, timeout):
+    def refuse(address, timeout, *more):
         assert timeout <= 5
         addresses.append(address)
         raise OSError("no network")
@@ -398,15 +400,70 @@ def test_hosts_are_tried_before_tfds_does(tmp_path, reached):
     ("proxies", "tried"),
     [
         ({"no": "localhost"}, ("www.cs.toronto.edu", 443)),  # names no proxy
+        ({"http": "http://proxy.invalid"}, ("www.cs.toronto.edu", 443)),  # nor is that for https
         ({"https": "http://proxy.invalid:3128"}, ("proxy.invalid", 3128)),
+        ({"https": "proxy.invalid:3128"}, ("proxy.invalid", 3128)),
         ({"all": "https://user:word@proxy.invalid"}, ("proxy.invalid", 443)),
-        ({"http": "http://proxy.invalid"}, ("proxy.invalid", 80)),
+        ({"all": "socks5h://proxy.invalid:1080"}, ("proxy.invalid", 1080)),
     ],
 )
 def test_a_proxy_is_tried_in_the_hosts_place(tmp_path, monkeypatch, reached, proxies, tried):
     monkeypatch.setattr(urllib.request, "getproxies", lambda: proxies)
-    assert f"no connection to {tried[0]} (no network)" in error_of("cifar10", tmp_path)
+    message = error_of("cifar10", tmp_path)
     assert reached == [tried]
+    assert "no connection to www.cs.toronto.edu" in message and "(no network)" in message
+    assert ("through the proxy proxy.invalid" in message) == (tried[0] == "proxy.invalid")
+    assert "word" not in message
+
+
+def test_a_host_may_be_excepted_from_the_proxy(tmp_path, monkeypatch, reached):
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy.invalid:3128"})
+    monkeypatch.setattr(urllib.request, "proxy_bypass", lambda host: host == "www.cs.toronto.edu")
+    error_of("cifar10", tmp_path)
+    assert reached == [("www.cs.toronto.edu", 443)]
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """A proxy that answers with the status `answer`, or with no HTTP if that is `None`; it keeps what it was `asked`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            server.asked.append((self.path, self.headers["Proxy-Authorization"]))
+            if server.answer is not None:
+                self.send_response(server.answer)
+                self.end_headers()
+            else:
+                self.wfile.write(b"no proxy\r\n\r\n")
+
+        def log_message(self, *arguments):
+            pass
+
+    # The autouse fixture has cut the network off.
+    monkeypatch.setattr(socket, "create_connection", CREATE_CONNECTION)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.answer = [], 200
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://user:p%40ss@127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": url})
+        monkeypatch.setattr(urllib.request, "proxy_bypass", lambda host: False)
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("answer", "reason"), [(403, "403"), (407, "407"), (503, "503"), (None, "no proxy")])
+def test_a_proxy_that_refuses_the_host_is_named(tmp_path, proxy, answer, reason):
+    proxy.answer = answer
+    message = error_of("cifar10", tmp_path)
+    assert f"no connection to www.cs.toronto.edu through the proxy 127.0.0.1:{proxy.server_port} (" in message
+    assert reason in message
+    assert proxy.asked == [("www.cs.toronto.edu:443", "Basic dXNlcjpwQHNz")]  # user:p@ss
+    assert sources.load("auto", tmp_path).name == "digits"
+
+
+def test_a_proxy_that_lets_through_is_one(proxy):
+    sources._probe({("www.cs.toronto.edu", 443)})
+    assert len(proxy.asked) == 1
 
 
 def test_a_name_that_is_looked_up_for_ever_is_given_up(tmp_path, monkeypatch):
@@ -433,7 +490,7 @@ def test_tfds_downloads_where_the_way_is_open(tmp_path, monkeypatch, way):
             socket, "create_connection", lambda at, timeout: socket.socket() if at[0] == "up" else refuse(at, timeout)
         )
     elif way == "proxy":
-        monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://up:3128"})
+        monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "https://up:3128"})
         monkeypatch.setattr(
             socket, "create_connection", lambda at, timeout: socket.socket() if at == ("up", 3128) else refuse(at, timeout)
         )
@@ -521,11 +578,11 @@ def test_a_split_has_one_folder(photos, tmp_path):
     assert "one folder for validation. Found: validation, val" in error_of("folder", tmp_path / "split")
 
 
-@pytest.mark.parametrize("suffix", [".bmp", ".WEBP", ".tiff"])
+@pytest.mark.parametrize("suffix", [".bmp", ".WEBP", ".tiff", ".jxl", ".tga"])
 def test_an_image_that_would_be_passed_over_is_named(photos, suffix):
     (photos / "cat" / f"1{suffix}").touch()
     message = error_of("folder", photos)
-    assert message == f"{photos}/cat/1{suffix} is none of .jpg .jpeg .png .gif. Convert it to .png, or remove it"
+    assert message == f"{photos}/cat/1{suffix} is none of .jpg .jpeg .jpe .jfif .png .gif. Convert it to .png, or remove it"
 
 
 def test_a_fingerprint_tells_images_apart(photos):
@@ -552,7 +609,7 @@ def test_a_folder_takes_each_format_and_passes_over_what_is_hidden(photos):
     for path in (*(photos / "cat").iterdir(), *(photos / "dog").iterdir()):
         path.unlink()
     for folder in ("cat", "dog"):
-        for i, suffix in enumerate((".jpg", ".JPEG", ".png", ".PNG")):
+        for i, suffix in enumerate((".jpg", ".JPEG", ".jpe", ".jfif", ".png", ".PNG")):
             write_image(photos / folder / f"{i}{suffix}", flat)
         tf.keras.utils.save_img(photos / folder / "5.gif", flat, scale=False)
         write_image(photos / folder / "6.png", flat[..., :1])
@@ -563,11 +620,11 @@ def test_a_folder_takes_each_format_and_passes_over_what_is_hidden(photos):
     (photos / ".cache").mkdir()
     (photos / "README.md").write_text("no class")
     source = sources.load("folder", photos)
-    assert sum(sizes(source)) == 14
+    assert sum(sizes(source)) == 18
     images = np.concatenate([source.train.images, source.validation.images, source.test.images])
     grey = images[..., 2] == 200
     assert grey.all(axis=(1, 2)).sum() == 2
-    np.testing.assert_allclose(images[~grey.any(axis=(1, 2))], np.broadcast_to(flat, (12, 32, 32, 3)), atol=5)
+    np.testing.assert_allclose(images[~grey.any(axis=(1, 2))], np.broadcast_to(flat, (16, 32, 32, 3)), atol=5)
 
 
 def test_images_of_one_colour_do_not_divide_by_zero(photos):
@@ -596,7 +653,7 @@ def test_a_folder_is_needed():
 def test_an_empty_class_folder_is_named(photos):
     (photos / "eel").mkdir()
     (photos / "eel" / "1.txt").write_bytes(b"")
-    assert f"{photos / 'eel'} holds no files of .jpg .jpeg .png .gif" in error_of("folder", photos)
+    assert f"{photos / 'eel'} holds no files of .jpg .jpeg .jpe .jfif .png .gif" in error_of("folder", photos)
 
 
 def test_a_class_too_small_to_hold_out_is_named(photos):
