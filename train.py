@@ -99,11 +99,13 @@ def main(argv):
         report = run(arguments.recipe, arguments.run_dir, resume=arguments.resume)
     except (RecipeError, FileExistsError) as error:
         return _fail(error, 2)
-    except (DataError, runs.RunError, FloatingPointError, MemoryError, OSError) as error:
+    except (DataError, runs.RunError, FloatingPointError, MemoryError) as error:
         return _fail(error, 1)
+    except OSError as error:
+        return _fail(f"{error}; finished epochs are kept. To go on once that is mended: {_resuming(argv)}", 1)
     except KeyboardInterrupt as stop:
-        command = shlex.join(["python", "train.py", *argv, *([] if "--resume" in argv else ["--resume"])])
-        return _fail(f"stopped; finished epochs are kept. To go on: {command}", 143 if isinstance(stop, Terminated) else 130)
+        code = 143 if isinstance(stop, Terminated) else 130
+        return _fail(f"stopped; finished epochs are kept. To go on: {_resuming(argv)}", code)
     split = "test" if report.test else "validation"  # a run from Python may leave the test images alone
     found = getattr(report, split)
     print(f"{found['top1']:.2%} top-1 on {found['images']} {split} images; the run is in {arguments.run_dir}")
@@ -112,6 +114,10 @@ def main(argv):
 
 def _terminate(number, frame):
     raise Terminated
+
+
+def _resuming(argv):
+    return shlex.join(["python", "train.py", *argv, *([] if "--resume" in argv else ["--resume"])])
 
 
 def _fail(message, code):

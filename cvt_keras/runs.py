@@ -8,6 +8,11 @@ import re
 import shutil
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
 RECIPE = "recipe.json"
 HISTORY = "history.csv"
 MODEL = "model.keras"
@@ -20,7 +25,7 @@ EXPORT = "export"
 
 
 class RunError(Exception):
-    """A run folder that can't be read. The message is one line: which file, and the way out."""
+    """A run folder that can't be read, or is in use. The message is one line: which file, and the way out."""
 
 
 def require_vacant(run_dir):
@@ -37,6 +42,29 @@ def require_vacant(run_dir):
         )
     if run_dir.exists() and not all(_is_aside(path) for path in run_dir.iterdir()):
         raise FileExistsError(f"`run_dir` holds something, but no run: {run_dir}. Name another with --run-dir")
+
+
+@contextlib.contextmanager
+def lock(run_dir):
+    """Keeps other processes out of a run folder during the block; one that is killed leaves no lock behind.
+
+    Raises:
+        RunError: if another process is in it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"another process trains in {run_dir}: wait for its end, or name another with --run-dir") from error
+        except OSError:
+            pass  # a file system without locks, as of some networks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sweep(run_dir):

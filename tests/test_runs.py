@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,6 +41,28 @@ def test_a_vacant_folder_is_absent_or_empty(tmp_path):
     (tmp_path / "recipe.json").touch()
     with pytest.raises(FileExistsError, match=f"already holds a run: {tmp_path}. Go on with it by --resume"):
         runs.require_vacant(tmp_path)
+
+
+@pytest.mark.skipif(runs.fcntl is None, reason="Windows has no such locks")
+def test_a_run_folder_is_for_one_process_at_a_time(tmp_path):
+    with (
+        runs.lock(tmp_path),
+        pytest.raises(runs.RunError, match=f"another process trains in {tmp_path}: "),
+        runs.lock(tmp_path),
+    ):
+        pass
+    with runs.lock(tmp_path):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(95, "Operation not supported")
+
+    for fcntl in (SimpleNamespace(flock=refuse, LOCK_EX=0, LOCK_NB=0), None):
+        monkeypatch.setattr(runs, "fcntl", fcntl)
+        with runs.lock(tmp_path):
+            pass
 
 
 def test_what_was_half_written_is_swept_away(tmp_path):

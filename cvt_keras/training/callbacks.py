@@ -106,9 +106,10 @@ class Checkpoints(keras.callbacks.Callback):
             RecipeError: if the checkpoint is of other data, or another network or optimizer.
             RunError: if it is broken.
         """
-        newest = max(self._folder.glob("epoch-*"), default=None)
-        if newest is None:
+        stored = self._stored()
+        if not stored:
             return
+        newest = stored[-1]
         try:
             values, best = _arrays(newest / "state.npz"), _arrays(newest / "best.npz")
             state = runs.read_json(newest / "state.json")
@@ -142,9 +143,14 @@ class Checkpoints(keras.callbacks.Callback):
             np.savez(aside / "state.npz", **{name: np.asarray(v) for name, v in _state(self.model).items()})
             np.savez(aside / "best.npz", *self.best.weights)
             runs.write_json(aside / "state.json", {"best_score": self.best.score, "history": self.history, "data": self.data})
-        for older in sorted(self._folder.glob("epoch-*"))[:-1]:
+        for older in self._stored()[:-1]:
             shutil.rmtree(older)
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)
+
+    def _stored(self):
+        """The checkpoints, oldest first."""
+        found = [path for path in self._folder.glob("epoch-*") if path.name.removeprefix("epoch-").isdecimal()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")))
 
     @property
     def _folder(self):

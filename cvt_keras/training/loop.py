@@ -1,6 +1,7 @@
 """One training run: recipe and run folder in, report out."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -35,9 +36,10 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         FileExistsError: if `run_dir` already holds something, without `resume`, or something else than a run.
         DataError: if the images can't be had.
         RecipeError: if the recipe does not fit the images (fewer than a batch, or too small) or, with `resume`, the run.
-        RunError: with `resume`, if a file of the run is broken.
+        RunError: with `resume`, if a file of the run is broken; if another process trains in `run_dir`.
         FloatingPointError: if the loss is no number any more.
-        MemoryError: if a batch does not fit into the GPU's memory.
+        MemoryError: if a batch does not fit into the memory.
+        OSError: if a file can't be written.
     """
     if keras.config.backend() != "tensorflow":
         raise RecipeError(
@@ -69,13 +71,38 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         _require_same(recipe, stored, run_dir)
     counts = f"{len(train)} training, {len(source.validation)} validation, {len(test)} test images"
     print(f"{source.name}: {counts}{f' ({source.note})' if source.note else ''}", flush=True)
-    runs.sweep(run_dir)
-    if stored is not None and (run_dir / runs.REPORT).exists():
-        print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
-        return _stored_report(run_dir / runs.REPORT)
+    # Not before everything is known to be there: a folder in the way would make the next try harder.
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with runs.lock(run_dir):
+            if stored is None:
+                runs.require_vacant(run_dir)  # still: another process may have begun there meanwhile
+            runs.sweep(run_dir)
+            report = _finished_report(run_dir, evaluate_test) if stored is not None else None
+            if report is not None:
+                print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
+                return report
+            best, history = _fit(recipe, run_dir, source, train)
+            report = _finish(recipe, run_dir, source, train, test if evaluate_test else None, best, history)
+    except tf.errors.ResourceExhaustedError as error:  # of the memory or of the disk
+        reason = str(error.message).splitlines()[0]
+        if not re.search("OOM|memory|allocat", reason, re.IGNORECASE):
+            raise OSError(f"{run_dir} can't be written: {reason}") from error
+        raise MemoryError(
+            f"the memory of {device()} is too small: train at a smaller --batch-size than {recipe.batch_size}, "
+            "into another --run-dir"
+        ) from error
+    if source.fallback:
+        _warn(source.fallback)
+    return report
 
-    best, history = _fit(recipe, run_dir, source, train)
 
+def _finish(recipe, run_dir, source, train, test, best, history):
+    """Writes what the best weights come to -> the `Report`.
+
+    Args:
+        test: the test split, or `None` to leave it alone.
+    """
     # What leaves the run is float32 whatever trained it, and carries no optimizer.
     final = _build(recipe, source, "float32")
     final.set_weights(best.weights)
@@ -85,7 +112,7 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
     num_classes = len(source.class_names)
     image_shape = train.images.shape[1:]
     validation_logits = _logits(final, source.validation, num_classes)
-    test_logits = _logits(final, test, num_classes) if evaluate_test else None
+    test_logits = None if test is None else _logits(final, test, num_classes)
     report = evaluation.Report(
         dataset=source.name,
         data_note=source.note,
@@ -100,18 +127,18 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         train_seconds=sum(epoch["seconds"] for epoch in history),
         train_images_per_second=_images_per_epoch(recipe, train) / float(np.median([row["train_seconds"] for row in history])),
         validation=evaluation.metrics(validation_logits, source.validation.labels),
-        test=evaluation.metrics(test_logits, test.labels) if evaluate_test else None,
-        per_class=evaluation.per_class(test_logits, test.labels, source.class_names) if evaluate_test else None,
-        confusion=evaluation.confusion(test_logits, test.labels, num_classes).tolist() if evaluate_test else None,
+        test=None if test is None else evaluation.metrics(test_logits, test.labels),
+        per_class=None if test is None else evaluation.per_class(test_logits, test.labels, source.class_names),
+        confusion=None if test is None else evaluation.confusion(test_logits, test.labels, num_classes).tolist(),
         device=device(),
         versions=environment.versions(),
     )
-    shown = {"images": test.images, "logits": test_logits, "labels": test.labels, "class_names": source.class_names}
-    plots.draw(run_dir, history, **(shown if evaluate_test else {}))
+    shown = {}
+    if test is not None:
+        shown = {"images": test.images, "logits": test_logits, "labels": test.labels, "class_names": source.class_names}
+    plots.draw(run_dir, history, **shown)
     runs.write_json(run_dir / runs.REPORT, dataclasses.asdict(report))
     page.write(run_dir)
-    if source.fallback:
-        _warn(source.fallback)
     return report
 
 
@@ -133,8 +160,6 @@ def _fit(recipe, run_dir, source, train):
     blank = np.zeros((1, num_classes), "float32")
     classifier.compute_loss(None, blank, blank)
     classifier.compute_metrics(None, blank, blank)  # of which `fit` forgets the value
-    # Not before everything is known to be there: a folder in the way would make the next try harder.
-    run_dir.mkdir(parents=True, exist_ok=True)
     if not (run_dir / runs.RECIPE).exists():
         runs.write_json(run_dir / runs.RECIPE, recipe.settings())
     (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
@@ -150,28 +175,22 @@ def _fit(recipe, run_dir, source, train):
     advice = f"train anew, into another --run-dir, at a lower --peak-learning-rate than {recipe.peak_learning_rate}"
     if recipe.precision != "float32":
         advice += ", or with --precision float32"
-    try:
-        classifier.fit(
-            training_batches(train, num_classes, recipe, first_epoch),
-            initial_epoch=first_epoch,
-            epochs=recipe.epochs,
-            steps_per_epoch=steps,
-            shuffle=False,  # the pipeline does
-            validation_data=evaluation_batches(source.validation, num_classes),
-            callbacks=[
-                HaltOnNaN(advice),
-                stopwatch,
-                best,
-                *([keras.callbacks.SwapEMAWeights()] if recipe.ema else []),
-                checkpoints,
-                keras.callbacks.TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
-            ],
-        )
-    except tf.errors.ResourceExhaustedError as error:
-        raise MemoryError(
-            f"the memory of {device()} is too small: train at a smaller --batch-size than {recipe.batch_size}, "
-            "into another --run-dir"
-        ) from error
+    classifier.fit(
+        training_batches(train, num_classes, recipe, first_epoch),
+        initial_epoch=first_epoch,
+        epochs=recipe.epochs,
+        steps_per_epoch=steps,
+        shuffle=False,  # the pipeline does
+        validation_data=evaluation_batches(source.validation, num_classes),
+        callbacks=[
+            HaltOnNaN(advice),
+            stopwatch,
+            best,
+            *([keras.callbacks.SwapEMAWeights()] if recipe.ema else []),
+            checkpoints,
+            keras.callbacks.TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
+        ],
+    )
     return best, checkpoints.history
 
 
@@ -250,11 +269,20 @@ def _stored_recipe(run_dir):
     return recipe
 
 
-def _stored_report(path):
+def _finished_report(run_dir, evaluate_test):
+    """The report of the run in `run_dir`, or `None` if a part of the run is still to be made.
+
+    Raises:
+        RunError: if it is broken.
+    """
+    if not all((run_dir / name).exists() for name in (runs.MODEL, runs.PLOTS, runs.REPORT, runs.PAGE)):
+        return None
+    path = run_dir / runs.REPORT
     try:
-        return evaluation.Report(**runs.read_json(path))
+        report = evaluation.Report(**runs.read_json(path))
     except (TypeError, runs.RunError) as error:
         raise runs.RunError(f"{path} is broken ({error}): remove it to have it made again") from error
+    return None if evaluate_test and report.test is None else report
 
 
 def _require_same(recipe, stored, run_dir):
@@ -266,12 +294,17 @@ def _require_same(recipe, stored, run_dir):
     was, is_now = stored.settings(), recipe.settings()
     # Where TFDS keeps a data set may change; another folder of images is another data set. What lies in it is compared with
     # the checkpoint's.
-    ignored = set() if recipe.dataset == "folder" else {"data_dir"}
+    elsewhere = recipe.dataset == "folder" and _folder(was["data_dir"]) != _folder(is_now["data_dir"])
+    ignored = set() if elsewhere else {"data_dir"}
     names = [name for name in was if name not in ignored and was[name] != is_now[name]]
     if names:
         differences = ", ".join(f"{name} was {was[name]!r} and is {is_now[name]!r}" for name in names)
         way_out = "Give it its own settings, or train in another --run-dir"
         raise RecipeError(f"the run in {run_dir} can't go on with other settings: {differences}. {way_out}")
+
+
+def _folder(name):
+    return Path(name).expanduser().resolve() if name else None
 
 
 def device():

@@ -1,12 +1,13 @@
 import csv
 import dataclasses
+import shutil
 import time
 
 import keras
 import numpy as np
 import pytest
 
-from cvt_keras import build_classifier
+from cvt_keras import build_classifier, runs
 from cvt_keras.runs import RunError
 from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, Stopwatch
 from cvt_keras.training.optimizers import make_optimizer
@@ -128,6 +129,16 @@ def checkpoint(tmp_path):
 
 def _restore(run_dir, data=DATA, ema=0.0):
     Checkpoints(run_dir, data, Stopwatch(), BestWeights()).restore(_trained(ema)[0])
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_number(checkpoint, tmp_path):
+    state = runs.read_json(checkpoint / "state.json")
+    for name in ("epoch-9999", "epoch-10000", "epoch-9999 (copy)"):
+        shutil.copytree(checkpoint, checkpoint.with_name(name))
+        runs.write_json(checkpoint.with_name(name) / "state.json", {**state, "best_score": name})
+    best = BestWeights()
+    Checkpoints(tmp_path, DATA, Stopwatch(), best).restore(_trained()[0])
+    assert best.score == "epoch-10000"
 
 
 def test_a_checkpoint_of_another_network_is_refused(checkpoint, tmp_path):

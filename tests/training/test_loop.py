@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cvt_keras import VARIANTS, CvT, Stage, Variant, evaluation
+from cvt_keras import VARIANTS, CvT, Stage, Variant, evaluation, runs
 from cvt_keras.data import sources
 from cvt_keras.runs import RunError
 from cvt_keras.training import RecipeError, loop, run
@@ -292,7 +292,7 @@ def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path):
     folder = dataclasses.replace(short, dataset="folder", data_dir=tmp_path / "photos", batch_size=8)
     run(folder, tmp_path / "run")
     (tmp_path / "run" / "report.json").unlink()
-    run(folder, tmp_path / "run", resume=True)
+    run(dataclasses.replace(folder, data_dir=f"{tmp_path}/run/../photos/"), tmp_path / "run", resume=True)
     (tmp_path / "run" / "report.json").unlink()
     add("cat", 40)  # shuffles anew which ones are held out
     with pytest.raises(RecipeError, match=r"other data: number of train images was 32 and is 33, .*another --run-dir"):
@@ -302,22 +302,65 @@ def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path):
         run(dataclasses.replace(folder, data_dir=tmp_path / "others"), tmp_path / "run", resume=True)
 
 
-def test_too_little_memory_names_the_batch_size(short, tmp_path, monkeypatch):
+def _exhaust(text):
     def exhaust(*args, **kwargs):
-        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating\nand a page more")
+        raise tf.errors.ResourceExhaustedError(None, None, f"{text}\nand a page more")
 
-    monkeypatch.setattr(keras.Model, "fit", exhaust)
+    return exhaust
+
+
+@pytest.mark.parametrize(("module", "name"), [(keras.Model, "fit"), (loop, "_build"), (loop, "_logits")])
+def test_too_little_memory_names_the_batch_size(short, tmp_path, monkeypatch, module, name):
+    monkeypatch.setattr(module, name, _exhaust("OOM when allocating"))
     with pytest.raises(MemoryError, match=r"smaller --batch-size than 32, into another --run-dir$"):
         run(short, tmp_path / "run")
 
 
-def test_what_a_run_lost_after_its_last_epoch_is_made_again(short, tmp_path):
+def test_a_full_disk_is_told_from_too_little_memory(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(keras.Model, "fit", _exhaust("events.v2; No space left on device"))
+    with pytest.raises(OSError, match=f"{tmp_path}/run can't be written: events.v2; No space left on device$"):
+        run(short, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "names", [("model.keras", "report.json", "report.html", "history.csv"), ("report.html",), ("model.keras",)]
+)
+def test_what_a_run_lost_after_its_last_epoch_is_made_again(short, tmp_path, names):
     report = run(short, tmp_path / "run")
-    for name in ("model.keras", "report.json", "report.html", "history.csv"):
+    for name in names:
         (tmp_path / "run" / name).unlink()
     assert run(short, tmp_path / "run", resume=True) == report
-    assert (tmp_path / "run" / "model.keras").exists() and (tmp_path / "run" / "report.html").exists()
+    for name in names:
+        assert (tmp_path / "run" / name).exists()
     assert len(_history(tmp_path / "run")) == 1
+
+
+def test_the_test_images_may_be_asked_for_later(short, tmp_path):
+    assert run(short, tmp_path / "run", evaluate_test=False).test is None
+    report = run(short, tmp_path / "run", resume=True)
+    assert report.test["images"] == 100
+    assert run(short, tmp_path / "run", resume=True, evaluate_test=False) == report
+
+
+@pytest.mark.skipif(runs.fcntl is None, reason="Windows has no such locks")
+def test_a_run_folder_is_for_one_process_at_a_time(finished, recipe, tmp_path):
+    _, run_dir = finished
+    for folder, resume in ((run_dir, True), (tmp_path, False)):
+        with runs.lock(folder), pytest.raises(RunError, match="another process trains in"):
+            run(recipe, folder, resume=resume)
+
+
+def test_a_run_that_another_process_began_meanwhile_is_not_overwritten(recipe, tmp_path, monkeypatch):
+    load = sources.load
+
+    def begin(*args):
+        (tmp_path / "recipe.json").write_text("{}")
+        return load(*args)
+
+    monkeypatch.setattr(sources, "load", begin)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        run(recipe, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
 
 
 KILLED = """
