@@ -92,7 +92,14 @@ def _read(file):
         raise RecipeError(f"`--recipe-file` {file} is no recipe.json: {error}") from error
 
 
-def main(argv):
+def main(argv, command=("python", "train.py")):
+    """Runs the command line -> its exit code.
+
+    Args:
+        argv: the flags.
+        command: what was typed before them.
+    """
+    resuming = shlex.join([*command, *argv, *([] if "--resume" in argv else ["--resume"])])
     signal.signal(signal.SIGTERM, _terminate)
     try:
         arguments = parse(argv)
@@ -102,10 +109,10 @@ def main(argv):
     except (DataError, runs.RunError, FloatingPointError, MemoryError) as error:
         return _fail(error, 1)
     except OSError as error:
-        return _fail(f"{error}; finished epochs are kept. To go on once that is mended: {_resuming(argv)}", 1)
+        return _fail(f"{error}; finished epochs are kept. To go on once that is mended: {resuming}", 1)
     except KeyboardInterrupt as stop:
         code = 143 if isinstance(stop, Terminated) else 130
-        return _fail(f"stopped; finished epochs are kept. To go on: {_resuming(argv)}", code)
+        return _fail(f"stopped; finished epochs are kept. To go on: {resuming}", code)
     split = "test" if report.test else "validation"  # a run from Python may leave the test images alone
     found = getattr(report, split)
     print(f"{found['top1']:.2%} top-1 on {found['images']} {split} images; the run is in {arguments.run_dir}")
@@ -116,14 +123,11 @@ def _terminate(number, frame):
     raise Terminated
 
 
-def _resuming(argv):
-    return shlex.join(["python", "train.py", *argv, *([] if "--resume" in argv else ["--resume"])])
-
-
 def _fail(message, code):
     print(f"\ntrain.py: {message}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    flags = sys.argv[1:]
+    sys.exit(main(flags, sys.orig_argv[: len(sys.orig_argv) - len(flags)]))

@@ -68,9 +68,10 @@ def lock(run_dir):
 
 
 def sweep(run_dir):
-    """Removes what a run that was killed left half-written."""
-    for path in [path for path in run_dir.rglob(".*") if _is_aside(path)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Removes what a training that was killed left half-written; an export may be at work in its own folder."""
+    for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / PLOTS):
+        for path in filter(_is_aside, folder.glob(".*")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager

@@ -66,12 +66,14 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
 
 
 def test_what_was_half_written_is_swept_away(tmp_path):
-    for name in (".7-history.csv", ".keep", "history.csv", "checkpoints/.7-epoch-0002/state.npz", "checkpoints/epoch-0001/a"):
+    kept = {".keep", "history.csv", "checkpoints/epoch-0001/a", "export/.7-int8.tflite"}
+    half_written = {".7-history.csv", "plots/.7-curves.png", "checkpoints/.7-epoch-0002/.7-state.json"}
+    for name in kept | half_written:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     runs.sweep(tmp_path)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {".keep", "history.csv", "checkpoints/epoch-0001/a"}
+    assert left == kept
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch-0001"]
 
 

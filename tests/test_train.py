@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -223,7 +224,7 @@ def test_a_stopped_run_keeps_its_epochs_and_goes_on(cifar10_dir, tmp_path, numbe
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
-    assert error.strip().splitlines()[-1].endswith("--resume")
+    assert error.strip().splitlines()[-1].endswith(f"To go on: {shlex.join([*process.args, '--resume'])}")
     # Not at the end of the next epoch.
     assert [path.name for path in (run_dir / "checkpoints").glob("epoch-*")] == ["epoch-0001"]
     kept = (run_dir / "history.csv").read_text()

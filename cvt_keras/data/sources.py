@@ -33,23 +33,8 @@ PROBE_SECONDS = 5
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif")
 # Pictures that must not be passed over without a word. Listed, as what `mimetypes` knows differs from machine to machine.
 OTHER_IMAGE_SUFFIXES = {
-    *(
-        ".apng",
-        ".avif",
-        ".bmp",
-        ".dib",
-        ".eps",
-        ".exr",
-        ".hdr",
-        ".heic",
-        ".heif",
-        ".ico",
-        ".j2k",
-        ".jp2",
-        ".jpf",
-        ".jpx",
-        ".jxl",
-    ),
+    *(".apng", ".avif", ".bmp", ".dib", ".eps", ".exr", ".hdr", ".heic"),
+    *(".heif", ".ico", ".j2k", ".jp2", ".jpf", ".jpx", ".jxl"),
     *(".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm"),
     *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"),  # cameras' raw ones
 }
@@ -97,7 +82,7 @@ class Source:
         name: the real one, never `auto`.
         train, validation, test: disjoint `Split`s, the same whatever a run's seed; the first images of each are a fair sample.
         class_names: in the order of the labels.
-        mean, std: of the training pixels in 0..1, a number a channel.
+        mean, std: of the training pixels in 0..1, a number a channel; CIFAR-10's, the usual ones, of those held out too.
         note: what a reader of a figure must know about the data; empty if nothing.
         mirror: whether a mirrored image keeps its label.
         fallback: if this stands in for what was asked for: why, and how to get that; else empty.
@@ -408,8 +393,11 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
             start += len(classes)
     except MemoryError:
         raise  # not the copy's fault
+    except tf.errors.ResourceExhaustedError as error:
+        raise MemoryError(_reason(error)) from error
     except Exception as error:
-        way_out = f"Remove {builder.data_path} to download it again"
+        denied = isinstance(error, (PermissionError, tf.errors.PermissionDeniedError))
+        way_out = "Ask for the right to read it" if denied else f"Remove {builder.data_path} to download it again"
         raise DataError(f"{title} in {builder.data_dir_root} can't be read: {_reason(error)}. {way_out}") from error
     if labels.min(initial=0) < 0:
         raise DataError(f"{title} keeps the labels of its split {split} to itself. Choose another data set")
@@ -537,6 +525,10 @@ def _read_files(classes, image_size):
         try:
             with tf.device("CPU:0"):
                 return _stretch(_decode(path.read_bytes()), image_size).numpy()
+        except PermissionError:
+            raise  # not the image's fault
+        except tf.errors.ResourceExhaustedError as error:
+            raise MemoryError(_reason(error)) from error
         except (OSError, ValueError, tf.errors.OpError) as error:
             raise DataError(f"{path} can't be decoded: {_reason(error)}. Mend it, or remove it") from error
 

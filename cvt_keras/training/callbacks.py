@@ -1,5 +1,6 @@
 """Only what Keras lacks."""
 
+import json
 import math
 import shutil
 import time
@@ -75,6 +76,15 @@ class BestWeights(keras.callbacks.Callback):
             self.weights = self.model.get_weights()
 
 
+class TensorBoard(keras.callbacks.TensorBoard):
+    """Keras' own, which keeps values back for two minutes: longer than an epoch, and lost if the run is killed."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        for writer in self._writers.values():
+            writer.flush()
+
+
 class Checkpoints(keras.callbacks.Callback):
     """After each epoch, all that the next one needs: a run that goes on from there ends as if it had never stopped.
 
@@ -142,7 +152,8 @@ class Checkpoints(keras.callbacks.Callback):
         with runs.whole_folder(self._folder / f"epoch-{epoch + 1:04d}") as aside:
             np.savez(aside / "state.npz", **{name: np.asarray(v) for name, v in _state(self.model).items()})
             np.savez(aside / "best.npz", *self.best.weights)
-            runs.write_json(aside / "state.json", {"best_score": self.best.score, "history": self.history, "data": self.data})
+            state = {"best_score": self.best.score, "history": self.history, "data": self.data}
+            (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         for older in self._stored()[:-1]:
             shutil.rmtree(older)
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)

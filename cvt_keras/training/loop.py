@@ -13,7 +13,7 @@ from cvt_keras import environment, evaluation, page, plots, runs
 from cvt_keras.data import sources
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
 from cvt_keras.model import build_classifier
-from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, Stopwatch
+from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, Stopwatch, TensorBoard
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import Recipe, RecipeError
 from cvt_keras.variants import get_variant, macs
@@ -77,11 +77,11 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         with runs.lock(run_dir):
             if stored is None:
                 runs.require_vacant(run_dir)  # still: another process may have begun there meanwhile
-            runs.sweep(run_dir)
             report = _finished_report(run_dir, evaluate_test) if stored is not None else None
             if report is not None:
                 print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
                 return report
+            runs.sweep(run_dir)
             best, history = _fit(recipe, run_dir, source, train)
             report = _finish(recipe, run_dir, source, train, test if evaluate_test else None, best, history)
     except tf.errors.ResourceExhaustedError as error:  # of the memory or of the disk
@@ -137,6 +137,7 @@ def _finish(recipe, run_dir, source, train, test, best, history):
     if test is not None:
         shown = {"images": test.images, "logits": test_logits, "labels": test.labels, "class_names": source.class_names}
     plots.draw(run_dir, history, **shown)
+    (run_dir / runs.PAGE).unlink(missing_ok=True)  # of a report without the test; with it the run would count as finished
     runs.write_json(run_dir / runs.REPORT, dataclasses.asdict(report))
     page.write(run_dir)
     return report
@@ -187,8 +188,8 @@ def _fit(recipe, run_dir, source, train):
             stopwatch,
             best,
             *([keras.callbacks.SwapEMAWeights()] if recipe.ema else []),
-            checkpoints,
-            keras.callbacks.TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
+            TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
+            checkpoints,  # last: an epoch that it holds is not trained again
         ],
     )
     return best, checkpoints.history
@@ -275,7 +276,7 @@ def _finished_report(run_dir, evaluate_test):
     Raises:
         RunError: if it is broken.
     """
-    if not all((run_dir / name).exists() for name in (runs.MODEL, runs.PLOTS, runs.REPORT, runs.PAGE)):
+    if not all((run_dir / name).exists() for name in (runs.MODEL, runs.HISTORY, runs.PLOTS, runs.REPORT, runs.PAGE)):
         return None
     path = run_dir / runs.REPORT
     try:

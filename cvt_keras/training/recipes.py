@@ -84,7 +84,8 @@ class Recipe:
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes."""
     ema: float = 0.0
-    """Momentum of the weights' moving average, which is validated and saved in their place; 0 is off."""
+    """Momentum of the weights' moving average, which is validated and saved in their place; 0 is off. Batch norms' statistics
+    stay those of the weights."""
 
     # === Machine ===
     seed: int = 0

@@ -706,6 +706,38 @@ def test_images_too_big_for_the_memory_are_an_error(photos, cifar100_dir):
         assert f"{dataset} does not fit into memory" in error_of(dataset, data_dir, image_size=10**7)
 
 
+OUT_OF_MEMORY = tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+DENIED = tf.errors.PermissionDeniedError(None, None, "/records; Permission denied")
+
+
+@pytest.mark.parametrize(
+    "dataset, step, error, told",
+    [
+        ("folder", "_decode", OUT_OF_MEMORY, "folder does not fit into memory: OOM"),
+        ("cifar100", "_encoded", OUT_OF_MEMORY, "cifar100 does not fit into memory: OOM"),
+        ("cifar100", "_encoded", DENIED, "/records; Permission denied"),
+    ],
+)
+def test_sound_data_is_not_blamed(photos, cifar100_dir, monkeypatch, dataset, step, error, told):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(sources, step, fail)
+    message = error_of(dataset, {"folder": photos, "cifar100": cifar100_dir}[dataset])
+    assert told in message
+    assert "emove" not in message
+
+
+def test_a_file_that_may_not_be_read_is_named(photos, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    message = error_of("folder", photos)
+    assert f"Permission denied: '{photos}" in message
+    assert "emove" not in message
+
+
 # === Digits ===
 
 

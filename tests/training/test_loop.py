@@ -66,14 +66,17 @@ def test_a_run_leaves_its_folder(finished, recipe):
     assert f"{report.test['top1']:.1%}" in (run_dir / "report.html").read_text()
 
 
-def test_tensorboard_has_a_value_for_each_epoch(finished):
+def _on_tensorboard(run_dir):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _, run_dir = finished
     events = EventAccumulator(str(run_dir / "tensorboard" / "validation"))
     events.Reload()
-    values = [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors("epoch_accuracy")]
-    assert values == pytest.approx([row["val_accuracy"] for row in _history(run_dir)])
+    return [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors("epoch_accuracy")]
+
+
+def test_tensorboard_has_a_value_for_each_epoch(finished):
+    _, run_dir = finished
+    assert _on_tensorboard(run_dir) == pytest.approx([row["val_accuracy"] for row in _history(run_dir)])
 
 
 def test_report_holds_the_contracts_fields(finished, recipe):
@@ -323,7 +326,8 @@ def test_a_full_disk_is_told_from_too_little_memory(short, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "names", [("model.keras", "report.json", "report.html", "history.csv"), ("report.html",), ("model.keras",)]
+    "names",
+    [("model.keras", "report.json", "report.html", "history.csv"), ("report.html",), ("model.keras",), ("history.csv",)],
 )
 def test_what_a_run_lost_after_its_last_epoch_is_made_again(short, tmp_path, names):
     report = run(short, tmp_path / "run")
@@ -333,6 +337,19 @@ def test_what_a_run_lost_after_its_last_epoch_is_made_again(short, tmp_path, nam
     for name in names:
         assert (tmp_path / "run" / name).exists()
     assert len(_history(tmp_path / "run")) == 1
+
+
+def test_a_page_without_the_test_does_not_outlive_its_report(short, tmp_path, monkeypatch):
+    run(short, tmp_path / "run", evaluate_test=False)
+
+    def kill(run_dir):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.page, "write", kill)
+        run(short, tmp_path / "run", resume=True)
+    report = run(short, tmp_path / "run", resume=True)
+    assert f"{report.test['top1']:.1%}" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_the_test_images_may_be_asked_for_later(short, tmp_path):
@@ -423,6 +440,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(cifar10_dir, tmp_path):
     assert histories[0] == histories[1]
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
     assert reports[0]["test"] == reports[1]["test"]
+    shown = _on_tensorboard(tmp_path / "killed")
+    assert shown == _on_tensorboard(tmp_path / "whole")
+    assert len(shown) == 4
 
 
 def test_a_run_is_never_overwritten(recipe, tmp_path):

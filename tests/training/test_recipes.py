@@ -99,5 +99,6 @@ def test_reference_is_adam_without_anything():
     reference = RECIPES["reference"]
     assert (reference.variant, reference.optimizer, reference.peak_learning_rate) == ("cvt_13", "adamw", 1e-3)
     assert (reference.batch_size, reference.epochs, reference.decay) == (128, 10, "constant")
-    for name in ("flip", "crop_padding", "rand_augment", "erase", "mixup", "cutmix", "weight_decay", "warmup", "gradient_clip"):
+    off = ("flip", "crop_padding", "rand_augment", "erase", "mixup", "cutmix", "weight_decay", "warmup", "gradient_clip")
+    for name in (*off, "label_smoothing", "ema"):
         assert not getattr(reference, name), name
