@@ -23,6 +23,7 @@ class Report:
         variant: its name.
         recipe: every setting as it really was.
         epochs, seed, image_size, class_names: of the run.
+        train_images: how many it trained on.
         parameters: trainable ones.
         macs: of one image.
         train_seconds: of `fit`, with its compilation and validations.
@@ -40,6 +41,7 @@ class Report:
     epochs: int
     seed: int
     image_size: list[int]
+    train_images: int
     class_names: list[str]
     parameters: int
     macs: int

@@ -78,7 +78,8 @@ def _tiles(report):
         f"calibration error, {split}": _percent(report[split]["ece"]),
         "parameters": f"{report['parameters'] / 1e6:.2f} M",
         "multiply-adds an image": f"{report['macs'] / 1e6:,.1f} M",
-        "epochs": f"{report['epochs']}",
+        "epoch" if report["epochs"] == 1 else "epochs": f"{report['epochs']}",
+        "training images": f"{report['train_images']:,}",
         "training": _duration(report["train_seconds"]),
         "images a second": f"{report['train_images_per_second']:,.0f}",
     }

@@ -137,8 +137,11 @@ def load(dataset, data_dir=None, image_size=32):
         return loaders[dataset](data_dir, image_size)
     except OSError as error:
         raise DataError(f"{dataset} can't be read: {_reason(error)}") from error
-    except MemoryError as error:
-        raise DataError(f"{dataset} does not fit into memory: {_reason(error)}. Choose a smaller image size") from error
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        way_out = f"Choose a smaller --image-size than {image_size}"
+        raise DataError(f"{dataset} does not fit into memory: {_reason(error)}. {way_out}") from error
 
 
 def auto(data_dir=None, image_size=32):
@@ -187,16 +190,21 @@ def _cifar(name, title, data_dir, image_size):
     builder, keys = _builder(name, title, data_dir)
     _prepare(builder, title, {(CIFAR10_HOST, 443)})
     train, validation = _cut(_read(builder, title, "train", keys, image_size), VALIDATION_IMAGES, title)
-    [first] = _encoded(builder, "train[:1]", keys)
-    lossy = first[0].numpy().startswith(b"\xff\xd8")  # TFDS packs the originals as PNG
     return _source(
         name=name,
         train=train,
         validation=validation,
         test=_read(builder, title, "test", keys, image_size),
         class_names=builder.info.features[keys[1]].names,
-        note="JPEG copy: the pixels went through JPEG, which costs a little accuracy" if lossy else "",
+        note=_copy_note(builder, keys),
     )
+
+
+def _copy_note(builder, keys):
+    """What to know of a CIFAR whose pixels are not the original ones, which TFDS packs as PNG."""
+    [first] = _encoded(builder, "train[:1]", keys)
+    lossy = first[0].numpy().startswith(b"\xff\xd8")
+    return "JPEG copy: the pixels went through JPEG, which costs a little accuracy" if lossy else ""
 
 
 def from_tfds(name, data_dir=None, image_size=32):
@@ -223,6 +231,8 @@ def from_tfds(name, data_dir=None, image_size=32):
     if test_split:
         test = _read(builder, name, test_split, keys, image_size, shuffle=True)
         note = "" if test_split == "test" else "tested on its validation split, as it has no test split"
+        if builder.name in ("cifar10", "cifar100"):
+            note = _copy_note(builder, keys)
     else:
         train, test = _cut(train, tenth, name)
         note = "tested on a tenth of the training images, held out, as it has no test split"
@@ -391,11 +401,9 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
             chosen = places[start : start + len(classes)]
             images[chosen], labels[chosen] = pixels, classes
             start += len(classes)
-    except MemoryError:
-        raise  # not the copy's fault
-    except tf.errors.ResourceExhaustedError as error:
-        raise MemoryError(_reason(error)) from error
     except Exception as error:
+        if _out_of_memory(error):
+            raise  # not the copy's fault
         denied = isinstance(error, (PermissionError, tf.errors.PermissionDeniedError))
         way_out = "Ask for the right to read it" if denied else f"Remove {builder.data_path} to download it again"
         raise DataError(f"{title} in {builder.data_dir_root} can't be read: {_reason(error)}. {way_out}") from error
@@ -498,6 +506,8 @@ def _split_folders(root, nested):
 
 def _class_files(folder):
     """The image files in a class's folder, sorted."""
+    for inner in _folders(folder):
+        raise DataError(f"{inner} is a folder within a class. Move its images into {folder}, or away")
     files = [file for file in _visible(folder) if file.is_file()]
     for file in files:
         if file.suffix.lower() in OTHER_IMAGE_SUFFIXES:
@@ -525,11 +535,9 @@ def _read_files(classes, image_size):
         try:
             with tf.device("CPU:0"):
                 return _stretch(_decode(path.read_bytes()), image_size).numpy()
-        except PermissionError:
-            raise  # not the image's fault
-        except tf.errors.ResourceExhaustedError as error:
-            raise MemoryError(_reason(error)) from error
         except (OSError, ValueError, tf.errors.OpError) as error:
+            if isinstance(error, PermissionError) or _out_of_memory(error):
+                raise  # not the image's fault
             raise DataError(f"{path} can't be decoded: {_reason(error)}. Mend it, or remove it") from error
 
     paths, labels = zip(*(labelled[place] for place in _shuffled(len(labelled))))
@@ -629,6 +637,11 @@ def _import(module, packages=None):
         return importlib.import_module(module)
     except ImportError as error:
         raise _UnavailableError(f"{module} can't be imported ({error}): pip install {packages or module}") from error
+
+
+def _out_of_memory(error):
+    """Whether it is Python's error or TensorFlow's, told by its name, as this module is imported without TensorFlow."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
 
 
 def _reason(error):

@@ -1,6 +1,7 @@
 """One training run: recipe and run folder in, report out."""
 
 import dataclasses
+import os
 import re
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         FileExistsError: if `run_dir` already holds something, without `resume`, or something else than a run.
         DataError: if the images can't be had.
         RecipeError: if the recipe does not fit the images (fewer than a batch, or too small) or, with `resume`, the run.
-        RunError: with `resume`, if a file of the run is broken; if another process trains in `run_dir`.
+        RunError: if `run_dir` can't be written to, or another process trains there; with `resume`, if a file of it is broken.
         FloatingPointError: if the loss is no number any more.
         MemoryError: if a batch does not fit into the memory.
         OSError: if a file can't be written.
@@ -55,6 +56,12 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
     auto = recipe.dataset == "auto"
     recipe = resolve(recipe, stored)
     print(f"{device()}, {recipe.precision}, XLA {recipe.xla}", flush=True)
+    if stored is not None and (report := _finished_report(run_dir, evaluate_test)) is not None:
+        # Its images, which may be gone by now, are not needed; that they can't be mirrored is in its recipe.
+        _require_same(dataclasses.replace(recipe, flip=recipe.flip and stored.flip), stored, run_dir)
+        print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
+        return report
+    _require_writable(run_dir)
     if not tf.config.list_physical_devices("GPU") and environment.has_nvidia_device():
         _warn('this machine has an NVIDIA device that TensorFlow does not see: pip install "tensorflow[and-cuda]"')
     source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
@@ -77,10 +84,6 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         with runs.lock(run_dir):
             if stored is None:
                 runs.require_vacant(run_dir)  # still: another process may have begun there meanwhile
-            report = _finished_report(run_dir, evaluate_test) if stored is not None else None
-            if report is not None:
-                print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
-                return report
             runs.sweep(run_dir)
             best, history = _fit(recipe, run_dir, source, train)
             report = _finish(recipe, run_dir, source, train, test if evaluate_test else None, best, history)
@@ -115,12 +118,13 @@ def _finish(recipe, run_dir, source, train, test, best, history):
     test_logits = None if test is None else _logits(final, test, num_classes)
     report = evaluation.Report(
         dataset=source.name,
-        data_note=source.note,
+        data_note=". ".join(filter(None, (source.note, source.fallback))),
         variant=recipe.variant_name,
         recipe=recipe.settings(),
         epochs=recipe.epochs,
         seed=recipe.seed,
         image_size=list(image_shape[:2]),
+        train_images=len(train),
         class_names=list(source.class_names),
         parameters=sum(int(np.prod(variable.shape)) for variable in final.trainable_variables),
         macs=macs(recipe.variant, image_shape, num_classes),
@@ -161,7 +165,8 @@ def _fit(recipe, run_dir, source, train):
     blank = np.zeros((1, num_classes), "float32")
     classifier.compute_loss(None, blank, blank)
     classifier.compute_metrics(None, blank, blank)  # of which `fit` forgets the value
-    if not (run_dir / runs.RECIPE).exists():
+    begun = (run_dir / runs.RECIPE).exists()
+    if not begun:
         runs.write_json(run_dir / runs.RECIPE, recipe.settings())
     (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
 
@@ -171,6 +176,8 @@ def _fit(recipe, run_dir, source, train):
     first_epoch = len(checkpoints.history)
     if first_epoch:
         print(f"going on after epoch {first_epoch} of {recipe.epochs}", flush=True)
+    elif begun:
+        print(f"no finished epoch to go on from in {run_dir}: training from the first one", flush=True)
     if first_epoch == recipe.epochs:
         return best, checkpoints.history
     advice = f"train anew, into another --run-dir, at a lower --peak-learning-rate than {recipe.peak_learning_rate}"
@@ -215,12 +222,13 @@ def _check(recipe, train):
     height, width = train.images.shape[1:3]
     if not batches_per_epoch(train, recipe):
         raise RecipeError(
-            f"`batch_size` must not exceed the {len(train)} training images. Received: batch_size={recipe.batch_size}"
+            f"`batch_size` must not exceed the {len(train)} training images: give --batch-size {len(train)} or less. "
+            f"Received: batch_size={recipe.batch_size}"
         )
     if recipe.crop_padding >= min(height, width):
         raise RecipeError(
-            f"`crop_padding` must be under the {min(height, width)} pixels of a side. "
-            f"Received: crop_padding={recipe.crop_padding}"
+            f"`crop_padding` must be under the {min(height, width)} pixels of a side: "
+            f"give --crop-padding 0, or a larger --image-size. Received: crop_padding={recipe.crop_padding}"
         )
     try:
         get_variant(recipe.variant).grids(height, width)
@@ -249,6 +257,17 @@ def resolve(recipe, stored=None):
     if xla == "auto":
         xla = "on" if gpus else "off"
     return dataclasses.replace(recipe, precision=precision, xla=xla)
+
+
+def _require_writable(run_dir):
+    """Before data is downloaded for it.
+
+    Raises:
+        RunError: if `run_dir` can't be made or written to.
+    """
+    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise runs.RunError(f"`run_dir` can't be {run_dir}: nothing may be written to {nearest}. Name another with --run-dir")
 
 
 def _stored_recipe(run_dir):

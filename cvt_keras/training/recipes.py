@@ -114,7 +114,9 @@ class Recipe:
             *("peak_learning_rate", "adamw_ratio", "weight_decay", "gradient_clip"),
         ):
             if not 0 <= getattr(self, name) < math.inf:
-                raise RecipeError(f"`{name}` must be a number that is not negative. Received: {name}={getattr(self, name)}")
+                raise RecipeError(
+                    f"`{name}` must be a finite number that is not negative. Received: {name}={getattr(self, name)}"
+                )
         if self.seed >= 2**32:
             raise RecipeError(f"`seed` must be under 2**32. Received: seed={self.seed}")
         for name in ("warmup", "label_smoothing", "ema"):
@@ -221,6 +223,7 @@ SMOKE = Recipe(
     """A few steps of the tests' network, to see that everything is in its place. Its accuracy means nothing.
 
     python train.py smoke
+    Half a minute on two cores, most of it TensorFlow's start.
     """,
     variant="cvt_tiny",
     epochs=2,

@@ -182,7 +182,8 @@ def test_a_jpeg_copy_is_noted(cifar100_dir, write_tfds, monkeypatch):
     )
     examples = labelled(noise(30), 100, id="", coarse_label=0)
     write_tfds(cifar100_dir, "cifar100", {"train": examples, "test": examples})
-    assert "JPEG" in sources.load("cifar100", cifar100_dir).note
+    for name in ("cifar100", "tfds:cifar100"):
+        assert "JPEG" in sources.load(name, cifar100_dir).note
 
 
 def test_a_folder_that_is_none_is_named(tmp_path):
@@ -616,7 +617,6 @@ def test_a_folder_takes_each_format_and_passes_over_what_is_hidden(photos):
         write_image(photos / folder / "7.png", np.concatenate([flat, flat[..., :1] // 2], axis=-1))
         (photos / folder / ".hidden.png").write_bytes(b"no image")
         (photos / folder / "notes.txt").write_text("no image")
-        (photos / folder / "more").mkdir()
     (photos / ".cache").mkdir()
     (photos / "README.md").write_text("no class")
     source = sources.load("folder", photos)
@@ -654,6 +654,11 @@ def test_an_empty_class_folder_is_named(photos):
     (photos / "eel").mkdir()
     (photos / "eel" / "1.txt").write_bytes(b"")
     assert f"{photos / 'eel'} holds no files of .jpg .jpeg .jpe .jfif .png .gif" in error_of("folder", photos)
+
+
+def test_a_folder_within_a_class_is_not_passed_over(photos):
+    (photos / "dog" / "puppies").mkdir()
+    assert f"{photos}/dog/puppies is a folder within a class" in error_of("folder", photos)
 
 
 def test_a_class_too_small_to_hold_out_is_named(photos):
@@ -704,6 +709,7 @@ def test_a_folder_that_may_not_be_read_is_named(photos, monkeypatch):
 def test_images_too_big_for_the_memory_are_an_error(photos, cifar100_dir):
     for dataset, data_dir in {"folder": photos, "cifar100": cifar100_dir}.items():
         assert f"{dataset} does not fit into memory" in error_of(dataset, data_dir, image_size=10**7)
+    assert "digits does not fit into memory: OOM" in error_of("digits", image_size=10**6)
 
 
 OUT_OF_MEMORY = tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -84,8 +85,9 @@ def test_report_holds_the_contracts_fields(finished, recipe):
     assert set(dataclasses.asdict(report)) == {
         *("dataset", "data_note", "variant", "recipe", "epochs", "seed", "image_size", "class_names", "parameters", "macs"),
         *("train_seconds", "train_images_per_second", "test", "validation", "per_class", "device", "versions"),
-        "confusion",
+        *("confusion", "train_images"),
     }
+    assert report.train_images == recipe.train_limit
     assert (report.dataset, report.variant, report.image_size) == ("cifar10", "cvt_tiny", [32, 32])
     assert report.test["images"] == 100
     assert report.validation["images"] == 5_000
@@ -217,6 +219,7 @@ def test_auto_says_at_start_and_end_what_stands_in_and_why(short, tmp_path, monk
     report = run(dataclasses.replace(short, dataset="auto"), tmp_path / "run")
     assert report.dataset == report.recipe["dataset"] == "digits"
     assert report.recipe["flip"] is False  # a mirrored digit is another
+    assert "8x8" in report.data_note and "CIFAR-10 is nowhere" in report.data_note
     warnings = [line for line in capsys.readouterr().err.splitlines() if "CIFAR-10 is nowhere" in line]
     assert len(warnings) == 2
     assert warnings[0].startswith("WARNING: ")
@@ -244,6 +247,21 @@ def test_a_finished_run_is_left_as_it_is(finished, recipe, capsys):
     assert "finished" in capsys.readouterr().out
 
 
+def test_a_finished_run_needs_its_images_no_more(finished, recipe, monkeypatch):
+    report, run_dir = finished
+    monkeypatch.setattr(sources, "load", None)
+    assert run(recipe, run_dir, resume=True) == report
+
+
+def test_a_folder_that_may_not_be_written_is_told_before_data_is_loaded(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "load", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(
+        RunError, match=rf"`run_dir` can't be {tmp_path}/runs/mine: nothing may be written to {tmp_path}\. .*--run-dir"
+    ):
+        run(recipe, tmp_path / "runs" / "mine")
+
+
 def test_a_run_goes_on_with_its_own_settings_alone(finished, recipe):
     _, run_dir = finished
     with pytest.raises(RecipeError, match=r"epochs was 2 and is 3, .*seed was 0 and is 1\. Give it"):
@@ -257,6 +275,10 @@ def test_resume_begins_where_there_is_no_run_and_refuses_another_folder(short, t
         run(short, tmp_path / "letters", resume=True)
     assert run(short, tmp_path / "run", resume=True, evaluate_test=False).epochs == 1
     assert "no run to go on with" in capsys.readouterr().out
+    for name in ("checkpoints", "plots"):
+        shutil.rmtree(tmp_path / "run" / name)
+    run(short, tmp_path / "run", resume=True, evaluate_test=False)
+    assert f"no finished epoch to go on from in {tmp_path}/run" in capsys.readouterr().out
 
 
 def test_a_run_that_was_killed_as_it_began_begins_again(short, tmp_path):
@@ -362,7 +384,10 @@ def test_the_test_images_may_be_asked_for_later(short, tmp_path):
 @pytest.mark.skipif(runs.fcntl is None, reason="Windows has no such locks")
 def test_a_run_folder_is_for_one_process_at_a_time(finished, recipe, tmp_path):
     _, run_dir = finished
-    for folder, resume in ((run_dir, True), (tmp_path, False)):
+    unfinished = shutil.copytree(run_dir, tmp_path / "unfinished")
+    (unfinished / "report.html").unlink()
+    (tmp_path / "new").mkdir()
+    for folder, resume in ((unfinished, True), (tmp_path / "new", False)):
         with runs.lock(folder), pytest.raises(RunError, match="another process trains in"):
             run(recipe, folder, resume=resume)
 
