@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import signal
+import threading
 import time
 import zipfile
 
@@ -32,6 +34,46 @@ class HaltOnNaN(keras.callbacks.Callback):
     def on_test_end(self, logs=None):
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError(f"the loss is no number after the last step of epoch {self.epoch + 1}: {self.advice}")
+
+
+class StopAfterStep(keras.callbacks.Callback):
+    """Holds Ctrl-C and SIGTERM back until the step is done: raised in the midst of TensorFlow's work they can crash it.
+
+    A context manager, to be entered around `fit` and given to it. What answered the signals before does so after the step, or
+    at once if a second one comes. Without effect outside the main thread, which alone hears signals.
+    """
+
+    def __enter__(self):
+        self._answers, self._received = {}, None
+        if threading.current_thread() is threading.main_thread():
+            # What Python does not answer, as SIGTERM by default, ends the process without a word to anyone.
+            heard = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._answers = {number: answer for number, answer in heard.items() if callable(answer)}
+        for number in self._answers:
+            signal.signal(number, self._hold)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        for number, answer in self._answers.items():
+            signal.signal(number, answer)
+        if kind is None:
+            self._answer()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._answer()
+
+    def on_test_batch_end(self, batch, logs=None):
+        self._answer()
+
+    def _hold(self, number, frame):
+        if self._received is not None:
+            self._answer()
+        self._received = number
+
+    def _answer(self):
+        number, self._received = self._received, None
+        if number is not None:
+            self._answers[number](number, None)
 
 
 class Stopwatch(keras.callbacks.Callback):

@@ -14,7 +14,7 @@ from cvt_keras import environment, evaluation, page, plots, runs
 from cvt_keras.data import sources
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
 from cvt_keras.model import build_classifier
-from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, Stopwatch, TensorBoard
+from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch, TensorBoard
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import Recipe, RecipeError
 from cvt_keras.variants import get_variant, macs
@@ -183,22 +183,24 @@ def _fit(recipe, run_dir, source, train):
     advice = f"train anew, into another --run-dir, at a lower --peak-learning-rate than {recipe.peak_learning_rate}"
     if recipe.precision != "float32":
         advice += ", or with --precision float32"
-    classifier.fit(
-        training_batches(train, num_classes, recipe, first_epoch),
-        initial_epoch=first_epoch,
-        epochs=recipe.epochs,
-        steps_per_epoch=steps,
-        shuffle=False,  # the pipeline does
-        validation_data=evaluation_batches(source.validation, num_classes),
-        callbacks=[
-            HaltOnNaN(advice),
-            stopwatch,
-            best,
-            *([keras.callbacks.SwapEMAWeights()] if recipe.ema else []),
-            TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
-            checkpoints,  # last: an epoch that it holds is not trained again
-        ],
-    )
+    with StopAfterStep() as stop:
+        classifier.fit(
+            training_batches(train, num_classes, recipe, first_epoch),
+            initial_epoch=first_epoch,
+            epochs=recipe.epochs,
+            steps_per_epoch=steps,
+            shuffle=False,  # the pipeline does
+            validation_data=evaluation_batches(source.validation, num_classes),
+            callbacks=[
+                stop,
+                HaltOnNaN(advice),
+                stopwatch,
+                best,
+                *([keras.callbacks.SwapEMAWeights()] if recipe.ema else []),
+                TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
+                checkpoints,  # last: an epoch that it holds is not trained again
+            ],
+        )
     return best, checkpoints.history
 
 
