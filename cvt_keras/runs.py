@@ -25,7 +25,7 @@ EXPORT = "export"
 
 
 class RunError(Exception):
-    """A run folder that can't be read, or is in use. The message is one line: which file, and the way out."""
+    """A run folder that can't be read or written, or is in use. The message is one line: which file, and the way out."""
 
 
 def require_vacant(run_dir):
@@ -42,6 +42,17 @@ def require_vacant(run_dir):
         )
     if run_dir.exists() and not all(_is_aside(path) for path in run_dir.iterdir()):
         raise FileExistsError(f"`run_dir` holds something, but no run: {run_dir}. Name another with --run-dir")
+
+
+def require_writable(run_dir):
+    """Told before data is downloaded for a run.
+
+    Raises:
+        RunError: if `run_dir` can't be made or written to.
+    """
+    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"`run_dir` can't be {run_dir}: nothing may be written to {nearest}. Name another with --run-dir")
 
 
 @contextlib.contextmanager

@@ -506,8 +506,8 @@ def _split_folders(root, nested):
 
 def _class_files(folder):
     """The image files in a class's folder, sorted."""
-    for inner in _folders(folder):
-        raise DataError(f"{inner} is a folder within a class. Move its images into {folder}, or away")
+    if inner := _folders(folder):
+        raise DataError(f"{inner[0]} is a folder within a class. Move its images into {folder}, or away")
     files = [file for file in _visible(folder) if file.is_file()]
     for file in files:
         if file.suffix.lower() in OTHER_IMAGE_SUFFIXES:

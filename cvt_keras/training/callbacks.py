@@ -1,6 +1,5 @@
 """Only what Keras lacks."""
 
-import json
 import math
 import shutil
 import signal
@@ -119,7 +118,7 @@ class BestWeights(keras.callbacks.Callback):
 
 
 class TensorBoard(keras.callbacks.TensorBoard):
-    """Keras' own, which keeps values back for two minutes: longer than an epoch, and lost if the run is killed."""
+    """Keras' own, which keeps values back for two minutes, so that a run that is killed loses them."""
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
@@ -194,8 +193,7 @@ class Checkpoints(keras.callbacks.Callback):
         with runs.whole_folder(self._folder / f"epoch-{epoch + 1:04d}") as aside:
             np.savez(aside / "state.npz", **{name: np.asarray(v) for name, v in _state(self.model).items()})
             np.savez(aside / "best.npz", *self.best.weights)
-            state = {"best_score": self.best.score, "history": self.history, "data": self.data}
-            (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            runs.write_json(aside / "state.json", {"best_score": self.best.score, "history": self.history, "data": self.data})
         for older in self._stored()[:-1]:
             shutil.rmtree(older)
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)

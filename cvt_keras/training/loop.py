@@ -1,7 +1,6 @@
 """One training run: recipe and run folder in, report out."""
 
 import dataclasses
-import os
 import re
 import sys
 from pathlib import Path
@@ -61,7 +60,7 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         _require_same(dataclasses.replace(recipe, flip=recipe.flip and stored.flip), stored, run_dir)
         print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
         return report
-    _require_writable(run_dir)
+    runs.require_writable(run_dir)
     if not tf.config.list_physical_devices("GPU") and environment.has_nvidia_device():
         _warn('this machine has an NVIDIA device that TensorFlow does not see: pip install "tensorflow[and-cuda]"')
     source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
@@ -259,17 +258,6 @@ def resolve(recipe, stored=None):
     if xla == "auto":
         xla = "on" if gpus else "off"
     return dataclasses.replace(recipe, precision=precision, xla=xla)
-
-
-def _require_writable(run_dir):
-    """Before data is downloaded for it.
-
-    Raises:
-        RunError: if `run_dir` can't be made or written to.
-    """
-    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise runs.RunError(f"`run_dir` can't be {run_dir}: nothing may be written to {nearest}. Name another with --run-dir")
 
 
 def _stored_recipe(run_dir):
