@@ -15,6 +15,7 @@ try:
 
     from cvt_keras import runs
     from cvt_keras.data.sources import DataError
+    from cvt_keras.pretrained import CheckpointError
     from cvt_keras.training import RECIPES, Recipe, RecipeError, run
 except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that there is not
     sys.exit(f"train.py: {error}. Is all of requirements.txt installed, and KERAS_BACKEND unset?")
@@ -106,7 +107,7 @@ def main(argv, command=("python", "train.py")):
         report = run(arguments.recipe, arguments.run_dir, resume=arguments.resume)
     except (RecipeError, FileExistsError) as error:
         return _fail(error, 2)
-    except (DataError, runs.RunError, FloatingPointError, MemoryError) as error:
+    except (CheckpointError, DataError, runs.RunError, FloatingPointError, MemoryError) as error:
         return _fail(error, 1)
     except OSError as error:
         return _fail(f"{error}; finished epochs are kept. To go on once that is mended: {resuming}", 1)

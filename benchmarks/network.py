@@ -1,6 +1,7 @@
 """Prints the tables of docs/network.md: python benchmarks/network.py
 
-Parameters and MACs of each variant, and how far the network is from the authors' code on the files in tests/golden.
+Parameters and MACs of each variant, and how far the network is from the authors' code and from
+transformers on the files in tests/golden.
 """
 
 import json
@@ -15,7 +16,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cvt_keras import VARIANTS, CvT, environment, macs
-from cvt_keras.pretrained import load_state_dict, microsoft_weights, variant_from_microsoft
+from cvt_keras.pretrained import (
+    load_state_dict,
+    microsoft_weights,
+    transformers_weights,
+    variant_from_microsoft,
+    variant_from_transformers,
+)
 
 # Where each network is at home: side of the image and classes.
 HOME = {"cvt_13": (224, 1000), "cvt_21": (224, 1000), "cvt_w24": (384, 1000)}
@@ -35,12 +42,15 @@ def golden_model(path):
     """The network of a golden file with its weights, their state dict, and everything that the file holds."""
     with np.load(path) as arrays:
         golden = dict(arrays)
-    variant = variant_from_microsoft(json.loads(bytes(golden["spec_json"])))
+    if "spec_json" in golden:
+        variant, layout = variant_from_microsoft(json.loads(bytes(golden["spec_json"]))), microsoft_weights
+    else:
+        variant, layout = variant_from_transformers(json.loads(bytes(golden["config_json"]))), transformers_weights
     prefix = "weights/"
     state_dict = {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
     height, width = golden["input_nchw"].shape[2:]
     model = CvT(variant, golden["out/logits"].shape[1], (height, width, 3))
-    load_state_dict(model, state_dict, microsoft_weights(variant))
+    load_state_dict(model, state_dict, layout(variant, model.num_classes))
     return model, state_dict, golden
 
 
@@ -53,7 +63,7 @@ def differences(path):
         output = keras.Model(model.input, model.get_layer(f"stage{i}").output)(images)
         tokens, cls_token = output if stage.cls_token else (output, None)
         found[f"stage{i}"] = _largest(ops.transpose(tokens, (0, 3, 1, 2)), golden[f"out/stage{i}"])
-        if cls_token is not None:
+        if f"out/stage{i}_cls" in golden:  # transformers' output lacks it
             found[f"stage{i}_cls"] = _largest(cls_token, golden[f"out/stage{i}_cls"])
     return found
 
@@ -68,7 +78,7 @@ def main():
     for name, side, num_classes, parameters, cost in sizes():
         print(f"| `{name}` | {side}x{side} | {num_classes} | {parameters:,} | {cost / 1e6:,.1f} M |")
     print("\n| golden file | largest absolute difference |\n| --- | --- |")
-    for path in sorted(GOLDEN.glob("ms_*.npz")):
+    for path in sorted(GOLDEN.glob("*.npz")):
         found = ", ".join(f"{name} {value:.1e}" for name, value in differences(path).items())
         print(f"| `{path.stem}` | {found} |")
 

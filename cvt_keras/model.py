@@ -84,6 +84,50 @@ class CvT(keras.Model):
         """
         return cls(variant, num_classes, input_shape, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, source, num_classes=None, input_shape=None, variant=None, **kwargs):
+        """A network with published weights, or your own.
+
+        Each array of the checkpoint is used exactly once, or none. `preprocessing` says what its images need, so that
+        `build_classifier(model)` takes raw pixels: mean and std, class names where the checkpoint has them, and its resolution.
+
+        Args:
+            source: an authors' file (`CvT-13-224x224-IN-1k.pth`), also wrapped in `{"model": ...}` or with `module.` in
+                front of its keys; a folder that transformers saved, or its `.safetensors` or `.bin` file with `config.json`
+                beside it; a hub id (`"microsoft/cvt-13"`), through huggingface_hub and its cache; or a `.keras` file with a
+                CvT in it.
+            num_classes: outputs; where the checkpoint has another number, the head is a new one with random weights. `None`
+                keeps the checkpoint's.
+            input_shape: `(height, width, channels)`; any size will do, as there is no position embedding. `None` means the
+                checkpoint's resolution, which for the authors' files is in their name.
+            variant: a name, a `Variant` or its dict; `None` finds it in the config, or in the weights' shapes, which show no
+                heads and strides: those are the paper's then. With a name the activation is that of the source, QuickGELU
+                for the authors' files and exact GELU for transformers; a `Variant` is taken as it is.
+            kwargs: as in `CvT`.
+
+        Raises:
+            ValueError: `cvt_keras.pretrained.CheckpointError` for a damaged file and for missing, unused, mis-shaped or integer
+                arrays, each named; else for an argument that does not fit.
+            ImportError: if the package that reads the file is missing: PyTorch for `.pth` and `.bin`, safetensors,
+                huggingface_hub.
+        """
+        from cvt_keras import pretrained  # not above: that module imports this one
+
+        checkpoint = pretrained.read(source, variant)
+        preprocessing = dict(checkpoint.preprocessing)
+        if num_classes is None:
+            num_classes = checkpoint.num_classes
+        elif num_classes != checkpoint.num_classes:
+            preprocessing["class_names"] = None
+        input_shape = tuple(input_shape or (*(preprocessing["image_size"] or (224, 224)), checkpoint.channels))
+        if input_shape[-1] != checkpoint.channels:
+            raise ValueError(
+                f"`input_shape` must have the {checkpoint.channels} channels of {source}. Received: input_shape={input_shape}"
+            )
+        model = cls(checkpoint.variant, num_classes, input_shape, **{"preprocessing": preprocessing, **kwargs})
+        checkpoint.load_into(model)
+        return model
+
     def call(self, inputs, training=None, mask=None):
         height, width = inputs.shape[1:3]
         if height is not None and width is not None:

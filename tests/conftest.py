@@ -64,3 +64,14 @@ def cifar10_dir(tmp_path_factory):
 def write_tfds():
     """`_write_tfds`, for the tests that make a folder of their own."""
     return _write_tfds
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-slow", action="store_true", help="also run what is marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--run-slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]

@@ -20,10 +20,10 @@ ALLOWED = {
     "plots": {"evaluation", "runs"},
     "page": {"plots", "runs"},
     "layers": {"variants"},
-    "model": {"layers", "variants"},
-    "pretrained": {"variants"},
+    "model": {"layers", "variants", "pretrained"},  # the last when `from_pretrained` is called
+    "pretrained": {"model", "runs", "variants"},
     "data": set(),
-    "training": {"data", "environment", "evaluation", "model", "page", "plots", "runs", "variants"},
+    "training": {"data", "environment", "evaluation", "model", "page", "plots", "pretrained", "runs", "variants"},
 }
 # Keras and NumPy alone, so that they run on every backend.
 PORTABLE = ["layers", "model", "pretrained", "training/optimizers"]

@@ -1,66 +1,619 @@
+import dataclasses
 import json
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import keras
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
+import torch
+from transformers import CvtConfig, CvtForImageClassification
 
 from benchmarks.network import differences, golden_model
-from cvt_keras import VARIANTS, CvT
-from cvt_keras.pretrained import load_state_dict, microsoft_weights, variant_from_microsoft
+from benchmarks.pretrained import CASES, logits, peak_memory, reference_model
+from benchmarks.pretrained import differences as live_differences
+from cvt_keras import VARIANTS, CvT, Stage, Variant, build_classifier, pretrained
+from cvt_keras.pretrained import (
+    LAYOUTS,
+    CheckpointError,
+    load_state_dict,
+    microsoft_weights,
+    to_torch_state_dict,
+    transformers_config,
+    transformers_weights,
+    variant_from_microsoft,
+    variant_from_transformers,
+)
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("ms_*.npz"))
+ROOT = Path(__file__).parent.parent
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+MICROSOFT = [path for path in GOLDEN if path.stem.startswith("ms_")]
+TRANSFORMERS = [path for path in GOLDEN if path.stem.startswith("hf_")]
+
+# The paper's widths, which a checkpoint without a config is known by, at the least depth.
+SHALLOW = dataclasses.replace(
+    VARIANTS["cvt_13"], stages=tuple(dataclasses.replace(stage, depth=1) for stage in VARIANTS["cvt_13"].stages)
+)
+# What transformers can build of `cvt_tiny`'s size.
+TINY = Variant(
+    (
+        Stage(8, 1, 1, 7, 4, 2, mlp_ratio=2.0),
+        Stage(16, 2, 2, mlp_ratio=2.0, drop_path=0.1, cls_token=True),
+    ),
+    activation="gelu",
+)
 
 
-def _spec(path):
-    with np.load(path) as arrays:
-        return json.loads(bytes(arrays["spec_json"]))
+def _arrays(weights, counters=True):
+    random = np.random.default_rng(0)
+    arrays = {weight.key: random.normal(size=weight.shape).astype("float32") for weight in weights}
+    return {**arrays, **({key: np.zeros((), "int64") for key in pretrained._counters(weights)} if counters else {})}
+
+
+def _save_torch(path, arrays, wrap=lambda arrays: arrays, **options):
+    torch.save(wrap({key: torch.from_numpy(array) for key, array in arrays.items()}), path, **options)
+    return path
+
+
+def _config(variant, num_classes, **change):
+    names = {str(i): f"class {i}" for i in range(num_classes)}
+    return {**transformers_config(variant), "id2label": names, **change}
+
+
+@pytest.fixture(scope="module")
+def shallow_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("microsoft") / "CvT-13-64x96-IN-1k.pth"
+    return _save_torch(path, _arrays(microsoft_weights(SHALLOW, 5)))
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transformers") / "tiny"
+    folder.mkdir()
+    safetensors.numpy.save_file(_arrays(transformers_weights(TINY, 5)), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(_config(TINY, 5)))
+    processor = {"size": {"shortest_edge": 64}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def _copy(folder, to):
+    """A copy of a transformers folder, to be damaged."""
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def _loaded(model):
+    return {variable.path: keras.ops.convert_to_numpy(variable) for variable in model.weights}
+
+
+# === Agreement ===
 
 
 def test_golden_files_are_there():
-    assert len(GOLDEN) == 3
+    assert (len(MICROSOFT), len(TRANSFORMERS)) == (3, 2)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_logits_and_stages_agree_with_the_authors_code(path):
+def test_logits_and_stages_agree_with_the_reference(path):
     found = differences(path)
-    cls_token = set() if "nocls" in path.stem else {"stage2_cls"}
+    cls_token = {"stage2_cls"} if path in MICROSOFT and "nocls" not in path.stem else set()
     assert set(found) == {"logits", "stage0", "stage1", "stage2"} | cls_token
     assert max(found.values()) < 1e-4, found
 
 
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_the_same_weights_come_from_a_file(path, tmp_path):
+    model, state_dict, golden = golden_model(path)
+    file = _save_torch(tmp_path / "weights.bin", state_dict)
+    variant = model.variant
+    if path in TRANSFORMERS:
+        (tmp_path / "config.json").write_bytes(bytes(golden["config_json"]))
+        variant = None
+    again = CvT.from_pretrained(file, variant=variant, input_shape=model.input_shape[1:])
+    assert again.variant == model.variant
+    for ours, theirs in zip(again.get_weights(), model.get_weights()):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("variant, size", CASES[:2])
+def test_the_network_agrees_with_transformers_there_and_back(variant, size, tmp_path):
+    there, back, largest = live_differences(variant, size, tmp_path)
+    assert there < 1e-4 and back < 1e-4
+    assert largest > 1  # a network that puts out next to nothing would agree with any other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant, size", CASES[2:])
+def test_larger_networks_and_images_agree_too(variant, size, tmp_path):
+    there, back, _ = live_differences(variant, size, tmp_path)
+    assert there < 1e-4 and back < 1e-4
+
+
+@pytest.mark.slow
+def test_the_largest_network_converts_under_4_gib(tmp_path):
+    size, peak, _ = peak_memory("cvt_w24", ".pth", tmp_path)
+    assert size > 2**30
+    assert peak < 4 * 2**30
+
+
 @pytest.mark.parametrize("name", ["cvt_13", "cvt_21", "cvt_w24"])
-def test_the_map_covers_the_papers_networks(name):
-    weights = microsoft_weights(name)
+def test_transformers_has_the_keys_and_shapes_of_the_papers_networks(name):
+    with torch.device("meta"):  # shapes without memory
+        reference = CvtForImageClassification(CvtConfig(**_config(name, 1000))).state_dict()
+    weights = transformers_weights(name, 1000)
+    ours = {weight.key: weight.shape for weight in weights} | {key: () for key in pretrained._counters(weights)}
+    assert ours == {key: tuple(value.shape) for key, value in reference.items()}
+
+
+# === The maps ===
+
+
+@pytest.mark.parametrize("name", ["cvt_13", "cvt_21", "cvt_w24", "cvt_tiny"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_map_covers_the_network_whole(layout, name):
+    weights = LAYOUTS[layout].weights(name, 7, 4)
     assert len({weight.key for weight in weights}) == len({weight.path for weight in weights}) == len(weights)
-    if name == "cvt_13":
-        paths = {variable.path for variable in CvT(VARIANTS[name], 10, (None, None, 3)).weights}
-        assert paths == {weight.path for weight in weights}
+    if name in ("cvt_13", "cvt_tiny"):
+        shapes = {variable.path: tuple(variable.shape) for variable in CvT(VARIANTS[name], 7, (None, None, 4)).weights}
+        assert shapes == {weight.path: pretrained._transposed(weight.shape, weight.axes) for weight in weights}
+
+
+@pytest.mark.parametrize("projection", ["avg", "linear"])
+def test_the_authors_ablations_have_a_map(projection):
+    variant = Variant((Stage(8, 1, 1, projection=projection, qkv_bias=False),))
+    keys = {weight.key for weight in microsoft_weights(variant, 5)}
+    assert not any("conv_proj" in key or key.endswith("proj_q.bias") for key in keys)
+    assert {weight.path for weight in microsoft_weights(variant, 5)} == set(_loaded(CvT(variant, 5, (16, 16, 3))))
+
+
+@pytest.mark.parametrize(
+    "layout, variant, part",
+    [
+        ("microsoft", "cvt_cifar", "stem=(32,"),
+        ("transformers", "cvt_cifar", "stem=(32,"),
+        ("transformers", Variant((Stage(8, 1, 1, projection="avg"),)), "projection='avg'"),
+        ("transformers", Variant((Stage(8, 1, 1, cls_token=True), Stage(16, 1, 1))), "stage 0"),
+    ],
+)
+def test_what_a_layout_has_not_is_refused(layout, variant, part):
+    with pytest.raises(ValueError) as error:
+        LAYOUTS[layout].weights(variant)
+    assert part in str(error.value)
 
 
 def test_a_state_dict_is_used_whole_or_refused():
-    model, state_dict, _ = golden_model(GOLDEN[-1])
+    model, state_dict, _ = golden_model(MICROSOFT[-1])
+    weights = microsoft_weights(model.variant, model.num_classes)
     before = model.get_weights()
     damaged = dict(state_dict)
     damaged["head.extra"] = damaged.pop("head.bias")
     damaged["norm.weight"] = np.ones(3, "float32")
     damaged["head.weight"] = damaged["head.weight"].T
-    with pytest.raises(ValueError) as error:
-        load_state_dict(model, damaged, microsoft_weights(model.variant))
-    for part in ("missing: head.bias", "unused: head.extra", "shape: norm.weight is (3,)", "shape: head.weight is (64, 10)"):
+    damaged["stage0.patch_embed.proj.bias"] = np.ones(16, "int64")
+    damaged["stage0.patch_embed.norm.bias"] = np.full(16, np.nan, "float32")
+    damaged["norm.num_batches_tracked"] = np.zeros((), "int64")  # there is no BatchNorm there
+    with pytest.raises(CheckpointError) as error:
+        load_state_dict(model, damaged, weights)
+    for part in (
+        *(
+            "missing: head.bias",
+            "unused: head.extra",
+            "unused: norm.num_batches_tracked",
+            "norm.weight: its shape must be (64,)",
+        ),
+        *("head.weight: its shape must be (10, 64). Received: (64, 10)", "stage0.patch_embed.proj.bias: its dtype", "int64"),
+        *("stage0.patch_embed.norm.bias: it holds a NaN",),
+    ):
         assert part in str(error.value)
+    assert len(str(error.value).splitlines()) == 8
     for ours, old in zip(model.get_weights(), before):
         np.testing.assert_array_equal(ours, old)
 
 
 def test_a_map_of_another_network_is_refused():
-    model, state_dict, _ = golden_model(GOLDEN[-1])
+    model, _, _ = golden_model(MICROSOFT[-1])
+    weights = microsoft_weights("cvt_tiny", 10)
     with pytest.raises(ValueError, match="stage1_block1"):
-        load_state_dict(model, state_dict, microsoft_weights("cvt_tiny"))
+        load_state_dict(model, _arrays(weights), weights)
 
 
-def test_a_stem_has_no_counterpart():
-    with pytest.raises(ValueError, match=r"stem=\(32,"):
-        microsoft_weights("cvt_cifar")
+# === Reading ===
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda arrays: arrays,
+        lambda arrays: {"model": arrays},
+        lambda arrays: {"model": "cls_cvt", "state_dict": arrays, "epoch": 300},  # the authors' own, while training
+        lambda arrays: {"model": {f"module.{key}": array for key, array in arrays.items()}},
+    ],
+)
+@pytest.mark.parametrize("archive", [True, False])
+def test_an_authors_file_is_read_however_wrapped(wrap, archive, shallow_file, tmp_path):
+    arrays = _arrays(microsoft_weights(SHALLOW, 5), counters=archive)
+    file = _save_torch(tmp_path / "weights.pth", arrays, wrap, _use_new_zipfile_serialization=archive)
+    found = pretrained.read(file)
+    assert found.variant == SHALLOW
+    assert {key for key in found.state_dict if not key.endswith("tracked")} == {key for key, *_ in found.weights}
+    np.testing.assert_array_equal(found.state_dict["head.bias"].numpy(), arrays["head.bias"])
+
+
+def test_the_authors_variant_is_found_in_the_shapes(tmp_path):
+    stages = [dataclasses.replace(stage, qkv_bias=False, mlp_ratio=2.0) for stage in VARIANTS["cvt_21"].stages]
+    variant = Variant((*stages[:2], dataclasses.replace(stages[2], depth=3)))
+    file = _save_torch(tmp_path / "weights.pth", _arrays(microsoft_weights(variant, 5)))
+    assert pretrained.read(file).variant == variant
+    for name in ("cvt_21", "cvt_w24"):
+        shapes = {weight.key: weight.shape for weight in microsoft_weights(name)}
+        assert dataclasses.replace(pretrained._variant_of_shapes(shapes)).stages[:2] == VARIANTS[name].stages[:2]
+        assert pretrained._variant_of_shapes(shapes) == VARIANTS[name]
+
+
+def test_the_authors_file_says_its_resolution_by_its_name(shallow_file, tmp_path):
+    model = CvT.from_pretrained(shallow_file)
+    assert model.input_shape == (None, 64, 96, 3)
+    assert model.num_classes == 5
+    assert model.variant.activation == "quick_gelu"
+    assert model.preprocessing == {
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "class_names": None,
+        "image_size": [64, 96],
+    }
+    assert pretrained._published_preprocessing(VARIANTS["cvt_13"], "weights")["image_size"] == [224, 224]
+    assert pretrained._published_preprocessing(VARIANTS["cvt_w24"], "weights")["image_size"] == [384, 384]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("give", ["folder", "file"])
+def test_a_transformers_folder_is_read_with_its_configs(suffix, give, tiny_folder, tmp_path):
+    folder = _copy(tiny_folder, tmp_path / "tiny")
+    if suffix == ".bin":
+        file = folder / "model.safetensors"
+        _save_torch(folder / "pytorch_model.bin", safetensors.numpy.load_file(file))
+        file.unlink()
+    file = folder / ("model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin")
+    model = CvT.from_pretrained(folder if give == "folder" else str(file))
+    assert model.variant == TINY
+    assert model.preprocessing == {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "class_names": [f"class {i}" for i in range(5)],
+        "image_size": [64, 64],
+    }
+    assert model.input_shape == (None, 64, 64, 3)
+    expected = _arrays(transformers_weights(TINY, 5))
+    for key, array in to_torch_state_dict(model, "transformers").items():
+        np.testing.assert_array_equal(array, expected[key])
+
+
+@pytest.mark.parametrize(
+    "processor, expected",
+    [
+        ({}, {"image_size": [224, 224], "mean": [0.485, 0.456, 0.406]}),
+        ({"size": 96}, {"image_size": [96, 96]}),
+        ({"size": {"height": 64, "width": 96}}, {"image_size": [64, 96]}),
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, {"image_size": [224, 224]}),
+        ({"do_normalize": False}, {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}),
+    ],
+)
+def test_every_form_of_an_image_processor_is_understood(processor, expected, tiny_folder, tmp_path):
+    folder = _copy(tiny_folder, tmp_path / "tiny")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    found = pretrained.read(folder).preprocessing
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_config_leaves_out_what_is_as_in_cvt_13():
+    config = {"model_type": "cvt", "depth": [1, 4, 16]}
+    assert variant_from_transformers(config) == dataclasses.replace(VARIANTS["cvt_21"], activation="gelu")
+
+
+def test_names_that_nobody_gave_are_none(tiny_folder, tmp_path):
+    folder = _copy(tiny_folder, tmp_path / "tiny")
+    (folder / "config.json").write_text(json.dumps(_config(TINY, 5, id2label={str(i): f"LABEL_{i}" for i in range(5)})))
+    assert pretrained.read(folder).preprocessing["class_names"] is None
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_other_floats_become_float32(dtype, suffix, tiny_folder, tmp_path):
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    arrays = {key: array.astype(kind) for key, array in _arrays(transformers_weights(TINY, 5), counters=False).items()}
+    folder = _copy(tiny_folder, tmp_path / "tiny")
+    file = folder / f"weights{suffix}"
+    if suffix == ".pth":
+        tensors = {key: torch.from_numpy(array.astype("float64")).to(getattr(torch, dtype)) for key, array in arrays.items()}
+        torch.save(tensors, file)
+    else:
+        safetensors.numpy.save_file(arrays, file)
+    model = CvT.from_pretrained(file)
+    np.testing.assert_array_equal(_loaded(model)["head/kernel"].T, arrays["classifier.weight"].astype("float32"))
+    assert {str(array.dtype) for array in _loaded(model).values()} == {"float32"}
+
+
+# === Arguments ===
+
+
+def test_a_new_head_where_the_classes_differ(tiny_folder):
+    same = CvT.from_pretrained(tiny_folder, num_classes=5)
+    assert same.preprocessing["class_names"] == [f"class {i}" for i in range(5)]
+    other = CvT.from_pretrained(tiny_folder, num_classes=3)
+    assert other.output_shape == (None, 3)
+    assert other.preprocessing["class_names"] is None
+    assert other.preprocessing["mean"] == [0.1, 0.2, 0.3]
+    ours, theirs = _loaded(other), _loaded(same)
+    assert 0 < np.abs(ours["head/kernel"]).max() < 0.2  # its initialiser's
+    for path in set(ours) - {"head/kernel", "head/bias"}:
+        np.testing.assert_array_equal(ours[path], theirs[path])
+
+
+def test_a_damaged_head_is_refused_also_where_it_is_not_used(tiny_folder, tmp_path):
+    folder = _copy(tiny_folder, tmp_path / "tiny")
+    arrays = _arrays(transformers_weights(TINY, 5))
+    del arrays["classifier.weight"]
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: classifier\.weight"):
+        CvT.from_pretrained(folder, num_classes=3)
+
+
+def test_any_size_of_image_will_do(tiny_folder):
+    model = CvT.from_pretrained(tiny_folder, input_shape=(96, 64, 3))
+    assert model.input_shape == (None, 96, 64, 3)
+    assert model.preprocessing["image_size"] == [64, 64]  # the checkpoint's
+    free = CvT.from_pretrained(tiny_folder, input_shape=(None, None, 3))
+    images = np.random.default_rng(0).normal(size=(1, 96, 64, 3)).astype("float32")
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(free(images)), keras.ops.convert_to_numpy(model(images)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_classifier_of_it_takes_raw_pixels(tiny_folder):
+    model = CvT.from_pretrained(tiny_folder)
+    classifier = build_classifier(model)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype("float32")
+    normalized = (pixels / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.4, 0.5, 0.6])
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(classifier(pixels)),
+        keras.ops.convert_to_numpy(model(normalized.astype("float32"))),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+def test_a_keras_file_is_a_source_too(tiny_folder, tmp_path):
+    model = CvT.from_pretrained(tiny_folder)
+    model.save(tmp_path / "model.keras")
+    build_classifier(model).save(tmp_path / "classifier.keras")
+    for name in ("model.keras", "classifier.keras"):
+        again = CvT.from_pretrained(tmp_path / name)
+        assert (again.variant, again.preprocessing) == (model.variant, model.preprocessing)
+        for ours, theirs in zip(again.get_weights(), model.get_weights()):
+            np.testing.assert_array_equal(ours, theirs)
+    assert CvT.from_pretrained(tmp_path / "model.keras", num_classes=2).output_shape == (None, 2)
+    other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    other.save(tmp_path / "other.keras")
+    with pytest.raises(CheckpointError, match=r"other\.keras: it holds no CvT"):
+        CvT.from_pretrained(tmp_path / "other.keras")
+
+
+def test_a_variants_name_is_a_shape_and_the_weights_know_the_activation(tmp_path):
+    folder = tmp_path / "cvt"
+    folder.mkdir()
+    arrays = _arrays(transformers_weights("cvt_13", 5))
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"config\.json must lie beside it"):
+        pretrained.read(folder / "model.safetensors")
+    assert pretrained.read(folder / "model.safetensors", "cvt_13").variant.activation == "gelu"
+    assert pretrained.read(folder / "model.safetensors", VARIANTS["cvt_13"]).variant == VARIANTS["cvt_13"]
+    (folder / "config.json").write_text(json.dumps(_config("cvt_13", 5)))
+    assert pretrained.read(folder, "cvt_13").variant.activation == "gelu"
+    heads = [dataclasses.replace(stage, heads=2) for stage in VARIANTS["cvt_13"].stages]
+    with pytest.raises(CheckpointError, match="heads of stage 0 is 1, not 2"):
+        pretrained.read(folder, Variant(tuple(heads)))
+
+
+def test_precision_and_name_go_to_the_network(tiny_folder):
+    model = CvT.from_pretrained(tiny_folder, dtype="mixed_bfloat16", name="backbone")
+    assert (model.dtype_policy.name, model.name) == ("mixed_bfloat16", "backbone")
+
+
+# === Refusals ===
+
+
+@pytest.mark.parametrize(
+    "source, parts",
+    [
+        ("nowhere.pth", ["`source`", "nowhere.pth", "hub id"]),
+        ("weights/nowhere.pth", ["weights/nowhere.pth"]),  # not taken for a hub id
+        ("/nowhere/at/all", ["/nowhere/at/all"]),
+    ],
+)
+def test_a_source_that_there_is_not_is_told(source, parts):
+    with pytest.raises(ValueError) as error:
+        CvT.from_pretrained(source)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_what_is_no_checkpoint_is_told_in_a_line(tmp_path, tiny_folder):
+    class Anything:
+        pass
+
+    # PyTorch pickles a class by the place that it is found at.
+    Anything.__qualname__ = "Anything"
+    globals()["Anything"] = Anything
+    cases = {
+        "code.pth": (lambda path: torch.save({"model": Anything()}, path), ["Anything", "refused", "state_dict()"]),
+        "list.pth": (lambda path: torch.save([torch.ones(3)], path), ["no state dict", "list"]),
+        "numbers.pth": (lambda path: torch.save({1: torch.ones(3)}, path), ["no state dict"]),
+        "resnet.pth": (lambda path: torch.save({"conv1.weight": torch.ones(3)}, path), ["no CvT", "conv1.weight"]),
+        "empty.pth": (lambda path: path.write_bytes(b""), ["damaged"]),
+        "text.pth": (lambda path: path.write_text("hello world\n" * 99), ["damaged"]),
+        "text.safetensors": (lambda path: path.write_text("hello world\n" * 99), ["damaged"]),
+        "model.keras": (lambda path: path.write_text("hello"), ["no CvT"]),
+        "weights.h5": (lambda path: path.write_text("hello"), [".pth, .pt, .bin, .safetensors"]),
+    }
+    for name, (write, parts) in cases.items():
+        write(tmp_path / name)
+        with pytest.raises(CheckpointError) as error:
+            CvT.from_pretrained(tmp_path / name)
+        [line] = str(error.value).splitlines()
+        for part in (name, *parts):
+            assert part in line, line
+
+
+def test_a_flipped_bit_in_an_archive_is_found(shallow_file, tmp_path):
+    data = bytearray(shallow_file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file = tmp_path / "weights.pth"
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"weights\.pth: its record \S+/data/\d+ is damaged"):
+        CvT.from_pretrained(file)
+
+
+@pytest.mark.parametrize(
+    "damage, parts",
+    [
+        (lambda folder: (folder / "config.json").unlink(), ["no config.json"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "broken"]),
+        (lambda folder: (folder / "config.json").write_text("[]"), ["config.json"]),
+        (lambda folder: (folder / "config.json").write_text('{"depth": [1]}'), ["config.json", "no 'model_type'"]),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), ["`model_type`", "vit"]),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "cvt", "depth": [1]}'), ["each stage"]),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "cvt", "depth": [1, 2, "x"]}'), ["`depth`", "'x'"]),
+        (lambda folder: (folder / "config.json").write_text(json.dumps(_config(TINY, 5, kernel_qkv=[3, 5]))), ["`kernel_qkv`"]),
+        (lambda folder: (folder / "config.json").write_text(json.dumps(_config(TINY, 5, drop_rate=[0, 0.1]))), ["`drop_rate`"]),
+        (lambda folder: (folder / "preprocessor_config.json").write_text('{"image_mean": 3}'), ["preprocessor_config.json"]),
+        (lambda folder: (folder / "preprocessor_config.json").write_text('{"size": {"longest": 3}}'), ["no 'height'"]),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["neither model.safetensors nor pytorch_model.bin"]),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json"),
+            ["several files", "max_shard_size"],
+        ),
+    ],
+)
+def test_a_damaged_folder_is_told_in_a_line(damage, parts, tiny_folder, tmp_path):
+    folder = _copy(tiny_folder, tmp_path / "tiny")
+    damage(folder)
+    with pytest.raises(CheckpointError) as error:
+        CvT.from_pretrained(folder)
+    [line] = str(error.value).splitlines()
+    for part in (str(folder), *parts):
+        assert part in line
+
+
+def test_a_network_that_the_shapes_do_not_settle_asks_for_the_variant(tmp_path):
+    variant = Variant((Stage(8, 1, 1), Stage(16, 1, 2)))
+    file = _save_torch(tmp_path / "weights.pth", _arrays(microsoft_weights(variant, 5)))
+    with pytest.raises(CheckpointError, match=r"give `variant`"):
+        CvT.from_pretrained(file)
+    assert CvT.from_pretrained(file, variant=variant, input_shape=(32, 32, 3)).variant == variant
+    linear = Variant(tuple(dataclasses.replace(stage, projection="linear") for stage in SHALLOW.stages))
+    file = _save_torch(tmp_path / "linear.pth", _arrays(microsoft_weights(linear, 5)))
+    with pytest.raises(CheckpointError, match="stage 0 projects by avg or linear"):
+        pretrained.read(file)
+    assert pretrained.read(file, linear).variant == linear
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        ({"variant": "cvt_14"}, "'cvt_14'"),
+        ({"variant": "cvt_cifar"}, "stem"),
+        ({"variant": "cvt_tiny"}, "missing: "),
+        ({"input_shape": (64, 64, 1)}, "3 channels"),
+        ({"input_shape": (8, 8, 3)}, "16x16"),
+        ({"num_classes": 0}, "`num_classes`"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(arguments, part, shallow_file):
+    with pytest.raises(ValueError) as error:
+        CvT.from_pretrained(shallow_file, **arguments)
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "package, source", [("torch", "weights.pth"), ("torch", "pytorch_model.bin"), ("safetensors", "m.safetensors")]
+)
+def test_a_missing_package_is_told_with_what_to_install(package, source, tmp_path, monkeypatch):
+    (tmp_path / source).write_bytes(b"not looked at")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"to read {source}.*pip install {package}"):
+        CvT.from_pretrained(tmp_path / source)
+
+
+def test_pytorch_is_needed_for_nothing_else(tiny_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    to_torch_state_dict(CvT.from_pretrained(tiny_folder), "transformers")
+
+
+def _damage(kind, random, arrays):
+    """Damages a state dict in place -> the keys of which one must be named."""
+    key = random.choice(sorted(key for key in arrays if not key.endswith("num_batches_tracked")))
+    array = arrays[key]
+    if kind == "dropped":
+        del arrays[key]
+    elif kind == "renamed":
+        at = random.integers(len(key))
+        renamed = f"{key[:at]}{'z' if key[at] != 'z' else 'y'}{key[at + 1 :]}"
+        arrays[renamed] = arrays.pop(key)
+        return key, renamed
+    elif kind == "reshaped":
+        shapes = [array[None], array.ravel() if array.ndim > 1 else array[:, None], array[:-1], np.concatenate([array, array])]
+        arrays[key] = np.ascontiguousarray(shapes[random.integers(4)])
+    elif kind == "integer":
+        arrays[key] = array.astype(random.choice(["int8", "int64", "uint8", "bool"]))
+    elif kind == "not finite":
+        array.flat[random.integers(array.size)] = random.choice([np.nan, np.inf, -np.inf])
+    return (key,)
+
+
+def test_200_damaged_checkpoints_are_refused_by_name(tmp_path, tiny_folder):
+    random = np.random.default_rng(0)
+    kinds = ["dropped", "renamed", "reshaped", "integer", "truncated", "not finite"]
+    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    files = {"weights.pth": microsoft_weights(SHALLOW, 5), "model.safetensors": transformers_weights(TINY, 5)}
+    files |= {"old.pth": microsoft_weights(SHALLOW, 5), "pytorch_model.bin": transformers_weights(TINY, 5)}
+    sound = {name: _arrays(weights) for name, weights in files.items()}
+    for i in range(200):
+        kind, name = kinds[i % len(kinds)], list(files)[i // len(kinds) % len(files)]
+        arrays = dict(sound[name])
+        if kind == "not finite":
+            arrays = {key: array.copy() for key, array in arrays.items()}
+        keys = (name,) if kind == "truncated" else _damage(kind, random, arrays)
+        file = tmp_path / name
+        if file.suffix == ".safetensors":
+            safetensors.numpy.save_file(arrays, file)
+        else:
+            _save_torch(file, arrays, _use_new_zipfile_serialization=name != "old.pth")
+        if kind == "truncated":
+            data = file.read_bytes()
+            file.write_bytes(data[: random.integers(len(data))])
+        with pytest.raises(CheckpointError) as error:
+            CvT.from_pretrained(file)
+        said = str(error.value)
+        assert str(file) in said, (i, kind, keys)
+        assert any(key in said for key in keys) or "patch_embed.proj.weight" in keys[0], (i, kind, keys, said)
+
+
+# === What a checkpoint says of its network ===
+
+
+def _spec(path):
+    with np.load(path) as arrays:
+        return json.loads(bytes(arrays["spec_json"]))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +622,209 @@ def test_a_stem_has_no_counterpart():
 )
 def test_a_setting_that_the_network_has_not_is_refused(key, value):
     with pytest.raises(ValueError) as error:
-        variant_from_microsoft({**_spec(GOLDEN[0]), key: value})
+        variant_from_microsoft({**_spec(MICROSOFT[0]), key: value})
     assert f"`{key}`" in str(error.value)
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["cvt_13", "cvt_21", "cvt_w24"])
+def test_a_config_and_back(name):
+    variant = variant_from_transformers(json.loads(json.dumps(transformers_config(name))))
+    assert variant == dataclasses.replace(VARIANTS[name], activation="gelu")
+
+
+# === The way back ===
+
+
+def test_what_is_trained_here_loads_into_transformers(tmp_path):
+    """The lines of docs/pretrained.md."""
+    classifier = build_classifier(TINY, num_classes=3, input_shape=(64, 96, 3), class_names=["cat", "dog", "fish"])
+    model = classifier.get_layer("cvt")
+    random = np.random.default_rng(0)
+    model.set_weights([w + random.uniform(0.1, 0.2, w.shape).astype("float32") for w in model.get_weights()])
+    (tmp_path / "config.json").write_text(json.dumps(transformers_config(classifier)))
+    safetensors.numpy.save_file(
+        to_torch_state_dict(classifier, layout="transformers"), tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    theirs, report = CvtForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "fish"}
+    images = random.normal(size=(2, 64, 96, 3)).astype("float32")
+    np.testing.assert_allclose(logits(theirs.eval(), images), keras.ops.convert_to_numpy(model(images)), atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_round_trip_is_exact(layout):
+    variant = dataclasses.replace(VARIANTS["cvt_tiny"], activation=LAYOUTS[layout].activation)
+    arrays = _arrays(LAYOUTS[layout].weights(variant, 5))
+    model = CvT(variant, 5, (16, 16, 3))
+    load_state_dict(model, arrays, LAYOUTS[layout].weights(variant, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        back = to_torch_state_dict(model, layout)
+    assert set(back) == set(arrays)
+    for key, array in arrays.items():
+        assert back[key].dtype == array.dtype and back[key].flags.c_contiguous
+        np.testing.assert_array_equal(back[key], array)
+
+
+def test_an_authors_state_dict_has_pytorchs_keys():
+    model, state_dict, _ = golden_model(MICROSOFT[0])
+    assert set(to_torch_state_dict(model)) == set(state_dict)
+
+
+def test_the_way_back_tells_what_the_other_code_computes():
+    model = CvT("cvt_tiny", 5, (16, 16, 3))
+    with pytest.warns(UserWarning, match="quick_gelu, that code always gelu"):
+        to_torch_state_dict(model, "transformers")
+    with pytest.raises(ValueError, match="layout='timm'"):
+        to_torch_state_dict(model, "timm")
+    with pytest.raises(ValueError, match="Received: Sequential"):
+        to_torch_state_dict(keras.Sequential())
+    with pytest.raises(ValueError, match="no stem"):
+        to_torch_state_dict(CvT("cvt_cifar", 5, (32, 32, 3)))
+
+
+# === The hub ===
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return folder
+
+
+def test_what_the_hubs_cache_holds_needs_no_network(cache, tiny_folder):
+    repository = cache / "models--microsoft--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    _copy(tiny_folder, repository / "snapshots" / ("0" * 40))
+    assert CvT.from_pretrained("microsoft/tiny").variant == TINY
+
+
+def test_a_hub_id_that_can_not_be_had_is_told(cache):
+    with pytest.raises(CheckpointError, match=r"microsoft/tiny is no file or folder here, and can't be had from the hub"):
+        CvT.from_pretrained("microsoft/tiny")
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A double of the hub: one repository, whose files lie in `folder`."""
+
+    folder = None
+    asked = None
+
+    def do_HEAD(self):
+        self._answer()
+
+    def do_GET(self):
+        self.wfile.write(self._answer())
+
+    def _answer(self):
+        type(self).asked.append(self.path)
+        name = self.path.rpartition("/")[2]
+        if "/tree/" in self.path:
+            files = [{"type": "file", "path": file.name, "size": 1, "oid": file.name} for file in self.folder.iterdir()]
+            body = json.dumps(files).encode()
+        elif self.path.startswith("/api/models/"):
+            body = json.dumps({"id": "microsoft/tiny", "sha": "0" * 40, "siblings": [], "tags": []}).encode()
+        elif self.path.startswith("/microsoft/tiny/resolve/"):
+            body = (self.folder / name).read_bytes()
+        else:
+            self.send_error(404)
+            return b""
+        self.send_response(200)
+        for header, value in {"Content-Length": len(body), "ETag": f'"{name}"', "X-Repo-Commit": "0" * 40}.items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        return body
+
+    def log_message(self, *_):
+        pass
+
+
+# === The command line ===
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_the_command_downloads_from_the_hub_and_converts(name, tiny_folder, tmp_path):
+    _Hub.folder, _Hub.asked = _copy(tiny_folder, tmp_path / "repository"), []
+    (_Hub.folder / "README.md").write_text("of no use here")
+    if name == "pytorch_model.bin":
+        _save_torch(_Hub.folder / name, safetensors.numpy.load_file(_Hub.folder / "model.safetensors"))
+        (_Hub.folder / "model.safetensors").unlink()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "no_proxy": "127.0.0.1",
+        }
+        command = [sys.executable, "-m", "cvt_keras.pretrained", "microsoft/tiny", str(tmp_path / "out.keras")]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in _Hub.asked if "/resolve/" in path and path.endswith("README.md")]
+    assert "5 classes, images of 64x64, gelu" in done.stdout.splitlines()[-1]
+    model = keras.saving.load_model(tmp_path / "out.keras")
+    assert isinstance(model, CvT)
+    assert model.preprocessing["class_names"][4] == "class 4"
+    for ours, theirs in zip(model.get_weights(), CvT.from_pretrained(tiny_folder).get_weights()):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "source, out, code, parts",
+    [
+        ("nowhere.pth", "out.keras", 2, ["nowhere.pth"]),
+        ("damaged.pth", "out.keras", 1, ["damaged.pth"]),
+        ("damaged.pth", "out.h5", 2, ["must end in .keras", "out.h5"]),
+        ("damaged.pth", "there.keras", 2, ["there already", "there.keras"]),
+        ("damaged.pth", "nowhere/out.keras", 2, ["nowhere/out.keras"]),
+    ],
+)
+def test_the_command_tells_a_wrong_argument_in_a_line(source, out, code, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged.pth").write_text("hello")
+    (tmp_path / "there.keras").write_text("mine")
+    assert pretrained.main([source, out]) == code
+    [line] = capsys.readouterr().err.splitlines()
+    for part in ("cvt_keras.pretrained: ", *parts):
+        assert part in line
+    assert (tmp_path / "there.keras").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.pth", "there.keras"]
+
+
+def test_the_command_ends_with_1_on_a_damaged_file(tmp_path):
+    (tmp_path / "damaged.pth").write_text("hello")
+    command = [sys.executable, "-m", "cvt_keras.pretrained", str(tmp_path / "damaged.pth"), str(tmp_path / "out.keras")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"cvt_keras.pretrained: {tmp_path / 'damaged.pth'}: it is damaged" in done.stderr.splitlines()[-1]
+
+
+def test_the_command_ends_with_130_and_nothing_when_stopped(tiny_folder, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CvT, "save", stop)
+    assert pretrained.main([str(tiny_folder), str(tmp_path / "out.keras")]) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.keras")) and not list(tmp_path.glob(".*"))
+
+
+def test_reference_models_statistics_are_random():
+    """What the live tests stand on."""
+    state_dict = reference_model(TINY, 5).state_dict()
+    for key, value in state_dict.items():
+        if key.endswith(("running_mean", "running_var", "weight", "bias", "cls_token")):
+            assert value.std() > 0, key

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from cvt_keras.data import augment
+from cvt_keras.data import augment, sources
 
 EVALUATION_BATCH = 500  # of 32x32; divides 5,000 and 10,000: XLA compiles a remainder of another size anew
 
@@ -20,7 +20,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0):
     Args:
         split: a `Split` of uint8 images.
         num_classes: width of the one-hot labels.
-        recipe: its `epochs`, `batch_size`, `seed` and augmentation are read.
+        recipe: its `image_size`, `epochs`, `batch_size`, `seed` and augmentation are read.
         first_epoch: counted from 0.
 
     Returns:
@@ -42,6 +42,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0):
     def load(step, chosen):
         # Bytes as long as they are only moved: a quarter of the memory that floats take.
         pixels, targets = tf.gather(images, chosen), tf.one_hot(tf.gather(labels, chosen), num_classes)
+        pixels = sources.stretch(pixels, recipe.image_size)
         if recipe.flip:
             pixels = augment.flip(pixels, key(_FLIP, step))
         if recipe.crop_padding:
@@ -75,10 +76,12 @@ def batches_per_epoch(split, recipe):
     return len(split) // recipe.batch_size
 
 
-def evaluation_batches(split, num_classes):
-    """All images of a `Split`, in their order and as they are."""
-    height, width = split.images.shape[1:3]
-    size = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 32 * 32 // (height * width)))
+def evaluation_batches(split, num_classes, image_size):
+    """All images of a `Split`, in their order and unchanged, but stretched to squares of `image_size` pixels a side."""
+    size = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 32 * 32 // image_size**2))
+
+    def load(images, labels):
+        return tf.cast(sources.stretch(images, image_size), tf.float32), tf.one_hot(labels, num_classes)
+
     dataset = tf.data.Dataset.from_tensor_slices((split.images, split.labels)).batch(size)
-    dataset = dataset.map(lambda images, labels: (tf.cast(images, tf.float32), tf.one_hot(labels, num_classes)))
-    return dataset.prefetch(tf.data.AUTOTUNE)
+    return dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)

@@ -59,7 +59,7 @@ class Split:
     """Images and their labels.
 
     Args:
-        images: uint8 `(n, height, width, 3)`.
+        images: uint8 `(n, height, width, 3)`: as small as they came, or stretched to the size asked for; see `load`.
         labels: int64 `(n,)`.
     """
 
@@ -121,7 +121,9 @@ def load(dataset, data_dir=None, image_size=32):
     Args:
         dataset: one of `NAMES`; `tfds:NAME` as TFDS spells it, with a config or version if need be.
         data_dir: for `folder` the folder of images; for the others TFDS' folder, see `cifar10`; `digits` needs none.
-        image_size: side of the square, in pixels, that images of another size are stretched to.
+        image_size: side of the square, in pixels, that images of another size are stretched to. A set of small images, all of
+            one size, is kept at that, as CIFAR-10 at 224 pixels would take 50 times its memory: the pipeline stretches
+            its batches.
 
     Raises:
         ValueError: if `dataset` is no name.
@@ -169,7 +171,7 @@ def cifar10(data_dir=None, image_size=32):
 
     Args:
         data_dir: TFDS' folder; `None` means `TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
-        image_size: side of the square, in pixels, that the images are stretched to.
+        image_size: side of the square, in pixels, that larger images are stretched to; see `load`.
 
     Raises:
         DataError: if the data set can be neither read nor downloaded.
@@ -385,9 +387,13 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
         shuffle: into an order that is fixed; else the order on disk.
     """
     tf = _import("tensorflow")
+    height, width = builder.info.features[keys[0]].shape[:2]
+    small = None not in (height, width) and max(height, width) <= image_size
+    shape = (height, width, 3) if small else (image_size, image_size, 3)
 
     def decode(data, label):
-        return _stretch(_decode(data), image_size), label
+        pixels = _decode(data)
+        return (pixels if small else stretch(pixels, image_size)), label
 
     try:
         decoded = _encoded(builder, split, keys).map(decode, num_parallel_calls=tf.data.AUTOTUNE)
@@ -395,7 +401,7 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
         n = builder.info.splits[split].num_examples
         # Each image goes straight to its place: to shuffle afterwards would take the memory twice.
         places = _shuffled(n) if shuffle else np.arange(n)
-        images, labels = np.empty((n, image_size, image_size, 3), "uint8"), np.empty(n, "int64")
+        images, labels = np.empty((n, *shape), "uint8"), np.empty(n, "int64")
         start = 0
         for pixels, classes in batches.as_numpy_iterator():
             chosen = places[start : start + len(classes)]
@@ -534,7 +540,7 @@ def _read_files(classes, image_size):
     def read(path):
         try:
             with tf.device("CPU:0"):
-                return _stretch(_decode(path.read_bytes()), image_size).numpy()
+                return stretch(_decode(path.read_bytes()), image_size).numpy()
         except (OSError, ValueError, tf.errors.OpError) as error:
             if isinstance(error, PermissionError) or _out_of_memory(error):
                 raise  # not the image's fault
@@ -568,7 +574,7 @@ def digits(image_size=32):
     data = load_digits()
     grey = np.round(data.images * (255 / 16)).astype("uint8")  # 0..16 -> 0..255
     with tf.device("CPU:0"):
-        images = _stretch(np.stack([grey] * 3, axis=-1), image_size).numpy()
+        images = stretch(np.stack([grey] * 3, axis=-1), image_size).numpy()
     labels = data.target.astype("int64")
     rest, test = train_test_split(np.arange(len(labels)), test_size=300, stratify=labels, random_state=0)
     train, validation = train_test_split(rest, test_size=200, stratify=labels[rest], random_state=0)
@@ -594,13 +600,16 @@ def _decode(data):
     return tf.io.decode_image(data, channels=3, expand_animations=False)
 
 
-def _stretch(images, size):
+def stretch(images, size):
     """uint8 `(..., height, width, 3)` -> `(..., size, size, 3)`; images of that size stay as they are."""
     import tensorflow as tf
 
     def resize():
         return tf.saturate_cast(tf.round(tf.image.resize(images, (size, size), antialias=True)), tf.uint8)
 
+    sides = tuple(images.shape[-3:-1])
+    if None not in sides:
+        return tf.convert_to_tensor(images) if sides == (size, size) else resize()
     return tf.cond(tf.reduce_all(tf.shape(images)[-3:-1] == size), lambda: tf.convert_to_tensor(images), resize)
 
 

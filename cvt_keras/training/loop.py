@@ -9,14 +9,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from cvt_keras import environment, evaluation, page, plots, runs
+from cvt_keras import environment, evaluation, page, plots, pretrained, runs
 from cvt_keras.data import sources
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
 from cvt_keras.model import build_classifier
 from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch, TensorBoard
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import Recipe, RecipeError
-from cvt_keras.variants import get_variant, macs
+from cvt_keras.variants import VARIANTS, get_variant, macs
 
 
 def run(recipe, run_dir, resume=False, evaluate_test=True):
@@ -35,7 +35,9 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
     Raises:
         FileExistsError: if `run_dir` already holds something, without `resume`, or something else than a run.
         DataError: if the images can't be had.
-        RecipeError: if the recipe does not fit the images (fewer than a batch, or too small) or, with `resume`, the run.
+        RecipeError: if the recipe does not fit the images (fewer than a batch, or too small), its weights or, with `resume`,
+            the run.
+        CheckpointError: if its weights are broken, or a package that reads them is missing.
         RunError: if `run_dir` can't be written to, or another process trains there; with `resume`, if a file of it is broken.
         FloatingPointError: if the loss is no number any more.
         MemoryError: if a batch does not fit into the memory.
@@ -63,12 +65,19 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
     runs.require_writable(run_dir)
     if not tf.config.list_physical_devices("GPU") and environment.has_nvidia_device():
         _warn('this machine has an NVIDIA device that TensorFlow does not see: pip install "tensorflow[and-cuda]"')
+    checkpoint = _read_weights(recipe)
+    if checkpoint:
+        recipe = dataclasses.replace(recipe, variant=_name_of(checkpoint.variant))
     source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
     if auto and recipe.dataset == "digits":
         because = "scikit-learn's digits stand in for CIFAR-10, as when this run began. For CIFAR-10 train in another --run-dir"
         source = dataclasses.replace(source, fallback=because)
     if source.fallback:
         _warn(source.fallback)
+    if checkpoint:
+        # The images must look as those that the weights know.
+        known = {name: tuple(checkpoint.preprocessing[name]) for name in ("mean", "std") if checkpoint.preprocessing[name]}
+        source = dataclasses.replace(source, **known)
     dataset = source.name if recipe.dataset == "auto" else recipe.dataset
     recipe = dataclasses.replace(recipe, dataset=dataset, flip=recipe.flip and source.mirror)
     train, test = source.train.limit(recipe.train_limit), source.test.limit(recipe.test_limit)
@@ -84,7 +93,7 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
             if stored is None:
                 runs.require_vacant(run_dir)  # still: another process may have begun there meanwhile
             runs.sweep(run_dir)
-            best, history = _fit(recipe, run_dir, source, train)
+            best, history = _fit(recipe, run_dir, source, train, checkpoint)
             report = _finish(recipe, run_dir, source, train, test if evaluate_test else None, best, history)
     except tf.errors.ResourceExhaustedError as error:  # of the memory or of the disk
         reason = str(error.message).splitlines()[0]
@@ -112,9 +121,8 @@ def _finish(recipe, run_dir, source, train, test, best, history):
         final.save(aside)
 
     num_classes = len(source.class_names)
-    image_shape = train.images.shape[1:]
-    validation_logits = _logits(final, source.validation, num_classes)
-    test_logits = None if test is None else _logits(final, test, num_classes)
+    validation_logits = _logits(final, source.validation, recipe, num_classes)
+    test_logits = None if test is None else _logits(final, test, recipe, num_classes)
     report = evaluation.Report(
         dataset=source.name,
         data_note=". ".join(filter(None, (source.note, source.fallback))),
@@ -122,11 +130,11 @@ def _finish(recipe, run_dir, source, train, test, best, history):
         recipe=recipe.settings(),
         epochs=recipe.epochs,
         seed=recipe.seed,
-        image_size=list(image_shape[:2]),
+        image_size=[recipe.image_size] * 2,
         train_images=len(train),
         class_names=list(source.class_names),
         parameters=sum(int(np.prod(variable.shape)) for variable in final.trainable_variables),
-        macs=macs(recipe.variant, image_shape, num_classes),
+        macs=macs(recipe.variant, _image_shape(recipe), num_classes),
         train_seconds=sum(epoch["seconds"] for epoch in history),
         train_images_per_second=_images_per_epoch(recipe, train) / float(np.median([row["train_seconds"] for row in history])),
         validation=evaluation.metrics(validation_logits, source.validation.labels),
@@ -146,12 +154,14 @@ def _finish(recipe, run_dir, source, train, test, best, history):
     return report
 
 
-def _fit(recipe, run_dir, source, train):
-    """Trains, or goes on -> the `BestWeights` and the history, a dict for each epoch."""
+def _fit(recipe, run_dir, source, train, checkpoint):
+    """Trains, from `checkpoint` if there is one, or goes on -> the `BestWeights` and the history, a dict for each epoch."""
     keras.utils.set_random_seed(recipe.seed)
     steps = batches_per_epoch(train, recipe)
     num_classes = len(source.class_names)
     classifier = _build(recipe, source, recipe.precision)
+    if checkpoint:
+        checkpoint.load_into(classifier.get_layer("cvt"))
     classifier.compile(
         optimizer=make_optimizer(recipe, classifier, steps * recipe.epochs),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
@@ -189,7 +199,7 @@ def _fit(recipe, run_dir, source, train):
             epochs=recipe.epochs,
             steps_per_epoch=steps,
             shuffle=False,  # the pipeline does
-            validation_data=evaluation_batches(source.validation, num_classes),
+            validation_data=evaluation_batches(source.validation, num_classes, recipe.image_size),
             callbacks=[
                 stop,
                 HaltOnNaN(advice),
@@ -206,7 +216,7 @@ def _fit(recipe, run_dir, source, train):
 def _build(recipe, source, dtype):
     return build_classifier(
         recipe.variant,
-        input_shape=source.train.images.shape[1:],
+        input_shape=_image_shape(recipe),
         mean=source.mean,
         std=source.std,
         class_names=source.class_names,
@@ -220,19 +230,18 @@ def _check(recipe, train):
     Raises:
         RecipeError: if it does not.
     """
-    height, width = train.images.shape[1:3]
     if not batches_per_epoch(train, recipe):
         raise RecipeError(
             f"`batch_size` must not exceed the {len(train)} training images: give --batch-size {len(train)} or less. "
             f"Received: batch_size={recipe.batch_size}"
         )
-    if recipe.crop_padding >= min(height, width):
+    if recipe.crop_padding >= recipe.image_size:
         raise RecipeError(
-            f"`crop_padding` must be under the {min(height, width)} pixels of a side: "
+            f"`crop_padding` must be under the {recipe.image_size} pixels of a side: "
             f"give --crop-padding 0, or a larger --image-size. Received: crop_padding={recipe.crop_padding}"
         )
     try:
-        get_variant(recipe.variant).grids(height, width)
+        get_variant(recipe.variant).grids(recipe.image_size, recipe.image_size)
     except ValueError as error:
         raise RecipeError(f"`variant` {recipe.variant_name} does not fit the images: {error}") from error
 
@@ -245,11 +254,13 @@ def resolve(recipe, stored=None):
         stored: that of the run it goes on with, or `None`.
 
     Returns:
-        The recipe with `dataset`, `precision` and `xla` as the stored one has them; without one with `precision` and `xla` as
-        this machine will run them.
+        The recipe with `dataset`, `precision` and `xla` as the stored one has them, and the variant that its weights settled;
+        without one with `precision` and `xla` as this machine will run them.
     """
     if stored is not None:
         left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
+        if recipe.weights and recipe.weights == stored.weights and _leaves_open(recipe.variant, get_variant(stored.variant)):
+            left_open.append("variant")
         return dataclasses.replace(recipe, **{name: getattr(stored, name) for name in left_open})
     gpus = tf.config.list_physical_devices("GPU")
     precision, xla = recipe.precision, recipe.xla
@@ -258,6 +269,42 @@ def resolve(recipe, stored=None):
     if xla == "auto":
         xla = "on" if gpus else "off"
     return dataclasses.replace(recipe, precision=precision, xla=xla)
+
+
+def _read_weights(recipe):
+    """The checkpoint that a recipe starts from, or `None`.
+
+    Raises:
+        RecipeError: if there is none of that name, or it does not fit the recipe.
+        CheckpointError: if it can't be read.
+    """
+    if recipe.weights is None:
+        if recipe.variant is None:
+            raise RecipeError("`weights` must say what to start from (--weights SOURCE), or `variant` what to train anew")
+        return None
+    try:
+        checkpoint = pretrained.read(recipe.weights, recipe.variant)
+    except pretrained.CheckpointError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"`weights` and `variant` must fit each other: {error}") from error
+    except ImportError as error:
+        raise pretrained.CheckpointError(str(error)) from error
+    if checkpoint.channels != 3:
+        raise RecipeError(f"`weights` must be of images with 3 channels. Received: {recipe.weights}, {checkpoint.channels}")
+    return checkpoint
+
+
+def _name_of(variant):
+    """The name of a variant that has one, else itself."""
+    return next((name for name, known in VARIANTS.items() if known == variant), variant)
+
+
+def _leaves_open(variant, settled):
+    """Whether `variant`, as given beside weights, left open what they settled: all of it, or, by a name, the activation."""
+    if not isinstance(variant, str):
+        return variant is None
+    return dataclasses.replace(get_variant(variant), activation=settled.activation) == settled
 
 
 def _stored_recipe(run_dir):
@@ -272,7 +319,8 @@ def _stored_recipe(run_dir):
     way_out = "put the run's own back, or train in another --run-dir"
     try:
         recipe = Recipe.from_settings(runs.read_json(path))
-    except (RecipeError, runs.RunError) as error:
+        get_variant(recipe.variant)
+    except (TypeError, RecipeError, runs.RunError) as error:
         raise runs.RunError(f"{path} can't be gone on with ({error}): {way_out}") from error
     if unsettled := [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]:
         raise runs.RunError(f"{path} is of no run, as it leaves {', '.join(unsettled)} open: {way_out}")
@@ -331,8 +379,12 @@ def _gpu_precision(gpu):
     return "mixed_bfloat16" if capability >= (8, 0) else "mixed_float16"
 
 
-def _logits(model, split, num_classes):
-    return model.predict(evaluation_batches(split, num_classes), verbose=0)
+def _logits(model, split, recipe, num_classes):
+    return model.predict(evaluation_batches(split, num_classes, recipe.image_size), verbose=0)
+
+
+def _image_shape(recipe):
+    return recipe.image_size, recipe.image_size, 3
 
 
 def _images_per_epoch(recipe, train):

@@ -1,6 +1,7 @@
 """Learning-rate schedule and optimizer, on Keras alone."""
 
 import math
+import re
 
 import keras
 from keras import ops
@@ -56,8 +57,66 @@ def learning_rate(recipe, steps):
     return WarmupThenDecay(recipe.peak_learning_rate, steps, warmup_steps, recipe.decay)
 
 
+def rate_scales(variables, decay):
+    """Layer-wise decay of the learning rate: the nearer to the image, the less a layer changes (arXiv 2106.08254, section 3).
+
+    The head and its norm learn at the full rate, each block at `decay` times the rate of the one after it; a stage's embedding
+    goes with its first block, a stem before all.
+
+    Args:
+        variables: a network's, named as in `CvT`.
+        decay: over 0 and at most 1, which is no decay.
+
+    Returns:
+        A list with a factor for each variable.
+    """
+    places = [_place(variable.path) for variable in variables]
+    ranks = {place: rank for rank, place in enumerate(sorted(set(places), reverse=True))}
+    return [decay ** ranks[place] for place in places]
+
+
+def _place(path):
+    """(stage, block): what lies nearer to the image comes first."""
+    if block := re.search(r"(?:^|/)stage(\d+)_(?:embed|block(\d+))/", path):
+        return int(block[1]), int(block[2] or 0)
+    return (-1, 0) if re.search(r"(?:^|/)stem\d+/", path) else (math.inf, 0)
+
+
+class _ScaledRates:
+    """Gives each variable its own learning rate, and with it its own weight decay; Keras has one for all.
+
+    Args:
+        rate_scales: a factor for each trainable variable, in their order; `None` scales nothing.
+    """
+
+    def __init__(self, *args, rate_scales=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rate_scales = rate_scales
+
+    def update_step(self, gradient, variable, learning_rate):
+        if self.rate_scales is not None:
+            learning_rate = learning_rate * self.rate_scales[self._get_variable_index(variable)]
+        super().update_step(gradient, variable, learning_rate)
+
+    def _apply_weight_decay(self, variables):
+        if self.rate_scales is None or not self.weight_decay:
+            super()._apply_weight_decay(variables)
+            return
+        for variable in filter(self._use_weight_decay, variables):
+            rate = ops.cast(self.learning_rate * self.rate_scales[self._get_variable_index(variable)], variable.dtype)
+            variable.assign(variable - variable * self.weight_decay * rate)
+
+    def get_config(self):
+        return {**super().get_config(), "rate_scales": self.rate_scales}
+
+
 @keras.saving.register_keras_serializable(package="cvt_keras")
-class Muon(keras.optimizers.Muon):
+class AdamW(_ScaledRates, keras.optimizers.AdamW):
+    """Keras' AdamW, with a learning rate for each variable."""
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class Muon(_ScaledRates, keras.optimizers.Muon):
     """Keras' Muon, which takes 2-D kernels alone, for convolutions too.
 
     A kernel `(height, width, in, out)` is updated as the matrix `(height * width * in, out)` that it multiplies patches by
@@ -82,8 +141,8 @@ def make_optimizer(recipe, model, steps):
     """The optimizer of a recipe, with weight decay where `decays` says so.
 
     Args:
-        recipe: its `optimizer`, `peak_learning_rate`, `adamw_ratio`, `warmup`, `decay`, `weight_decay`, `gradient_clip` and
-            `ema` are read.
+        recipe: its `optimizer`, `peak_learning_rate`, `adamw_ratio`, `layer_decay`, `warmup`, `decay`, `weight_decay`,
+            `gradient_clip` and `ema` are read.
         model: a built model.
         steps: of the whole training.
 
@@ -96,12 +155,13 @@ def make_optimizer(recipe, model, steps):
         "global_clipnorm": recipe.gradient_clip or None,
         "use_ema": recipe.ema > 0,
         "ema_momentum": recipe.ema,
+        "rate_scales": rate_scales(model.trainable_variables, recipe.layer_decay) if recipe.layer_decay < 1 else None,
     }
     if recipe.optimizer == "muon":
         optimizer = Muon(
             **settings, adam_weight_decay=recipe.weight_decay, adam_lr_ratio=recipe.adamw_ratio, exclude_layers=["(^|/)head/"]
         )
     else:
-        optimizer = keras.optimizers.AdamW(**settings)
+        optimizer = AdamW(**settings)
     optimizer.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if not decays(v)])
     return optimizer

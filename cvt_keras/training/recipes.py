@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
@@ -31,8 +32,12 @@ class Recipe:
     description: Suppress[str] = ""
 
     # === Network ===
-    variant: Annotated[str | Variant, tyro.conf.arg(constructor=str, metavar="NAME")] = "cvt_cifar"
-    """cvt_cifar, cvt_cifar_large, cvt_13, cvt_21, cvt_w24, or cvt_tiny, the tests' own. From Python also a Variant."""
+    variant: Annotated[str | Variant | None, tyro.conf.arg(constructor=str, metavar="NAME")] = "cvt_cifar"
+    """cvt_cifar, cvt_cifar_large, cvt_13, cvt_21, cvt_w24, or cvt_tiny, the tests' own. From Python also a Variant; None:
+    that of the weights."""
+    weights: str | None = None
+    """Where to start from, with a new head for other classes: an authors' .pth, a folder or file of transformers, a hub id such
+    as microsoft/cvt-13, or a .keras file. Mean and std are taken from there too."""
     image_size: int = 32
     """Side of the square that the network sees; images of another size are resized."""
 
@@ -73,6 +78,8 @@ class Recipe:
     """Reached after the warm-up."""
     adamw_ratio: float = 0.5
     """With muon: the learning rate of the rest, as a share of it."""
+    layer_decay: float = 1.0
+    """Each block's learning rate as a share of that of the block after it; 1 is off."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
@@ -96,12 +103,14 @@ class Recipe:
     """auto: on with a GPU, off on a CPU, where it is slower."""
 
     def __post_init__(self):
-        if isinstance(self.data_dir, os.PathLike):
-            object.__setattr__(self, "data_dir", os.fspath(self.data_dir))  # as recipe.json has it
+        for name in ("data_dir", "weights"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))  # as recipe.json has it
         for name, hint in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         try:
-            get_variant(self.variant)
+            if self.variant is not None:
+                get_variant(self.variant)
             sources.check_name(self.dataset)
         except (ValueError, TypeError) as error:
             raise RecipeError(str(error)) from error
@@ -122,14 +131,21 @@ class Recipe:
         for name in ("warmup", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise RecipeError(f"`{name}` must be at least 0 and under 1. Received: {name}={getattr(self, name)}")
+        if not 0 < self.layer_decay <= 1:
+            raise RecipeError(f"`layer_decay` must be over 0 and at most 1. Received: layer_decay={self.layer_decay}")
         for name, most in {"erase": 1, "rand_augment_magnitude": 10}.items():
             if not 0 <= getattr(self, name) <= most:
                 raise RecipeError(f"`{name}` must be within 0 and {most}. Received: {name}={getattr(self, name)}")
 
     @property
     def variant_name(self):
-        """The variant's name, or `custom`."""
-        return self.variant if isinstance(self.variant, str) else "custom"
+        """The variant's name; without one that of the weights, or `custom`."""
+        if isinstance(self.variant, str):
+            return self.variant
+        # The last part of a path or hub id, without what ends a file's name.
+        return (
+            re.sub(r"\.(pth|pt|bin|safetensors|keras)$", "", re.split(r"[/\\]", self.weights)[-1]) if self.weights else "custom"
+        )
 
     def settings(self):
         """The fields as JSON has them, the variant whole: what `recipe.json` holds.
@@ -138,7 +154,7 @@ class Recipe:
         """
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del settings["description"]
-        return {**settings, "variant": to_dict(get_variant(self.variant))}
+        return {**settings, "variant": None if self.variant is None else to_dict(get_variant(self.variant))}
 
     @classmethod
     def from_settings(cls, settings):
@@ -219,6 +235,23 @@ REFERENCE = Recipe(
     gradient_clip=0.0,
 )
 
+FINETUNE = Recipe(
+    """Fine-tunes published weights, or your own. Not measured yet: what it gives is not known.
+
+    python train.py finetune --weights microsoft/cvt-13
+    For a GPU: at 224x224 an image costs CvT-13 80 times what a 32x32 one costs cvt_cifar.
+    """,
+    variant=None,  # the weights'
+    image_size=224,
+    crop_padding=28,  # an eighth of a side, as 4 is of 32
+    batch_size=64,
+    optimizer="adamw",
+    peak_learning_rate=5e-4,  # of the head; the first block of CvT-13 learns at 0.75**13 of it, a fortieth
+    layer_decay=0.75,
+    decay="cosine",
+    label_smoothing=0.1,
+)
+
 SMOKE = Recipe(
     """A few steps of the tests' network, to see that everything is in its place. Its accuracy means nothing.
 
@@ -232,4 +265,4 @@ SMOKE = Recipe(
     test_limit=256,
 )
 
-RECIPES = {"cifar10": CIFAR10, "cifar10_long": CIFAR10_LONG, "reference": REFERENCE, "smoke": SMOKE}
+RECIPES = {"cifar10": CIFAR10, "cifar10_long": CIFAR10_LONG, "finetune": FINETUNE, "reference": REFERENCE, "smoke": SMOKE}

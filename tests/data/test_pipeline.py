@@ -3,11 +3,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from cvt_keras.data import sources
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
 from cvt_keras.data.sources import Split
 from cvt_keras.training.recipes import SMOKE
 
-PLAIN = dataclasses.replace(SMOKE, epochs=2, batch_size=16, flip=False, crop_padding=0)
+PLAIN = dataclasses.replace(SMOKE, image_size=8, epochs=2, batch_size=16, flip=False, crop_padding=0)
 ALL = {"flip": True, "crop_padding": 2, "rand_augment": 1, "erase": 0.5, "mixup": 1.0, "cutmix": 1.0}
 
 
@@ -104,11 +105,21 @@ def test_the_strength_of_rand_augment_is_read(split):
 
 def test_evaluation_batches_of_large_images_are_small():
     images = np.zeros((40, 224, 224, 3), np.uint8)
-    [first, *_] = evaluation_batches(Split(images, np.zeros(40, int)), 10)
+    [first, *_] = evaluation_batches(Split(images, np.zeros(40, int)), 10, images.shape[1])
     assert len(first[0]) == 10
 
 
+def test_small_images_are_stretched_as_they_are_used(split):
+    recipe = dataclasses.replace(PLAIN, image_size=20, epochs=1)
+    [(images, _), *_] = training_batches(split, 10, recipe).as_numpy_iterator()
+    whole = sources.stretch(split.images, 20).numpy()
+    for image in images:
+        assert np.any(np.all(whole == image, axis=(1, 2, 3)))
+    shown = np.concatenate([images for images, _ in evaluation_batches(split, 10, 20).as_numpy_iterator()])
+    np.testing.assert_array_equal(shown, whole)
+
+
 def test_evaluation_takes_every_image_in_order(split):
-    batches = list(evaluation_batches(split, 10).as_numpy_iterator())
+    batches = list(evaluation_batches(split, 10, 8).as_numpy_iterator())
     np.testing.assert_array_equal(np.concatenate([images for images, _ in batches]), split.images)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), np.eye(10)[split.labels])
