@@ -37,6 +37,31 @@ def test_without_a_name_it_is_the_default_recipe():
     assert arguments.resume
 
 
+def test_a_fine_tuning_is_called_as_its_weights():
+    arguments = train.parse(["finetune", "--weights", "microsoft/cvt-13", "--image-size", "384"])
+    assert arguments.run_dir == Path("runs/finetune-auto-cvt-13")
+    assert (arguments.recipe.weights, arguments.recipe.image_size, arguments.recipe.variant) == ("microsoft/cvt-13", 384, None)
+    assert train.parse(["finetune", "--variant", "cvt_21"]).recipe.variant == "cvt_21"
+
+
+@pytest.mark.parametrize(
+    "flags, code, part",
+    [
+        (["finetune"], 2, "--weights SOURCE"),
+        (["finetune", "--weights", "nowhere.pth"], 2, "nowhere.pth"),
+        (["finetune", "--weights", "{damaged}"], 1, "damaged.pth: it is damaged"),
+        (["cifar10", "--weights", "{damaged}"], 1, "damaged.pth: it is damaged"),
+    ],
+)
+def test_weights_that_can_not_be_had_are_told_in_a_line(flags, code, part, tmp_path, capsys):
+    (tmp_path / "damaged.pth").write_text("hello")
+    flags = [flag.format(damaged=tmp_path / "damaged.pth") for flag in flags]
+    assert train.main([*flags, "--run-dir", str(tmp_path / "run")]) == code
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert part in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_field_has_a_flag():
     flags = {
         "--variant": ("variant", "cvt_13"),
@@ -65,6 +90,8 @@ def test_every_field_has_a_flag():
         "--decay": ("decay", "cosine"),
         "--label-smoothing": ("label_smoothing", 0.25),
         "--ema": ("ema", 0.25),
+        "--weights": ("weights", "microsoft/cvt-13"),
+        "--layer-decay": ("layer_decay", 0.25),
     }
     for flag, (field, value) in flags.items():
         recipe = train.parse([flag, str(value)]).recipe

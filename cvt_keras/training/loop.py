@@ -100,8 +100,8 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         if not re.search("OOM|memory|allocat", reason, re.IGNORECASE):
             raise OSError(f"{run_dir} can't be written: {reason}") from error
         raise MemoryError(
-            f"the memory of {device()} is too small: train at a smaller --batch-size than {recipe.batch_size}, "
-            "into another --run-dir"
+            f"the memory of {device()} is too small: train at a smaller --batch-size than {recipe.batch_size} "
+            f"or --image-size than {recipe.image_size}, into another --run-dir"
         ) from error
     if source.fallback:
         _warn(source.fallback)

@@ -15,11 +15,12 @@ import tensorflow as tf
 
 from cvt_keras import VARIANTS, CvT, Stage, Variant, evaluation, runs
 from cvt_keras.data import sources
+from cvt_keras.pretrained import CheckpointError
 from cvt_keras.runs import RunError
 from cvt_keras.training import RecipeError, loop, run
 from cvt_keras.training.loop import resolve
 from cvt_keras.training.recipes import SMOKE
-from cvt_keras.variants import to_dict
+from cvt_keras.variants import macs, to_dict
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -337,7 +338,7 @@ def _exhaust(text):
 @pytest.mark.parametrize(("module", "name"), [(keras.Model, "fit"), (loop, "_build"), (loop, "_logits")])
 def test_too_little_memory_names_the_batch_size(short, tmp_path, monkeypatch, module, name):
     monkeypatch.setattr(module, name, _exhaust("OOM when allocating"))
-    with pytest.raises(MemoryError, match=r"smaller --batch-size than 32, into another --run-dir$"):
+    with pytest.raises(MemoryError, match=r"--batch-size than 32 or --image-size than 32, into another --run-dir$"):
         run(short, tmp_path / "run")
 
 
@@ -512,3 +513,104 @@ def test_a_run_without_data_leaves_no_folder_in_the_way(recipe, tmp_path):
     with pytest.raises(sources.DataError):
         run(dataclasses.replace(recipe, data_dir=str(tmp_path / "nowhere")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# === Starting from weights ===
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A network of 10 classes, every weight random."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.keras"
+    preprocessing = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "class_names": list("abcdefghij"), "image_size": [64, 64]}
+    model = CvT("cvt_tiny", 10, (64, 64, 3), preprocessing=preprocessing)
+    random = np.random.default_rng(0)
+    model.set_weights([value + random.uniform(0.1, 0.2, value.shape).astype("float32") for value in model.get_weights()])
+    model.save(path)
+    return str(path)
+
+
+def test_fine_tuning_starts_from_the_weights(short, weights, tmp_path):
+    recipe = dataclasses.replace(short, weights=weights, variant=None, image_size=48, peak_learning_rate=0.0)
+    report = run(recipe, tmp_path / "run", evaluate_test=False)
+    classifier = keras.saving.load_model(tmp_path / "run" / "model.keras")
+    assert classifier.input_shape == (None, 48, 48, 3)
+    model = classifier.get_layer("cvt")
+    assert model.preprocessing["mean"] == [0.1, 0.2, 0.3]
+    assert model.preprocessing["std"] == [0.4, 0.5, 0.6]
+    assert model.preprocessing["class_names"] == list(sources.CIFAR10_CLASSES)
+    # At a rate of 0 nothing trains.
+    for ours, theirs in zip(model.trainable_weights, CvT.from_pretrained(weights).trainable_weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    assert (report.variant, report.image_size) == ("cvt_tiny", [48, 48])
+    assert report.recipe["weights"] == weights
+    assert report.recipe["variant"] == to_dict(VARIANTS["cvt_tiny"])
+    assert report.macs == macs("cvt_tiny", (48, 48, 3), 10)
+
+
+def _stop_in_second_epoch(recipe, run_dir, monkeypatch):
+    class Stopped(loop.Stopwatch):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+            super().on_epoch_begin(epoch, logs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "Stopwatch", Stopped)
+        run(recipe, run_dir, evaluate_test=False)
+
+
+def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(short, weights=weights, variant=None, epochs=2, layer_decay=0.5)
+    whole = run(recipe, tmp_path / "whole", evaluate_test=False)
+    _stop_in_second_epoch(recipe, tmp_path / "run", monkeypatch)
+    again = run(recipe, tmp_path / "run", resume=True, evaluate_test=False)
+    assert again.validation == whole.validation
+    Path(weights).rename(f"{weights}.away")
+    try:
+        assert run(recipe, tmp_path / "run", resume=True, evaluate_test=False) == again  # a finished run needs them no more
+    finally:
+        Path(f"{weights}.away").rename(weights)
+    with pytest.raises(RecipeError, match="weights was"):
+        run(dataclasses.replace(recipe, weights=None, variant="cvt_tiny"), tmp_path / "run", resume=True)
+
+
+def test_other_classes_get_a_new_head(short, weights, tmp_path):
+    recipe = dataclasses.replace(short, weights=weights, variant=None, image_size=16)
+    model = CvT.from_pretrained(weights, num_classes=3)
+    model.save(tmp_path / "three.keras")
+    recipe = dataclasses.replace(recipe, weights=str(tmp_path / "three.keras"))
+    report = run(recipe, tmp_path / "run", evaluate_test=False)
+    assert len(report.class_names) == 10
+
+
+def test_a_variants_name_beside_weights_settles_the_shape_alone(short, weights, tmp_path):
+    gelu = dataclasses.replace(VARIANTS["cvt_tiny"], activation="gelu")
+    CvT(gelu, 10, (16, 16, 3)).save(tmp_path / "gelu.keras")
+    recipe = dataclasses.replace(short, weights=str(tmp_path / "gelu.keras"), variant="cvt_tiny")
+    report = run(recipe, tmp_path / "run", evaluate_test=False)
+    assert report.recipe["variant"]["activation"] == "gelu"
+    assert report.variant == "gelu"  # called as its weights
+    assert run(recipe, tmp_path / "run", resume=True, evaluate_test=False) == report
+
+
+@pytest.mark.parametrize(
+    "change, error, part",
+    [
+        ({"variant": None, "weights": None}, RecipeError, "--weights SOURCE"),
+        ({"variant": None, "weights": "nowhere.pth"}, RecipeError, "nowhere.pth"),
+        ({"variant": "cvt_13"}, CheckpointError, "variant"),
+    ],
+)
+def test_weights_that_do_not_fit_are_told_before_the_data_is_read(change, error, part, short, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "load", None)
+    with pytest.raises(error, match=part):
+        run(dataclasses.replace(short, **{"weights": weights, **change}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_for_the_weights_is_told(short, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "weights.pth").write_text("")
+    with pytest.raises(CheckpointError, match="pip install torch"):
+        run(dataclasses.replace(short, weights=str(tmp_path / "weights.pth")), tmp_path / "run")

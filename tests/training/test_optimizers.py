@@ -1,11 +1,12 @@
 import dataclasses
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 
 from cvt_keras import CvT
-from cvt_keras.training.optimizers import decays, learning_rate, make_optimizer
+from cvt_keras.training.optimizers import decays, learning_rate, make_optimizer, rate_scales
 from cvt_keras.training.recipes import SMOKE
 
 RECIPE = dataclasses.replace(SMOKE, optimizer="adamw", peak_learning_rate=1e-2, warmup=0.1, weight_decay=0.5, gradient_clip=0)
@@ -100,6 +101,51 @@ def test_ema_averages_the_weights(optimizer):
     expected = 0.75 * (0.75 * path[0] + 0.25 * path[1]) + 0.25 * path[2]
     np.testing.assert_allclose(np.asarray(average), expected, atol=1e-6)
     assert not make_optimizer(dataclasses.replace(recipe, ema=0.0), model, 100).use_ema
+
+
+def test_layers_near_the_image_learn_slower():
+    paths = ["stem0/conv/kernel", "cvt/stage0_embed/proj/kernel", "stage0_block0/norm1/gamma", "stage1_embed/cls_token"]
+    paths += ["stage1_block0/mlp/fc1/kernel", "stage1_block1/mlp/fc1/kernel", "norm/gamma", "head/kernel"]
+    scales = rate_scales([SimpleNamespace(path=path) for path in paths], 0.5)
+    assert scales == [1 / 16, 1 / 8, 1 / 8, 1 / 4, 1 / 4, 1 / 2, 1.0, 1.0]
+    # In CvT-13: ten blocks, two, one.
+    variables = CvT.from_variant("cvt_13", 10, (None, None, 3)).trainable_variables
+    scales = dict(zip((v.path for v in variables), rate_scales(variables, 0.5)))
+    assert scales["stage2_block9/mlp/fc1/kernel"] == 1 / 2
+    assert scales["stage1_block1/mlp/fc1/kernel"] == 0.5**11
+    assert scales["stage0_embed/proj/kernel"] == 0.5**13
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_layer_decay_scales_the_step(optimizer):
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, decay="constant")
+    whole, scaled = (_step(dataclasses.replace(recipe, layer_decay=decay))[0] for decay in (1.0, 0.5))
+    for path, scale in {"head/kernel": 1, "stage1_block1/mlp/fc1/kernel": 1 / 2, "stage0_embed/proj/kernel": 1 / 8}.items():
+        np.testing.assert_allclose(scaled[path], scale * whole[path], rtol=1e-2, atol=1e-8)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_layer_decay_scales_the_weight_decay_too(optimizer):
+    model = _model()
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, warmup=0.0, decay="constant", layer_decay=0.5)
+    optimizer = make_optimizer(recipe, model, 100)
+    variables = model.trainable_variables
+    for variable in variables:
+        variable.assign(np.ones(variable.shape))
+    optimizer.apply([np.zeros(variable.shape, "float32") for variable in variables], variables)
+    for variable, scale in zip(variables, rate_scales(variables, 0.5)):
+        expected = 1 - 1e-2 * 0.5 * scale if decays(variable) else 1.0
+        np.testing.assert_allclose(np.asarray(variable), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_optimizer_comes_back_from_its_config(optimizer):
+    model = _model()
+    optimizer = make_optimizer(dataclasses.replace(RECIPE, optimizer=optimizer, layer_decay=0.5), model, 100)
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert type(again) is type(optimizer)
+    assert again.rate_scales == optimizer.rate_scales == rate_scales(model.trainable_variables, 0.5)
+    assert make_optimizer(RECIPE, model, 100).rate_scales is None
 
 
 def test_kernels_alone_decay():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -9,7 +10,7 @@ from cvt_keras.training.recipes import RECIPES, SMOKE, Recipe, RecipeError
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_its_command(name):
-    assert f"python train.py {name}\n" in RECIPES[name].description
+    assert re.search(rf"^    python train\.py {name}\b", RECIPES[name].description, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,9 @@ def test_a_recipe_says_its_command(name):
         ({"mixup": -0.2}, ["mixup=-0.2"]),
         ({"cutmix": float("nan")}, ["cutmix=nan"]),
         ({"label_smoothing": 1.0}, ["label_smoothing=1.0"]),
+        ({"layer_decay": 0.0}, ["layer_decay=0.0"]),
+        ({"layer_decay": 1.5}, ["layer_decay=1.5"]),
+        ({"weights": 3}, ["`weights` must be str or None", "weights=3"]),
         ({"ema": -0.5}, ["ema=-0.5"]),
         ({"ema": 1.0}, ["ema=1.0"]),
         ({"epochs": 2.5}, ["`epochs` must be int", "epochs=2.5"]),
@@ -52,7 +56,7 @@ def test_a_recipe_says_its_command(name):
         ({"flip": "no"}, ["`flip` must be bool", "flip='no'"]),
         ({"erase": "0.5"}, ["`erase` must be float", "erase='0.5'"]),
         ({"data_dir": 3}, ["`data_dir` must be str or None", "data_dir=3"]),
-        ({"variant": 3}, ["`variant` must be str or Variant", "variant=3"]),
+        ({"variant": 3}, ["`variant` must be str or Variant or None", "variant=3"]),
     ],
 )
 def test_errors_name_argument_and_value(change, parts):
@@ -80,6 +84,24 @@ def test_a_variant_without_a_name_comes_back_too():
     assert recipe.variant_name == "custom"
     again = Recipe.from_settings(json.loads(json.dumps(recipe.settings())))
     assert again.variant == recipe.variant
+
+
+@pytest.mark.parametrize(
+    "weights, name",
+    [
+        ("microsoft/cvt-13-384-22k", "cvt-13-384-22k"),
+        ("weights/CvT-13-224x224-IN-1k.pth", "CvT-13-224x224-IN-1k"),
+        ("runs/v1.2/model.keras", "model"),
+        (None, "custom"),
+    ],
+)
+def test_without_a_name_the_variant_is_called_as_the_weights(weights, name, tmp_path):
+    recipe = dataclasses.replace(RECIPES["finetune"], weights=weights)
+    assert recipe.variant_name == name
+    assert recipe.settings()["variant"] is None
+    assert dataclasses.replace(recipe, variant=Variant((Stage(8, 1, 1),))).variant_name == name
+    assert dataclasses.replace(recipe, variant="cvt_21").variant_name == "cvt_21"
+    assert dataclasses.replace(recipe, weights=tmp_path / "a.pth").weights == str(tmp_path / "a.pth")
 
 
 def test_settings_hold_the_whole_variant():
