@@ -119,7 +119,7 @@ class CvT(keras.Model):
             num_classes = checkpoint.num_classes
         elif num_classes != checkpoint.num_classes:
             preprocessing["class_names"] = None
-        input_shape = tuple(input_shape or (*(preprocessing["image_size"] or (224, 224)), checkpoint.channels))
+        input_shape = tuple(input_shape or (*(preprocessing["image_size"] or (None, None)), checkpoint.channels))
         if input_shape[-1] != checkpoint.channels:
             raise ValueError(
                 f"`input_shape` must have the {checkpoint.channels} channels of {source}. Received: input_shape={input_shape}"

@@ -319,23 +319,17 @@ def read(source, variant=None):
         if file.suffix == ".keras":
             return _read_keras(file, variant, named)
         state_dict = _unwrapped(_read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file))
-        layout = LAYOUTS[_layout_name(state_dict)]
+        name = _layout_name(state_dict)
+        layout = LAYOUTS[name]
         shapes = {key: tuple(getattr(value, "shape", ())) for key, value in state_dict.items()}
-        config = file.with_name("config.json")
-        if layout is LAYOUTS["microsoft"]:
-            found = variant or _variant_of_shapes(shapes)
-            preprocessing = _published_preprocessing(found, file.stem)
-        elif config.exists() or variant is None:
+        config = file.with_name(_CONFIGS[0])
+        if name == "transformers" and (config.exists() or variant is None):
             found, preprocessing = _read_config(config)
         else:
-            found, preprocessing = variant, _published_preprocessing(variant, file.stem)
-        found = dataclasses.replace(found, activation=layout.activation)
-        found = _settled(found, variant, named)
-        embedding, *heads = (
-            shapes.get(key, ()) for key in (f"{layout.embedding}.weight", f"{layout.head}.bias", f"{layout.head}.weight")
-        )
-        num_classes = next((head[0] for head, axes in zip(heads, (1, 2)) if len(head) == axes), 1000)
-        channels = embedding[1] if len(embedding) == 4 else 3
+            found = variant or _variant_of_shapes(shapes)
+            preprocessing = _published_preprocessing(found, file.stem)
+        found = _settled(dataclasses.replace(found, activation=layout.activation), variant, named)
+        num_classes, channels = _sizes(shapes, layout)
         weights = layout.weights(found, num_classes, channels)
         _require_fit(state_dict, weights)
     except CheckpointError as error:
@@ -441,13 +435,16 @@ def _read_keras(file, variant, named):
     except Exception as error:
         raise CheckpointError(f"it holds no CvT ({_first_line(error)})") from error
     arrays = {weight.path: keras.ops.convert_to_numpy(weight) for weight in model.weights}
+    preprocessing = dict(model.preprocessing)
+    if preprocessing["image_size"] is None and None not in model.input_shape[1:3]:
+        preprocessing["image_size"] = list(model.input_shape[1:3])
     return Checkpoint(
         arrays,
         [Weight(path, path, array.shape) for path, array in arrays.items()],
         _settled(model.variant, variant, named),
         model.num_classes,
         model.input_shape[-1],
-        dict(model.preprocessing),
+        preprocessing,
     )
 
 
@@ -470,6 +467,14 @@ def _layout_name(state_dict):
             return layout
     found = ", ".join(sorted(state_dict)[:3])
     raise CheckpointError(f"it holds no CvT with a head: no key begins with stage0 or cvt. It has {found}, ...")
+
+
+def _sizes(shapes, layout):
+    """Classes and channels; where the arrays that show them are missing or odd, the published ones, as others will be told."""
+    bias, kernel = (shapes.get(f"{layout.head}.{name}", ()) for name in ("bias", "weight"))
+    embedding = shapes.get(f"{layout.embedding}.weight", ())
+    num_classes = bias[0] if len(bias) == 1 else kernel[0] if len(kernel) == 2 else 1000
+    return num_classes, embedding[1] if len(embedding) == 4 else 3
 
 
 def _settled(found, variant, named):

@@ -402,6 +402,9 @@ def test_a_keras_file_is_a_source_too(tiny_folder, tmp_path):
         for ours, theirs in zip(again.get_weights(), model.get_weights()):
             np.testing.assert_array_equal(ours, theirs)
     assert CvT.from_pretrained(tmp_path / "model.keras", num_classes=2).output_shape == (None, 2)
+    for side in (32, None):  # without preprocessing its own size is all that there is
+        CvT(TINY, 5, (side, side, 3)).save(tmp_path / "plain.keras")
+        assert CvT.from_pretrained(tmp_path / "plain.keras").input_shape == (None, side, side, 3)
     other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     other.save(tmp_path / "other.keras")
     with pytest.raises(CheckpointError, match=r"other\.keras: it holds no CvT"):
@@ -681,7 +684,7 @@ def test_the_way_back_tells_what_the_other_code_computes():
         to_torch_state_dict(model, "timm")
     with pytest.raises(ValueError, match="Received: Sequential"):
         to_torch_state_dict(keras.Sequential())
-    with pytest.raises(ValueError, match="no stem"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no stem"):
         to_torch_state_dict(CvT("cvt_cifar", 5, (32, 32, 3)))
 
 
