@@ -236,7 +236,7 @@ REFERENCE = Recipe(
 )
 
 FINETUNE = Recipe(
-    """Fine-tunes published weights, or your own. Not measured yet: what it gives is not known.
+    """Fine-tunes published weights, or your own. With published ones not measured yet: what it gives is not known.
 
     python train.py finetune --weights microsoft/cvt-13
     For a GPU: at 224x224 an image costs CvT-13 80 times what a 32x32 one costs cvt_cifar.
