@@ -88,8 +88,9 @@ class CvT(keras.Model):
     def from_pretrained(cls, source, num_classes=None, input_shape=None, variant=None, **kwargs):
         """A network with published weights, or your own.
 
-        Each array of the checkpoint is used exactly once, or none. `preprocessing` says what its images need, so that
-        `build_classifier(model)` takes raw pixels: mean and std, class names where the checkpoint has them, and its resolution.
+        Each array of the checkpoint is used exactly once, but those of a head that is replaced, or the checkpoint is refused.
+        `preprocessing` says what its images need, so that `build_classifier(model)` takes raw pixels: mean and std, class
+        names where the checkpoint has them, and its resolution.
 
         Args:
             source: an authors' file (`CvT-13-224x224-IN-1k.pth`), also wrapped in `{"model": ...}` or with `module.` in
@@ -101,8 +102,8 @@ class CvT(keras.Model):
             input_shape: `(height, width, channels)`; any size will do, as there is no position embedding. `None` means the
                 checkpoint's resolution, which for the authors' files is in their name.
             variant: a name, a `Variant` or its dict; `None` finds it in the config, or in the weights' shapes, which show no
-                heads and strides: those are the paper's then. With a name the activation is that of the source, QuickGELU
-                for the authors' files and exact GELU for transformers; a `Variant` is taken as it is.
+                heads and strides: those are the paper's then. The activation is that of the source whatever is given,
+                QuickGELU for the authors' files and exact GELU for transformers.
             kwargs: as in `CvT`.
 
         Raises:
@@ -113,6 +114,8 @@ class CvT(keras.Model):
         """
         from cvt_keras import pretrained  # not above: that module imports this one
 
+        if input_shape is not None and (not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3):
+            raise ValueError(f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape!r}")
         checkpoint = pretrained.read(source, variant)
         preprocessing = dict(checkpoint.preprocessing)
         if num_classes is None:
@@ -125,7 +128,7 @@ class CvT(keras.Model):
                 f"`input_shape` must have the {checkpoint.channels} channels of {source}. Received: input_shape={input_shape}"
             )
         model = cls(checkpoint.variant, num_classes, input_shape, **{"preprocessing": preprocessing, **kwargs})
-        checkpoint.load_into(model)
+        checkpoint.load_into(model, head=num_classes == checkpoint.num_classes)
         return model
 
     def call(self, inputs, training=None, mask=None):

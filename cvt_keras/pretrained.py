@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import importlib
 import re
+import statistics
 import sys
 import warnings
 import zipfile
@@ -233,11 +234,12 @@ def _fault(value, shape):
     if tuple(value.shape) != shape:
         return f"its shape must be {shape}. Received: {tuple(value.shape)}"
     try:
-        array = _array(value)
+        with np.errstate(over="ignore"):
+            array = _array(value).astype("float32", copy=False)
     except (TypeError, RuntimeError) as error:
         return f"it must be a plain, dense tensor. Received: {str(error).splitlines()[0]}"
     if not np.isfinite(array).all():
-        return "it holds a NaN or an infinity"
+        return "it holds a NaN, an infinity or what float32 can't hold"
     return None
 
 
@@ -249,8 +251,10 @@ def _array(value):
     return value.astype("float32") if value.dtype.itemsize == 2 else value
 
 
-def _assign(model, state_dict, weights):
-    variables = {variable.path: variable for variable in model.weights}
+def _assign(model, state_dict, weights, kept=()):
+    """Gives `model` the arrays, but for the variables whose paths are in `kept`."""
+    variables = {variable.path: variable for variable in model.weights if variable.path not in kept}
+    weights = [weight for weight in weights if weight.path not in kept]
     ours = {path: tuple(variable.shape) for path, variable in variables.items()}
     theirs = {path: _transposed(shape, axes) for _, path, shape, axes in weights}
     if odd := sorted(path for path in {*ours, *theirs} if ours.get(path) != theirs.get(path)):
@@ -287,15 +291,9 @@ class Checkpoint:
     channels: int
     preprocessing: dict
 
-    def load_into(self, model):
-        """Gives `model` the weights; a head with another number of classes stays as it is."""
-        weights, state_dict = self.weights, dict(self.state_dict)
-        if model.num_classes != self.num_classes:
-            weights = [weight for weight in weights if not weight.path.startswith("head/")]
-            for variable in model.get_layer("head").weights:
-                weights.append(Weight(variable.path, variable.path, tuple(variable.shape)))
-                state_dict[variable.path] = keras.ops.convert_to_numpy(variable)
-        _assign(model, state_dict, weights)
+    def load_into(self, model, head=True):
+        """Gives `model` the weights; without `head` those of the head stay as they are."""
+        _assign(model, self.state_dict, self.weights, () if head else ("head/kernel", "head/bias"))
 
 
 def read(source, variant=None):
@@ -312,12 +310,12 @@ def read(source, variant=None):
         ValueError: for a `source` that there is not, or an unknown `variant`.
         ImportError: if the package that reads the file is missing, with what to install.
     """
-    named, variant = isinstance(variant, str), None if variant is None else get_variant(variant)
+    variant = None if variant is None else get_variant(variant)
     path = _locate(source)
     try:
         file = _weights_file(path)
         if file.suffix == ".keras":
-            return _read_keras(file, variant, named)
+            return _read_keras(file, variant)
         state_dict = _unwrapped(_read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file))
         name = _layout_name(state_dict)
         layout = LAYOUTS[name]
@@ -328,10 +326,15 @@ def read(source, variant=None):
         else:
             found = variant or _variant_of_shapes(shapes)
             preprocessing = _published_preprocessing(found, file.stem)
-        found = _settled(dataclasses.replace(found, activation=layout.activation), variant, named)
+        found = _settled(dataclasses.replace(found, activation=layout.activation), variant)
         num_classes, channels = _sizes(shapes, layout)
         weights = layout.weights(found, num_classes, channels)
-        _require_fit(state_dict, weights)
+        try:
+            _require_fit(state_dict, weights)
+        except CheckpointError as error:
+            if variant is None and re.search(r"missing: \S+cls_token", str(error)):
+                raise CheckpointError(f"{error}\nIf the network has no cls token, give `variant`") from error
+            raise
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     names = preprocessing["class_names"]
@@ -362,7 +365,7 @@ def _download(hub_id):
     try:
         # Published weights do not change: what is there is good, also without a network.
         folder = snapshot(*_FILES, local_files_only=True)
-        if all((folder / name).exists() for name in _CONFIGS) and any((folder / name).exists() for name in _FILES):
+        if (folder / _CONFIGS[0]).exists() and any((folder / name).exists() for name in _FILES):
             return folder
     except Exception as error:
         if type(error).__name__ != "LocalEntryNotFoundError":
@@ -426,7 +429,7 @@ def _read_safetensors(file):
         raise CheckpointError(f"it is damaged or no checkpoint ({_first_line(error)}): download it again") from error
 
 
-def _read_keras(file, variant, named):
+def _read_keras(file, variant):
     """A `CvT` saved by Keras, or a classifier around one, as a checkpoint of Keras' own paths."""
     try:
         model = _cvt(keras.saving.load_model(file, compile=False))
@@ -441,7 +444,7 @@ def _read_keras(file, variant, named):
     return Checkpoint(
         arrays,
         [Weight(path, path, array.shape) for path, array in arrays.items()],
-        _settled(model.variant, variant, named),
+        _settled(model.variant, variant),
         model.num_classes,
         model.input_shape[-1],
         preprocessing,
@@ -473,14 +476,21 @@ def _sizes(shapes, layout):
     """Classes and channels; where the arrays that show them are missing or odd, the published ones, as others will be told."""
     bias, kernel = (shapes.get(f"{layout.head}.{name}", ()) for name in ("bias", "weight"))
     embedding = shapes.get(f"{layout.embedding}.weight", ())
+    if len(bias) == 1 and len(kernel) == 2 and bias != kernel[:1]:
+        raise CheckpointError(
+            f"{layout.head}.weight and {layout.head}.bias must be of as many classes. Received: shapes {kernel} and {bias}"
+        )
     num_classes = bias[0] if len(bias) == 1 else kernel[0] if len(kernel) == 2 else 1000
     return num_classes, embedding[1] if len(embedding) == 4 else 3
 
 
-def _settled(found, variant, named):
-    """The variant to build: the found one, or the given one if it is the same network but for activation and drop path.
+def _settled(found, variant):
+    """The variant to build: the found one, or the given one, if it is the same network but for activation and drop path.
 
-    Of a name only the shape counts: the activation is the weights'.
+    The activation is that of the weights whatever is given: with another they are of no use.
+
+    Raises:
+        ValueError: if it is another network.
     """
     if variant is None:
         return found
@@ -492,8 +502,8 @@ def _settled(found, variant, named):
             for field in vars(theirs)
             if getattr(theirs, field) != getattr(given, field)
         ]
-        raise CheckpointError(f"it is not of the given `variant`: {'; '.join(differences) or 'stages or stem differ'}")
-    return dataclasses.replace(variant, activation=found.activation) if named else variant
+        raise ValueError(f"`variant` is not what the checkpoint is of: {'; '.join(differences) or 'stages or stem differ'}")
+    return dataclasses.replace(variant, activation=found.activation)
 
 
 def _shape_of(variant):
@@ -533,8 +543,15 @@ def _stage_of_shapes(shapes, i, paper, depth):
     own = {key: shape for key, shape in shapes.items() if key.startswith(f"stage{i}.blocks.")}
     if own and not any(".attn.conv_proj_" in key for key in own):
         raise CheckpointError(f"whether stage {i} projects by avg or linear does not show in the weights: give `variant`")
-    hidden = {shape[0] for key, shape in own.items() if key.endswith(".mlp.fc1.bias") and len(shape) == 1}
-    ratio = hidden.pop() / paper.dim if len(hidden) == 1 else paper.mlp_ratio
+    shown = {".mlp.fc1.weight": (2, 0), ".mlp.fc1.bias": (1, 0), ".mlp.fc2.weight": (2, 1)}  # number of axes, and which
+    hidden = [
+        shape[axis]
+        for key, shape in own.items()
+        for end, (axes, axis) in shown.items()
+        if key.endswith(end) and len(shape) == axes
+    ]
+    # The most say it: the odd one out is told as mis-shaped.
+    ratio = statistics.mode(hidden) / paper.dim if hidden else paper.mlp_ratio
     bias = not own or any(re.search(r"\.attn\.proj_[qkv]\.bias$", key) for key in own)
     return dataclasses.replace(paper, depth=max(depth, 1), mlp_ratio=ratio or paper.mlp_ratio, qkv_bias=bias)
 
@@ -619,6 +636,28 @@ def transformers_config(model_or_variant):
     return config | {name: [value] * len(stages) for name, value in same.items()}
 
 
+def transformers_processor(model):
+    """The preprocessor_config.json with which transformers prepares images as `model` wants them: a dict.
+
+    Args:
+        model: a `CvT`, or a classifier around one.
+    """
+    model = _cvt(model)
+    channels = model.input_shape[-1]
+    height, width = model.preprocessing["image_size"] or (side or 224 for side in model.input_shape[1:3])
+    return {
+        "image_processor_type": "ViTImageProcessor",  # the one that stretches to any size
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": model.preprocessing["mean"] or [0.5] * channels,
+        "image_std": model.preprocessing["std"] or [0.5] * channels,
+    }
+
+
 def _require_off(spec, names):
     for name in names:
         if any(spec.get(name, [])):
@@ -681,7 +720,7 @@ def _processor(config, default):
 
 def _published_preprocessing(variant, name):
     """How the published weights were trained, where a file does not say; its name says the resolution, as the authors' do."""
-    found = re.search(r"(\d+)x(\d+)", name)
+    found = re.search(r"(?:^|[-_.])(\d{2,4})x(\d{2,4})(?:$|[-_.])", name)
     widest = variant.stages[-1].dim == VARIANTS["cvt_w24"].stages[-1].dim
     size = [int(side) for side in found.groups()] if found else [384 if widest else 224] * 2
     return {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "class_names": None, "image_size": size}

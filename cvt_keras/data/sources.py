@@ -121,9 +121,9 @@ def load(dataset, data_dir=None, image_size=32):
     Args:
         dataset: one of `NAMES`; `tfds:NAME` as TFDS spells it, with a config or version if need be.
         data_dir: for `folder` the folder of images; for the others TFDS' folder, see `cifar10`; `digits` needs none.
-        image_size: side of the square, in pixels, that images of another size are stretched to. A set of small images, all of
-            one size, is kept at that, as CIFAR-10 at 224 pixels would take 50 times its memory: the pipeline stretches
-            its batches.
+        image_size: side of the square, in pixels, that images of another size are stretched to. A set of TFDS with small
+            images, all of one size, is kept at that, as CIFAR-10 at 224 pixels would take 50 times its memory: the pipeline
+            stretches its batches.
 
     Raises:
         ValueError: if `dataset` is no name.

@@ -161,7 +161,9 @@ def _fit(recipe, run_dir, source, train, checkpoint):
     num_classes = len(source.class_names)
     classifier = _build(recipe, source, recipe.precision)
     if checkpoint:
-        checkpoint.load_into(classifier.get_layer("cvt"))
+        # A head of other classes, though as many, would have to be unlearned.
+        head = checkpoint.preprocessing["class_names"] == list(source.class_names)
+        checkpoint.load_into(classifier.get_layer("cvt"), head=head)
     classifier.compile(
         optimizer=make_optimizer(recipe, classifier, steps * recipe.epochs),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
@@ -180,7 +182,10 @@ def _fit(recipe, run_dir, source, train, checkpoint):
     (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
 
     stopwatch, best = Stopwatch(), BestWeights()
-    checkpoints = Checkpoints(run_dir, source.fingerprint(), stopwatch, best)
+    data = source.fingerprint()
+    if checkpoint:  # its file may be another by now
+        data["mean and std of the weights"] = f"{source.mean}, {source.std}"
+    checkpoints = Checkpoints(run_dir, data, stopwatch, best)
     checkpoints.restore(classifier)
     first_epoch = len(checkpoints.history)
     if first_epoch:
@@ -288,8 +293,8 @@ def _read_weights(recipe):
         raise
     except ValueError as error:
         raise RecipeError(f"`weights` and `variant` must fit each other: {error}") from error
-    except ImportError as error:
-        raise pretrained.CheckpointError(str(error)) from error
+    except (ImportError, OSError) as error:
+        raise pretrained.CheckpointError(f"{recipe.weights} can't be read: {error}") from error
     if checkpoint.channels != 3:
         raise RecipeError(f"`weights` must be of images with 3 channels. Received: {recipe.weights}, {checkpoint.channels}")
     return checkpoint
@@ -301,10 +306,8 @@ def _name_of(variant):
 
 
 def _leaves_open(variant, settled):
-    """Whether `variant`, as given beside weights, left open what they settled: all of it, or, by a name, the activation."""
-    if not isinstance(variant, str):
-        return variant is None
-    return dataclasses.replace(get_variant(variant), activation=settled.activation) == settled
+    """Whether `variant`, as given beside weights, left open what they settled: all of it, or the activation."""
+    return variant is None or dataclasses.replace(get_variant(variant), activation=settled.activation) == settled
 
 
 def _stored_recipe(run_dir):

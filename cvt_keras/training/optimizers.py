@@ -99,12 +99,15 @@ class _ScaledRates:
         super().update_step(gradient, variable, learning_rate)
 
     def _apply_weight_decay(self, variables):
-        if self.rate_scales is None or not self.weight_decay:
+        if self.rate_scales is None:
             super()._apply_weight_decay(variables)
             return
         for variable in filter(self._use_weight_decay, variables):
             rate = ops.cast(self.learning_rate * self.rate_scales[self._get_variable_index(variable)], variable.dtype)
-            variable.assign(variable - variable * self.weight_decay * rate)
+            variable.assign(variable - variable * self._weight_decay_of(variable) * rate)
+
+    def _weight_decay_of(self, variable):
+        return self.weight_decay or 0.0
 
     def get_config(self):
         return {**super().get_config(), "rate_scales": self.rate_scales}
@@ -128,6 +131,9 @@ class Muon(_ScaledRates, keras.optimizers.Muon):
         if len(variable.shape) == 4 and variable.shape[-1] > 1:
             return False
         return super()._should_use_adamw(variable)
+
+    def _weight_decay_of(self, variable):
+        return (self.adam_weight_decay if self._should_use_adamw(variable) else self.weight_decay) or 0.0
 
     def _muon_update_step(self, gradient, variable, lr, m):
         self.assign_add(m, ops.add(gradient, m * (self.momentum - 1)))

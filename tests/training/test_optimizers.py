@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cvt_keras import CvT
-from cvt_keras.training.optimizers import decays, learning_rate, make_optimizer, rate_scales
+from cvt_keras.training.optimizers import Muon, decays, learning_rate, make_optimizer, rate_scales
 from cvt_keras.training.recipes import SMOKE
 
 RECIPE = dataclasses.replace(SMOKE, optimizer="adamw", peak_learning_rate=1e-2, warmup=0.1, weight_decay=0.5, gradient_clip=0)
@@ -136,6 +136,19 @@ def test_layer_decay_scales_the_weight_decay_too(optimizer):
     for variable, scale in zip(variables, rate_scales(variables, 0.5)):
         expected = 1 - 1e-2 * 0.5 * scale if decays(variable) else 1.0
         np.testing.assert_allclose(np.asarray(variable), expected, rtol=1e-6)
+
+
+def test_muon_scales_both_of_its_weight_decays():
+    model = _model()
+    variables = model.trainable_variables
+    optimizer = Muon(learning_rate=0.1, weight_decay=0.5, adam_weight_decay=0.2, rate_scales=[0.5] * len(variables))
+    optimizer.build(variables)
+    for variable in variables:
+        variable.assign(np.ones(variable.shape))
+    optimizer._apply_weight_decay(variables)
+    kept = {variable.path: float(np.asarray(variable).flat[0]) for variable in variables}
+    assert kept["stage1_block0/mlp/fc1/kernel"] == pytest.approx(1 - 0.1 * 0.5 * 0.5)
+    assert kept["norm/gamma"] == pytest.approx(1 - 0.1 * 0.5 * 0.2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
