@@ -415,7 +415,10 @@ def _read_torch(file):
                 f"it holds more than tensors, and to load {wanted[1]} would let it run code: refused. "
                 "Save the tensors alone: torch.save(model.state_dict(), file)"
             ) from error
-        raise CheckpointError(f"it is damaged or no checkpoint ({_first_line(error)}): download it again") from error
+        # Of PyTorch's long advice, which is to read it unsafely, the reason is what counts.
+        reason = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        reason = reason[1].rstrip(".: ") if reason else _first_line(error)
+        raise CheckpointError(f"it is damaged or no checkpoint of PyTorch ({reason}): download it again") from error
 
 
 def _read_safetensors(file):

@@ -511,6 +511,7 @@ def test_what_is_no_checkpoint_is_told_in_a_line(tmp_path, tiny_folder):
         "list.pth": (lambda path: torch.save([torch.ones(3)], path), ["no state dict", "list"]),
         "numbers.pth": (lambda path: torch.save({1: torch.ones(3)}, path), ["no state dict"]),
         "resnet.pth": (lambda path: torch.save({"conv1.weight": torch.ones(3)}, path), ["no CvT", "conv1.weight"]),
+        "page.pth": (lambda path: path.write_text("<!DOCTYPE html><html></html>"), ["damaged or no checkpoint"]),
         "empty.pth": (lambda path: path.write_bytes(b""), ["damaged"]),
         "text.pth": (lambda path: path.write_text("hello world\n" * 99), ["damaged"]),
         "text.safetensors": (lambda path: path.write_text("hello world\n" * 99), ["damaged"]),
@@ -524,6 +525,7 @@ def test_what_is_no_checkpoint_is_told_in_a_line(tmp_path, tiny_folder):
         [line] = str(error.value).splitlines()
         for part in (name, *parts):
             assert part in line, line
+        assert "weights_only" not in line  # PyTorch's advice: to switch it off
 
 
 @pytest.mark.files

@@ -292,7 +292,7 @@ def _read_weights(recipe):
     except pretrained.CheckpointError:
         raise
     except ValueError as error:
-        raise RecipeError(f"`weights` and `variant` must fit each other: {error}") from error
+        raise RecipeError(f"`weights` can't be started from: {error}") from error
     except (ImportError, OSError) as error:
         raise pretrained.CheckpointError(f"{recipe.weights} can't be read: {error}") from error
     if checkpoint.channels != 3:

@@ -144,7 +144,9 @@ class Recipe:
             return self.variant
         # The last part of a path or hub id, without what ends a file's name.
         return (
-            re.sub(r"\.(pth|pt|bin|safetensors|keras)$", "", re.split(r"[/\\]", self.weights)[-1]) if self.weights else "custom"
+            re.sub(r"\.(pth|pt|bin|safetensors|keras)$", "", re.split(r"[/\\]", self.weights.rstrip("/\\"))[-1])
+            if self.weights
+            else "custom"
         )
 
     def settings(self):

@@ -92,6 +92,7 @@ def test_a_variant_without_a_name_comes_back_too():
         ("microsoft/cvt-13-384-22k", "cvt-13-384-22k"),
         ("weights/CvT-13-224x224-IN-1k.pth", "CvT-13-224x224-IN-1k"),
         ("runs/v1.2/model.keras", "model"),
+        ("my-cvt/", "my-cvt"),
         (None, "custom"),
     ],
 )
