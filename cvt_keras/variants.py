@@ -237,6 +237,11 @@ def get_variant(variant):
     raise TypeError(f"`variant` must be a name, a `Variant` or its dict. Received: variant={variant!r}")
 
 
+def named(variant):
+    """The name of a `Variant` that stands in `VARIANTS`; any other as it is."""
+    return next((name for name, known in VARIANTS.items() if known == variant), variant)
+
+
 def to_dict(variant):
     """The dict that `get_variant` takes back, of JSON's types alone."""
     config = dataclasses.asdict(variant)

@@ -16,7 +16,7 @@ from cvt_keras.model import build_classifier
 from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch, TensorBoard
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import Recipe, RecipeError
-from cvt_keras.variants import VARIANTS, get_variant, macs
+from cvt_keras.variants import get_variant, macs, named
 
 
 def run(recipe, run_dir, resume=False, evaluate_test=True):
@@ -67,7 +67,7 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         _warn('this machine has an NVIDIA device that TensorFlow does not see: pip install "tensorflow[and-cuda]"')
     checkpoint = _read_weights(recipe)
     if checkpoint:
-        recipe = dataclasses.replace(recipe, variant=_name_of(checkpoint.variant))
+        recipe = dataclasses.replace(recipe, variant=named(checkpoint.variant))
     source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
     if auto and recipe.dataset == "digits":
         because = "scikit-learn's digits stand in for CIFAR-10, as when this run began. For CIFAR-10 train in another --run-dir"
@@ -298,11 +298,6 @@ def _read_weights(recipe):
     if checkpoint.channels != 3:
         raise RecipeError(f"`weights` must be of images with 3 channels. Received: {recipe.weights}, {checkpoint.channels}")
     return checkpoint
-
-
-def _name_of(variant):
-    """The name of a variant that has one, else itself."""
-    return next((name for name, known in VARIANTS.items() if known == variant), variant)
 
 
 def _leaves_open(variant, settled):

@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Suppress
 
 from cvt_keras.data import sources
-from cvt_keras.variants import VARIANTS, Variant, get_variant, to_dict
+from cvt_keras.variants import Variant, get_variant, named, to_dict
 
 
 class RecipeError(ValueError):
@@ -142,12 +142,11 @@ class Recipe:
         """The variant's name; without one that of the weights, or `custom`."""
         if isinstance(self.variant, str):
             return self.variant
+        if not self.weights:
+            return "custom"
         # The last part of a path or hub id, without what ends a file's name.
-        return (
-            re.sub(r"\.(pth|pt|bin|safetensors|keras)$", "", re.split(r"[/\\]", self.weights.rstrip("/\\"))[-1])
-            if self.weights
-            else "custom"
-        )
+        last = re.split(r"[/\\]", self.weights.rstrip("/\\"))[-1]
+        return re.sub(r"\.(pth|pt|bin|safetensors|keras)$", "", last)
 
     def settings(self):
         """The fields as JSON has them, the variant whole: what `recipe.json` holds.
@@ -175,8 +174,7 @@ class Recipe:
                 variant = get_variant(settings["variant"])
             except (ValueError, TypeError) as error:
                 raise RecipeError(str(error)) from error
-            names = [name for name, known in VARIANTS.items() if known == variant]
-            settings = {**settings, "variant": names[0] if names else variant}
+            settings = {**settings, "variant": named(variant)}
         return cls(**settings)
 
 
