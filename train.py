@@ -107,7 +107,13 @@ def main(argv, command=("python", "train.py")):
         report = run(arguments.recipe, arguments.run_dir, resume=arguments.resume)
     except (RecipeError, FileExistsError) as error:
         return _fail(error, 2)
-    except (CheckpointError, DataError, runs.RunError, FloatingPointError, MemoryError) as error:
+    except CheckpointError as error:
+        head, *faults = str(error).splitlines()
+        if not faults:
+            return _fail(error, 1)
+        everything = shlex.join([sys.executable, "-m", "cvt_keras.pretrained", arguments.recipe.weights, "all.keras"])
+        return _fail(f"{head.rstrip(':')}. The first: {faults[0].strip()}. All of them are told by {everything}", 1)
+    except (DataError, runs.RunError, FloatingPointError, MemoryError) as error:
         return _fail(error, 1)
     except OSError as error:
         return _fail(f"{error}; finished epochs are kept. To go on once that is mended: {resuming}", 1)

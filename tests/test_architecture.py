@@ -21,7 +21,8 @@ ALLOWED = {
     "page": {"plots", "runs"},
     "layers": {"variants"},
     "model": {"layers", "variants", "pretrained"},  # the last when `from_pretrained` is called
-    "pretrained": {"model", "runs", "variants"},
+    "state_dicts": set(),
+    "pretrained": {"model", "runs", "state_dicts", "variants"},
     "data": set(),
     "training": {"data", "environment", "evaluation", "model", "page", "plots", "pretrained", "runs", "variants"},
 }

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train
+from cvt_keras.pretrained import microsoft_weights
 from cvt_keras.runs import RunError
 from cvt_keras.training import RECIPES, Recipe
 
@@ -51,11 +53,18 @@ def test_a_fine_tuning_is_called_as_its_weights():
         (["finetune", "--weights", "nowhere.pth"], 2, "nowhere.pth"),
         (["finetune", "--weights", "{damaged}"], 1, "damaged.pth: it is damaged"),
         (["cifar10", "--weights", "{damaged}"], 1, "damaged.pth: it is damaged"),
+        (
+            ["finetune", "--weights", "{misfit}"],
+            1,
+            "The first: missing: stage0.blocks.0.attn.proj_k.bias. All of them are told by",
+        ),
     ],
 )
 def test_weights_that_can_not_be_had_are_told_in_a_line(flags, code, part, tmp_path, capsys):
     (tmp_path / "damaged.pth").write_text("hello")
-    flags = [flag.format(damaged=tmp_path / "damaged.pth") for flag in flags]
+    weights = [weight for weight in microsoft_weights("cvt_13") if "proj_k.bias" not in weight.key]
+    torch.save({weight.key: torch.zeros(weight.shape) for weight in weights}, tmp_path / "misfit.pth")
+    flags = [flag.format(damaged=tmp_path / "damaged.pth", misfit=tmp_path / "misfit.pth") for flag in flags]
     assert train.main([*flags, "--run-dir", str(tmp_path / "run")]) == code
     [line] = capsys.readouterr().err.strip().splitlines()
     assert part in line

@@ -157,7 +157,7 @@ class Checkpoints(keras.callbacks.Callback):
             RecipeError: if the checkpoint is of other data, or another network or optimizer.
             RunError: if it is broken.
         """
-        stored = self._stored()
+        stored = _stored(self.run_dir)
         if not stored:
             return
         newest = stored[-1]
@@ -194,18 +194,28 @@ class Checkpoints(keras.callbacks.Callback):
             np.savez(aside / "state.npz", **{name: np.asarray(v) for name, v in _state(self.model).items()})
             np.savez(aside / "best.npz", *self.best.weights)
             runs.write_json(aside / "state.json", {"best_score": self.best.score, "history": self.history, "data": self.data})
-        for older in self._stored()[:-1]:
+        for older in _stored(self.run_dir)[:-1]:
             shutil.rmtree(older)
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)
-
-    def _stored(self):
-        """The checkpoints, oldest first."""
-        found = [path for path in self._folder.glob("epoch-*") if path.name.removeprefix("epoch-").isdecimal()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")))
 
     @property
     def _folder(self):
         return self.run_dir / runs.CHECKPOINTS
+
+
+def stored_data(run_dir):
+    """The `data` of the newest checkpoint in a run folder, or `None` without one, or with one that is broken."""
+    stored = _stored(run_dir)
+    try:
+        return runs.read_json(stored[-1] / "state.json")["data"] if stored else None
+    except (OSError, LookupError, TypeError, runs.RunError):
+        return None  # `Checkpoints.restore` tells of it
+
+
+def _stored(run_dir):
+    """The checkpoints in a run folder, oldest first."""
+    found = [path for path in (run_dir / runs.CHECKPOINTS).glob("epoch-*") if path.name.removeprefix("epoch-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")))
 
 
 def _arrays(path):

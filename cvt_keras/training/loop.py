@@ -13,10 +13,10 @@ from cvt_keras import environment, evaluation, page, plots, pretrained, runs
 from cvt_keras.data import sources
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
 from cvt_keras.model import build_classifier
-from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch, TensorBoard
+from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch, TensorBoard, stored_data
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import Recipe, RecipeError
-from cvt_keras.variants import get_variant, macs, named
+from cvt_keras.variants import Variant, get_variant, macs, named
 
 
 def run(recipe, run_dir, resume=False, evaluate_test=True):
@@ -65,7 +65,14 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
     runs.require_writable(run_dir)
     if not tf.config.list_physical_devices("GPU") and environment.has_nvidia_device():
         _warn('this machine has an NVIDIA device that TensorFlow does not see: pip install "tensorflow[and-cuda]"')
-    checkpoint = _read_weights(recipe)
+    begun = stored_data(run_dir) if stored is not None else None
+    if begun is not None:
+        # An epoch that is stored holds all that the weights gave: their file may be gone.
+        _require_same(dataclasses.replace(recipe, flip=recipe.flip and stored.flip), stored, run_dir)
+        checkpoint, look = None, begun
+    else:
+        checkpoint = _read_weights(recipe)
+        look = checkpoint.preprocessing if checkpoint else {}
     if checkpoint:
         recipe = dataclasses.replace(recipe, variant=named(checkpoint.variant))
     source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
@@ -74,10 +81,8 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         source = dataclasses.replace(source, fallback=because)
     if source.fallback:
         _warn(source.fallback)
-    if checkpoint:
-        # The images must look as those that the weights know.
-        known = {name: tuple(checkpoint.preprocessing[name]) for name in ("mean", "std") if checkpoint.preprocessing[name]}
-        source = dataclasses.replace(source, **known)
+    # The images must look as those that the weights know.
+    source = dataclasses.replace(source, **{name: tuple(look[name]) for name in ("mean", "std") if look.get(name)})
     dataset = source.name if recipe.dataset == "auto" else recipe.dataset
     recipe = dataclasses.replace(recipe, dataset=dataset, flip=recipe.flip and source.mirror)
     train, test = source.train.limit(recipe.train_limit), source.test.limit(recipe.test_limit)
@@ -183,8 +188,8 @@ def _fit(recipe, run_dir, source, train, checkpoint):
 
     stopwatch, best = Stopwatch(), BestWeights()
     data = source.fingerprint()
-    if checkpoint:  # its file may be another by now
-        data["mean and std of the weights"] = f"{source.mean}, {source.std}"
+    if recipe.weights:
+        data |= {"mean": list(source.mean), "std": list(source.std)}
     checkpoints = Checkpoints(run_dir, data, stopwatch, best)
     checkpoints.restore(classifier)
     first_epoch = len(checkpoints.history)
@@ -264,7 +269,11 @@ def resolve(recipe, stored=None):
     """
     if stored is not None:
         left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
-        if recipe.weights and recipe.weights == stored.weights and _leaves_open(recipe.variant, get_variant(stored.variant)):
+        if (
+            recipe.weights
+            and _same_place(recipe.weights, stored.weights)
+            and _leaves_open(recipe.variant, get_variant(stored.variant))
+        ):
             left_open.append("variant")
         return dataclasses.replace(recipe, **{name: getattr(stored, name) for name in left_open})
     gpus = tf.config.list_physical_devices("GPU")
@@ -348,19 +357,30 @@ def _require_same(recipe, stored, run_dir):
         RecipeError: if `recipe` has others, naming them.
     """
     was, is_now = stored.settings(), recipe.settings()
+    for settings in (was, is_now):
+        settings["variant"] = settings["variant"] and named(get_variant(settings["variant"]))
+    names = [name for name in was if was[name] != is_now[name]]
     # Where TFDS keeps a data set may change; another folder of images is another data set. What lies in it is compared with
     # the checkpoint's.
-    elsewhere = recipe.dataset == "folder" and _folder(was["data_dir"]) != _folder(is_now["data_dir"])
-    ignored = set() if elsewhere else {"data_dir"}
-    names = [name for name in was if name not in ignored and was[name] != is_now[name]]
+    if recipe.dataset != "folder" or _same_place(was["data_dir"], is_now["data_dir"]):
+        names = [name for name in names if name != "data_dir"]
+    if _same_place(was["weights"], is_now["weights"]):
+        names = [name for name in names if name != "weights"]
+    elif "variant" in names:  # which comes from the weights
+        names = ["weights", *(name for name in names if name not in ("weights", "variant"))]
     if names:
-        differences = ", ".join(f"{name} was {was[name]!r} and is {is_now[name]!r}" for name in names)
+        differences = ", ".join(f"{name} was {_shown(was[name])} and is {_shown(is_now[name])}" for name in names)
         way_out = "Give it its own settings, or train in another --run-dir"
         raise RecipeError(f"the run in {run_dir} can't go on with other settings: {differences}. {way_out}")
 
 
-def _folder(name):
-    return Path(name).expanduser().resolve() if name else None
+def _shown(value):
+    return "a Variant of its own" if isinstance(value, Variant) else repr(value)
+
+
+def _same_place(*paths):
+    """Whether paths, of which any may be `None`, lead to the same file or folder, however they are spelled."""
+    return len({path and Path(path).expanduser().resolve() for path in paths}) == 1
 
 
 def device():

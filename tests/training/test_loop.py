@@ -532,6 +532,7 @@ def weights(tmp_path_factory):
 
 def _same_backbone(run_dir, weights):
     """Whether all but the head is as in `weights`; and whether the head is."""
+    # The statistics of BatchNorm change in training at any rate.
     ours = keras.saving.load_model(run_dir / "model.keras").get_layer("cvt").trainable_weights
     theirs = CvT.from_pretrained(weights, num_classes=10).trainable_weights
     same = {a.path: np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)}
@@ -571,15 +572,21 @@ def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):
     recipe = dataclasses.replace(short, weights=weights, variant=None, epochs=2, layer_decay=0.5)
     whole = run(recipe, tmp_path / "whole", evaluate_test=False)
     _stop_in_second_epoch(recipe, tmp_path / "run", monkeypatch)
-    again = run(recipe, tmp_path / "run", resume=True, evaluate_test=False)
-    assert again.validation == whole.validation
+    for other in ({"weights": None, "variant": "cvt_cifar"}, {"weights": "other.keras"}):
+        with pytest.raises(RecipeError, match=r"settings: weights was '.*tiny\.keras' and is (None|'other\.keras')\. Give"):
+            run(dataclasses.replace(recipe, **other), tmp_path / "run", resume=True)
+    # What the first epoch made of the weights is all that it takes: the file may be gone, its path spelled otherwise.
     Path(weights).rename(f"{weights}.away")
     try:
-        assert run(recipe, tmp_path / "run", resume=True, evaluate_test=False) == again  # a finished run needs them no more
+        monkeypatch.chdir(Path(weights).parent)
+        recipe = dataclasses.replace(recipe, weights=Path(weights).name)
+        again = run(recipe, tmp_path / "run", resume=True, evaluate_test=False)
+        assert again.validation == whole.validation
+        assert run(recipe, tmp_path / "run", resume=True, evaluate_test=False) == again
     finally:
         Path(f"{weights}.away").rename(weights)
-    with pytest.raises(RecipeError, match="weights was"):
-        run(dataclasses.replace(recipe, weights=None, variant="cvt_tiny"), tmp_path / "run", resume=True)
+    model = keras.saving.load_model(tmp_path / "run" / "model.keras").get_layer("cvt")
+    assert (model.preprocessing["mean"], model.preprocessing["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
 
 def test_the_same_classes_keep_the_head(short, weights, tmp_path):
