@@ -111,7 +111,9 @@ def main(argv, command=("python", "train.py")):
         head, *faults = str(error).splitlines()
         if not faults:
             return _fail(error, 1)
-        everything = shlex.join([sys.executable, "-m", "cvt_keras.pretrained", arguments.recipe.weights, "all.keras"])
+        recipe = arguments.recipe
+        variant = ["--variant", recipe.variant] if isinstance(recipe.variant, str) else []
+        everything = shlex.join([sys.executable, "-m", "cvt_keras.pretrained", recipe.weights, "all.keras", *variant])
         return _fail(f"{head.rstrip(':')}. The first: {faults[0].strip()}. All of them are told by {everything}", 1)
     except (DataError, runs.RunError, FloatingPointError, MemoryError) as error:
         return _fail(error, 1)

@@ -104,7 +104,7 @@ class CvT(keras.Model):
             variant: a name, a `Variant` or its dict; `None` finds it in the config, or in the weights' shapes, which show no
                 heads and strides: those are the paper's then. The activation is that of the source whatever is given,
                 QuickGELU for the authors' files and exact GELU for transformers.
-            kwargs: as in `CvT`.
+            kwargs: as in `CvT`; what `preprocessing` holds takes the place of the checkpoint's.
 
         Raises:
             ValueError: `cvt_keras.pretrained.CheckpointError` for a damaged file and for missing, unused, mis-shaped or integer
@@ -127,7 +127,8 @@ class CvT(keras.Model):
             raise ValueError(
                 f"`input_shape` must have the {checkpoint.channels} channels of {source}. Received: input_shape={input_shape}"
             )
-        model = cls(checkpoint.variant, num_classes, input_shape, **{"preprocessing": preprocessing, **kwargs})
+        preprocessing |= kwargs.pop("preprocessing", None) or {}
+        model = cls(checkpoint.variant, num_classes, input_shape, preprocessing=preprocessing, **kwargs)
         checkpoint.load_into(model, head=num_classes == checkpoint.num_classes)
         return model
 
@@ -254,12 +255,7 @@ def build_classifier(model_or_variant, num_classes=None, input_shape=None, mean=
     for key in ("mean", "std"):
         if settled[key] is None:
             settled[key] = [0.5] * channels
-        if not isinstance(settled[key], list) or len(settled[key]) != channels or not all(map(math.isfinite, settled[key])):
-            raise ValueError(f"`{key}` must have one number for each of {channels} channels. Received: {key}={settled[key]}")
-        if max(map(abs, settled[key])) > 1:
-            raise ValueError(f"`{key}` is of pixels in 0..1: divide by 255. Received: {key}={settled[key]}")
-    if min(settled["std"]) <= 0:
-        raise ValueError(f"`std` must be positive. Received: std={settled['std']}")
+    check_statistics(settled["mean"], settled["std"], channels)
     if isinstance(class_names, str):
         raise ValueError(f"`class_names` must be a list of names. Received: class_names={class_names!r}")
     if None not in input_shape[:2]:
@@ -280,6 +276,29 @@ def build_classifier(model_or_variant, num_classes=None, input_shape=None, mean=
     classifier = keras.Model(pixels, model(normalize(pixels)), name="classifier")
     classifier.dtype_policy = model.dtype_policy  # `compile` reads it, and scales the loss of float16
     return classifier
+
+
+def check_statistics(mean, std, channels):
+    """Raises ValueError unless these can be mean and std of pixels in 0..1: a list each, one number a channel."""
+    for name, values in {"mean": mean, "std": std}.items():
+        if not isinstance(values, list) or len(values) != channels or not all(map(math.isfinite, values)):
+            raise ValueError(f"`{name}` must have one number for each of {channels} channels. Received: {name}={values}")
+        if max(map(abs, values)) > 1.01:  # a little more than 1 may come of rounding
+            raise ValueError(f"`{name}` is of pixels in 0..1: divide by 255. Received: {name}={values}")
+    if min(std) <= 0:
+        raise ValueError(f"`std` must be positive. Received: std={std}")
+
+
+def cvt_of(model):
+    """The `CvT` in a model: itself, or a layer of a classifier.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = [layer for layer in (model, *getattr(model, "layers", ())) if isinstance(layer, CvT)]
+    if not found:
+        raise ValueError(f"`model` must be a `CvT` or a classifier around one. Received: {type(model).__name__}")
+    return found[0]
 
 
 def _agree(given, fixed):

@@ -11,6 +11,7 @@ SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 # As transformers calls them. Of the weights' the first is preferred.
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")
+_SAVE_TENSORS = "Save the tensors alone: torch.save(model.state_dict(), file)"
 
 
 class CheckpointError(ValueError):
@@ -97,13 +98,16 @@ def read(file):
     contents = (_read_safetensors if suffix == ".safetensors" else _read_torch)(file)
     for name in ("model", "state_dict"):
         if isinstance(contents, Mapping) and isinstance(contents.get(name), Mapping):
+            if astray := [
+                key for key, value in contents.items() if getattr(value, "shape", ())
+            ]:  # an epoch may be a tensor too
+                raise CheckpointError(f"unused: {', '.join(map(str, astray))}, beside {name!r} and not in it")
             contents = contents[name]
             break
     if not isinstance(contents, Mapping) or not contents or not all(isinstance(key, str) for key in contents):
         raise CheckpointError(f"it holds no state dict: a dict from names to tensors. Received: {type(contents).__name__}")
-    if all(key.startswith("module.") for key in contents):  # of PyTorch's DistributedDataParallel
-        contents = {key.removeprefix("module."): value for key, value in contents.items()}
-    return contents
+    distributed = all(key.startswith("module.") for key in contents)  # by PyTorch's DistributedDataParallel
+    return {key.removeprefix("module.") if distributed else key: value for key, value in contents.items()}
 
 
 def _read_torch(file):
@@ -114,6 +118,8 @@ def _read_torch(file):
             with zipfile.ZipFile(file) as records:
                 if damaged := records.testzip():  # PyTorch does not look at the checksums
                     raise CheckpointError(f"its record {damaged} is damaged: download it again")
+                if any(name.endswith("/constants.pkl") for name in records.namelist()):
+                    raise CheckpointError(f"it is a program, by TorchScript, which would run: refused. {_SAVE_TENSORS}")
         # Mapped, the arrays of an archive do not fill the memory a second time.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
     except (CheckpointError, MemoryError, PermissionError):
@@ -121,9 +127,10 @@ def _read_torch(file):
     except Exception as error:  # which one depends on where the file is damaged
         if wanted := re.search(r"Unsupported (?:global: GLOBAL|class|function) (\S+)", str(error)):
             raise CheckpointError(
-                f"it holds more than tensors, and to load {wanted[1]} would let it run code: refused. "
-                "Save the tensors alone: torch.save(model.state_dict(), file)"
+                f"it holds more than tensors, and to load {wanted[1]} would let it run code: refused. {_SAVE_TENSORS}"
             ) from error
+        if "legacy .tar format" in str(error):
+            raise CheckpointError(f"it is in PyTorch's oldest form, which would run code: refused. {_SAVE_TENSORS}") from error
         # Of PyTorch's long advice, which is to read it unsafely, the reason is what counts.
         reason = re.search(r"WeightsUnpickler error: (.*)", str(error))
         reason = reason[1].rstrip(".: ") if reason else first_line(error)
@@ -134,8 +141,13 @@ def _read_safetensors(file):
     safetensors = import_or_tell("safetensors", f"to read {file.name}")
     try:
         with safetensors.safe_open(file, framework="numpy") as tensors:
-            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (no dict)
-    except (MemoryError, PermissionError):
+            arrays = {}
+            for key in tensors.keys():  # noqa: SIM118 (no dict)
+                if (dtype := tensors.get_slice(key).get_dtype()).startswith("F8"):
+                    raise CheckpointError(f"{key}: its dtype must be float16, bfloat16, float32 or float64. Received: {dtype}")
+                arrays[key] = tensors.get_tensor(key)
+            return arrays
+    except (CheckpointError, MemoryError, PermissionError):
         raise
     except Exception as error:
         raise CheckpointError(f"it is damaged or no checkpoint ({first_line(error)}): {_advice(file)}") from error

@@ -22,12 +22,13 @@ ALLOWED = {
     "layers": {"variants"},
     "model": {"layers", "variants", "pretrained"},  # the last when `from_pretrained` is called
     "state_dicts": set(),
-    "pretrained": {"model", "runs", "state_dicts", "variants"},
+    "configs": {"model", "runs", "state_dicts", "variants"},
+    "pretrained": {"configs", "model", "runs", "state_dicts", "variants"},
     "data": set(),
     "training": {"data", "environment", "evaluation", "model", "page", "plots", "pretrained", "runs", "variants"},
 }
 # Keras and NumPy alone, so that they run on every backend.
-PORTABLE = ["layers", "model", "pretrained", "training/optimizers"]
+PORTABLE = ["layers", "model", "configs", "pretrained", "training/optimizers"]
 
 
 def _imports(path):

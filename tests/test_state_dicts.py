@@ -1,5 +1,6 @@
 import json
 import sys
+import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -7,6 +8,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 
 from cvt_keras import state_dicts
@@ -39,7 +41,7 @@ def folder(tmp_path):
     [
         _tensors(),
         {"model": _tensors()},
-        {"model": "cls_cvt", "state_dict": _tensors(), "epoch": 300},  # the authors' own, while training
+        {"model": "cls_cvt", "state_dict": _tensors(), "epoch": torch.tensor(300)},  # as the authors' own, while training
         {"model": _tensors("module.")},
     ],
 )
@@ -64,10 +66,32 @@ class Anything:
     pass
 
 
+def _write_tar(path):
+    with tarfile.open(path, "w:") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            archive.addfile(tarfile.TarInfo(name))
+
+
 @pytest.mark.parametrize(
     "name, write, parts",
     [
         ("code.pth", lambda path: torch.save({"model": Anything()}, path), ["Anything", "refused", "state_dict()"]),
+        (
+            "program.pt",
+            lambda path: torch.jit.script(torch.nn.Linear(2, 2)).save(path),
+            ["TorchScript", "refused", "state_dict()"],
+        ),
+        ("tar.pth", _write_tar, ["oldest form", "refused", "state_dict()"]),
+        (
+            "astray.pth",
+            lambda path: torch.save({"model": _tensors(), "head.weight": torch.ones(3)}, path),
+            ["unused: head.weight"],
+        ),
+        (
+            "float8.safetensors",
+            lambda path: safetensors.torch.save_file({"norm.bias": torch.ones(3).to(torch.float8_e4m3fn)}, path),
+            ["norm.bias: its dtype must be", "F8_E4M3"],
+        ),
         ("list.pth", lambda path: torch.save([torch.ones(3)], path), ["no state dict", "list"]),
         ("numbers.pth", lambda path: torch.save({1: torch.ones(3)}, path), ["no state dict"]),
         ("nothing.pth", lambda path: torch.save({}, path), ["no state dict"]),

@@ -169,6 +169,7 @@ def _fit(recipe, run_dir, source, train, checkpoint):
         # A head of other classes, though as many, would have to be unlearned.
         head = checkpoint.preprocessing["class_names"] == list(source.class_names)
         checkpoint.load_into(classifier.get_layer("cvt"), head=head)
+        print("the head is the weights' own" if head else "the head is new: the weights are of other classes", flush=True)
     classifier.compile(
         optimizer=make_optimizer(recipe, classifier, steps * recipe.epochs),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
@@ -301,7 +302,8 @@ def _read_weights(recipe):
     except pretrained.CheckpointError:
         raise
     except ValueError as error:
-        raise RecipeError(f"`weights` can't be started from: {error}") from error
+        way_out = "" if recipe.variant is None else ". The recipe finetune takes the network that the weights are of"
+        raise RecipeError(f"`weights` can't be started from: {error}{way_out}") from error
     except (ImportError, OSError) as error:
         raise pretrained.CheckpointError(f"{recipe.weights} can't be read: {error}") from error
     if checkpoint.channels != 3:

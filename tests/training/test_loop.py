@@ -613,14 +613,26 @@ def test_a_variants_name_beside_weights_settles_the_shape_alone(short, weights, 
     [
         ({"variant": None, "weights": None}, RecipeError, "--weights SOURCE"),
         ({"variant": None, "weights": "nowhere.pth"}, RecipeError, "nowhere.pth"),
-        ({"variant": "cvt_13"}, RecipeError, "variant"),
+        ({"variant": "cvt_13"}, RecipeError, "The recipe finetune takes"),
+        ({"variant": None, "weights": "{grey}"}, RecipeError, "3 channels.*1"),
     ],
 )
 def test_weights_that_do_not_fit_are_told_before_the_data_is_read(change, error, part, short, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "load", None)
+    CvT("cvt_tiny", 10, (16, 16, 1)).save(tmp_path / "grey.keras")
+    change = {name: value and value.format(grey=tmp_path / "grey.keras") for name, value in change.items()}
     with pytest.raises(error, match=part):
         run(dataclasses.replace(short, **{"weights": weights, **change}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_may_not_be_read_are_told(short, weights, tmp_path, monkeypatch):
+    def read(*_):  # root may read anything
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(loop.pretrained, "read", read)
+    with pytest.raises(CheckpointError, match=r"tiny\.keras can't be read: .*Permission denied"):
+        run(dataclasses.replace(short, weights=weights), tmp_path / "run")
 
 
 def test_a_missing_package_for_the_weights_is_told(short, tmp_path, monkeypatch):

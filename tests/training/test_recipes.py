@@ -98,6 +98,8 @@ def test_a_variant_without_a_name_comes_back_too():
 )
 def test_without_a_name_the_variant_is_called_as_the_weights(weights, name, tmp_path):
     recipe = dataclasses.replace(RECIPES["finetune"], weights=weights)
+    assert (recipe.image_size, recipe.variant) == (224, None)
+    assert 0 < recipe.layer_decay < 1
     assert recipe.variant_name == name
     assert recipe.settings()["variant"] is None
     assert dataclasses.replace(recipe, variant=Variant((Stage(8, 1, 1),))).variant_name == name

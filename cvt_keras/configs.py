@@ -1,0 +1,232 @@
+"""What the sources' config files say of a network and its images, and the files that say it to transformers."""
+
+import contextlib
+import math
+import re
+
+import keras
+
+from cvt_keras import runs, state_dicts
+from cvt_keras.model import check_statistics, cvt_of
+from cvt_keras.state_dicts import CheckpointError
+from cvt_keras.variants import VARIANTS, Stage, Variant, get_variant
+
+# Both sources trained on ImageNet's mean and std; the authors' files do not say so, their yaml files do.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_SPEC_FIELDS = {
+    "dim": "DIM_EMBED",
+    "depth": "DEPTH",
+    "heads": "NUM_HEADS",
+    "kernel_size": "PATCH_SIZE",
+    "stride": "PATCH_STRIDE",
+    "padding": "PATCH_PADDING",
+    "mlp_ratio": "MLP_RATIO",
+    "drop_path": "DROP_PATH_RATE",
+    "projection": "QKV_PROJ_METHOD",
+    "qkv_bias": "QKV_BIAS",
+    "stride_q": "STRIDE_Q",
+    "stride_kv": "STRIDE_KV",
+    "cls_token": "CLS_TOKEN",
+}
+_CONFIG_FIELDS = {
+    "dim": "embed_dim",
+    "depth": "depth",
+    "heads": "num_heads",
+    "kernel_size": "patch_sizes",
+    "stride": "patch_stride",
+    "padding": "patch_padding",
+    "mlp_ratio": "mlp_ratio",
+    "drop_path": "drop_path_rate",
+    "projection": "qkv_projection_method",
+    "qkv_bias": "qkv_bias",
+    "stride_q": "stride_q",
+    "stride_kv": "stride_kv",
+    "cls_token": "cls_token",
+}
+
+
+def variant_from_microsoft(spec):
+    """The `Variant` that a `MODEL.SPEC` of the authors' yaml files describes.
+
+    Args:
+        spec: the dict, with a list entry for each stage under `DIM_EMBED` and the like.
+
+    Raises:
+        ValueError: for a setting that this network has not: a projection kernel that is not 3, dropout, a position embedding.
+    """
+    _require_off(spec, ("DROP_RATE", "ATTN_DROP_RATE", "POS_EMBED"))
+    _require_kernel(spec, "KERNEL_QKV", "PADDING_Q", "PADDING_KV")
+    return _variant(spec, _SPEC_FIELDS, "quick_gelu")
+
+
+def variant_from_transformers(config):
+    """The `Variant` that a `CvtConfig` describes.
+
+    Its `layer_norm_eps` is not read, nor does transformers: its LayerNorms have PyTorch's 1e-5.
+
+    Args:
+        config: the dict that its config.json holds; what it leaves out is as in CvT-13, `CvtConfig`'s default.
+
+    Raises:
+        ValueError: for a setting that this network has not: a projection kernel that is not 3, or dropout.
+    """
+    defaults = {**transformers_config(VARIANTS["cvt_13"]), "drop_rate": [], "attention_drop_rate": []}
+    config = {**defaults, **config}
+    _require_off(config, ("drop_rate", "attention_drop_rate"))
+    _require_kernel(config, "kernel_qkv", "padding_q", "padding_kv")
+    return _variant(config, _CONFIG_FIELDS, "gelu")
+
+
+def transformers_config(model_or_variant):
+    """The config.json with which transformers builds the same network: a dict, made of a `CvT`, a classifier or a variant."""
+    config = {"model_type": "cvt", "architectures": ["CvtForImageClassification"]}
+    if isinstance(model_or_variant, keras.Model):
+        model = cvt_of(model_or_variant)
+        names = model.preprocessing["class_names"] or [f"LABEL_{i}" for i in range(model.num_classes)]
+        config["num_channels"] = model.input_shape[-1]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+        model_or_variant = model.variant
+    stages = without_stem(model_or_variant, "transformers").stages
+    config |= {name: [getattr(stage, field) for stage in stages] for field, name in _CONFIG_FIELDS.items()}
+    same = {"kernel_qkv": 3, "padding_q": 1, "padding_kv": 1, "drop_rate": 0.0, "attention_drop_rate": 0.0}
+    return config | {name: [value] * len(stages) for name, value in same.items()}
+
+
+def transformers_processor(model):
+    """The preprocessor_config.json with which transformers prepares images as `model` wants them: a dict.
+
+    Args:
+        model: a `CvT`, or a classifier around one.
+    """
+    model = cvt_of(model)
+    channels = model.input_shape[-1]
+    height, width = model.preprocessing["image_size"] or (side or 224 for side in model.input_shape[1:3])
+    return {
+        "image_processor_type": "ViTImageProcessor",  # the one that stretches to any size
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": model.preprocessing["mean"] or [0.5] * channels,
+        "image_std": model.preprocessing["std"] or [0.5] * channels,
+    }
+
+
+def _require_off(spec, names):
+    for name in names:
+        if any(spec.get(name, [])):
+            raise ValueError(f"`{name}` must be 0 in every stage. Received: {spec[name]}")
+
+
+def _require_kernel(spec, kernel, *paddings):
+    kernels = {*spec[kernel], *(2 * padding + 1 for name in paddings for padding in spec[name])}
+    if kernels != {3} or not spec[kernel]:
+        raise ValueError(f"`{kernel}` must be 3, padded by 1. Received: {spec[kernel]}")
+
+
+def _variant(spec, fields, activation):
+    lengths = {name: len(spec[name]) for name in fields.values()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"every list must have an entry for each stage. Received: {lengths}")
+    for name in (fields["qkv_bias"], fields["cls_token"]):
+        if not all(isinstance(value, bool) for value in spec[name]):
+            raise ValueError(f"`{name}` must be true or false in every stage. Received: {spec[name]}")
+    stages = zip(*(spec[name] for name in fields.values()))
+    return Variant(tuple(Stage(**dict(zip(fields, values))) for values in stages), activation=activation)
+
+
+def read(file, channels):
+    """config.json, and preprocessor_config.json beside it if there is one -> `Variant` and preprocessing.
+
+    Args:
+        file: the path of config.json.
+        channels: of the images.
+
+    Raises:
+        CheckpointError: for a file that is missing, or says what can't be.
+    """
+    if not file.exists():
+        raise CheckpointError(
+            f"{file.name} must lie beside it, as heads and strides do not show in the weights: or give `variant`"
+        )
+    with _told(f"{file.name} is no config of a CvT"):
+        config = runs.read_json(file)
+        if config["model_type"] != "cvt":
+            raise ValueError(f"`model_type` must be cvt. Received: {config['model_type']}")
+        variant = variant_from_transformers(config)
+        labels = config.get("id2label", {})
+        if not all(isinstance(name, str) for name in labels.values()):
+            raise ValueError(f"`id2label` must hold names. Received: {labels}")
+        names = [labels.get(str(i)) for i in range(len(labels))]
+    preprocessing = published_preprocessing(variant, channels, "")
+    # transformers' own names, where nobody named the classes
+    nameless = None in names or all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    preprocessing["class_names"] = None if nameless else names
+    file = file.with_name(state_dicts.PROCESSOR)
+    if file.exists():
+        with _told(f"{file.name} is no config of an image processor"):
+            preprocessing |= _processor(runs.read_json(file), preprocessing, channels)
+    return variant, preprocessing
+
+
+@contextlib.contextmanager
+def _told(what):
+    """What is wrong with a file that anybody may have written, in one line."""
+    try:
+        yield
+    except (runs.RunError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else state_dicts.first_line(error)
+        raise CheckpointError(f"{what}: {reason}") from error
+
+
+def _processor(config, default, channels):
+    """Mean, std and image size of a preprocessor_config.json, for pixels in 0..1."""
+    found = {"mean": config.get("image_mean", default["mean"]), "std": config.get("image_std", default["std"])}
+    if not config.get("do_normalize", True):
+        found = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    if config.get("rescale_offset"):
+        raise ValueError(f"`rescale_offset` is not known here. Received: {config['rescale_offset']}")
+    scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"`rescale_factor` must be a positive number. Received: {config['rescale_factor']}")
+    for name, values in found.items():
+        if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
+            raise ValueError(f"`image_{name}` must be a list of {channels} numbers. Received: {values}")
+        found[name] = [value / scale for value in values]
+    check_statistics(**found, channels=channels)
+    size = config.get("size", default["image_size"])
+    if config.get("do_center_crop", True):
+        size = config.get("crop_size", size)
+    if isinstance(size, dict):
+        size = [size["shortest_edge"]] * 2 if "shortest_edge" in size else [size["height"], size["width"]]
+    sides = [size, size] if isinstance(size, int) else list(size)
+    if len(sides) != 2:
+        raise ValueError(f"`size` must be one side or two. Received: {size}")
+    return {**found, "image_size": [int(side) for side in sides]}
+
+
+def published_preprocessing(variant, channels, name):
+    """How the published weights were trained, where no file says it.
+
+    Args:
+        variant: the network.
+        channels: of the images; of 3 mean and std are ImageNet's, of others unknown.
+        name: of the file of weights, which says the resolution if it is called as the authors' are.
+    """
+    found = re.search(r"(?:^|[-_.])(\d{2,4})x(\d{2,4})(?:$|[-_.])", name)
+    widest = variant.stages[-1].dim == VARIANTS["cvt_w24"].stages[-1].dim
+    size = [int(side) for side in found.groups()] if found else [384 if widest else 224] * 2
+    mean, std = (list(IMAGENET_MEAN), list(IMAGENET_STD)) if channels == 3 else (None, None)
+    return {"mean": mean, "std": std, "class_names": None, "image_size": size}
+
+
+def without_stem(variant, code):
+    variant = get_variant(variant)
+    if variant.stem:
+        raise ValueError(f"{code} has no stem, so no weights for one. Received: a variant with stem={variant.stem}")
+    return variant

@@ -1,0 +1,144 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.network import GOLDEN
+from cvt_keras import VARIANTS, Stage, Variant, configs
+from cvt_keras.configs import transformers_config, variant_from_microsoft, variant_from_transformers
+from cvt_keras.state_dicts import CheckpointError
+
+TINY = Variant((Stage(8, 1, 1, 7, 4, 2), Stage(16, 2, 2, drop_path=0.1, cls_token=True)), activation="gelu")
+
+
+def _write(folder, processor=None, **change):
+    """A folder's config.json, and its preprocessor_config.json: dicts, or the text of one -> the path of the first."""
+    names = {str(i): f"class {i}" for i in range(5)}
+    (folder / "config.json").write_text(json.dumps({**transformers_config(TINY), "id2label": names, **change}))
+    if processor is not None:
+        text = processor if isinstance(processor, str) else json.dumps(processor)
+        (folder / "preprocessor_config.json").write_text(text)
+    return folder / "config.json"
+
+
+# === Networks ===
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("KERNEL_QKV", [3, 5, 3]), ("DROP_RATE", [0, 0, 0.1]), ("ATTN_DROP_RATE", [0.1, 0, 0]), ("POS_EMBED", [1, 0, 0])],
+)
+def test_a_setting_that_the_network_has_not_is_refused(key, value):
+    with np.load(GOLDEN / "ms_tiny_64x64.npz") as arrays:
+        spec = json.loads(bytes(arrays["spec_json"]))
+    with pytest.raises(ValueError) as error:
+        variant_from_microsoft({**spec, key: value})
+    assert f"`{key}`" in str(error.value)
+    assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["cvt_13", "cvt_21", "cvt_w24"])
+def test_a_config_and_back(name):
+    variant = variant_from_transformers(json.loads(json.dumps(transformers_config(name))))
+    assert variant == dataclasses.replace(VARIANTS[name], activation="gelu")
+
+
+def test_a_config_leaves_out_what_is_as_in_cvt_13():
+    config = {"model_type": "cvt", "depth": [1, 4, 16]}
+    assert variant_from_transformers(config) == dataclasses.replace(VARIANTS["cvt_21"], activation="gelu")
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        ({"model_type": "vit"}, "`model_type` must be cvt. Received: vit"),
+        ({"depth": [1]}, "each stage"),
+        ({"depth": [1, "x"]}, "'x'"),
+        ({"kernel_qkv": [3, 5]}, "`kernel_qkv`"),
+        ({"kernel_qkv": [], "padding_q": [], "padding_kv": []}, "`kernel_qkv`"),
+        ({"padding_q": [1, 2]}, "`kernel_qkv`"),
+        ({"drop_rate": [0, 0.1]}, "`drop_rate`"),
+        ({"qkv_bias": ["yes", "yes"]}, "`qkv_bias`"),
+        ({"cls_token": [0, 1]}, "`cls_token`"),
+        ({"id2label": {"0": 1, "1": 2}}, "`id2label`"),
+    ],
+)
+def test_a_config_that_says_what_can_not_be_is_refused_in_a_line(change, part, tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        configs.read(_write(tmp_path, **change), 3)
+    [line] = str(error.value).splitlines()
+    assert line.startswith("config.json is no config of a CvT: ")
+    assert part in line
+
+
+@pytest.mark.parametrize("text, part", [("{", "broken"), ("[]", "list"), ("{}", "no 'model_type'")])
+def test_a_file_that_is_no_config_is_told(text, part, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"config.json is no config of a CvT.*{part}"):
+        configs.read(tmp_path / "config.json", 3)
+
+
+# === Images ===
+
+
+def test_class_names_are_those_that_somebody_gave(tmp_path):
+    variant, preprocessing = configs.read(_write(tmp_path), 3)
+    assert variant == TINY
+    assert preprocessing["class_names"] == [f"class {i}" for i in range(5)]
+    _, preprocessing = configs.read(_write(tmp_path, id2label={str(i): f"LABEL_{i}" for i in range(5)}), 3)
+    assert preprocessing["class_names"] is None
+
+
+@pytest.mark.parametrize(
+    "processor, expected",
+    [
+        (None, {"image_size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}),
+        ({}, {"image_size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}),
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}),
+        ({"size": 96}, {"image_size": [96, 96]}),
+        ({"size": {"shortest_edge": 96}}, {"image_size": [96, 96]}),
+        ({"size": {"height": 64, "width": 96}}, {"image_size": [64, 96]}),
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, {"image_size": [224, 224]}),
+        ({"size": 96, "crop_size": 64, "do_center_crop": False}, {"image_size": [96, 96]}),
+        ({"do_normalize": False}, {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}),
+        ({"do_normalize": False, "rescale_factor": 0.00392156}, {"mean": [0.0] * 3, "std": [1 / (255 * 0.00392156)] * 3}),
+        # Means and deviations of pixels in 0..255 and in 0..2.
+        (
+            {"do_rescale": False, "image_mean": [51, 102, 255], "image_std": [51, 51, 51]},
+            {"mean": [0.2, 0.4, 1], "std": [0.2] * 3},
+        ),
+        ({"rescale_factor": 2 / 255, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]}, {"mean": [0.5] * 3, "std": [0.5] * 3}),
+    ],
+)
+def test_every_form_of_an_image_processor_is_understood(processor, expected, tmp_path):
+    _, found = configs.read(_write(tmp_path, processor), 3)
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_imagenets_mean_is_not_that_of_four_channels(tmp_path):
+    _, found = configs.read(_write(tmp_path), 4)
+    assert (found["mean"], found["std"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "processor, part",
+    [
+        ("[]", "list"),
+        ({"size": {"longest": 3}}, "no 'height'"),
+        ({"size": [1, 2, 3]}, "`size`"),
+        ({"image_mean": 3}, "`image_mean`"),
+        ({"image_mean": [0.5, 0.5, 0.5, 0.5]}, "`mean`"),
+        ('{"image_mean": [0.5, 0.5, NaN]}', "`mean`"),
+        ({"image_mean": [1.5, 0.5, 0.5]}, "`mean`"),  # which no classifier takes
+        ({"image_std": [0.5, 0, 0.5]}, "`std`"),
+        ({"rescale_factor": 0}, "`rescale_factor`"),
+        ({"rescale_offset": True}, "`rescale_offset`"),
+    ],
+)
+def test_an_image_processor_that_can_not_be_is_refused_in_a_line(processor, part, tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        configs.read(_write(tmp_path, processor), 3)
+    [line] = str(error.value).splitlines()
+    assert line.startswith("preprocessor_config.json is no config of an image processor: ")
+    assert part in line
