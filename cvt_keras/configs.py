@@ -9,7 +9,7 @@ import keras
 from cvt_keras import runs, state_dicts
 from cvt_keras.model import check_statistics, cvt_of
 from cvt_keras.state_dicts import CheckpointError
-from cvt_keras.variants import VARIANTS, Stage, Variant, get_variant
+from cvt_keras.variants import VARIANTS, Stage, Variant, get_variant, is_integer
 
 # Both sources trained on ImageNet's mean and std; the authors' files do not say so, their yaml files do.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -74,6 +74,9 @@ def variant_from_transformers(config):
     """
     defaults = {**transformers_config(VARIANTS["cvt_13"]), "drop_rate": [], "attention_drop_rate": []}
     config = {**defaults, **config}
+    for name in (*_CONFIG_FIELDS.values(), "kernel_qkv", "padding_q", "padding_kv", "drop_rate", "attention_drop_rate"):
+        if not isinstance(config[name], list):
+            raise ValueError(f"`{name}` must be a list with an entry for each stage. Received: {config[name]}")
     _require_off(config, ("drop_rate", "attention_drop_rate"))
     _require_kernel(config, "kernel_qkv", "padding_q", "padding_kv")
     return _variant(config, _CONFIG_FIELDS, "gelu")
@@ -103,7 +106,9 @@ def transformers_processor(model):
     """
     model = cvt_of(model)
     channels = model.input_shape[-1]
-    height, width = model.preprocessing["image_size"] or (side or 224 for side in model.input_shape[1:3])
+    height, width = model.input_shape[1:3]
+    if None in (height, width):
+        height, width = model.preprocessing["image_size"] or (224, 224)
     return {
         "image_processor_type": "ViTImageProcessor",  # the one that stretches to any size
         "do_resize": True,
@@ -155,12 +160,12 @@ def read(file, channels):
             f"{file.name} must lie beside it, as heads and strides do not show in the weights: or give `variant`"
         )
     with _told(f"{file.name} is no config of a CvT"):
-        config = runs.read_json(file)
-        if config["model_type"] != "cvt":
-            raise ValueError(f"`model_type` must be cvt. Received: {config['model_type']}")
+        config = _read_object(file)
+        if config.get("model_type") != "cvt":
+            raise ValueError(f"`model_type` must be cvt. Received: {config.get('model_type')}")
         variant = variant_from_transformers(config)
         labels = config.get("id2label", {})
-        if not all(isinstance(name, str) for name in labels.values()):
+        if not isinstance(labels, dict) or not all(isinstance(name, str) for name in labels.values()):
             raise ValueError(f"`id2label` must hold names. Received: {labels}")
         names = [labels.get(str(i)) for i in range(len(labels))]
     preprocessing = published_preprocessing(variant, channels, "")
@@ -170,8 +175,15 @@ def read(file, channels):
     file = file.with_name(state_dicts.PROCESSOR)
     if file.exists():
         with _told(f"{file.name} is no config of an image processor"):
-            preprocessing |= _processor(runs.read_json(file), preprocessing, channels)
+            preprocessing |= _processor(_read_object(file), preprocessing, channels)
     return variant, preprocessing
+
+
+def _read_object(file):
+    found = runs.read_json(file)
+    if not isinstance(found, dict):
+        raise ValueError(f"it must hold a JSON object. Received: {type(found).__name__}")
+    return found
 
 
 @contextlib.contextmanager
@@ -179,9 +191,8 @@ def _told(what):
     """What is wrong with a file that anybody may have written, in one line."""
     try:
         yield
-    except (runs.RunError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else state_dicts.first_line(error)
-        raise CheckpointError(f"{what}: {reason}") from error
+    except (runs.RunError, ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{what}: {state_dicts.first_line(error)}") from error
 
 
 def _processor(config, default, channels):
@@ -191,11 +202,12 @@ def _processor(config, default, channels):
         found = {"mean": [0.0] * channels, "std": [1.0] * channels}
     if config.get("rescale_offset"):
         raise ValueError(f"`rescale_offset` is not known here. Received: {config['rescale_offset']}")
-    scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"`rescale_factor` must be a positive number. Received: {config['rescale_factor']}")
+    factor = config.get("rescale_factor", 1 / 255)
+    if not _is_number(factor) or not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"`rescale_factor` must be a positive number. Received: {factor}")
+    scale = 255 * factor if config.get("do_rescale", True) else 255
     for name, values in found.items():
-        if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
+        if not isinstance(values, list) or not all(map(_is_number, values)):
             raise ValueError(f"`image_{name}` must be a list of {channels} numbers. Received: {values}")
         found[name] = [value / scale for value in values]
     check_statistics(**found, channels=channels)
@@ -203,11 +215,16 @@ def _processor(config, default, channels):
     if config.get("do_center_crop", True):
         size = config.get("crop_size", size)
     if isinstance(size, dict):
-        size = [size["shortest_edge"]] * 2 if "shortest_edge" in size else [size["height"], size["width"]]
-    sides = [size, size] if isinstance(size, int) else list(size)
-    if len(sides) != 2:
-        raise ValueError(f"`size` must be one side or two. Received: {size}")
-    return {**found, "image_size": [int(side) for side in sides]}
+        sides = [size["shortest_edge"]] * 2 if "shortest_edge" in size else [size.get("height"), size.get("width")]
+    else:
+        sides = size if isinstance(size, list) else [size, size]
+    if len(sides) != 2 or not all(is_integer(side) for side in sides):
+        raise ValueError(f"`size` must be a side in pixels, or height and width. Received: {size}")
+    return {**found, "image_size": sides}
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def published_preprocessing(variant, channels, name):

@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,7 +336,7 @@ def _read_pytorch(file, variant):
         weights = layout.weights(found, num_classes, channels)
     except ValueError as error:
         if variant is not None:
-            raise
+            raise ValueError(f"`variant` can't be what {file} is of: {error}") from error
         raise CheckpointError(f"{network} is of no such network: {error}") from error
     _require_fit(state_dict, weights, network)
     try:
@@ -344,12 +345,15 @@ def _read_pytorch(file, variant):
         said = state_dicts.PROCESSOR if name == "transformers" else "its name"
         raise CheckpointError(f"the image size that {said} gives does not fit its network: {error}") from error
     names = preprocessing["class_names"]
-    preprocessing["class_names"] = names if names and len(names) == num_classes else None
+    if names and len(names) != num_classes:
+        raise CheckpointError(f"{network} names {len(names)} classes, and the weights are of {num_classes}")
     return Checkpoint(state_dict, weights, found, num_classes, channels, preprocessing)
 
 
 def _read_keras(file, variant):
     """A `CvT` saved by Keras, or a classifier around one, as a checkpoint of Keras' own paths."""
+    if not zipfile.is_zipfile(file):
+        raise CheckpointError(f"it is damaged or no .keras file: {state_dicts.advice(file)}")
     try:
         model = cvt_of(keras.saving.load_model(file, compile=False))
     except (MemoryError, PermissionError):
@@ -358,7 +362,7 @@ def _read_keras(file, variant):
         raise CheckpointError(f"it holds no CvT ({state_dicts.first_line(error)})") from error
     arrays = {weight.path: keras.ops.convert_to_numpy(weight) for weight in model.weights}
     preprocessing = dict(model.preprocessing)
-    if preprocessing["image_size"] is None and None not in model.input_shape[1:3]:
+    if None not in model.input_shape[1:3]:
         preprocessing["image_size"] = list(model.input_shape[1:3])
     return Checkpoint(
         arrays,
@@ -523,7 +527,7 @@ def main(argv):
     parser.add_argument(
         "--variant",
         metavar="NAME",
-        help=f"one of {', '.join(VARIANTS)}, where the checkpoint does not show which network it is of",
+        help=f"one of {', '.join(PAPER)}, where the checkpoint does not show which network it is of",
     )
     arguments = parser.parse_args(argv)
     source, out = arguments.source, arguments.out
@@ -552,9 +556,9 @@ def main(argv):
         return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("stopped; nothing was written", 130)
-    height, width = model.preprocessing["image_size"]
+    size = "x".join(map(str, model.preprocessing["image_size"] or ["any size"]))
     print(
-        f"{out}: {model.count_params():,} weights, {model.num_classes} classes, images of {height}x{width}, "
+        f"{out}: {model.count_params():,} weights, {model.num_classes} classes, images of {size}, "
         f"{model.variant.activation}, {out.stat().st_size / 1e6:.1f} MB"
     )
     return 0

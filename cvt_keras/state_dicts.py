@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,9 @@ def locate(source):
 def _file_in(folder):
     """The file of weights in a folder that transformers saved."""
     if not (folder / CONFIG).exists():
-        raise CheckpointError(f"the folder has no {CONFIG}, so is none of transformers")
+        raise CheckpointError(
+            f"the folder has no {CONFIG}, so is none of transformers: give the file of weights, and `variant`"
+        )
     for name in FILES:
         if (folder / name).exists():
             return folder / name
@@ -70,13 +73,24 @@ def _download(hub_id):
     for cached in (True, False):
         try:
             folder = snapshot(FILES[0], cached)
-            return _file_in(folder if (folder / FILES[0]).exists() else snapshot(FILES[1], cached))
+            file = _file_in(folder if (folder / FILES[0]).exists() else snapshot(FILES[1], cached))
+            break
         except Exception as error:  # of the hub's, of its HTTP library's, or the system's
             if not cached:
                 raise CheckpointError(
                     f"it is no file or folder here, and can't be had from the hub ({first_line(error)}). Give a file, "
                     "or download the repository where there is a network"
                 ) from error
+    if not file.with_name(PROCESSOR).exists():
+        # Another program may have fetched the rest without it; not every repository has one.
+        try:
+            hub.hf_hub_download(hub_id, PROCESSOR)
+        except Exception as error:
+            warnings.warn(
+                f"{hub_id} has no {PROCESSOR} ({first_line(error)}): image size, mean and std are taken to be the paper's",
+                stacklevel=2,
+            )
+    return file
 
 
 def read(file):
@@ -120,21 +134,24 @@ def _read_torch(file):
                     raise CheckpointError(f"its record {damaged} is damaged: download it again")
                 if any(name.endswith("/constants.pkl") for name in records.namelist()):
                     raise CheckpointError(f"it is a program, by TorchScript, which would run: refused. {_SAVE_TENSORS}")
-        # Mapped, the arrays of an archive do not fill the memory a second time.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the errors say all that there is to say
+            # Mapped, the arrays of an archive do not fill the memory a second time.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
     except (CheckpointError, MemoryError, PermissionError):
         raise
     except Exception as error:  # which one depends on where the file is damaged
-        if wanted := re.search(r"Unsupported (?:global: GLOBAL|class|function) (\S+)", str(error)):
+        if wanted := re.search(r"[Uu]nsupported (?:global: |)(?:GLOBAL|class|function) (\S+)", str(error)):
             raise CheckpointError(
                 f"it holds more than tensors, and to load {wanted[1]} would let it run code: refused. {_SAVE_TENSORS}"
             ) from error
         if "legacy .tar format" in str(error):
             raise CheckpointError(f"it is in PyTorch's oldest form, which would run code: refused. {_SAVE_TENSORS}") from error
         # Of PyTorch's long advice, which is to read it unsafely, the reason is what counts.
-        reason = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        reason = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
         reason = reason[1].rstrip(".: ") if reason else first_line(error)
-        raise CheckpointError(f"it is damaged or no checkpoint of PyTorch ({reason}): {_advice(file)}") from error
+        reason = "" if "weights_only" in reason else f" ({reason})"
+        raise CheckpointError(f"it is damaged or no checkpoint of PyTorch{reason}: {advice(file)}") from error
 
 
 def _read_safetensors(file):
@@ -150,15 +167,17 @@ def _read_safetensors(file):
     except (CheckpointError, MemoryError, PermissionError):
         raise
     except Exception as error:
-        raise CheckpointError(f"it is damaged or no checkpoint ({first_line(error)}): {_advice(file)}") from error
+        raise CheckpointError(f"it is damaged or no checkpoint ({first_line(error)}): {advice(file)}") from error
 
 
-def _advice(file):
-    """What to do about a file that can't be read."""
+def advice(file):
+    """What to do about a file that can't be read, by what it begins with."""
     with open(file, "rb") as opened:
         start = opened.read(64)
     if start.startswith(b"version https://git-lfs"):
         return "it is git-lfs' pointer to the file: run git lfs pull where it was cloned"
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page: download the file behind it"
     if file.suffix != ".safetensors" and start[8:9] == b"{":
         return "it looks like safetensors: call it .safetensors"
     return "download it again"

@@ -55,6 +55,9 @@ def test_a_config_leaves_out_what_is_as_in_cvt_13():
         ({"model_type": "vit"}, "`model_type` must be cvt. Received: vit"),
         ({"depth": [1]}, "each stage"),
         ({"depth": [1, "x"]}, "'x'"),
+        ({"depth": None}, "`depth`"),
+        ({"embed_dim": 64}, "`embed_dim`"),
+        ({"id2label": ["cat"]}, "`id2label`"),
         ({"kernel_qkv": [3, 5]}, "`kernel_qkv`"),
         ({"kernel_qkv": [], "padding_q": [], "padding_kv": []}, "`kernel_qkv`"),
         ({"padding_q": [1, 2]}, "`kernel_qkv`"),
@@ -72,10 +75,10 @@ def test_a_config_that_says_what_can_not_be_is_refused_in_a_line(change, part, t
     assert part in line
 
 
-@pytest.mark.parametrize("text, part", [("{", "broken"), ("[]", "list"), ("{}", "no 'model_type'")])
+@pytest.mark.parametrize("text, part", [("{", "broken"), ("[]", "JSON object.*list"), ("{}", "`model_type`")])
 def test_a_file_that_is_no_config_is_told(text, part, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=f"config.json is no config of a CvT.*{part}"):
+    with pytest.raises(CheckpointError, match=rf"config\.json is no config of a CvT.*{part}"):
         configs.read(tmp_path / "config.json", 3)
 
 
@@ -124,8 +127,12 @@ def test_imagenets_mean_is_not_that_of_four_channels(tmp_path):
 @pytest.mark.parametrize(
     "processor, part",
     [
-        ("[]", "list"),
-        ({"size": {"longest": 3}}, "no 'height'"),
+        ("[]", "JSON object"),
+        ({"size": {"longest": 3}}, "`size`"),
+        ({"size": 224.7}, "`size`"),
+        ({"size": "large"}, "`size`"),
+        ({"image_mean": [True, True, True]}, "`image_mean`"),
+        ({"rescale_factor": "1/255"}, "`rescale_factor`"),
         ({"size": [1, 2, 3]}, "`size`"),
         ({"image_mean": 3}, "`image_mean`"),
         ({"image_mean": [0.5, 0.5, 0.5, 0.5]}, "`mean`"),

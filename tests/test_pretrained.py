@@ -434,6 +434,7 @@ def test_any_size_of_image_will_do(tiny_folder):
     model = CvT.from_pretrained(tiny_folder, input_shape=(96, 64, 3))
     assert model.input_shape == (None, 96, 64, 3)
     assert model.preprocessing["image_size"] == [64, 64]  # the checkpoint's
+    assert transformers_processor(model)["size"] == {"height": 96, "width": 64}  # what it is for now
     free = CvT.from_pretrained(tiny_folder, input_shape=(None, None, 3))
     images = np.random.default_rng(0).normal(size=(1, 96, 64, 3)).astype("float32")
     np.testing.assert_allclose(
@@ -469,10 +470,12 @@ def test_a_keras_file_is_a_source_too(tiny_folder, tmp_path):
         assert CvT.from_pretrained(tmp_path / "plain.keras").input_shape == (None, side, side, 3)
     other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     other.save(tmp_path / "other.keras")
-    (tmp_path / "text.keras").write_text("hello")
-    for name in ("other.keras", "text.keras"):
-        with pytest.raises(CheckpointError, match=rf"{name}: it holds no CvT"):
-            CvT.from_pretrained(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"other\.keras: it holds no CvT"):
+        CvT.from_pretrained(tmp_path / "other.keras")
+    for text, said in {"hello": "download it again", "version https://git-lfs.github.com": "git lfs pull"}.items():
+        (tmp_path / "text.keras").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"text\.keras: it is damaged or no \.keras file: .*{said}"):
+            CvT.from_pretrained(tmp_path / "text.keras")
 
 
 def test_a_variant_is_a_shape_and_the_weights_know_the_activation(tmp_path):
@@ -539,6 +542,10 @@ def test_the_way_back_is_float32_whatever_the_precision(dtype, tiny_folder):
         (
             lambda folder: safetensors.numpy.save_file(_arrays(transformers_weights(TINY, 0)), folder / "model.safetensors"),
             ["classifier.weight", "a class at least"],
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text(json.dumps(_config(TINY, 4))),
+            ["config.json names 4 classes, and the weights are of 5"],
         ),
     ],
 )
@@ -740,6 +747,9 @@ def test_the_commands_variant_is_heard(tmp_path, capsys):
     assert "give `variant`" in capsys.readouterr().err
     assert pretrained.main([str(file), str(tmp_path / "out.keras"), "--variant", "cvt_tiny"]) == 0
     assert keras.saving.load_model(tmp_path / "out.keras").variant == VARIANTS["cvt_tiny"]
+    CvT("cvt_tiny", 5, (None, None, 3)).save(tmp_path / "any.keras")
+    assert pretrained.main([str(tmp_path / "any.keras"), str(tmp_path / "any-out.keras")]) == 0
+    assert "images of any size" in capsys.readouterr().out
     assert pretrained.main([str(file), str(tmp_path / "more.keras"), "--variant", "cvt_14"]) == 2
     assert "'cvt_14'" in capsys.readouterr().err
 

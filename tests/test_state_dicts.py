@@ -1,4 +1,6 @@
 import json
+import os
+import pickle
 import sys
 import tarfile
 import threading
@@ -66,6 +68,13 @@ class Anything:
     pass
 
 
+class _Run:
+    """Runs a command where it is read without care."""
+
+    def __reduce__(self):
+        return os.system, ("echo read without care >&2",)
+
+
 def _write_tar(path):
     with tarfile.open(path, "w:") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
@@ -95,7 +104,9 @@ def _write_tar(path):
         ("list.pth", lambda path: torch.save([torch.ones(3)], path), ["no state dict", "list"]),
         ("numbers.pth", lambda path: torch.save({1: torch.ones(3)}, path), ["no state dict"]),
         ("nothing.pth", lambda path: torch.save({}, path), ["no state dict"]),
-        ("page.pth", lambda path: path.write_text("<!DOCTYPE html><html></html>"), ["damaged or no checkpoint", "download it"]),
+        ("system.pth", lambda path: torch.save({"model": _tensors(), "x": _Run()}, path), ["posix.system", "refused"]),
+        ("page.pth", lambda path: path.write_text("<!DOCTYPE html><html></html>"), ["damaged or no checkpoint", "web page"]),
+        ("plain.pth", lambda path: path.write_bytes(pickle.dumps({"a": 1})), ["damaged or no checkpoint"]),
         ("empty.pth", lambda path: path.write_bytes(b""), ["damaged"]),
         ("text.pth", lambda path: path.write_text("hello world\n" * 99), ["damaged"]),
         ("text.safetensors", lambda path: path.write_text("hello world\n" * 99), ["damaged", "download it"]),
@@ -105,7 +116,7 @@ def _write_tar(path):
         ("weights.h5", lambda path: path.write_text("hello"), [".pth, .pt, .bin, .safetensors, .keras"]),
     ],
 )
-def test_what_is_no_checkpoint_is_told_in_a_line(name, write, parts, tmp_path):
+def test_what_is_no_checkpoint_is_told_in_a_line(name, write, parts, tmp_path, capsys):
     write(tmp_path / name)
     with pytest.raises(CheckpointError) as error:
         state_dicts.read(tmp_path / name)
@@ -113,6 +124,8 @@ def test_what_is_no_checkpoint_is_told_in_a_line(name, write, parts, tmp_path):
     for part in parts:
         assert part in line, line
     assert "weights_only" not in line  # PyTorch's advice: to switch it off
+    assert " ()" not in line
+    assert not capsys.readouterr().err
 
 
 def test_a_flipped_bit_in_an_archive_is_found(tmp_path):
@@ -204,10 +217,13 @@ class _Hub(BaseHTTPRequestHandler):
             body = json.dumps(files).encode()
         elif self.path.startswith("/api/models/"):
             body = json.dumps({"id": "microsoft/tiny", "sha": "0" * 40, "siblings": [], "tags": []}).encode()
-        elif self.path.startswith("/microsoft/tiny/resolve/"):
+        elif self.path.startswith("/microsoft/tiny/resolve/") and (self.folder / name).exists():
             body = (self.folder / name).read_bytes()
         else:
-            self.send_error(404)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return b""
         self.send_response(200)
         for header, value in {"Content-Length": len(body), "ETag": f'"{name}"', "X-Repo-Commit": "0" * 40}.items():
@@ -245,11 +261,23 @@ def hub(folder, cache, monkeypatch):
     server.shutdown()
 
 
+def test_a_cache_without_the_processors_config_gets_it(hub, cache, monkeypatch):
+    with pytest.warns(UserWarning, match=r"has no preprocessor_config\.json \(404"):
+        file = state_dicts.locate("microsoft/tiny")
+    (hub.folder / "preprocessor_config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.warns(UserWarning, match=r"microsoft/tiny has no preprocessor_config\.json .*taken to be the paper's"):
+        state_dicts.locate("microsoft/tiny")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert state_dicts.locate("microsoft/tiny") == file
+    assert file.with_name("preprocessor_config.json").exists()
+
+
 @pytest.mark.parametrize("names", [("model.safetensors",), ("pytorch_model.bin",), ("model.safetensors", "pytorch_model.bin")])
 def test_a_hub_id_is_downloaded_once(names, hub, cache, monkeypatch):
     contents = (hub.folder / "model.safetensors").read_bytes()
     (hub.folder / "model.safetensors").unlink()
-    for name in (*names, "README.md"):
+    for name in (*names, "preprocessor_config.json", "README.md"):
         (hub.folder / name).write_bytes(contents)
     for source in ("microsoft/tiny", "microsoft/tiny/"):
         file = state_dicts.locate(source)
@@ -257,7 +285,7 @@ def test_a_hub_id_is_downloaded_once(names, hub, cache, monkeypatch):
         assert file.is_relative_to(cache)
         assert file.with_name("config.json").exists()
     fetched = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
-    assert fetched == {"config.json", names[0]}
+    assert fetched == {"config.json", "preprocessor_config.json", names[0]}
     asked = len(hub.asked)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert state_dicts.locate("microsoft/tiny") == file
@@ -265,6 +293,7 @@ def test_a_hub_id_is_downloaded_once(names, hub, cache, monkeypatch):
 
 
 def test_a_download_that_was_broken_off_is_completed(hub, cache, monkeypatch):
+    (hub.folder / "preprocessor_config.json").write_text("{}")
     file = state_dicts.locate("microsoft/tiny")
     file.unlink()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

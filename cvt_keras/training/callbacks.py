@@ -1,6 +1,7 @@
 """Only what Keras lacks."""
 
 import math
+import os
 import shutil
 import signal
 import threading
@@ -67,12 +68,13 @@ class StopAfterStep(keras.callbacks.Callback):
     def _hold(self, number, frame):
         if self._received is not None:
             self._answer()
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
         self._received = number
 
     def _answer(self):
-        number, self._received = self._received, None
-        if number is not None:
-            self._answers[number](number, None)
+        if self._received is not None:
+            self._answers[self._received](self._received, None)
+            self._received = None  # not before: where it strikes in a garbage collector's callback, what it raises is lost
 
 
 class Stopwatch(keras.callbacks.Callback):

@@ -75,6 +75,7 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         look = checkpoint.preprocessing if checkpoint else {}
     if checkpoint:
         recipe = dataclasses.replace(recipe, variant=named(checkpoint.variant))
+        print(f"starting from {recipe.weights}: {recipe.variant_name}, {checkpoint.variant.activation}", flush=True)
     source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
     if auto and recipe.dataset == "digits":
         because = "scikit-learn's digits stand in for CIFAR-10, as when this run began. For CIFAR-10 train in another --run-dir"
@@ -169,7 +170,7 @@ def _fit(recipe, run_dir, source, train, checkpoint):
         # A head of other classes, though as many, would have to be unlearned.
         head = checkpoint.preprocessing["class_names"] == list(source.class_names)
         checkpoint.load_into(classifier.get_layer("cvt"), head=head)
-        print("the head is the weights' own" if head else "the head is new: the weights are of other classes", flush=True)
+        print("the head is that of the weights" if head else "the head is new: the classes are others", flush=True)
     classifier.compile(
         optimizer=make_optimizer(recipe, classifier, steps * recipe.epochs),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
@@ -254,7 +255,7 @@ def _check(recipe, train):
     try:
         get_variant(recipe.variant).grids(recipe.image_size, recipe.image_size)
     except ValueError as error:
-        raise RecipeError(f"`variant` {recipe.variant_name} does not fit the images: {error}") from error
+        raise RecipeError(f"`image_size` is too small for {recipe.variant_name}: {error}") from error
 
 
 def resolve(recipe, stored=None):
@@ -272,7 +273,7 @@ def resolve(recipe, stored=None):
         left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
         if (
             recipe.weights
-            and _same_place(recipe.weights, stored.weights)
+            and _same_weights(recipe.weights, stored.weights)
             and _leaves_open(recipe.variant, get_variant(stored.variant))
         ):
             left_open.append("variant")
@@ -366,7 +367,7 @@ def _require_same(recipe, stored, run_dir):
     # the checkpoint's.
     if recipe.dataset != "folder" or _same_place(was["data_dir"], is_now["data_dir"]):
         names = [name for name in names if name != "data_dir"]
-    if _same_place(was["weights"], is_now["weights"]):
+    if _same_weights(was["weights"], is_now["weights"]):
         names = [name for name in names if name != "weights"]
     elif "variant" in names:  # which comes from the weights
         names = ["weights", *(name for name in names if name not in ("weights", "variant"))]
@@ -378,6 +379,11 @@ def _require_same(recipe, stored, run_dir):
 
 def _shown(value):
     return "a Variant of its own" if isinstance(value, Variant) else repr(value)
+
+
+def _same_weights(*paths):
+    """Whether they are called the same: where a file lies may have changed, or be told from another folder."""
+    return len({path and Path(path).name for path in paths}) == 1
 
 
 def _same_place(*paths):

@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Suppress
 
 from cvt_keras.data import sources
-from cvt_keras.variants import Variant, get_variant, named, to_dict
+from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
 
 
 class RecipeError(ValueError):
@@ -139,9 +139,12 @@ class Recipe:
 
     @property
     def variant_name(self):
-        """The variant's name; without one that of the weights, or `custom`."""
+        """The variant's name, with its activation where that is another; without one the weights' name, or `custom`."""
         if isinstance(self.variant, str):
             return self.variant
+        for name, known in VARIANTS.items():
+            if self.variant and dataclasses.replace(known, activation=self.variant.activation) == self.variant:
+                return f"{name}-{self.variant.activation}"
         if not self.weights:
             return "custom"
         # The last part of a path or hub id, without what ends a file's name.

@@ -539,7 +539,7 @@ def _same_backbone(run_dir, weights):
     return all(value for path, value in same.items() if not path.startswith("head/")), same["head/kernel"]
 
 
-def test_fine_tuning_starts_from_the_weights(short, weights, tmp_path):
+def test_fine_tuning_starts_from_the_weights(short, weights, tmp_path, capsys):
     recipe = dataclasses.replace(short, weights=weights, variant=None, image_size=48, peak_learning_rate=0.0)
     report = run(recipe, tmp_path / "run", evaluate_test=False)
     classifier = keras.saving.load_model(tmp_path / "run" / "model.keras")
@@ -552,6 +552,9 @@ def test_fine_tuning_starts_from_the_weights(short, weights, tmp_path):
     assert _same_backbone(tmp_path / "run", weights) == (True, False)
     assert (report.variant, report.image_size) == ("cvt_tiny", [48, 48])
     assert report.recipe["weights"] == weights
+    said = capsys.readouterr().out
+    assert f"starting from {weights}: cvt_tiny, quick_gelu" in said
+    assert "the head is new" in said
     assert report.recipe["variant"] == to_dict(VARIANTS["cvt_tiny"])
     assert report.macs == macs("cvt_tiny", (48, 48, 3), 10)
 
@@ -572,14 +575,14 @@ def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):
     recipe = dataclasses.replace(short, weights=weights, variant=None, epochs=2, layer_decay=0.5)
     whole = run(recipe, tmp_path / "whole", evaluate_test=False)
     _stop_in_second_epoch(recipe, tmp_path / "run", monkeypatch)
-    for other in ({"weights": None, "variant": "cvt_cifar"}, {"weights": "other.keras"}):
-        with pytest.raises(RecipeError, match=r"settings: weights was '.*tiny\.keras' and is (None|'other\.keras')\. Give"):
+    for other in ({"weights": None, "variant": "cvt_cifar"}, {"weights": str(Path(weights).with_name("other.keras"))}):
+        with pytest.raises(RecipeError, match=r"settings: weights was '.*tiny\.keras' and is (None|'.*other\.keras')\. Give"):
             run(dataclasses.replace(recipe, **other), tmp_path / "run", resume=True)
     # What the first epoch made of the weights is all that it takes: the file may be gone, its path spelled otherwise.
     Path(weights).rename(f"{weights}.away")
     try:
         monkeypatch.chdir(Path(weights).parent)
-        recipe = dataclasses.replace(recipe, weights=Path(weights).name)
+        recipe = dataclasses.replace(recipe, weights=f"elsewhere/{Path(weights).name}")
         again = run(recipe, tmp_path / "run", resume=True, evaluate_test=False)
         assert again.validation == whole.validation
         assert run(recipe, tmp_path / "run", resume=True, evaluate_test=False) == again
@@ -604,7 +607,7 @@ def test_a_variants_name_beside_weights_settles_the_shape_alone(short, weights, 
     recipe = dataclasses.replace(short, weights=str(tmp_path / "gelu.keras"), variant="cvt_tiny")
     report = run(recipe, tmp_path / "run", evaluate_test=False)
     assert report.recipe["variant"]["activation"] == "gelu"
-    assert report.variant == "gelu"  # called as its weights
+    assert report.variant == "cvt_tiny-gelu"
     assert run(recipe, tmp_path / "run", resume=True, evaluate_test=False) == report
 
 
