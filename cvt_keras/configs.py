@@ -164,7 +164,7 @@ def read(file, channels):
         if config.get("model_type") != "cvt":
             raise ValueError(f"`model_type` must be cvt. Received: {config.get('model_type')}")
         variant = variant_from_transformers(config)
-        labels = config.get("id2label", {})
+        labels = config.get("id2label") or {}
         if not isinstance(labels, dict) or not all(isinstance(name, str) for name in labels.values()):
             raise ValueError(f"`id2label` must hold names. Received: {labels}")
         names = [labels.get(str(i)) for i in range(len(labels))]
@@ -191,12 +191,13 @@ def _told(what):
     """What is wrong with a file that anybody may have written, in one line."""
     try:
         yield
-    except (runs.RunError, ValueError, TypeError, OSError) as error:
+    except (runs.RunError, ValueError, TypeError, OverflowError, OSError) as error:
         raise CheckpointError(f"{what}: {state_dicts.first_line(error)}") from error
 
 
 def _processor(config, default, channels):
     """Mean, std and image size of a preprocessor_config.json, for pixels in 0..1."""
+    config = {name: value for name, value in config.items() if value is not None}
     found = {"mean": config.get("image_mean", default["mean"]), "std": config.get("image_std", default["std"])}
     if not config.get("do_normalize", True):
         found = {"mean": [0.0] * channels, "std": [1.0] * channels}
@@ -237,7 +238,9 @@ def published_preprocessing(variant, channels, name):
     """
     found = re.search(r"(?:^|[-_.])(\d{2,4})x(\d{2,4})(?:$|[-_.])", name)
     widest = variant.stages[-1].dim == VARIANTS["cvt_w24"].stages[-1].dim
-    size = [int(side) for side in found.groups()] if found else [384 if widest else 224] * 2
+    size = [384 if widest else 224] * 2
+    if found and min(int(side) for side in found.groups()) >= variant.stride:  # or the numbers mean something else
+        size = [int(side) for side in found.groups()]
     mean, std = (list(IMAGENET_MEAN), list(IMAGENET_STD)) if channels == 3 else (None, None)
     return {"mean": mean, "std": std, "class_names": None, "image_size": size}
 

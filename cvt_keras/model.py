@@ -117,7 +117,7 @@ class CvT(keras.Model):
         if input_shape is not None and (not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3):
             raise ValueError(f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape!r}")
         checkpoint = pretrained.read(source, variant)
-        preprocessing = dict(checkpoint.preprocessing)
+        preprocessing = checkpoint.preprocessing | (kwargs.pop("preprocessing", None) or {})
         if num_classes is None:
             num_classes = checkpoint.num_classes
         elif num_classes != checkpoint.num_classes:
@@ -127,7 +127,6 @@ class CvT(keras.Model):
             raise ValueError(
                 f"`input_shape` must have the {checkpoint.channels} channels of {source}. Received: input_shape={input_shape}"
             )
-        preprocessing |= kwargs.pop("preprocessing", None) or {}
         model = cls(checkpoint.variant, num_classes, input_shape, preprocessing=preprocessing, **kwargs)
         checkpoint.load_into(model, head=num_classes == checkpoint.num_classes)
         return model

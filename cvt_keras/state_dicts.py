@@ -84,7 +84,7 @@ def _download(hub_id):
     if not file.with_name(PROCESSOR).exists():
         # Another program may have fetched the rest without it; not every repository has one.
         try:
-            hub.hf_hub_download(hub_id, PROCESSOR)
+            hub.hf_hub_download(hub_id, PROCESSOR, revision=file.parent.name)
         except Exception as error:
             warnings.warn(
                 f"{hub_id} has no {PROCESSOR} ({first_line(error)}): image size, mean and std are taken to be the paper's",
@@ -150,7 +150,7 @@ def _read_torch(file):
         # Of PyTorch's long advice, which is to read it unsafely, the reason is what counts.
         reason = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
         reason = reason[1].rstrip(".: ") if reason else first_line(error)
-        reason = "" if "weights_only" in reason else f" ({reason})"
+        reason = "" if "weights_only" in reason or "Unsupported operand" in reason else f" ({reason})"
         raise CheckpointError(f"it is damaged or no checkpoint of PyTorch{reason}: {advice(file)}") from error
 
 
@@ -176,6 +176,8 @@ def advice(file):
         start = opened.read(64)
     if start.startswith(b"version https://git-lfs"):
         return "it is git-lfs' pointer to the file: run git lfs pull where it was cloned"
+    if start[:1] == b"\x80" and b"\3" <= start[1:2] <= b"\5":
+        return f"as a plain pickle it could run code. {_SAVE_TENSORS}"
     if start.lstrip()[:1] == b"<":
         return "it is a web page: download the file behind it"
     if file.suffix != ".safetensors" and start[8:9] == b"{":

@@ -104,6 +104,7 @@ def test_class_names_are_those_that_somebody_gave(tmp_path):
         ({"size": {"height": 64, "width": 96}}, {"image_size": [64, 96]}),
         ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, {"image_size": [224, 224]}),
         ({"size": 96, "crop_size": 64, "do_center_crop": False}, {"image_size": [96, 96]}),
+        ({"size": 96, "crop_size": None, "image_mean": None, "rescale_factor": None}, {"image_size": [96, 96]}),
         ({"do_normalize": False}, {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}),
         ({"do_normalize": False, "rescale_factor": 0.00392156}, {"mean": [0.0] * 3, "std": [1 / (255 * 0.00392156)] * 3}),
         # Means and deviations of pixels in 0..255 and in 0..2.
@@ -133,6 +134,7 @@ def test_imagenets_mean_is_not_that_of_four_channels(tmp_path):
         ({"size": "large"}, "`size`"),
         ({"image_mean": [True, True, True]}, "`image_mean`"),
         ({"rescale_factor": "1/255"}, "`rescale_factor`"),
+        ({"rescale_factor": 10**400}, "too large"),
         ({"size": [1, 2, 3]}, "`size`"),
         ({"image_mean": 3}, "`image_mean`"),
         ({"image_mean": [0.5, 0.5, 0.5, 0.5]}, "`mean`"),

@@ -358,7 +358,7 @@ def test_the_authors_file_says_its_resolution_by_its_name(shallow_file, tmp_path
         "class_names": None,
         "image_size": [64, 96],
     }
-    for name in ("weights", "cvt13_2x4gpu", "cvt-2x2"):
+    for name in ("weights", "cvt13_2x4gpu", "cvt-2x2", "run_12x08"):
         assert configs.published_preprocessing(VARIANTS["cvt_13"], 3, name)["image_size"] == [224, 224]
     assert configs.published_preprocessing(VARIANTS["cvt_w24"], 3, "weights")["image_size"] == [384, 384]
 
@@ -507,6 +507,8 @@ def test_preprocessing_that_is_given_stands_beside_the_checkpoints(tiny_folder):
         "class_names": [f"class {i}" for i in range(5)],
         "image_size": [64, 64],
     }
+    model = CvT.from_pretrained(tiny_folder, preprocessing={"image_size": [96, 64]})
+    assert model.input_shape == (None, 96, 64, 3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed_bfloat16"])

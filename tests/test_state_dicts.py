@@ -106,7 +106,7 @@ def _write_tar(path):
         ("nothing.pth", lambda path: torch.save({}, path), ["no state dict"]),
         ("system.pth", lambda path: torch.save({"model": _tensors(), "x": _Run()}, path), ["posix.system", "refused"]),
         ("page.pth", lambda path: path.write_text("<!DOCTYPE html><html></html>"), ["damaged or no checkpoint", "web page"]),
-        ("plain.pth", lambda path: path.write_bytes(pickle.dumps({"a": 1})), ["damaged or no checkpoint"]),
+        ("plain.pth", lambda path: path.write_bytes(pickle.dumps({"a": 1})), ["plain pickle", "state_dict()"]),
         ("empty.pth", lambda path: path.write_bytes(b""), ["damaged"]),
         ("text.pth", lambda path: path.write_text("hello world\n" * 99), ["damaged"]),
         ("text.safetensors", lambda path: path.write_text("hello world\n" * 99), ["damaged", "download it"]),

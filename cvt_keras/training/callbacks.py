@@ -1,5 +1,6 @@
 """Only what Keras lacks."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -68,8 +69,9 @@ class StopAfterStep(keras.callbacks.Callback):
     def _hold(self, number, frame):
         if self._received is not None:
             self._answer()
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
         self._received = number
+        with contextlib.suppress(OSError):  # Ctrl-C ends the reader of a pipe too
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     def _answer(self):
         if self._received is not None:

@@ -75,7 +75,7 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         look = checkpoint.preprocessing if checkpoint else {}
     if checkpoint:
         recipe = dataclasses.replace(recipe, variant=named(checkpoint.variant))
-        print(f"starting from {recipe.weights}: {recipe.variant_name}, {checkpoint.variant.activation}", flush=True)
+        print(f"starting from {recipe.weights}: {recipe.variant_name}, with {checkpoint.variant.activation}", flush=True)
     source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
     if auto and recipe.dataset == "digits":
         because = "scikit-learn's digits stand in for CIFAR-10, as when this run began. For CIFAR-10 train in another --run-dir"
@@ -90,6 +90,7 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
     _check(recipe, train)
     if stored is not None:
         _require_same(recipe, stored, run_dir)
+        recipe = dataclasses.replace(recipe, weights=stored.weights)  # as recipe.json spells them
     counts = f"{len(train)} training, {len(source.validation)} validation, {len(test)} test images"
     print(f"{source.name}: {counts}{f' ({source.note})' if source.note else ''}", flush=True)
     # Not before everything is known to be there: a folder in the way would make the next try harder.
@@ -170,7 +171,9 @@ def _fit(recipe, run_dir, source, train, checkpoint):
         # A head of other classes, though as many, would have to be unlearned.
         head = checkpoint.preprocessing["class_names"] == list(source.class_names)
         checkpoint.load_into(classifier.get_layer("cvt"), head=head)
-        print("the head is that of the weights" if head else "the head is new: the classes are others", flush=True)
+        print(
+            "the head is that of the weights" if head else "the head is new: the weights do not name these classes", flush=True
+        )
     classifier.compile(
         optimizer=make_optimizer(recipe, classifier, steps * recipe.epochs),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
@@ -273,7 +276,7 @@ def resolve(recipe, stored=None):
         left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
         if (
             recipe.weights
-            and _same_weights(recipe.weights, stored.weights)
+            and _same_weights(stored.weights, recipe.weights)
             and _leaves_open(recipe.variant, get_variant(stored.variant))
         ):
             left_open.append("variant")
@@ -303,7 +306,7 @@ def _read_weights(recipe):
     except pretrained.CheckpointError:
         raise
     except ValueError as error:
-        way_out = "" if recipe.variant is None else ". The recipe finetune takes the network that the weights are of"
+        way_out = ". The recipe finetune, without --variant, takes the weights' own" if "`variant`" in str(error) else ""
         raise RecipeError(f"`weights` can't be started from: {error}{way_out}") from error
     except (ImportError, OSError) as error:
         raise pretrained.CheckpointError(f"{recipe.weights} can't be read: {error}") from error
@@ -381,9 +384,12 @@ def _shown(value):
     return "a Variant of its own" if isinstance(value, Variant) else repr(value)
 
 
-def _same_weights(*paths):
-    """Whether they are called the same: where a file lies may have changed, or be told from another folder."""
-    return len({path and Path(path).name for path in paths}) == 1
+def _same_weights(was, is_now):
+    """Whether these are the weights that a run began with: also where they were moved, or told from another folder."""
+    if was == is_now or was is None or is_now is None:
+        return was == is_now
+    before, after = Path(was).expanduser(), Path(is_now).expanduser()
+    return _same_place(was, is_now) or (before.name == after.name and after.exists() and not before.exists())
 
 
 def _same_place(*paths):

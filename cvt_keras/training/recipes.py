@@ -144,7 +144,7 @@ class Recipe:
             return self.variant
         for name, known in VARIANTS.items():
             if self.variant and dataclasses.replace(known, activation=self.variant.activation) == self.variant:
-                return f"{name}-{self.variant.activation}"
+                return name if known == self.variant else f"{name}-{self.variant.activation}"
         if not self.weights:
             return "custom"
         # The last part of a path or hub id, without what ends a file's name.

@@ -553,7 +553,7 @@ def test_fine_tuning_starts_from_the_weights(short, weights, tmp_path, capsys):
     assert (report.variant, report.image_size) == ("cvt_tiny", [48, 48])
     assert report.recipe["weights"] == weights
     said = capsys.readouterr().out
-    assert f"starting from {weights}: cvt_tiny, quick_gelu" in said
+    assert f"starting from {weights}: cvt_tiny, with quick_gelu" in said
     assert "the head is new" in said
     assert report.recipe["variant"] == to_dict(VARIANTS["cvt_tiny"])
     assert report.macs == macs("cvt_tiny", (48, 48, 3), 10)
@@ -571,6 +571,22 @@ def _stop_in_second_epoch(recipe, run_dir, monkeypatch):
         run(recipe, run_dir, evaluate_test=False)
 
 
+def test_the_weights_of_a_run_are_the_same_where_they_were_moved(tmp_path):
+    here, there = tmp_path / "a" / "model.keras", tmp_path / "b" / "model.keras"
+    there.parent.mkdir()
+    there.touch()
+    assert loop._same_weights(str(here), str(there))  # from where there is nothing
+    assert not loop._same_weights(str(there), str(here))
+    assert not loop._same_weights(str(here), str(there.with_name("other.keras")))
+    here.parent.mkdir()
+    here.touch()
+    assert not loop._same_weights(str(here), str(there))
+    assert not loop._same_weights("microsoft/cvt-13", "me/cvt-13")
+    assert loop._same_weights("microsoft/cvt-13", "microsoft/cvt-13")
+    assert loop._same_weights(str(here), f"{tmp_path}/b/../a/model.keras")
+    assert not loop._same_weights(None, str(here))
+
+
 def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):
     recipe = dataclasses.replace(short, weights=weights, variant=None, epochs=2, layer_decay=0.5)
     whole = run(recipe, tmp_path / "whole", evaluate_test=False)
@@ -578,13 +594,18 @@ def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):
     for other in ({"weights": None, "variant": "cvt_cifar"}, {"weights": str(Path(weights).with_name("other.keras"))}):
         with pytest.raises(RecipeError, match=r"settings: weights was '.*tiny\.keras' and is (None|'.*other\.keras')\. Give"):
             run(dataclasses.replace(recipe, **other), tmp_path / "run", resume=True)
-    # What the first epoch made of the weights is all that it takes: the file may be gone, its path spelled otherwise.
+    moved = tmp_path / Path(weights).name
+    shutil.copy(weights, moved)
+    with pytest.raises(RecipeError, match=r"weights was"):  # as long as both are there, they may be two
+        run(dataclasses.replace(recipe, weights=str(moved)), tmp_path / "run", resume=True)
+    # What the first epoch made of the weights is all that it takes: the file may be elsewhere, or gone.
     Path(weights).rename(f"{weights}.away")
     try:
-        monkeypatch.chdir(Path(weights).parent)
-        recipe = dataclasses.replace(recipe, weights=f"elsewhere/{Path(weights).name}")
-        again = run(recipe, tmp_path / "run", resume=True, evaluate_test=False)
+        monkeypatch.chdir(tmp_path)
+        again = run(dataclasses.replace(recipe, weights=moved.name), tmp_path / "run", resume=True, evaluate_test=False)
+        moved.unlink()
         assert again.validation == whole.validation
+        assert again.recipe["weights"] == weights
         assert run(recipe, tmp_path / "run", resume=True, evaluate_test=False) == again
     finally:
         Path(f"{weights}.away").rename(weights)
@@ -616,7 +637,7 @@ def test_a_variants_name_beside_weights_settles_the_shape_alone(short, weights, 
     [
         ({"variant": None, "weights": None}, RecipeError, "--weights SOURCE"),
         ({"variant": None, "weights": "nowhere.pth"}, RecipeError, "nowhere.pth"),
-        ({"variant": "cvt_13"}, RecipeError, "The recipe finetune takes"),
+        ({"variant": "cvt_13"}, RecipeError, "The recipe finetune, without --variant"),
         ({"variant": None, "weights": "{grey}"}, RecipeError, "3 channels.*1"),
     ],
 )

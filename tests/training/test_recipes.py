@@ -82,6 +82,9 @@ def test_settings_come_back_from_json(name):
 def test_a_variant_without_a_name_comes_back_too():
     recipe = dataclasses.replace(SMOKE, variant=Variant((Stage(8, 1, 1),)))
     assert recipe.variant_name == "custom"
+    assert dataclasses.replace(SMOKE, variant=VARIANTS["cvt_13"]).variant_name == "cvt_13"
+    gelu = dataclasses.replace(VARIANTS["cvt_13"], activation="gelu")
+    assert dataclasses.replace(SMOKE, variant=gelu).variant_name == "cvt_13-gelu"
     again = Recipe.from_settings(json.loads(json.dumps(recipe.settings())))
     assert again.variant == recipe.variant
 
