@@ -70,7 +70,9 @@ def lock(run_dir):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(f"another process trains in {run_dir}: wait for its end, or name another with --run-dir") from error
+            raise RunError(
+                f"another process is at work in {run_dir}: wait for its end, or name another with --run-dir"
+            ) from error
         except OSError:
             pass  # a file system without locks, as of some networks
         yield
@@ -116,6 +118,30 @@ def whole_folder(path):
         _sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch(folder):
+    """Gives a folder in `folder` to write to; what is not moved out of it by `place` is gone at the end.
+
+    What a process that was killed left of its own is removed too: enter it with a lock on `folder`.
+    """
+    for path in filter(_is_aside, folder.glob(".*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    aside = _aside(folder / "scratch")
+    try:
+        aside.mkdir()
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def place(written, path):
+    """Moves a file, or a folder that is not there yet, to where readers look for it: it appears whole."""
+    for part in (*(written.rglob("*") if written.is_dir() else ()), written):
+        _sync(part)
+    os.replace(written, path)
+    _sync(path.parent)
 
 
 def _aside(path):

@@ -47,7 +47,7 @@ def test_a_vacant_folder_is_absent_or_empty(tmp_path):
 def test_a_run_folder_is_for_one_process_at_a_time(tmp_path):
     with (
         runs.lock(tmp_path),
-        pytest.raises(runs.RunError, match=f"another process trains in {tmp_path}: "),
+        pytest.raises(runs.RunError, match=f"another process is at work in {tmp_path}: "),
         runs.lock(tmp_path),
     ):
         pass
@@ -117,3 +117,18 @@ def test_a_table_has_a_column_for_each_key(tmp_path):
     runs.write_csv(tmp_path / "history.csv", [{"epoch": 0, "loss": 0.5}, {"epoch": 1, "loss": 0.25}])
     assert (tmp_path / "history.csv").read_text().split() == ["epoch,loss", "0,0.5", "1,0.25"]
     assert [path.name for path in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_what_is_not_placed_is_gone(tmp_path):
+    (tmp_path / ".123-scratch").mkdir()  # of a process that was killed
+    with pytest.raises(RuntimeError), runs.scratch(tmp_path) as scratch:
+        assert [path.name for path in tmp_path.iterdir()] == [scratch.name]
+        (scratch / "file").write_text("whole")
+        (scratch / "folder" / "deep").mkdir(parents=True)
+        (scratch / "folder" / "deep" / "file").write_text("whole")
+        (scratch / "other").write_text("half")
+        runs.place(scratch / "file", tmp_path / "file")
+        runs.place(scratch / "folder", tmp_path / "folder")
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "folder" / "deep" / "file").read_text() == "whole"

@@ -389,7 +389,7 @@ def test_a_run_folder_is_for_one_process_at_a_time(finished, recipe, tmp_path):
     (unfinished / "report.html").unlink()
     (tmp_path / "new").mkdir()
     for folder, resume in ((unfinished, True), (tmp_path / "new", False)):
-        with runs.lock(folder), pytest.raises(RunError, match="another process trains in"):
+        with runs.lock(folder), pytest.raises(RunError, match="another process is at work in"):
             run(recipe, folder, resume=resume)
 
 

@@ -1,0 +1,201 @@
+"""Writes a run's model in the forms that others run, each checked on real images: python -m export RUN"""
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported: its notes would hide what is said here
+
+try:
+    import keras
+    import numpy as np
+    import tensorflow as tf
+    import tyro
+
+    from cvt_keras import environment, page, runs
+    from cvt_keras.data import sources
+    from cvt_keras.training import Recipe, RecipeError
+    from export import saved_model, tflite
+    from export.verify import BATCH, BOUNDS, verify
+except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that there is not
+    sys.exit(f"export: {error}. Is all of requirements.txt installed, and KERAS_BACKEND unset?")
+
+Format = Literal["saved_model", "float32", "float16", "dynamic_int8", "int8"]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, ended like Ctrl-C."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run folder."""
+    formats: tuple[Format, ...] = ("saved_model", "float32", "float16", "dynamic_int8", "int8")
+    """What to write."""
+    data_dir: str | None = None
+    """Where the run's data set lies now, if not where it was."""
+    verify_images: int | None = None
+    """Check on the first N test images only."""
+
+
+def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
+    """Writes `RUN/export/` and the table on `report.html`.
+
+    What does not run, or not within its bounds, is not put in its place; the report tells of it all the same.
+
+    Args:
+        run_dir: of a finished run.
+        formats: names in `BOUNDS`.
+        data_dir: where the run's data set lies now; `None` means where it was.
+        verify_images: how many test images to check on; `None` means all that the run was tested on.
+
+    Returns:
+        The `Artifact`s, in the order of `formats`.
+
+    Raises:
+        RunError: for a folder that is no finished run, or in use.
+        DataError: if its images can't be had.
+        RuntimeError: if an artifact can't be made, or does not run.
+        OSError: if a file can't be written.
+    """
+    run_dir = Path(run_dir)
+    recipe, classifier = _read(run_dir)
+    source = sources.load(recipe.dataset, data_dir or recipe.data_dir, recipe.image_size)
+    class_names = list(source.class_names)
+    if class_names != classifier.get_layer("cvt").preprocessing["class_names"]:
+        raise runs.RunError(
+            f"{run_dir} knows other classes than {source.name}: give --data-dir the data that it was trained on"
+        )
+    test = source.test.limit(recipe.test_limit).limit(verify_images)
+    images = _pixels(test.images, recipe.image_size)
+    expected = tf.nn.softmax(classifier.predict(images.astype("float32"), batch_size=BATCH, verbose=0)).numpy()
+    train = source.train.limit(recipe.train_limit)
+    calibration = _pixels(tflite.calibration_images(train, len(class_names), recipe.seed), recipe.image_size)
+    folder = run_dir / runs.EXPORT
+    folder.mkdir(exist_ok=True)
+    artifacts = []
+    with runs.lock(folder), runs.scratch(folder) as scratch:
+        for name in formats:
+            print(f"{name}: writing", end="", flush=True)
+            file, path = scratch / name, _place(folder, name)
+            if name == "saved_model":
+                saved_model.write(classifier, class_names, file)
+            else:
+                file.write_bytes(tflite.convert(classifier, class_names, name, calibration))
+            print(f", checking on {len(images):,} images", end="", flush=True)
+            artifact = verify(name, file, path.relative_to(run_dir).as_posix(), images, test.labels, expected)
+            artifacts.append(artifact)
+            print(f": {_line(artifact)}", flush=True)
+            if artifact.passed:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                runs.place(file, path)
+        with runs.whole(folder / tflite.LABELS) as aside:
+            aside.write_text("".join(f"{name}\n" for name in class_names))
+        _report(folder, artifacts, source, len(calibration))
+    page.write(run_dir)
+    return artifacts
+
+
+def _read(run_dir):
+    """A run's recipe and its classifier."""
+    if not (run_dir / runs.RECIPE).exists():
+        raise runs.RunError(f"`RUN` must be a run folder, which train.py writes. Received: {run_dir}")
+    if missing := [name for name in (runs.MODEL, runs.REPORT, runs.HISTORY) if not (run_dir / name).exists()]:
+        raise runs.RunError(f"{run_dir} has no {missing[0]} yet: finish its training by --resume")
+    try:
+        recipe = Recipe.from_settings(runs.read_json(run_dir / runs.RECIPE))
+    except (RecipeError, TypeError) as error:
+        raise runs.RunError(f"{run_dir / runs.RECIPE} is broken: {error}") from error
+    try:
+        return recipe, keras.saving.load_model(run_dir / runs.MODEL, compile=False)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise runs.RunError(f"{run_dir / runs.MODEL} can't be read: {str(error).splitlines()[0]}") from error
+
+
+def _pixels(images, size):
+    """uint8 squares of the network's size, as training saw them."""
+    return np.concatenate([sources.stretch(images[i : i + BATCH], size).numpy() for i in range(0, len(images), BATCH)])
+
+
+def _place(folder, name):
+    if name != "saved_model":
+        return folder / "tflite" / f"{name}.tflite"
+    versions = [int(path.name) for path in (folder / name).glob("*") if path.name.isdecimal()]
+    return folder / name / str(max(versions, default=0) + 1)
+
+
+def _line(artifact):
+    return (
+        f"{artifact.top1:.2%} top-1, {artifact.agreement:.2%} as Keras, {artifact.milliseconds:.2f} ms, "
+        f"{artifact.bytes / 1e6:.2f} MB, {'passed' if artifact.passed else 'FAILED'}"
+    )
+
+
+def _report(folder, artifacts, source, calibration_images):
+    path = folder / runs.REPORT
+    rows = [dataclasses.asdict(artifact) for artifact in artifacts]
+    try:
+        earlier = runs.read_json(path)["artifacts"] if path.exists() else []
+        names = {row["name"] for row in rows}
+        rows += [row for row in earlier if row["name"] not in names]
+    except (runs.RunError, LookupError, TypeError):
+        pass  # broken, and now mended
+    order = list(BOUNDS)
+    report = {
+        "artifacts": sorted(rows, key=lambda row: order.index(row["name"])),
+        "dataset": source.name,
+        "data_note": source.note,
+        "calibration_images": calibration_images,
+        "device": environment.cpu(),
+        "versions": environment.versions(),
+    }
+    runs.write_json(path, report)
+
+
+def main(argv):
+    """Runs the command line -> its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        arguments = tyro.cli(Arguments, prog="python -m export", description=__doc__.partition(":")[0], args=argv)
+        for name, value in {"verify_images": arguments.verify_images, "formats": len(arguments.formats)}.items():
+            if value is not None and value < 1:
+                return _fail(f"`{name}` must be at least 1. Received: {name}={value}", 2)
+        artifacts = export(arguments.run, dict.fromkeys(arguments.formats), arguments.data_dir, arguments.verify_images)
+    except runs.RunError as error:
+        return _fail(error, 2 if "`RUN`" in str(error) else 1)
+    except (sources.DataError, OSError, RuntimeError, MemoryError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt as stop:
+        return _fail("stopped; what was being written is gone", 143 if isinstance(stop, Terminated) else 130)
+    for artifact in artifacts:
+        if not artifact.passed:
+            bounds = {name: bound for name, bound in artifact.bounds.items() if bound is not None}
+            said = f"{artifact.name} is out of its bounds {bounds}, and was not put into {arguments.run / artifact.path}"
+            return _fail(
+                f"{said}: {_line(artifact)}. Test image {artifact.worst_image} differs most, {_difference(artifact)}", 1
+            )
+    print(f"exported into {arguments.run / runs.EXPORT}; the table is in {arguments.run / runs.PAGE}")
+    return 0
+
+
+def _difference(artifact):
+    return f"by {artifact.max_abs_diff:.4f} in a probability"
+
+
+def _terminate(number, frame):
+    raise Terminated
+
+
+def _fail(message, code):
+    print(f"\nexport: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

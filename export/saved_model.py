@@ -1,0 +1,105 @@
+"""SavedModel for TF Serving: three signatures, labels inside, and requests that warm a server up."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from cvt_keras.data import sources
+
+try:
+    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+except ImportError as error:
+    raise ImportError(f"warm-up requests need tensorflow-serving-api ({error}): pip install tensorflow-serving-api") from error
+
+WARM_UP = "assets.extra/tf_serving_warmup_requests"
+
+# A server decodes one image at a time, into three bytes a pixel and then floats: 0.8 GB for the largest of these.
+MAX_PIXELS = 50_000_000
+WARM_UP_BATCHES = (1, 8)
+
+
+def write(classifier, class_names, folder):
+    """Writes a SavedModel.
+
+    Signatures: `serving_default(images)`, uint8 `(batch, height, width, 3)`, and `serving_bytes(image_bytes)`, strings of JPEG
+    or PNG `(batch,)`, each to `probabilities`, float32 `(batch, classes)`, and `classes`, strings `(batch,)`; `logits(images)`
+    to `logits`. An image that can't be decoded is an INVALID_ARGUMENT. A request for each lies in `WARM_UP`, which a server
+    replays before it takes others.
+
+    Args:
+        classifier: from float pixels in 0..255 to logits, as `build_classifier` makes it.
+        class_names: in the order of the logits.
+        folder: a path that is not there yet.
+    """
+    shape = classifier.input_shape[1:]
+    names = tf.constant(list(class_names))
+
+    def logits(images):
+        return classifier(tf.cast(images, tf.float32), training=False)
+
+    def answer(images):
+        probabilities = tf.nn.softmax(logits(images))
+        return {"probabilities": probabilities, "classes": tf.gather(names, tf.argmax(probabilities, axis=-1))}
+
+    def decode_all(image_bytes):
+        return tf.map_fn(lambda data: decode(data, shape), image_bytes, fn_output_signature=tf.TensorSpec(shape, tf.uint8))
+
+    images = [tf.TensorSpec((None, *shape), tf.uint8, name="images")]
+    archive = keras.export.ExportArchive()
+    archive.track(classifier)
+    archive.add_endpoint("serving_default", answer, images)
+    archive.add_endpoint("logits", lambda images: {"logits": logits(images)}, images)
+    archive.add_endpoint(
+        "serving_bytes",
+        lambda image_bytes: answer(decode_all(image_bytes)),
+        [tf.TensorSpec((None,), tf.string, name="image_bytes")],
+    )
+    archive.write_out(folder, verbose=False)
+    _write_requests(folder / WARM_UP, shape)
+
+
+def _write_requests(path, shape):
+    path.parent.mkdir()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for batch in WARM_UP_BATCHES:
+            images = np.zeros((batch, *shape), "uint8")
+            encoded = np.array([tf.io.encode_png(image).numpy() for image in images], object)
+            inputs = {"serving_default": ("images", images), "logits": ("images", images)}
+            for signature, (name, value) in {**inputs, "serving_bytes": ("image_bytes", encoded)}.items():
+                request = predict_pb2.PredictRequest()
+                request.model_spec.name, request.model_spec.signature_name = "cvt", signature
+                request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
+                log = prediction_log_pb2.PredictLog(request=request)
+                writer.write(prediction_log_pb2.PredictionLog(predict_log=log).SerializeToString())
+
+
+def decode(data, shape):
+    """The bytes of a JPEG or PNG -> uint8 pixels of `shape`, stretched as in training; within a graph.
+
+    Raises:
+        tf.errors.InvalidArgumentError: for other bytes, or an image of more than `MAX_PIXELS`.
+    """
+    png = tf.strings.substr(data, 0, 8) == b"\x89PNG\r\n\x1a\n"
+    jpeg = tf.strings.substr(data, 0, 3) == b"\xff\xd8\xff"
+    data = _after(data, png | jpeg, "image_bytes must be a JPEG or PNG")
+    # Before anything is decoded: a few kilobytes can say that they are a gigabyte.
+    height, width = tf.unstack(tf.cond(png, lambda: _png_sides(data), lambda: _jpeg_sides(data)))
+    data = _after(data, height * width <= MAX_PIXELS, f"an image may have {MAX_PIXELS:,} pixels", [height, width])
+    pixels = sources.stretch(tf.io.decode_image(data, channels=3, expand_animations=False), shape[0])
+    return tf.ensure_shape(pixels, shape)
+
+
+def _png_sides(data):
+    data = _after(data, tf.strings.length(data) >= 24, "a PNG is cut off")
+    numbers = tf.reshape(tf.io.decode_raw(tf.strings.substr(data, 16, 8), tf.uint8), (2, 4))
+    width, height = tf.unstack(tf.reduce_sum(tf.cast(numbers, tf.int64) * [2**24, 2**16, 2**8, 1], axis=1))
+    return tf.stack([height, width])
+
+
+def _jpeg_sides(data):
+    return tf.cast(tf.image.extract_jpeg_shape(data)[:2], tf.int64)
+
+
+def _after(value, condition, *said):
+    with tf.control_dependencies([tf.debugging.Assert(condition, said)]):
+        return tf.identity(value)

@@ -1,0 +1,154 @@
+"""TFLite files for phones and browsers: one image of raw uint8 pixels in, probabilities out, labels in the metadata."""
+
+import contextlib
+import io
+import tempfile
+import zipfile
+
+import flatbuffers
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+from tensorflow.lite.python import schema_py_generated as schema
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+KINDS = ("float32", "float16", "dynamic_int8", "int8")
+LABELS = "labels.txt"
+# Each more of them may widen the range of an activation by an outlier, which costs all others precision: see docs/results.md.
+CALIBRATION_IMAGES = 100
+
+
+def convert(classifier, class_names, kind, calibration=None):
+    """The bytes of a TFLite file.
+
+    It takes `images`, uint8 `(1, height, width, 3)`, and gives `probabilities` `(1, classes)`: float32, or uint8 with scale and
+    zero point for `"int8"`, which holds no float tensor. It needs TFLite's own operations alone.
+
+    Args:
+        classifier: from float pixels in 0..255 to logits, as `build_classifier` makes it, in float32.
+        class_names: in the order of the logits.
+        kind: one of `KINDS`.
+        calibration: for `"int8"`: uint8 images `(n, height, width, 3)`, see `calibration_images`.
+    """
+    # A uint8 signature would leave a cast and a float tensor in an integer file: that one's input is made uint8 afterwards.
+    pixels = tf.float32 if kind == "int8" else tf.uint8
+    shape = (1, *classifier.input_shape[1:])
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, pixels, name="images")], autograph=False, jit_compile=False)
+    def serve(images):
+        return {"probabilities": tf.nn.softmax(classifier(tf.cast(images, tf.float32), training=False))}
+
+    with tempfile.TemporaryDirectory() as folder, _integer_layer_norm() if kind == "int8" else contextlib.nullcontext():
+        # Constants in place of variables, which calibration can't read; saved, as a function alone would lose the signature.
+        frozen = convert_variables_to_constants_v2(serve.get_concrete_function())
+        signature = tf.function(lambda images: {"probabilities": frozen(images)[0]}, serve.input_signature, autograph=False)
+        tf.saved_model.save(tf.Module(), folder, signatures=signature)
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]  # no TensorFlow ops: phones have none
+        if kind != "float32":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if kind == "float16":
+            converter.target_spec.supported_types = [tf.float16]
+        if kind == "int8":
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter.representative_dataset = lambda: ([image[None].astype("float32")] for image in _whole_range(calibration))
+            converter.inference_input_type = converter.inference_output_type = tf.uint8
+        model = converter.convert()
+    return _with_metadata(model, class_names)
+
+
+def calibration_images(split, num_classes, seed, n=CALIBRATION_IMAGES):
+    """About `n` images of a `Split`, as many of each class as there are, drawn by `seed`."""
+    random = np.random.default_rng(seed)
+    share = max(1, n // num_classes)
+    chosen = [random.permutation(np.flatnonzero(split.labels == label))[:share] for label in range(num_classes)]
+    return split.images[np.sort(np.concatenate(chosen))]
+
+
+def _whole_range(images):
+    """With a 0 and a 255 somewhere: the input's scale is 1 then and its zero point 0, so that raw pixels are what goes in."""
+    images = images.copy()
+    images[0].flat[:2] = 0, 255
+    return images
+
+
+@contextlib.contextmanager
+def _integer_layer_norm():
+    """Keras' LayerNormalization in the form that the converter makes integers of throughout, for what is traced in the block.
+
+    Keras adds -mean * scale to the shift, and the converter leaves that negation in floats.
+    """
+    own = keras.layers.LayerNormalization.call
+
+    def call(layer, inputs):
+        centred = inputs - ops.mean(inputs, axis=-1, keepdims=True)
+        variance = ops.mean(ops.square(centred), axis=-1, keepdims=True)
+        return centred * ops.rsqrt(variance + layer.epsilon) * layer.gamma + layer.beta
+
+    keras.layers.LayerNormalization.call = call
+    try:
+        yield
+    finally:
+        keras.layers.LayerNormalization.call = own
+
+
+# === Metadata ===
+
+
+def _with_metadata(model, class_names):
+    """The file with its input and output described and `labels.txt` in it, as MediaPipe's ImageClassifier looks for them."""
+    file = schema.ModelT.InitFromPackedBuf(model, 0)
+    buffer = schema.BufferT()
+    buffer.data = np.frombuffer(_metadata(), "uint8")
+    entry = schema.MetadataT()
+    entry.name, entry.buffer = "TFLITE_METADATA", len(file.buffers)
+    file.buffers.append(buffer)
+    file.metadata = [*(file.metadata or []), entry]
+    builder = flatbuffers.Builder(len(model) + 4096)
+    builder.Finish(file.Pack(builder), b"TFL3")
+    # The labels follow as a zip archive, which is found from its end.
+    whole = io.BytesIO(bytes(builder.Output()))
+    with zipfile.ZipFile(whole, "a") as archive:
+        archive.writestr(zipfile.ZipInfo(LABELS), "".join(f"{name}\n" for name in class_names))
+    return whole.getvalue()
+
+
+def _metadata():
+    """The `ModelMetadata` of TFLite's metadata_schema.fbs, a slot of a table for each of its fields."""
+    builder = flatbuffers.Builder(1024)
+
+    def text(value):
+        return builder.CreateString(value)
+
+    def table(slots):
+        """Of slot -> offset of a string, vector or table, or a byte in `bytes`."""
+        builder.StartObject(max(slots) + 1)
+        for slot, value in slots.items():
+            if isinstance(value, bytes):
+                builder.PrependUint8Slot(slot, value[0], 0)
+            else:
+                builder.PrependUOffsetTRelativeSlot(slot, value, 0)
+        return builder.EndObject()
+
+    def vector(offset):
+        """With one entry."""
+        builder.StartVector(4, 1, 4)
+        builder.PrependUOffsetTRelative(offset)
+        return builder.EndVector()
+
+    rgb, image_properties, feature_properties, value_labels = b"\1", b"\2", b"\1", b"\3"  # enums there
+    image_content = table({0: image_properties, 1: table({0: rgb})})
+    image = table({0: text("images"), 1: text("An image of raw pixels, 0 to 255."), 3: image_content})
+    labels = table({0: text(LABELS), 1: text("Names of the classes, in the order of the output."), 2: value_labels})
+    output_content = table({0: feature_properties, 1: table({0: 0})})
+    output = table({0: text("probabilities"), 3: output_content, 6: vector(labels)})
+    graph = table({2: vector(image), 3: vector(output)})
+    metadata = {
+        0: text("CvT"),
+        1: text("A convolutional vision transformer that classifies images."),
+        3: vector(graph),
+        7: text("1.0.0"),
+    }
+    builder.Finish(table(metadata), b"M001")
+    return bytes(builder.Output())

@@ -1,0 +1,105 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from cvt_keras import runs
+from export import __main__ as command
+from export.verify import BOUNDS, Artifact
+
+
+def _copy(trained, tmp_path):
+    """A run to be damaged."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir, ignore=shutil.ignore_patterns("export"))
+    return run_dir
+
+
+def test_a_run_is_exported_whole(exported):
+    folder = exported / "export"
+    report = json.loads((folder / "report.json").read_text())
+    assert [row["name"] for row in report["artifacts"]] == list(BOUNDS)
+    fields = {field.name for field in dataclasses.fields(Artifact)}
+    for row in report["artifacts"]:
+        assert set(row) == fields
+        assert row["passed"] and row["images"] == 256
+        assert (exported / row["path"]).exists()
+        assert 0.5 < row["agreement"] <= 1 and row["milliseconds"] > 0
+        assert row["runtime"].startswith("TensorFlow" if row["name"] == "saved_model" else "LiteRT")
+    kept = {row["name"]: row for row in report["artifacts"]}
+    assert kept["int8"]["float_tensors"] == []
+    assert kept["float32"]["top1"] == pytest.approx(
+        json.loads((exported / "report.json").read_text())["test"]["top1"], abs=0.01
+    )
+    assert (folder / "labels.txt").read_text().splitlines()[:2] == ["airplane", "automobile"]
+    assert not list(folder.glob(".*"))
+    page = (exported / "report.html").read_text()
+    assert "<h2>Exports</h2>" in page and "dynamic_int8" in page
+
+
+def test_another_export_is_the_next_version_and_keeps_the_other_rows(exported, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(exported, run_dir)
+    assert command.main([str(run_dir), "--formats", "saved_model", "--verify-images", "20"]) == 0
+    assert sorted(path.name for path in (run_dir / "export" / "saved_model").iterdir()) == ["1", "2"]
+    rows = json.loads((run_dir / "export" / "report.json").read_text())["artifacts"]
+    assert [row["name"] for row in rows] == list(BOUNDS)
+    assert [row["images"] for row in rows] == [20, 256, 256, 256, 256]
+    assert rows[0]["path"] == "export/saved_model/2"
+
+
+def test_what_is_out_of_its_bounds_fails_and_is_not_put_in_place(trained, tmp_path, monkeypatch, capsys):
+    run_dir = _copy(trained, tmp_path)
+    monkeypatch.setitem(BOUNDS, "float16", dataclasses.replace(BOUNDS["float16"], max_abs_diff=0.0))
+    assert command.main([str(run_dir), "--formats", "float16", "float32", "--verify-images", "20"]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()[-1:]
+    rows = {row["name"]: row for row in json.loads((run_dir / "export" / "report.json").read_text())["artifacts"]}
+    assert f"Test image {rows['float16']['worst_image']} differs most" in line and "float16 is out of its bounds" in line
+    assert (rows["float16"]["passed"], rows["float32"]["passed"]) == (False, True)
+    assert [path.name for path in (run_dir / "export" / "tflite").iterdir()] == ["float32.tflite"]
+    assert "FAILED" in (run_dir / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "damage, flags, code, part",
+    [
+        (shutil.rmtree, [], 2, "`RUN` must be a run folder"),
+        (lambda run_dir: (run_dir / "model.keras").unlink(), [], 1, "no model.keras yet: finish its training by --resume"),
+        (lambda run_dir: (run_dir / "report.json").unlink(), [], 1, "no report.json yet"),
+        (lambda run_dir: (run_dir / "model.keras").write_text("hello"), [], 1, "model.keras can't be read"),
+        (lambda run_dir: (run_dir / "recipe.json").write_text("{"), [], 1, "recipe.json is broken"),
+        (lambda run_dir: (run_dir / "recipe.json").write_text('{"epoch": 1}'), [], 1, "no epoch"),
+        (lambda run_dir: None, ["--data-dir", "nowhere"], 1, "nowhere"),
+        (lambda run_dir: None, ["--verify-images", "0"], 2, "`verify_images` must be at least 1"),
+    ],
+)
+def test_bad_input_is_told_in_a_line_and_leaves_nothing(damage, flags, code, part, trained, tmp_path, capsys):
+    run_dir = _copy(trained, tmp_path)
+    damage(run_dir)
+    assert command.main([str(run_dir), *flags]) == code
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("export: ") and part in line
+    assert not (run_dir / "export").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(trained, tmp_path, monkeypatch, capsys):
+    def full(written, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    run_dir = _copy(trained, tmp_path)
+    monkeypatch.setattr(runs, "place", full)
+    assert command.main([str(run_dir), "--formats", "float32", "--verify-images", "20"]) == 1
+    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not [path for path in (run_dir / "export").rglob("*") if path.is_file()]
+
+
+def test_ctrl_c_leaves_nothing_half_written(trained, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    run_dir = _copy(trained, tmp_path)
+    monkeypatch.setattr(command, "verify", stop)
+    assert command.main([str(run_dir), "--formats", "float32"]) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert not list((run_dir / "export").iterdir())

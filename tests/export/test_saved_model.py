@@ -1,0 +1,200 @@
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+from tensorflow_serving.apis import prediction_log_pb2
+
+from export.saved_model import WARM_UP
+
+INVALID = tf.errors.InvalidArgumentError
+
+
+@pytest.fixture(scope="module")
+def folder(exported):
+    return exported / "export" / "saved_model" / "1"
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return tf.saved_model.load(str(folder))
+
+
+def _encoded(pixels, kind="PNG", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_signatures_have_the_names_that_clients_use(loaded):
+    shapes = {
+        name: (
+            {key: (tuple(spec.shape), spec.dtype.name) for key, spec in signature.structured_input_signature[1].items()},
+            {key: (tuple(spec.shape), spec.dtype.name) for key, spec in signature.structured_outputs.items()},
+        )
+        for name, signature in loaded.signatures.items()
+    }
+    images = {"images": ((None, 32, 32, 3), "uint8")}
+    answer = {"probabilities": ((None, 10), "float32"), "classes": ((None,), "string")}
+    assert shapes == {
+        "serving_default": (images, answer),
+        "serving_bytes": ({"image_bytes": ((None,), "string")}, answer),
+        "logits": (images, {"logits": ((None, 10), "float32")}),
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 3, 256])
+def test_every_signature_answers_as_keras_does(batch, loaded, classifier, test_images):
+    images = test_images[0][:batch]
+    logits = classifier.predict(images.astype("float32"), verbose=0)
+    np.testing.assert_allclose(loaded.signatures["logits"](images=tf.constant(images))["logits"], logits, atol=1e-4)
+    encoded = tf.constant([_encoded(image) for image in images])
+    names = np.array(classifier.get_layer("cvt").preprocessing["class_names"])
+    for answer in (
+        loaded.signatures["serving_default"](images=tf.constant(images)),
+        loaded.signatures["serving_bytes"](image_bytes=encoded),
+    ):
+        np.testing.assert_allclose(answer["probabilities"], tf.nn.softmax(logits), atol=1e-5)
+        assert [name.decode() for name in answer["classes"].numpy()] == list(names[logits.argmax(axis=1)])
+
+
+def test_images_of_every_kind_and_size_are_decoded_as_in_training(loaded, classifier):
+    random = np.random.default_rng(0)
+    colours = random.integers(0, 256, (50, 40, 3), dtype="uint8")
+    kinds = {
+        "png": _encoded(colours),
+        "grey png": _encoded(colours[..., 0]),
+        "png with alpha": _encoded(random.integers(0, 256, (40, 50, 4), dtype="uint8")),
+        "16-bit png": _encoded(random.integers(0, 2**16, (40, 50), dtype="uint16")),
+        "one pixel": _encoded(colours[:1, :1]),
+        "jpeg": _encoded(colours, "JPEG"),
+        "grey jpeg": _encoded(colours[..., 0], "JPEG"),
+        "progressive jpeg": _encoded(colours, "JPEG", progressive=True),
+    }
+    for kind, data in kinds.items():
+        decoded = tf.image.resize(tf.io.decode_image(data, channels=3, expand_animations=False), (32, 32), antialias=True)
+        expected = tf.nn.softmax(classifier(tf.round(decoded)[None]))
+        found = loaded.signatures["serving_bytes"](image_bytes=tf.constant([data]))["probabilities"]
+        np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=kind)
+
+
+def _png_that_says(width, height):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello",
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n",
+        _png_that_says(100, 100),
+        _png_that_says(50_000, 50_000),
+        _png_that_says(2**32 - 1, 2**32 - 1),
+        _encoded(np.zeros((9, 9, 3), "uint8"), "GIF"),
+        _encoded(np.zeros((9, 9, 3), "uint8"), "BMP"),
+        _encoded(np.zeros((99, 99, 3), "uint8"))[:60],
+        _encoded(np.zeros((99, 99, 3), "uint8"), "JPEG")[:300],
+    ],
+    ids=range(11),
+)
+def test_bad_bytes_are_an_invalid_argument_and_hurt_nobody(data, loaded, test_images):
+    good = _encoded(test_images[0][0])
+    with pytest.raises(INVALID):
+        loaded.signatures["serving_bytes"](image_bytes=tf.constant([good, data]))
+    assert len(loaded.signatures["serving_bytes"](image_bytes=tf.constant([good]))["classes"]) == 1
+
+
+def test_1000_mutated_images_are_answered_or_refused(loaded, test_images):
+    random = np.random.default_rng(0)
+    images = test_images[0]
+    answered = 0
+    for i in range(1000):
+        data = bytearray(_encoded(images[i % len(images)], "PNG" if i % 2 else "JPEG"))
+        kind = i // 2 % 4
+        if kind == 0:
+            for place in random.integers(len(data), size=random.integers(1, 20)):
+                data[place] = random.integers(256)
+        elif kind == 1:
+            del data[random.integers(len(data)) :]
+        elif kind == 2:
+            at = random.integers(len(data))
+            data[at:at] = random.bytes(random.integers(1, 100))
+        else:
+            at = random.integers(min(64, len(data)))  # among the headers
+            data[at] ^= 1 << random.integers(8)
+        try:
+            answer = loaded.signatures["serving_bytes"](image_bytes=tf.constant([bytes(data)]))
+            assert np.isfinite(answer["probabilities"]).all()
+            answered += 1
+        except INVALID:
+            pass
+    assert 0 < answered < 1000
+
+
+def test_warm_up_requests_are_answered(folder, loaded):
+    logs = [
+        prediction_log_pb2.PredictionLog.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(folder / WARM_UP))
+    ]
+    asked = set()
+    for log in logs:
+        request = log.predict_log.request
+        inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in request.inputs.items()}
+        loaded.signatures[request.model_spec.signature_name](**inputs)
+        [value] = inputs.values()
+        asked.add((request.model_spec.signature_name, len(value)))
+    assert asked == {(name, batch) for name in loaded.signatures for batch in (1, 8)}
+
+
+def _graph(folder):
+    [graph] = SavedModel.FromString((folder / "saved_model.pb").read_bytes()).meta_graphs
+    return graph
+
+
+def test_no_xla_is_baked_in(folder):
+    functions = _graph(folder).graph_def.library.function
+    assert functions and not [function.signature.name for function in functions if function.attr["_XlaMustCompile"].b]
+
+
+def test_it_loads_without_keras(folder):
+    code = (
+        "import sys\n"
+        "sys.modules['keras'] = None  # what Python does with it: every import fails\n"
+        "import numpy as np, tensorflow as tf\n"
+        f"serve = tf.saved_model.load({str(folder)!r}).signatures['serving_default']\n"
+        "assert serve(images=tf.constant(np.zeros((2, 32, 32, 3), 'uint8')))['classes'].shape == (2,)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_c_program_runs_it(folder, classifier, test_images, tmp_path):
+    """As any language without Python does, by TensorFlow's C API."""
+    program = tmp_path / "classify"
+    library = Path(tf.sysconfig.get_lib())
+    names = [next(library.glob(f"libtensorflow_{name}.so.*")).name for name in ("cc", "framework")]
+    command = ["gcc", "-O1", str(Path(__file__).parent / "classify.c"), "-o", str(program)]
+    command += [f"-I{tf.sysconfig.get_include()}", f"-L{library}", *(f"-l:{name}" for name in names), f"-Wl,-rpath,{library}"]
+    subprocess.run(command, check=True)
+    signature = _graph(folder).signature_def["serving_default"]
+    tensors = [signature.inputs["images"].name.removesuffix(":0"), signature.outputs["probabilities"].name]
+    images = test_images[0][:3]
+    (tmp_path / "images").write_bytes(images.tobytes())
+    done = subprocess.run(
+        [str(program), str(folder), str(tmp_path / "images"), "3", "32", *tensors], capture_output=True, text=True, check=True
+    )
+    found = np.array([line.split() for line in done.stdout.splitlines()], "float64")
+    expected = keras.ops.softmax(classifier.predict(images.astype("float32"), verbose=0))
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -1,0 +1,96 @@
+import io
+import zipfile
+
+import flatbuffers
+import numpy as np
+import pytest
+from ai_edge_litert.interpreter import Interpreter
+from flatbuffers.table import Table
+from tensorflow.lite.python import schema_py_generated as schema
+
+from cvt_keras import build_classifier
+from cvt_keras.data.sources import Split
+from export import tflite
+from export.tflite import KINDS
+
+
+@pytest.fixture(scope="module")
+def files(exported):
+    return {kind: exported / "export" / "tflite" / f"{kind}.tflite" for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def interpreters(files):
+    found = {}
+    for kind, file in files.items():
+        found[kind] = Interpreter(str(file))
+        found[kind].allocate_tensors()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_takes_one_image_of_raw_pixels(kind, interpreters):
+    [taken], [given] = interpreters[kind].get_input_details(), interpreters[kind].get_output_details()
+    assert (tuple(taken["shape"]), taken["dtype"]) == ((1, 32, 32, 3), np.uint8)
+    assert tuple(given["shape"]) == (1, 10)
+    assert given["dtype"] == (np.uint8 if kind == "int8" else np.float32)
+    if kind == "int8":
+        assert taken["quantization"] == (1.0, 0)
+        assert given["quantization"] == (1 / 256, 0)
+    assert interpreters[kind].get_signature_list() == {"serving_default": {"inputs": ["images"], "outputs": ["probabilities"]}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_operation_is_tensorflows(kind, files):
+    model = schema.ModelT.InitFromPackedBuf(files[kind].read_bytes(), 0)
+    assert model.operatorCodes and not [code.customCode for code in model.operatorCodes if code.customCode]
+
+
+def test_an_integer_file_has_no_float_inside(interpreters):
+    kinds = {np.dtype(tensor["dtype"]).kind for tensor in interpreters["int8"].get_tensor_details()}
+    assert "f" not in kinds and "i" in kinds
+    assert "f" in {np.dtype(tensor["dtype"]).kind for tensor in interpreters["dynamic_int8"].get_tensor_details()}
+
+
+def test_files_are_as_small_as_their_kind_says():
+    classifier = build_classifier("cvt_cifar", 10, (32, 32, 3))  # the tests' own has kernels too small to be worth it
+    names = [str(i) for i in range(10)]
+    sizes = {kind: len(tflite.convert(classifier, names, kind)) for kind in ("float32", "float16", "dynamic_int8")}
+    assert sizes["float16"] < 0.55 * sizes["float32"]
+    assert sizes["dynamic_int8"] < 0.32 * sizes["float32"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_are_in_the_metadata(kind, files, classifier):
+    data = files[kind].read_bytes()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.read("labels.txt").decode().splitlines()
+    assert names == classifier.get_layer("cvt").preprocessing["class_names"]
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    [entry] = [entry for entry in model.metadata if entry.name == b"TFLITE_METADATA"]
+    metadata = bytes(model.buffers[entry.buffer].data)
+    assert metadata[4:8] == b"M001"
+    # metadata_schema.fbs: ModelMetadata.subgraph_metadata[0].output_tensor_metadata[0].associated_files[0].name, and its type
+    table = Table(metadata, flatbuffers.encode.Get(flatbuffers.packer.uoffset, metadata, 0))
+    for slot in (3, 3, 6):
+        table = Table(metadata, table.Indirect(table.Vector(table.Offset(4 + 2 * slot))))
+    assert table.String(table.Offset(4) + table.Pos) == b"labels.txt"
+    assert table.Get(flatbuffers.number_types.Uint8Flags, table.Offset(8) + table.Pos) == 3  # labels of its values
+
+
+def test_calibration_images_are_of_every_class_alike_and_drawn_by_the_seed():
+    labels = np.repeat(np.arange(4), (50, 100, 5, 200))
+    images = np.broadcast_to(np.arange(len(labels))[:, None, None, None], (len(labels), 2, 2, 3)).astype("uint16")
+    split = Split(images, labels)
+    chosen = tflite.calibration_images(split, 4, seed=0, n=40)[:, 0, 0, 0]
+    assert list(np.bincount(labels[chosen])) == [10, 10, 5, 10]
+    assert len(set(chosen)) == 35
+    np.testing.assert_array_equal(chosen, tflite.calibration_images(split, 4, seed=0, n=40)[:, 0, 0, 0])
+    assert not np.array_equal(chosen, tflite.calibration_images(split, 4, seed=1, n=40)[:, 0, 0, 0])
+
+
+def test_calibration_reaches_black_and_white():
+    images = np.full((2, 4, 4, 3), 100, "uint8")
+    whole = tflite._whole_range(images)
+    assert (whole.min(), whole.max()) == (0, 255)
+    assert images.min() == 100
