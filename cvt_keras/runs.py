@@ -83,8 +83,7 @@ def lock(run_dir):
 def sweep(run_dir):
     """Removes what a training that was killed left half-written; an export may be at work in its own folder."""
     for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / PLOTS):
-        for path in filter(_is_aside, folder.glob(".*")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove_asides(folder)
 
 
 @contextlib.contextmanager
@@ -97,9 +96,7 @@ def whole(path):
     aside = _aside(path)
     try:
         yield aside
-        _sync(aside)
-        os.replace(aside, path)
-        _sync(path.parent)
+        place(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -112,10 +109,7 @@ def whole_folder(path):
     try:
         aside.mkdir(parents=True)
         yield aside
-        for written in (*aside.iterdir(), aside):
-            _sync(written)
-        os.rename(aside, path)
-        _sync(path.parent)
+        place(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -126,8 +120,7 @@ def scratch(folder):
 
     What a process that was killed left of its own is removed too: enter it with a lock on `folder`.
     """
-    for path in filter(_is_aside, folder.glob(".*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _remove_asides(folder)
     aside = _aside(folder / "scratch")
     try:
         aside.mkdir()
@@ -146,6 +139,11 @@ def place(written, path):
 
 def _aside(path):
     return path.with_name(f".{os.getpid()}-{path.name}")
+
+
+def _remove_asides(folder):
+    for path in filter(_is_aside, folder.glob(".*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_aside(path):

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported: its notes would hide what is said here
 
@@ -34,7 +34,7 @@ class Terminated(KeyboardInterrupt):
 class Arguments:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder."""
-    formats: tuple[Format, ...] = ("saved_model", "float32", "float16", "dynamic_int8", "int8")
+    formats: tuple[Format, ...] = get_args(Format)
     """What to write."""
     data_dir: str | None = None
     """Where the run's data set lies now, if not where it was."""
@@ -94,7 +94,7 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 runs.place(file, path)
         with runs.whole(folder / tflite.LABELS) as aside:
-            aside.write_text("".join(f"{name}\n" for name in class_names))
+            aside.write_text(tflite.labels_text(class_names))
         _report(folder, artifacts, source, len(calibration))
     page.write(run_dir)
     return artifacts
@@ -177,15 +177,10 @@ def main(argv):
         if not artifact.passed:
             bounds = {name: bound for name, bound in artifact.bounds.items() if bound is not None}
             said = f"{artifact.name} is out of its bounds {bounds}, and was not put into {arguments.run / artifact.path}"
-            return _fail(
-                f"{said}: {_line(artifact)}. Test image {artifact.worst_image} differs most, {_difference(artifact)}", 1
-            )
+            most = f"Test image {artifact.worst_image} differs most, by {artifact.max_abs_diff:.4f} in a probability"
+            return _fail(f"{said}: {_line(artifact)}. {most}", 1)
     print(f"exported into {arguments.run / runs.EXPORT}; the table is in {arguments.run / runs.PAGE}")
     return 0
-
-
-def _difference(artifact):
-    return f"by {artifact.max_abs_diff:.4f} in a probability"
 
 
 def _terminate(number, frame):

@@ -15,7 +15,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 KINDS = ("float32", "float16", "dynamic_int8", "int8")
 LABELS = "labels.txt"
-# Each more of them may widen the range of an activation by an outlier, which costs all others precision: see docs/results.md.
+# Each more of them may widen the range of an activation by an outlier, which costs all others precision.
 CALIBRATION_IMAGES = 100
 
 
@@ -110,8 +110,13 @@ def _with_metadata(model, class_names):
     # The labels follow as a zip archive, which is found from its end.
     whole = io.BytesIO(bytes(builder.Output()))
     with zipfile.ZipFile(whole, "a") as archive:
-        archive.writestr(zipfile.ZipInfo(LABELS), "".join(f"{name}\n" for name in class_names))
+        archive.writestr(zipfile.ZipInfo(LABELS), labels_text(class_names))
     return whole.getvalue()
+
+
+def labels_text(class_names):
+    """What `LABELS` holds: a name a line, in the order of the output."""
+    return "".join(f"{name}\n" for name in class_names)
 
 
 def _metadata():
