@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -36,6 +37,8 @@ BACKOFF, LONGEST_BACKOFF = 0.5, 10.0
 # A batch ends with the file that takes it past this, however many images it may have.
 BATCH_BYTES = 64_000_000
 LONGEST_TIMEOUT = 86_400
+# Where in the graph an error came up, which says nothing to whoever sent the image.
+GRAPH = re.compile(r"\{\{.*?\}\} ?|\[\[.*|\[Op:.*")
 
 # gRPC's names for what REST tells by a number, as TF Serving translates them.
 CODES = {
@@ -205,7 +208,7 @@ class Client:
         if code == "INVALID_ARGUMENT" and "larger than maximum" in said:
             return ServingError(f"{server} takes no batch of that size, make `batch` smaller: {said}")
         if code == "INVALID_ARGUMENT":
-            return ImageError(f"refused by the server: {said[:200]}")
+            return ImageError(f"refused by the server: {GRAPH.sub('', said).strip()[:200]}")
         return ServingError(f"{server} failed with {code}: {said[:200]}")
 
     def _missing(self):
@@ -260,8 +263,8 @@ class _Grpc:
             )
         except ImportError as error:
             raise ServingError(
-                f"gRPC needs tensorflow-serving-api ({error}): pip install tensorflow-serving-api, or where tensorflow-cpu stands "
-                "in for tensorflow pip install grpcio and pip install --no-deps tensorflow-serving-api. REST needs none of them"
+                f"gRPC needs tensorflow-serving-api ({error}): pip install tensorflow-serving-api, or beside tensorflow-cpu "
+                "pip install grpcio and then pip install --no-deps tensorflow-serving-api. REST needs none of them"
             ) from error
         self.grpc = grpc
         self.string = types_pb2.DT_STRING
@@ -339,7 +342,7 @@ class _Rest:
         except OSError as error:
             raise _Failure("UNAVAILABLE", error.strerror or str(error)) from error
         except http.client.HTTPException as error:
-            raise _Failure("UNIMPLEMENTED", "that is no HTTP; the REST port is 8501 by default") from error
+            raise _Failure("no HTTP", "the REST port is 8501 by default") from error
         finally:
             connection.close()
         if status == 200:

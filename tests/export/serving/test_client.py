@@ -1,0 +1,399 @@
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from export.serving import client as module
+from export.serving.client import ADDRESSES, Client, ImageError, ServingError, main
+
+ROOT = Path(__file__).parents[3]
+STATUS = grpc.StatusCode
+UNAVAILABLE = (STATUS.UNAVAILABLE, "The batch scheduling queue to which this task was submitted is full")
+# A PNG by its beginning, and nothing after it.
+BAD = b"\x89PNG\r\n\x1a\n" + bytes(40)
+
+both = pytest.mark.parametrize("protocol", ADDRESSES)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(module, "BACKOFF", 0.01)
+
+
+@pytest.fixture
+def images(test_images):
+    return [tf.io.encode_png(image).numpy() for image in test_images[0][:70]]
+
+
+@pytest.fixture
+def folder(images, tmp_path):
+    """Of seven images, one of them deeper, and a file that is none."""
+    folder = tmp_path / "images"
+    (folder / "deeper").mkdir(parents=True)
+    for number, image in enumerate(images[:6]):
+        (folder / f"{number}.png").write_bytes(image)
+    (folder / "deeper" / "6.PNG").write_bytes(images[6])
+    (folder / "notes.txt").write_text("hello")
+    return folder
+
+
+def _client(server, protocol, **arguments):
+    return Client(_address(server, protocol), protocol, **arguments)
+
+
+def _address(server, protocol):
+    return {"grpc": server.grpc_address, "rest": server.rest_address}[protocol]
+
+
+def _main(server, protocol, *flags):
+    return main([*map(str, flags), "--protocol", protocol, "--address", _address(server, protocol)])
+
+
+def _nobody():
+    """An address where nothing listens."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{held.getsockname()[1]}"
+
+
+# === Answers ===
+
+
+@both
+def test_it_answers_as_keras_does(protocol, server, images, test_images, classifier):
+    expected = keras.ops.softmax(classifier.predict(test_images[0][:70].astype("float32"), verbose=0))
+    names = classifier.get_layer("cvt").preprocessing["class_names"]
+    with _client(server, protocol) as client:
+        answers = client.classify(images)
+        assert client.classify([]) == []
+    np.testing.assert_allclose([answer.probabilities for answer in answers], expected, atol=1e-5)
+    assert [answer.name for answer in answers] == [names[row.argmax()] for row in np.array(expected)]
+
+
+def test_grpc_reads_either_form_of_a_tensor(server, images):
+    with _client(server, "grpc") as client:
+        numbers = client.classify(images[:3])
+        server.tensor_content = True
+        content = client.classify(images[:3])
+    for one, other in zip(numbers, content):
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-7)
+
+
+@both
+def test_a_request_may_be_larger_than_grpcs_4_mb(protocol, server):
+    noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype="uint8")
+    image = tf.io.encode_png(noise).numpy()
+    assert len(image) > 5_000_000
+    with _client(server, protocol) as client:
+        assert isinstance(client.classify([image])[0], module.Answer)
+
+
+def test_an_answer_may_be_larger_than_grpcs_4_mb(server, images, monkeypatch):
+    many = {"probabilities": np.zeros((1, 1_100_000), "float32"), "classes": np.array([b"one"], object)}
+    monkeypatch.setattr(server, "_run", lambda *_: many)
+    with _client(server, "grpc") as client:
+        assert len(client.classify(images[:1])[0].probabilities) == 1_100_000
+
+
+@both
+def test_lines_are_written_in_order_and_batches(protocol, folder, server, exported, capsys):
+    labels = exported / "export" / "labels.txt"
+    flags = [folder, folder / "0.png", "--batch", 3, "--top", 3]
+    assert _main(server, protocol, *flags, "--labels", labels) == 0
+    assert [(asked.protocol, asked.images) for asked in server.asked] == [(protocol, 3), (protocol, 3), (protocol, 2)]
+    out, err = capsys.readouterr()
+    rows = [line.split("\t") for line in out.splitlines()]
+    files = [folder / f"{number}.png" for number in range(6)] + [folder / "deeper" / "6.PNG", folder / "0.png"]
+    assert sorted(row[0] for row in rows[:-1]) == sorted(map(str, files[:-1])) and rows[-1][0] == str(files[-1])
+    assert rows[-1][1:] == next(row[1:] for row in rows if row[0] == str(files[-1]))
+    names = labels.read_text().splitlines()
+    for row in rows:
+        chances = [float(chance) for chance in row[2::2]]
+        assert len(chances) == 3 and chances == sorted(chances, reverse=True)
+        assert set(row[1::2]) <= set(names)
+    assert err.endswith("8 of 8 images\n") and "3 of 8 images" in err
+    # Without labels.txt the server's own word is all there is.
+    assert _main(server, protocol, *flags) == 0
+    for row, bare in zip(rows, capsys.readouterr().out.splitlines()):
+        assert bare.split("\t")[1] == row[1] and [names[int(index)] for index in bare.split("\t")[3::2]] == row[3::2]
+    assert _main(server, protocol, folder / "0.png") == 0
+    out, err = capsys.readouterr()
+    assert len(out.split("\t")) == 3 and not err
+
+
+def test_a_batch_is_bounded_in_bytes(folder, server, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_BYTES", 1)
+    assert _main(server, "grpc", folder) == 0
+    assert [asked.images for asked in server.asked] == [1] * 7
+
+
+@both
+def test_a_version_is_asked_for(protocol, folder, server, capsys):
+    assert _main(server, protocol, folder / "0.png", "--version", 2) == 0
+    assert _main(server, protocol, folder / "0.png") == 0
+    assert [asked.version for asked in server.asked] == [2, 3]
+    with _client(server, protocol) as client:
+        assert client.versions() == [2, 3]
+
+
+def test_a_process_imports_no_keras_nor_tensorflow(folder, server):
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['client', *sys.argv[1:]]\n"
+        "try:\n    runpy.run_module('export.serving.client', run_name='__main__')\n"
+        "except SystemExit as ended:\n    assert not ended.code, ended.code\n"
+        "loaded = {'keras', 'numpy', 'tensorflow.python', 'tensorflow_serving'} & set(sys.modules)\n"
+        "assert loaded == ({'tensorflow_serving'} if 'grpc' in sys.argv else set()), loaded\n"
+    )
+    for protocol in ADDRESSES:
+        flags = [str(folder), "--protocol", protocol, "--address", _address(server, protocol)]
+        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 7
+
+
+# === Bad images ===
+
+
+@both
+def test_bad_images_are_named_and_the_good_ones_answered(protocol, folder, server, capsys):
+    (folder / "bad.png").write_bytes(BAD)
+    (folder / "text.png").write_text("hello")
+    assert _main(server, protocol, folder, "--retries", 1) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 7
+    bad, text = err.strip().splitlines()
+    assert f"client: {folder / 'bad.png'}: refused by the server: " in bad and "{{" not in bad and "[[" not in bad
+    assert f"client: {folder / 'text.png'}: neither a PNG nor a JPEG" in text
+    # All but the text at once, then each alone, the bad one twice.
+    assert [asked.images for asked in server.asked] == [8, *[1] * 9]
+
+
+@both
+def test_a_strangers_bad_image_costs_nothing_but_requests(protocol, server, images):
+    """What a server that merges requests answers when another client's image is bad."""
+    with _client(server, protocol, retries=2) as client:
+        alone = client.classify(images[:2])
+        server.faults.extend([(STATUS.INVALID_ARGUMENT, "Invalid PNG data, size 60")] * 3)
+        assert client.classify(images[:2]) == alone
+        server.faults.extend([(STATUS.INVALID_ARGUMENT, "Invalid PNG data, size 60")] * 4)
+        refused, answer = client.classify(images[:2])
+    assert isinstance(refused, ImageError) and answer == alone[1]
+
+
+def test_nothing_is_sent_of_what_is_plainly_no_image(server):
+    with _client(server, "grpc") as client:
+        assert [str(error) for error in client.classify([b"", b"GIF89a"])] == ["neither a PNG nor a JPEG"] * 2
+    assert not server.asked
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux' /proc")
+def test_a_file_that_cant_be_read_is_named(folder, server, capsys):
+    assert _main(server, "grpc", "/proc/self/mem", folder / "0.png") == 1
+    out, err = capsys.readouterr()
+    assert "/proc/self/mem: can't be read: " in err and len(out.splitlines()) == 1
+
+
+# === Failures ===
+
+
+@both
+def test_passing_failures_are_tried_again(protocol, server, images):
+    with _client(server, protocol, retries=2) as client:
+        alone = client.classify(images[:1])
+        for fault in (UNAVAILABLE, (STATUS.RESOURCE_EXHAUSTED, "Run() timeout exceeded"), (STATUS.DEADLINE_EXCEEDED, "late")):
+            server.faults.extend([fault] * 2)
+            server.asked.clear()
+            assert client.classify(images[:1]) == alone
+            assert len(server.asked) == 3
+
+
+@both
+def test_retries_come_to_an_end(protocol, folder, server, capsys):
+    server.faults.extend([UNAVAILABLE] * 3)
+    assert _main(server, protocol, folder, "--retries", 1) == 1
+    assert len(server.asked) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert f"client: the server at {_address(server, protocol)} is not available, 2 tries: The batch scheduling queue" in line
+
+
+def test_pauses_grow_to_a_bound(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(module, "BACKOFF", 1.0)
+    with Client(_nobody(), "rest", retries=6) as client, pytest.raises(ServingError):
+        client.versions()
+    assert pauses == [1.5, 3.0, 6.0, 12.0, 15.0, 15.0]
+
+
+@both
+def test_other_failures_are_not_tried_again(protocol, server, images):
+    server.faults.append((STATUS.INTERNAL, "broken"))
+    with _client(server, protocol) as client, pytest.raises(ServingError, match=r"failed with .*: broken"):
+        client.classify(images[:1])
+    assert len(server.asked) == 1
+
+
+@both
+def test_a_late_server_is_told(protocol, folder, server, capsys):
+    server.delay = 1.0
+    started = time.monotonic()
+    assert _main(server, protocol, folder / "0.png", "--timeout", 0.2, "--retries", 1) == 1
+    assert time.monotonic() - started < 1.0
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "gave no answer within 0.2 s, 2 tries" in line and "`timeout`" in line
+    time.sleep(1.2)  # until the double is done with them
+
+
+def test_the_server_is_told_the_deadline(server, images):
+    with _client(server, "grpc", timeout=7.0) as client:
+        client.classify(images[:1])
+    assert 5 < server.asked[0].seconds <= 7
+
+
+@both
+def test_a_server_that_is_not_there(protocol, folder, capsys):
+    address = _nobody()
+    assert main([str(folder), "--protocol", protocol, "--address", address, "--retries", "1"]) == 1
+    out, err = capsys.readouterr()
+    [line] = err.strip().splitlines()
+    assert f"the server at {address} is not available, 2 tries: " in line and "docker compose -f" in line and not out
+
+
+@both
+def test_a_model_that_is_not_there(protocol, folder, server, capsys):
+    assert _main(server, protocol, folder, "--model", "dog/cat") == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith("has no model dog/cat: give `model` a name in its models.config")
+
+
+@both
+def test_a_version_that_is_not_there(protocol, folder, server, capsys):
+    assert _main(server, protocol, folder, "--version", 1) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith("has no version 1 of cvt: give `version` one of 2, 3")
+
+
+@both
+def test_a_batch_that_the_server_does_not_take(protocol, server, images):
+    with _client(server, protocol) as client, pytest.raises(ServingError, match="make `batch` smaller") as raised:
+        client.classify(images * 4)
+    assert not isinstance(raised.value, ImageError) and len(server.asked) == 1
+
+
+@both
+def test_a_model_of_another_kind(protocol, server, images, monkeypatch):
+    with _client(server, protocol) as client:
+        monkeypatch.setattr(module, "SIGNATURE", "bytes")
+        with pytest.raises(ServingError, match="has not the signature bytes"):
+            client.classify(images[:1])
+        monkeypatch.undo()
+        monkeypatch.setattr(server, "_run", lambda *_: {"scores": np.zeros((1, 3), "float32")})
+        with pytest.raises(ServingError, match="has not the signature serving_bytes"):
+            client.classify(images[:1])
+
+
+def test_what_answers_but_speaks_otherwise(server, images):
+    with Client(server.rest_address, "grpc", retries=0) as client, pytest.raises(ServingError, match="not available"):
+        client.versions()
+    with Client(server.grpc_address, "rest", retries=0) as client, pytest.raises(ServingError, match="8501"):
+        client.versions()
+
+
+@both
+def test_labels_of_another_model(protocol, folder, server, tmp_path, capsys):
+    for text in ("a\nb\n", "a\n" * 10):
+        (tmp_path / "labels.txt").write_text(text)
+        assert _main(server, protocol, folder / "0.png", "--labels", tmp_path / "labels.txt") == 1
+        assert "client: `labels` are those of another model" in capsys.readouterr().err
+
+
+def test_grpcs_packages_missing(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)  # what Python does with it: every import fails
+    assert main([str(folder)]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "pip install tensorflow-serving-api" in line and "--no-deps" in line
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--batch", "0"], "`batch` must be at least 1. Received: batch=0"),
+        (["--top", "0"], "`top` must be at least 1. Received: top=0"),
+        (["--timeout", "0"], "`timeout` must be over 0 and at most 86400 seconds. Received: timeout=0.0"),
+        (["--timeout", "nan"], "Received: timeout=nan"),
+        (["--timeout", "inf"], "Received: timeout=inf"),
+        (["--version", "0"], "`version` must be at least 1; leave it out for the newest. Received: version=0"),
+        (["--retries", "-1"], "`retries` must be at least 0, which is a single try. Received: retries=-1"),
+        (["--model", ""], "`model` must be a name in models.config, as cvt. Received: model="),
+        (["--labels", "nowhere"], "`labels` must be an export's labels.txt. Received: nowhere, which can't be read"),
+        (["nowhere.png"], "`IMAGE` must be a file or a folder of images. Received: nowhere.png, which is not there"),
+        *(
+            (["--address", address], f"`address` must be HOST:PORT, as localhost:8500. Received: address={address}")
+            for address in (
+                "localhost",
+                ":8500",
+                "localhost:",
+                "localhost:0",
+                "localhost:65536",
+                "http://localhost:8501",
+                "::1:85",
+            )
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_flags_are_told_in_a_line(flags, said, folder, capsys):
+    assert main([str(folder), *flags]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("client: ") and said in line
+
+
+def test_no_images_at_all(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("hello")
+    for flags, said in (([], "none"), ([str(tmp_path)], f"{tmp_path}, with no .png")):
+        assert main(flags) == 2
+        assert f"Received: {said}" in capsys.readouterr().err
+
+
+def test_an_unknown_protocol():
+    with pytest.raises(ValueError, match=r"`protocol` must be one of grpc, rest. Received: protocol=soap"):
+        Client(protocol="soap")
+    with pytest.raises(SystemExit) as ended:
+        main(["a.png", "--protocol", "soap"])
+    assert ended.value.code == 2
+
+
+def test_addresses_by_protocol():
+    assert {protocol: Client(protocol=protocol).address for protocol in ADDRESSES} == ADDRESSES
+    assert Client("[::1]:8501", "rest").address == "[::1]:8501"
+
+
+@pytest.mark.parametrize("stop, code", [(KeyboardInterrupt, 130), (module.Terminated, 143)])
+def test_a_stop_is_told(stop, code, folder, server, monkeypatch, capsys):
+    def stopped(*_):
+        raise stop
+
+    monkeypatch.setattr(Client, "classify", stopped)
+    assert _main(server, "grpc", folder) == code
+    assert capsys.readouterr().err == "\nclient: stopped\n"
+
+
+def test_a_reader_that_leaves_is_no_traceback(folder, server):
+    flags = [str(folder), "--protocol", "rest", "--address", server.rest_address]
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "export.serving.client", *flags]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
