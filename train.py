@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # before TensorFlow is impor
 try:
     import tyro
 
-    from cvt_keras import runs
+    from cvt_keras import runs, signals
     from cvt_keras.data.sources import DataError
     from cvt_keras.pretrained import CheckpointError
     from cvt_keras.training import RECIPES, Recipe, RecipeError, run
@@ -24,10 +23,6 @@ except KeyboardInterrupt:
 
 PROGRAM = "train.py [RECIPE]"
 DEFAULT = "cifar10"
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, ended like Ctrl-C."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +96,7 @@ def main(argv, command=("python", "train.py")):
         command: what was typed before them.
     """
     resuming = shlex.join([*command, *argv, *([] if "--resume" in argv else ["--resume"])])
-    signal.signal(signal.SIGTERM, _terminate)
+    signals.raise_on_sigterm()
     try:
         arguments = parse(argv)
         report = run(arguments.recipe, arguments.run_dir, resume=arguments.resume)
@@ -120,16 +115,11 @@ def main(argv, command=("python", "train.py")):
     except OSError as error:
         return _fail(f"{error}; finished epochs are kept. To go on once that is mended: {resuming}", 1)
     except KeyboardInterrupt as stop:
-        code = 143 if isinstance(stop, Terminated) else 130
-        return _fail(f"stopped; finished epochs are kept. To go on: {resuming}", code)
+        return _fail(f"stopped; finished epochs are kept. To go on: {resuming}", signals.exit_code(stop))
     split = "test" if report.test else "validation"  # a run from Python may leave the test images alone
     found = getattr(report, split)
     print(f"{found['top1']:.2%} top-1 on {found['images']} {split} images; the run is in {arguments.run_dir}")
     return 0
-
-
-def _terminate(number, frame):
-    raise Terminated
 
 
 def _fail(message, code):

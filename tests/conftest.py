@@ -1,5 +1,6 @@
 """The network's tests run on every backend; the rest needs TensorFlow's."""
 
+import signal
 from pathlib import Path
 
 import keras
@@ -64,6 +65,21 @@ def cifar10_dir(tmp_path_factory):
 def write_tfds():
     """`_write_tfds`, for the tests that make a folder of their own."""
     return _write_tfds
+
+
+@pytest.fixture
+def heard():
+    """What answers both signals in the test: notes that they came, and raises."""
+    numbers = []
+
+    def answer(number, frame):
+        numbers.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, answer) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield numbers
+    for number, answer in before.items():
+        signal.signal(number, answer)
 
 
 def pytest_addoption(parser):

@@ -16,6 +16,7 @@ ALLOWED = {
     "variants": set(),
     "environment": set(),
     "runs": set(),
+    "signals": set(),
     "evaluation": set(),
     "plots": {"evaluation", "runs"},
     "page": {"plots", "runs"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "configs": {"model", "runs", "state_dicts", "variants"},
     "pretrained": {"configs", "model", "runs", "state_dicts", "variants"},
     "data": set(),
-    "training": {"data", "environment", "evaluation", "model", "page", "plots", "pretrained", "runs", "variants"},
+    "training": {"data", "environment", "evaluation", "model", "page", "plots", "pretrained", "runs", "signals", "variants"},
 }
 # Keras and NumPy alone, so that they run on every backend.
 PORTABLE = ["layers", "model", "configs", "pretrained", "training/optimizers"]

@@ -1,18 +1,14 @@
 """Only what Keras lacks."""
 
-import contextlib
 import math
-import os
 import shutil
-import signal
-import threading
 import time
 import zipfile
 
 import keras
 import numpy as np
 
-from cvt_keras import runs
+from cvt_keras import runs, signals
 from cvt_keras.training.recipes import RecipeError
 
 
@@ -37,46 +33,18 @@ class HaltOnNaN(keras.callbacks.Callback):
             raise FloatingPointError(f"the loss is no number after the last step of epoch {self.epoch + 1}: {self.advice}")
 
 
-class StopAfterStep(keras.callbacks.Callback):
-    """Holds Ctrl-C and SIGTERM back until the step is done: raised in the midst of TensorFlow's work they can crash it.
+class StopAfterStep(signals.Held, keras.callbacks.Callback):
+    """Holds Ctrl-C and SIGTERM back until the step is done: to be entered around `fit`, and given to it."""
 
-    A context manager, to be entered around `fit` and given to it. What answered the signals before does so after the step, or
-    at once if a second one comes. Without effect outside the main thread, which alone hears signals.
-    """
-
-    def __enter__(self):
-        self._answers, self._received = {}, None
-        if threading.current_thread() is threading.main_thread():
-            # What Python does not answer, as SIGTERM by default, ends the process without a word to anyone.
-            heard = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            self._answers = {number: answer for number, answer in heard.items() if callable(answer)}
-        for number in self._answers:
-            signal.signal(number, self._hold)
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        for number, answer in self._answers.items():
-            signal.signal(number, answer)
-        if kind is None:
-            self._answer()
+    def __init__(self):
+        signals.Held.__init__(self, "this step")
+        keras.callbacks.Callback.__init__(self)
 
     def on_train_batch_end(self, batch, logs=None):
-        self._answer()
+        self.answer()
 
     def on_test_batch_end(self, batch, logs=None):
-        self._answer()
-
-    def _hold(self, number, frame):
-        if self._received is not None:
-            self._answer()
-        self._received = number
-        with contextlib.suppress(OSError):  # Ctrl-C ends the reader of a pipe too
-            os.write(2, b"\nstopping after this step; once more stops at once\n")
-
-    def _answer(self):
-        if self._received is not None:
-            self._answers[self._received](self._received, None)
-            self._received = None  # not before: where it strikes in a garbage collector's callback, what it raises is lost
+        self.answer()
 
 
 class Stopwatch(keras.callbacks.Callback):

@@ -3,7 +3,6 @@ import dataclasses
 import shutil
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
@@ -41,21 +40,6 @@ def test_a_loss_that_is_no_number_names_its_step():
         halt.on_test_end({"loss": float("inf")})
 
 
-@pytest.fixture
-def heard():
-    """What answers both signals in the test: notes that they came, and raises."""
-    numbers = []
-
-    def answer(number, frame):
-        numbers.append(number)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, answer) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield numbers
-    for number, answer in before.items():
-        signal.signal(number, answer)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", ["on_train_batch_end", "on_test_batch_end"])
 def test_a_signal_waits_for_the_end_of_the_step(heard, number, step):
@@ -67,31 +51,6 @@ def test_a_signal_waits_for_the_end_of_the_step(heard, number, step):
     assert heard == [number]
     with pytest.raises(KeyboardInterrupt):  # whoever answered before does so again
         signal.raise_signal(number)
-
-
-def test_a_second_signal_does_not_wait(heard):
-    with pytest.raises(KeyboardInterrupt), StopAfterStep():
-        signal.raise_signal(signal.SIGTERM)
-        assert not heard
-        signal.raise_signal(signal.SIGINT)
-    assert heard == [signal.SIGTERM]
-
-
-def test_a_signal_after_the_last_step_is_not_lost(heard):
-    with pytest.raises(KeyboardInterrupt), StopAfterStep():
-        signal.raise_signal(signal.SIGTERM)
-    assert heard == [signal.SIGTERM]
-
-
-def test_what_python_does_not_answer_is_left_alone(heard):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with StopAfterStep():
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-
-
-def test_another_thread_hears_no_signals():
-    with ThreadPoolExecutor() as pool:
-        assert pool.submit(lambda: StopAfterStep().__enter__().on_train_batch_end(0)).result() is None
 
 
 def _trained(ema=0.0, precision="float32"):
