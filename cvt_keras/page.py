@@ -127,7 +127,7 @@ def _artifacts(artifacts):
             f"{artifact['milliseconds']:.1f}",
             f"{artifact['images']:,}",
             artifact["runtime"],
-            "passed" if artifact["passed"] else "FAILED",
+            "passed" if artifact["passed"] else f"FAILED: {', '.join(artifact['broken'])}",
         ]
         for artifact in artifacts
     ]

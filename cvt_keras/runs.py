@@ -28,6 +28,20 @@ class RunError(Exception):
     """A run folder that can't be read or written, or is in use. The message is one line: which file, and the way out."""
 
 
+class NoRunError(RunError):
+    """A folder that is no run's."""
+
+
+def require_run(run_dir):
+    """Told before a run is read.
+
+    Raises:
+        NoRunError: if there is no run in `run_dir`.
+    """
+    if not (run_dir / RECIPE).exists():
+        raise NoRunError(f"`RUN` must be a run folder, which train.py writes. Received: {run_dir}")
+
+
 def require_vacant(run_dir):
     """A run is never overwritten.
 
@@ -56,8 +70,8 @@ def require_writable(run_dir):
 
 
 @contextlib.contextmanager
-def lock(run_dir):
-    """Keeps other processes out of a run folder during the block; one that is killed leaves no lock behind.
+def lock(folder):
+    """Keeps other processes out of a folder of a run during the block; one that is killed leaves no lock behind.
 
     Raises:
         RunError: if another process is in it.
@@ -65,14 +79,12 @@ def lock(run_dir):
     if fcntl is None:
         yield
         return
-    descriptor = os.open(run_dir, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(
-                f"another process is at work in {run_dir}: wait for its end, or name another with --run-dir"
-            ) from error
+            raise RunError(f"another process is at work in {folder}: wait for its end, or work in another folder") from error
         except OSError:
             pass  # a file system without locks, as of some networks
         yield

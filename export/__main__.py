@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -15,19 +14,16 @@ try:
     import tensorflow as tf
     import tyro
 
-    from cvt_keras import environment, page, runs
+    from cvt_keras import environment, page, runs, signals
     from cvt_keras.data import sources
     from cvt_keras.training import Recipe, RecipeError
     from export import saved_model, tflite
-    from export.verify import BATCH, BOUNDS, verify
+    from export.verify import BOUNDS, batches, verify
 except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that there is not
     sys.exit(f"export: {error}. Is all of requirements.txt installed, and KERAS_BACKEND unset?")
 
+IMAGES = "images.npy"
 Format = Literal["saved_model", "float32", "float16", "dynamic_int8", "int8"]
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, ended like Ctrl-C."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +53,14 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
         The `Artifact`s, in the order of `formats`.
 
     Raises:
-        RunError: for a folder that is no finished run, or in use.
+        RunError: for a folder that is no finished run, or in use; or on another of Keras' backends than TensorFlow.
         DataError: if its images can't be had.
         RuntimeError: if an artifact can't be made, or does not run.
         OSError: if a file can't be written.
     """
     run_dir = Path(run_dir)
+    if keras.config.backend() != "tensorflow":
+        raise runs.RunError(f"exports need KERAS_BACKEND=tensorflow. Received: {keras.config.backend()}")
     recipe, classifier = _read(run_dir)
     source = sources.load(recipe.dataset, data_dir or recipe.data_dir, recipe.image_size)
     class_names = list(source.class_names)
@@ -72,24 +70,26 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
         )
     test = source.test.limit(recipe.test_limit).limit(verify_images)
     images = _pixels(test.images, recipe.image_size)
-    expected = tf.nn.softmax(classifier.predict(images.astype("float32"), batch_size=BATCH, verbose=0)).numpy()
+    logits = [classifier.predict_on_batch(batch.astype("float32")) for batch in batches(images)]
+    expected = tf.nn.softmax(np.concatenate(logits)).numpy()
     train = source.train.limit(recipe.train_limit)
     calibration = _pixels(tflite.calibration_images(train, len(class_names), recipe.seed), recipe.image_size)
     folder = run_dir / runs.EXPORT
     folder.mkdir(exist_ok=True)
     artifacts = []
     with runs.lock(folder), runs.scratch(folder) as scratch:
+        np.save(scratch / IMAGES, images)
         for name in formats:
-            print(f"{name}: writing", end="", flush=True)
             file, path = scratch / name, _place(folder, name)
-            if name == "saved_model":
-                saved_model.write(classifier, class_names, file)
-            else:
-                file.write_bytes(tflite.convert(classifier, class_names, name, calibration))
-            print(f", checking on {len(images):,} images", end="", flush=True)
-            artifact = verify(name, file, path.relative_to(run_dir).as_posix(), images, test.labels, expected)
+            print(f"{name}: writing, then checking on {len(images):,} images", flush=True)
+            with signals.Held(f"{name} is written"):
+                if name == "saved_model":
+                    saved_model.write(classifier, class_names, file)
+                else:
+                    file.write_bytes(tflite.convert(classifier, class_names, name, calibration))
+            artifact = verify(name, file, path.relative_to(run_dir).as_posix(), scratch / IMAGES, test.labels, expected)
             artifacts.append(artifact)
-            print(f": {_line(artifact)}", flush=True)
+            print(f"  {_line(artifact)}", flush=True)
             if artifact.passed:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 runs.place(file, path)
@@ -102,8 +102,7 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
 
 def _read(run_dir):
     """A run's recipe and its classifier."""
-    if not (run_dir / runs.RECIPE).exists():
-        raise runs.RunError(f"`RUN` must be a run folder, which train.py writes. Received: {run_dir}")
+    runs.require_run(run_dir)
     if missing := [name for name in (runs.MODEL, runs.REPORT, runs.HISTORY) if not (run_dir / name).exists()]:
         raise runs.RunError(f"{run_dir} has no {missing[0]} yet: finish its training by --resume")
     try:
@@ -120,7 +119,7 @@ def _read(run_dir):
 
 def _pixels(images, size):
     """uint8 squares of the network's size, as training saw them."""
-    return np.concatenate([sources.stretch(images[i : i + BATCH], size).numpy() for i in range(0, len(images), BATCH)])
+    return np.concatenate([sources.stretch(batch, size).numpy() for batch in batches(images)])
 
 
 def _place(folder, name):
@@ -131,9 +130,10 @@ def _place(folder, name):
 
 
 def _line(artifact):
+    floats = f", {len(artifact.float_tensors)} float tensors, see {runs.REPORT}" if artifact.float_tensors else ""
     return (
         f"{artifact.top1:.2%} top-1, {artifact.agreement:.2%} as Keras, {artifact.milliseconds:.2f} ms, "
-        f"{artifact.bytes / 1e6:.2f} MB, {'passed' if artifact.passed else 'FAILED'}"
+        f"{artifact.bytes / 1e6:.2f} MB{floats}, {'passed' if artifact.passed else 'FAILED'}"
     )
 
 
@@ -160,31 +160,29 @@ def _report(folder, artifacts, source, calibration_images):
 
 def main(argv):
     """Runs the command line -> its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signals.raise_on_sigterm()
     try:
         arguments = tyro.cli(Arguments, prog="python -m export", description=__doc__.partition(":")[0], args=argv)
         for name, value in {"verify_images": arguments.verify_images, "formats": len(arguments.formats)}.items():
             if value is not None and value < 1:
                 return _fail(f"`{name}` must be at least 1. Received: {name}={value}", 2)
         artifacts = export(arguments.run, dict.fromkeys(arguments.formats), arguments.data_dir, arguments.verify_images)
-    except runs.RunError as error:
-        return _fail(error, 2 if "`RUN`" in str(error) else 1)
-    except (sources.DataError, OSError, RuntimeError, MemoryError) as error:
+    except runs.NoRunError as error:
+        return _fail(error, 2)
+    except (runs.RunError, sources.DataError, OSError, RuntimeError, MemoryError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt as stop:
-        return _fail("stopped; what was being written is gone", 143 if isinstance(stop, Terminated) else 130)
-    for artifact in artifacts:
-        if not artifact.passed:
-            bounds = {name: bound for name, bound in artifact.bounds.items() if bound is not None}
-            said = f"{artifact.name} is out of its bounds {bounds}, and was not put into {arguments.run / artifact.path}"
-            most = f"Test image {artifact.worst_image} differs most, by {artifact.max_abs_diff:.4f} in a probability"
-            return _fail(f"{said}: {_line(artifact)}. {most}", 1)
+        return _fail("stopped; what was being written is gone", signals.exit_code(stop))
+    failed = [artifact for artifact in artifacts if not artifact.passed]
+    for artifact in failed:
+        broken = ", ".join(f"{name} ({artifact.bounds.get(name)} at most)" for name in artifact.broken)
+        said = f"{artifact.name} is out of its bounds in {broken}, and was not put into {arguments.run / artifact.path}"
+        most = f"Test image {artifact.worst_image} differs most, by {artifact.max_abs_diff:.4f} in a probability"
+        _fail(f"{said}: {_line(artifact)}. {most}", 1)
+    if failed:
+        return 1
     print(f"exported into {arguments.run / runs.EXPORT}; the table is in {arguments.run / runs.PAGE}")
     return 0
-
-
-def _terminate(number, frame):
-    raise Terminated
 
 
 def _fail(message, code):

@@ -45,8 +45,7 @@ def write(classifier, class_names, folder):
         return tf.map_fn(lambda data: decode(data, shape), image_bytes, fn_output_signature=tf.TensorSpec(shape, tf.uint8))
 
     images = [tf.TensorSpec((None, *shape), tf.uint8, name="images")]
-    archive = keras.export.ExportArchive()
-    archive.track(classifier)
+    archive = keras.export.ExportArchive()  # finds the variables by itself; told of them by `track`, it saves each twice
     archive.add_endpoint("serving_default", answer, images)
     archive.add_endpoint("logits", lambda images: {"logits": logits(images)}, images)
     archive.add_endpoint(

@@ -97,12 +97,13 @@ def test_exports_are_on_the_page_once_there_are_some(run_dir):
     assert "Exports" not in _written(run_dir).text
     artifact = {
         **{"name": "int8", "bytes": 1_400_000, "top1": 0.8, "agreement": 0.98, "max_abs_diff": 0.03125, "milliseconds": 2.5},
-        **{"images": 1000, "runtime": "LiteRT 2", "passed": True},
+        **{"images": 1000, "runtime": "LiteRT 2", "passed": True, "broken": []},
     }
     (run_dir / runs.EXPORT).mkdir()
     runs.write_json(
-        run_dir / runs.EXPORT / runs.REPORT, {"artifacts": [artifact, {**artifact, "name": "float16", "passed": False}]}
+        run_dir / runs.EXPORT / runs.REPORT,
+        {"artifacts": [artifact, {**artifact, "name": "float16", "passed": False, "broken": ["top1_drop"]}]},
     )
     text = _written(run_dir).text
-    for part in ("Exports", "int8", "1.40", "98.0%", "0.031", "2.5", "LiteRT 2", "passed", "FAILED"):
+    for part in ("Exports", "int8", "1.40", "98.0%", "0.031", "2.5", "LiteRT 2", "passed", "FAILED: top1_drop"):
         assert part in text, part

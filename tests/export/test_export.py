@@ -1,12 +1,19 @@
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from cvt_keras import runs
 from export import __main__ as command
 from export.verify import BOUNDS, Artifact
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def _copy(trained, tmp_path):
@@ -28,7 +35,7 @@ def test_a_run_is_exported_whole(exported):
         assert 0.5 < row["agreement"] <= 1 and row["milliseconds"] > 0
         assert row["runtime"].startswith("TensorFlow" if row["name"] == "saved_model" else "LiteRT")
     kept = {row["name"]: row for row in report["artifacts"]}
-    assert kept["int8"]["float_tensors"] == []
+    assert kept["int8"]["float_tensors"] == {}
     assert kept["float32"]["top1"] == pytest.approx(
         json.loads((exported / "report.json").read_text())["test"]["top1"], abs=0.01
     )
@@ -55,10 +62,11 @@ def test_what_is_out_of_its_bounds_fails_and_is_not_put_in_place(trained, tmp_pa
     assert command.main([str(run_dir), "--formats", "float16", "float32", "--verify-images", "20"]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()[-1:]
     rows = {row["name"]: row for row in json.loads((run_dir / "export" / "report.json").read_text())["artifacts"]}
-    assert f"Test image {rows['float16']['worst_image']} differs most" in line and "float16 is out of its bounds" in line
+    assert "float16 is out of its bounds in max_abs_diff (0.0 at most)" in line
+    assert f"Test image {rows['float16']['worst_image']} differs most" in line
     assert (rows["float16"]["passed"], rows["float32"]["passed"]) == (False, True)
     assert [path.name for path in (run_dir / "export" / "tflite").iterdir()] == ["float32.tflite"]
-    assert "FAILED" in (run_dir / "report.html").read_text()
+    assert "FAILED: max_abs_diff" in (run_dir / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -92,6 +100,43 @@ def test_a_full_disk_leaves_nothing_half_written(trained, tmp_path, monkeypatch,
     assert command.main([str(run_dir), "--formats", "float32", "--verify-images", "20"]) == 1
     assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not [path for path in (run_dir / "export").rglob("*") if path.is_file()]
+
+
+def test_another_export_at_work_is_told(trained, tmp_path, capsys):
+    run_dir = _copy(trained, tmp_path)
+    (run_dir / "export").mkdir()
+    with runs.lock(run_dir / "export"):
+        assert command.main([str(run_dir), "--formats", "float32", "--verify-images", "20"]) == 1
+    assert f"another process is at work in {run_dir / 'export'}: wait for its end" in capsys.readouterr().err
+
+
+def test_another_backend_is_told_in_a_line(trained):
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    done = subprocess.run(
+        [sys.executable, "-m", "export", str(trained)], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "export: exports need KERAS_BACKEND=tensorflow. Received: jax"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_waits_until_a_file_is_written_and_leaves_nothing_half_written(
+    number, code, heard, trained, tmp_path, monkeypatch, capsys
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    written = []
+
+    def convert(*_):
+        signal.raise_signal(number)
+        written.append("whole")
+        return b"whole"
+
+    run_dir = _copy(trained, tmp_path)
+    monkeypatch.setattr(command.tflite, "convert", convert)
+    assert command.main([str(run_dir), "--formats", "float32"]) == code
+    assert written == ["whole"]
+    assert "stopped" in capsys.readouterr().err
+    assert not list((run_dir / "export").iterdir())
 
 
 def test_ctrl_c_leaves_nothing_half_written(trained, tmp_path, monkeypatch, capsys):

@@ -169,6 +169,12 @@ def test_no_xla_is_baked_in(folder):
     assert functions and not [function.signature.name for function in functions if function.attr["_XlaMustCompile"].b]
 
 
+def test_each_weight_is_stored_once(folder, classifier):
+    stored = sum(path.stat().st_size for path in (folder / "variables").iterdir())
+    weights = sum(4 * np.prod(variable.shape) for variable in classifier.weights)
+    assert weights < stored < weights + 300 * len(classifier.weights)  # each with its name and place
+
+
 def test_it_loads_without_keras(folder):
     code = (
         "import sys\n"

@@ -8,9 +8,9 @@ from ai_edge_litert.interpreter import Interpreter
 from flatbuffers.table import Table
 from tensorflow.lite.python import schema_py_generated as schema
 
-from cvt_keras import build_classifier
+from cvt_keras import Stage, Variant, build_classifier
 from cvt_keras.data.sources import Split
-from export import tflite
+from export import tflite, verify
 from export.tflite import KINDS
 
 
@@ -50,6 +50,31 @@ def test_an_integer_file_has_no_float_inside(interpreters):
     kinds = {np.dtype(tensor["dtype"]).kind for tensor in interpreters["int8"].get_tensor_details()}
     assert "f" not in kinds and "i" in kinds
     assert "f" in {np.dtype(tensor["dtype"]).kind for tensor in interpreters["dynamic_int8"].get_tensor_details()}
+
+
+def _floats(stage, activation, tmp_path):
+    """What stays float in the int8 file of a small network."""
+    variant = Variant(
+        stages=(Stage(dim=16, depth=1, heads=1, kernel_size=3, stride=2, padding=1), stage), activation=activation
+    )
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype="uint8")
+    file = tmp_path / "int8.tflite"
+    file.write_bytes(tflite.convert(build_classifier(variant, 2, (32, 32, 3)), ["a", "b"], "int8", images))
+    answers = verify.answer(file, images)
+    return dict(zip(answers["float_tensors"], answers["float_reasons"]))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_the_papers_layers_leave_no_float(activation, tmp_path):
+    stage = Stage(dim=32, depth=2, heads=2, kernel_size=3, stride=2, padding=1, drop_path=0.1, cls_token=True)
+    assert _floats(stage, activation, tmp_path) == {}
+
+
+def test_what_stays_float_is_known_with_its_reason(tmp_path):
+    # Behind a cls token, the converter takes no average pooling for integers.
+    stage = Stage(dim=32, depth=1, heads=2, kernel_size=3, stride=2, padding=1, projection="avg", cls_token=True)
+    reasons = set(_floats(stage, "gelu", tmp_path).values())
+    assert "the converter keeps AVERAGE_POOL_2D in floats here" in reasons
 
 
 def test_files_are_as_small_as_their_kind_says():

@@ -8,7 +8,8 @@ LABELS = np.arange(1000) % 10
 
 
 def _found(probabilities, **more):
-    return {"probabilities": probabilities, "milliseconds": 1.0, "runtime": "none", "float_tensors": [], **more}
+    floats = {"float_tensors": np.array([], str), "float_reasons": np.array([], str)}
+    return {"probabilities": probabilities, "milliseconds": 1.0, "runtime": "none", **floats, **more}
 
 
 def _sure(labels):
@@ -45,31 +46,59 @@ def test_fewer_than_three_images_are_chance(file):
     assert not compare("int8", file, "", LABELS[few], _sure(LABELS)[few], _found(_wrong(3)[few])).passed
 
 
-def test_the_image_that_differs_most_is_named(file):
+@pytest.mark.parametrize("images, broken", [(2, []), (3, ["max_abs_diff"])])
+def test_the_image_that_differs_most_is_named(images, broken, file):
     probabilities = _sure(LABELS)
-    probabilities[123, 4] += 1e-3
+    probabilities[123, 4] += 2e-3
+    probabilities[: images - 1, 4] += 1e-3
     artifact = compare("float32", file, "", LABELS, _sure(LABELS), _found(probabilities))
-    assert (artifact.passed, artifact.worst_image) == (False, 123)
-    assert artifact.max_abs_diff == pytest.approx(1e-3)
+    assert (artifact.broken, artifact.passed, artifact.worst_image) == (broken, not broken, 123)
+    assert artifact.max_abs_diff == pytest.approx(2e-3)
     assert artifact.bounds == {"top1_drop": 0.0, "max_abs_diff": 1e-4, "reference_max_abs_diff": 1e-4}
 
 
-def test_kernels_that_disagree_fail(file):
-    for difference, passed in ((1e-5, True), (1e-3, False)):
-        found = _found(_sure(LABELS), reference_max_abs_diff=difference)
-        assert compare("float32", file, "", LABELS, _sure(LABELS), found).passed == passed
+@pytest.mark.parametrize(
+    "name, difference, passed",
+    [
+        ("float32", 1e-5, True),
+        ("float32", 1e-3, False),
+        ("dynamic_int8", 0.05, True),
+        ("int8", 0.2, True),
+        ("int8", 0.3, False),
+    ],
+)
+def test_kernels_that_disagree_fail(name, difference, passed, file):
+    reference = _sure(LABELS)[:200]
+    reference[:3] -= difference
+    artifact = compare(name, file, "", LABELS, _sure(LABELS), _found(_sure(LABELS), reference=reference))
+    assert artifact.broken == ([] if passed else ["reference_max_abs_diff"])
+    assert artifact.reference_max_abs_diff == pytest.approx(difference)
 
 
-def test_a_float_in_an_integer_file_fails(file):
-    found = _found(_sure(LABELS), float_tensors=["mean"])
-    artifact = compare("int8", file, "", LABELS, _sure(LABELS), found)
-    assert (artifact.passed, artifact.float_tensors) == (False, ["mean"])
-    assert compare("float16", file, "", LABELS, _sure(LABELS), found).passed
+def test_a_float_in_an_integer_file_is_listed_with_its_reason(file):
+    floats = {"float_tensors": np.array(["mean"]), "float_reasons": np.array(["the converter keeps MEAN in floats here"])}
+    artifact = compare("int8", file, "", LABELS, _sure(LABELS), _found(_sure(LABELS), **floats))
+    assert artifact.float_tensors == {"mean": "the converter keeps MEAN in floats here"}
+    assert compare("float16", file, "", LABELS, _sure(LABELS), _found(_sure(LABELS), **floats)).float_tensors == {}
+
+
+def test_answers_that_are_no_numbers_are_no_answers(file):
+    probabilities = _sure(LABELS)
+    probabilities[7, 7] = np.nan
+    with pytest.raises(RuntimeError, match="int8 does not run: its probabilities are infinite or no numbers"):
+        compare("int8", file, "", LABELS, _sure(LABELS), _found(probabilities))
+
+
+@pytest.mark.parametrize("side, parts", [(32, [500, 500, 1]), (320, [5] * 200 + [1]), (1000, [1] * 1001)])
+def test_batches_are_as_large_as_their_images_allow(side, parts):
+    images = np.broadcast_to(np.uint8(0), (1001, side, side, 3))
+    assert [len(batch) for batch in verify.batches(images)] == parts
 
 
 def test_what_does_not_run_is_told(file):
+    np.save(file.with_name("images.npy"), np.zeros((2, 32, 32, 3), "uint8"))
     with pytest.raises(RuntimeError, match="float32 does not run: "):
-        verify.verify("float32", file, "", np.zeros((2, 32, 32, 3), "uint8"), LABELS[:2], _sure(LABELS)[:2])
+        verify.verify("float32", file, "", file.with_name("images.npy"), LABELS[:2], _sure(LABELS)[:2])
 
 
 def test_there_are_bounds_for_every_format():
