@@ -25,6 +25,7 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+.exports td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--quiet); font-weight: 500; }
 table.settings td { text-align: left; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--quiet); }
@@ -119,10 +120,10 @@ def _artifacts(artifacts):
     names = ["artifact", "MB", "top-1", "same top-1 as Keras", "largest difference", "ms an image", "images", "runtime", ""]
     rows = [
         [
-            artifact["name"],
+            artifact["name"].replace("_", " "),
             f"{artifact['bytes'] / 1e6:.2f}",
-            _percent(artifact["top1"]),
-            _percent(artifact["agreement"]),
+            f"{artifact['top1']:.2%}",  # bounds are as fine as 0.2 points
+            f"{artifact['agreement']:.2%}",
             f"{artifact['max_abs_diff']:.2g}",
             f"{artifact['milliseconds']:.1f}",
             f"{artifact['images']:,}",
@@ -131,7 +132,7 @@ def _artifacts(artifacts):
         ]
         for artifact in artifacts
     ]
-    return f"<h2>Exports</h2>{_table(names, rows)}"
+    return f"<h2>Exports</h2>{_table(names, rows, 'exports')}"
 
 
 def _settings(title, settings):

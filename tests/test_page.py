@@ -105,5 +105,5 @@ def test_exports_are_on_the_page_once_there_are_some(run_dir):
         {"artifacts": [artifact, {**artifact, "name": "float16", "passed": False, "broken": ["top1_drop"]}]},
     )
     text = _written(run_dir).text
-    for part in ("Exports", "int8", "1.40", "98.0%", "0.031", "2.5", "LiteRT 2", "passed", "FAILED: top1_drop"):
+    for part in ("Exports", "int8", "1.40", "98.00%", "0.031", "2.5", "LiteRT 2", "passed", "FAILED: top1_drop"):
         assert part in text, part

@@ -42,7 +42,7 @@ def test_a_run_is_exported_whole(exported):
     assert (folder / "labels.txt").read_text().splitlines()[:2] == ["airplane", "automobile"]
     assert not list(folder.glob(".*"))
     page = (exported / "report.html").read_text()
-    assert "<h2>Exports</h2>" in page and "dynamic_int8" in page
+    assert "<h2>Exports</h2>" in page and "dynamic int8" in page
 
 
 def test_another_export_is_the_next_version_and_keeps_the_other_rows(exported, tmp_path):
