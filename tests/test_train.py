@@ -15,6 +15,7 @@ import torch
 import train
 from cvt_keras.pretrained import microsoft_weights
 from cvt_keras.runs import RunError
+from cvt_keras.signals import Terminated
 from cvt_keras.training import RECIPES, Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -203,7 +204,7 @@ def test_missing_data_ends_with_1_and_one_line(tmp_path, capsys):
         (RunError("broken"), 1, "broken"),
         (FileExistsError("a run"), 2, "a run"),
         (KeyboardInterrupt(), 130, "To go on: python train.py smoke --run-dir 'my runs/one' --resume"),
-        (train.Terminated(), 143, "To go on: python train.py smoke --run-dir 'my runs/one' --resume"),
+        (Terminated(), 143, "To go on: python train.py smoke --run-dir 'my runs/one' --resume"),
     ],
 )
 def test_what_stops_a_run_is_told_in_one_line(raised, code, part, monkeypatch, capsys):
