@@ -117,8 +117,8 @@ def _with_metadata(model, class_names):
 def labels_text(class_names):
     """What `LABELS` holds: a name a line, in the order of the output.
 
-    MediaPipe counts the lines and refuses a file with more or fewer than classes: spaces take the place of a name's line breaks,
-    and its number that of an empty name.
+    MediaPipe refuses a file with more or fewer lines than classes: a name's line breaks become spaces, and an empty name its
+    place.
     """
     return "".join(f"{' '.join(name.splitlines()) or place}\n" for place, name in enumerate(class_names))
 
