@@ -1,7 +1,8 @@
 """Runs in the environment of requirements-mediapipe.txt: python mediapipe_classify.py FILE IMAGES.npz ANSWERS.json [OPTIONS]
 
 FILE is a .tflite file. IMAGES.npz holds uint8 images `(height, width, 3)`, each of its own size, OPTIONS further arguments of
-`ImageClassifierOptions` as JSON. ANSWERS.json gets MediaPipe's version, and for each image its categories, the most probable first.
+`ImageClassifierOptions` as JSON. ANSWERS.json gets MediaPipe's version, and for each image its categories, the most probable
+first.
 """
 
 import dataclasses

@@ -43,7 +43,7 @@ class Arguments:
     images: int = 1000
     """Test images, the first ones."""
     sides: tuple[int, ...] = (64, 128, 224, 480)
-    """To which they are enlarged by Lanczos' filter, in pixels; their own side leaves them as they are."""
+    """To which they are brought by Lanczos' filter, in pixels; their own side leaves them as they are."""
 
     def __post_init__(self):
         for name, value in {"images": self.images, "sides": min(self.sides, default=0)}.items():
@@ -72,7 +72,7 @@ def classify(file, images, **options):
 
 
 def halved(image, size):
-    """Halved while larger than twice `size`, then stretched to it, each by plain bilinear sampling: what a phone can do."""
+    """Halved while twice `size` or more, then stretched to it, each by bilinear sampling alone: the usual way on Android."""
     sides = image.shape[:2]
     while sides != (size, size):
         sides = tuple(max(size, side // 2) if side >= 2 * size else size for side in sides)
@@ -83,33 +83,28 @@ def halved(image, size):
 def main(arguments):
     recipe = Recipe.from_settings(runs.read_json(arguments.run / runs.RECIPE))
     size = recipe.image_size
-    source = sources.load(recipe.dataset, arguments.data_dir or recipe.data_dir, size)
+    # Not at the network's size: what is smoothed on reading can't alias any more.
+    source = sources.load(recipe.dataset, arguments.data_dir or recipe.data_dir, max(arguments.sides))
     test = source.test.limit(arguments.images)
     file = arguments.run / runs.EXPORT / "tflite" / f"{arguments.kind}.tflite"
-
-    def right(images):
-        """The version, and for each image whether MediaPipe has it right."""
-        version, answers = classify(file, images, max_results=1)
-        return version, np.array([best["index"] for [best] in answers]) == test.labels
-
-    def points(gained):
-        """Mean, and its standard error."""
-        return [round(100 * float(gained.mean()), 2), round(100 * float(gained.std() / len(gained) ** 0.5), 2)]
-
+    ways = {
+        "as_it_is": lambda image: image,
+        "as_in_training": lambda image: sources.stretch(image, size).numpy(),
+        "halved": lambda image: halved(image, size),
+        "lanczos": lambda image: _lanczos(image, size),
+    }
     rows = {}
     for side in arguments.sides:
-        images = [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)) for image in test.images]
-        version, as_it_is = right(images)
-        _, antialiased = right([sources.stretch(image, size).numpy() for image in images])
-        _, by_halves = right([halved(image, size) for image in images])
-        rows[side] = {
-            "as_it_is": float(as_it_is.mean()),
-            "antialiased": float(antialiased.mean()),
-            "halved": float(by_halves.mean()),
-            # Of the same images, so that their difficulty is not in it.
-            "points_antialiased_gains": points(antialiased.astype(float) - as_it_is),
-            "points_halved_gains": points(by_halves.astype(float) - as_it_is),
-        }
+        images = [_lanczos(image, side) for image in test.images]
+        right = {}
+        for name, way in ways.items():
+            version, answers = classify(file, [way(image) for image in images], max_results=1)
+            right[name] = np.array([best["index"] for [best] in answers]) == test.labels
+        rows[side] = {name: round(float(hits.mean()), 4) for name, hits in right.items()}
+        # Of the same images, so that their difficulty is not in it.
+        cost = right["as_in_training"].astype(float) - right["as_it_is"]
+        rows[side]["cost_in_points"] = round(100 * float(cost.mean()), 2)
+        rows[side]["standard_error"] = round(100 * float(cost.std() / len(cost) ** 0.5), 2)
     print(
         json.dumps(
             {
@@ -124,6 +119,10 @@ def main(arguments):
             }
         )
     )
+
+
+def _lanczos(image, side):
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
 
 
 if __name__ == "__main__":
