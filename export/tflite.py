@@ -115,8 +115,12 @@ def _with_metadata(model, class_names):
 
 
 def labels_text(class_names):
-    """What `LABELS` holds: a name a line, in the order of the output."""
-    return "".join(f"{name}\n" for name in class_names)
+    """What `LABELS` holds: a name a line, in the order of the output.
+
+    MediaPipe refuses a file with more or fewer lines than classes: a name's line breaks become spaces, and an empty name its
+    place.
+    """
+    return "".join(f"{' '.join(name.splitlines()) or place}\n" for place, name in enumerate(class_names))
 
 
 def _metadata():
@@ -142,10 +146,10 @@ def _metadata():
         builder.PrependUOffsetTRelative(offset)
         return builder.EndVector()
 
-    rgb, image_properties, feature_properties, value_labels = b"\1", b"\2", b"\1", b"\3"  # enums there
+    rgb, image_properties, feature_properties, axis_labels = b"\1", b"\2", b"\1", b"\2"  # enums there
     image_content = table({0: image_properties, 1: table({0: rgb})})
     image = table({0: text("images"), 1: text("An image of raw pixels, 0 to 255."), 3: image_content})
-    labels = table({0: text(LABELS), 1: text("Names of the classes, in the order of the output."), 2: value_labels})
+    labels = table({0: text(LABELS), 1: text("Names of the classes, in the order of the output."), 2: axis_labels})
     output_content = table({0: feature_properties, 1: table({0: 0})})
     output = table({0: text("probabilities"), 3: output_content, 6: vector(labels)})
     graph = table({2: vector(image), 3: vector(output)})

@@ -100,7 +100,13 @@ def test_labels_are_in_the_metadata(kind, files, classifier):
     for slot in (3, 3, 6):
         table = Table(metadata, table.Indirect(table.Vector(table.Offset(4 + 2 * slot))))
     assert table.String(table.Offset(4) + table.Pos) == b"labels.txt"
-    assert table.Get(flatbuffers.number_types.Uint8Flags, table.Offset(8) + table.Pos) == 3  # labels of its values
+    assert table.Get(flatbuffers.number_types.Uint8Flags, table.Offset(8) + table.Pos) == 2  # labels of its axis
+
+
+def test_labels_are_a_line_for_each_class():
+    names = ["fire truck", "a, b", "Café ☕", "a\nb", "a\r\nb", "a\u2028b", "", "\n"]
+    expected = ["fire truck", "a, b", "Café ☕", "a b", "a b", "a b", "6", "7"]
+    assert tflite.labels_text(names) == "".join(f"{name}\n" for name in expected)
 
 
 def test_calibration_images_are_of_every_class_alike_and_drawn_by_the_seed():

@@ -1,0 +1,102 @@
+"""MediaPipe's ImageClassifier, which apps on Android and iOS use, beside LiteRT on the same pixels."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
+from PIL import Image
+from tools import require
+
+from benchmarks import mediapipe_resize
+from cvt_keras import build_classifier
+from export import tflite
+
+# Both run TFLite's kernels in float32 with XNNPACK, MediaPipe those of its own build; uint8 probabilities are 1/256 apart, and
+# int8's accumulators round where two builds' kernels may differ: a step.
+TOLERANCE = {"float32": 1e-5, "float16": 1e-5, "dynamic_int8": 1e-5, "int8": 1 / 256}
+
+
+@pytest.fixture(scope="module")
+def classify():
+    require(mediapipe_resize.PYTHON.exists(), mediapipe_resize.INSTALL)
+    return mediapipe_resize.classify
+
+
+def _scores(answers):
+    """Categories of each image -> probabilities `(n, classes)`, in the order of the output."""
+    return np.array([[row["score"] for row in sorted(rows, key=lambda row: row["index"])] for rows in answers])
+
+
+def _litert(file, images):
+    """Probabilities `(n, classes)` of uint8 images of the network's size."""
+    interpreter = Interpreter(str(file))
+    interpreter.allocate_tensors()
+    [taken], [given] = interpreter.get_input_details(), interpreter.get_output_details()
+    rows = []
+    for image in images:
+        interpreter.set_tensor(taken["index"], image[None])
+        interpreter.invoke()
+        rows.append(interpreter.get_tensor(given["index"])[0])
+    rows = np.stack(rows)
+    return rows * np.float32(given["quantization"][0]) if rows.dtype == np.uint8 else rows
+
+
+def _sampled(image, size):
+    """As MediaPipe resizes on a CPU: bilinear between the pixels at `i * side / size`, no half-pixel centres, no smoothing."""
+    for axis, side in enumerate(image.shape[:2]):
+        place = np.arange(size) * (side / size)
+        low = place.astype(int)
+        share = (place - low)[:, None] if axis else (place - low)[:, None, None]
+        image = image.take(low, axis) * (1 - share) + image.take(np.minimum(low + 1, side - 1), axis) * share
+    return np.floor(image + 0.5).astype("uint8")
+
+
+@pytest.mark.parametrize("kind", tflite.KINDS)
+def test_it_shows_the_names_and_the_probabilities_of_litert(kind, classify, exported, classifier, test_images):
+    file = exported / "export" / "tflite" / f"{kind}.tflite"
+    sides = [(32, 32)] * 20 + [(64, 64), (50, 70), (20, 45), (33, 31), (480, 640)]  # height, width
+    images = [
+        np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+        for image, (height, width) in zip(test_images[0], sides)
+    ]
+    _, answers = classify(file, images)
+    names = classifier.get_layer("cvt").preprocessing["class_names"]
+    for rows in answers:
+        assert {row["index"]: row["category_name"] for row in rows} == dict(enumerate(names))
+        assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+        assert sum(row["score"] for row in rows) == pytest.approx(1, abs=0.02)  # uint8: each rounded to 1/256
+    expected = _litert(file, [_sampled(image, 32) for image in images])
+    np.testing.assert_allclose(_scores(answers), expected, rtol=0, atol=TOLERANCE[kind])
+
+
+def test_the_way_of_resizing_is_told_from_others(classify, exported, test_images):
+    """A check of the check: what it is not differs by far more than the tolerance."""
+    file = exported / "export" / "tflite" / "float32.tflite"
+    images = [np.asarray(Image.fromarray(image).resize((224, 160))) for image in test_images[0][:10]]
+    found = _scores(classify(file, images)[1])
+    for antialias in (False, True):  # both with half-pixel centres
+        other = [np.round(tf.image.resize(image, (32, 32), antialias=antialias)).astype("uint8") for image in images]
+        assert np.abs(_litert(file, other) - found).max() > 100 * TOLERANCE["float32"]
+
+
+def test_options_choose_among_the_categories(classify, exported, test_images):
+    file = exported / "export" / "tflite" / "int8.tflite"
+    images = test_images[0][:5]
+    all_of_them = classify(file, images)[1]
+    assert classify(file, images, max_results=3)[1] == [rows[:3] for rows in all_of_them]
+    threshold = all_of_them[0][1]["score"]
+    expected = [[row for row in rows if row["score"] >= threshold] for rows in all_of_them]
+    assert classify(file, images, score_threshold=threshold)[1] == expected
+    assert {row["category_name"] for [row] in classify(file, images, category_allowlist=["cat"])[1]} == {"cat"}
+
+
+def test_odd_names_come_through(classify, tmp_path):
+    names = ["fire truck", "a, b", "Café ☕ 猫", " space ", "a\nb", "a\r\nb", "", "a\rb", "twice", "twice"]
+    keras.utils.set_random_seed(0)
+    model = build_classifier("cvt_tiny", 10, (32, 32, 3))
+    file = tmp_path / "odd.tflite"
+    file.write_bytes(tflite.convert(model, names, "float32"))
+    [rows] = classify(file, [np.zeros((32, 32, 3), "uint8")])[1]
+    shown = ["fire truck", "a, b", "Café ☕ 猫", " space ", "a b", "a b", "6", "a b", "twice", "twice"]
+    assert {row["index"]: row["category_name"] for row in rows} == dict(enumerate(shown))
