@@ -77,7 +77,7 @@ async function ask(answer) {
       return bar;
     }),
   );
-  card.querySelector(".cost").textContent = `${median.toFixed(2)} ms by ${network.name}, median of ${RUNS}`;
+  card.querySelector(".cost").textContent = `${median.toFixed(2)} ms with ${network.name}, the median of ${RUNS} runs`;
   status(`${answer.name}: ${labels[order[0]]}, ${percent(probabilities[order[0]])}`);
 }
 

@@ -4,6 +4,7 @@ import { loadAndCompile, loadLiteRt, Tensor, unloadLiteRt } from "@litertjs/core
 
 const WASM = "/node_modules/@litertjs/core/wasm/";
 let runtime;
+let said = ""; // by the runtime, of what went wrong last
 
 export class Network {
   /**
@@ -17,14 +18,14 @@ export class Network {
     const bytes = new Uint8Array(await response.arrayBuffer());
     try {
       const quantization = outputQuantization(bytes);
-      runtime ??= loadLiteRt(WASM);
-      await runtime;
+      await (runtime ??= start());
       const network = new Network(name, await loadAndCompile(bytes, { accelerator: "wasm" }), quantization);
       await network.run(new Uint8Array(network.size ** 2 * 3)); // the first is slow
       return network;
     } catch (error) {
+      const why = said || String(error?.message ?? error).split("\n")[0];
       reset();
-      throw new Error(`${file} can't be run: ${String(error?.message ?? error).split("\n")[0]}`);
+      throw new Error(`${file} can't be run: ${why}`);
     }
   }
 
@@ -65,9 +66,21 @@ export class Network {
   }
 }
 
+function start() {
+  // It would write its notes to the console as errors.
+  globalThis.Module = {
+    printErr: (line) => {
+      if (line.startsWith("ERROR: ")) said ||= line.replace(/^ERROR: (\[[^\]]*\] *)?/, "");
+      console.debug(line);
+    },
+  };
+  return loadLiteRt(WASM);
+}
+
 /** What a broken file leaves of the runtime may be broken too: the next file gets a new one. */
 function reset() {
   runtime = undefined;
+  said = "";
   try {
     unloadLiteRt();
   } catch {
