@@ -14,7 +14,8 @@ export class Network {
   static async load(name) {
     const file = `${name}.tflite`;
     const response = await fetch(`/${file}`).catch(() => ({ status: "no answer; is the server still running?" }));
-    if (!response.ok) throw new Error(`${file} can't be had: ${response.status === 404 ? "it is not there any more" : response.status}.`);
+    const why = response.status === 404 ? "it is not there any more" : response.status;
+    if (!response.ok) throw new Error(`${file} can't be had: ${why}.`);
     const bytes = new Uint8Array(await response.arrayBuffer());
     try {
       const quantization = outputQuantization(bytes);

@@ -32,7 +32,8 @@ export async function decode(file) {
     throw new Refused(`The image has ${found} megapixels; at most ${MAX_PIXELS / 1e6} are taken.`);
   }
   if (Math.max(width, height) > MAX_SIDE) {
-    throw new Refused(`The image's longer side has ${count.format(Math.max(width, height))} pixels; at most ${count.format(MAX_SIDE)} are taken.`);
+    const [found, most] = [Math.max(width, height), MAX_SIDE].map((side) => count.format(side));
+    throw new Refused(`The image's longer side has ${found} pixels; at most ${most} are taken.`);
   }
   try {
     return await createImageBitmap(file, { colorSpaceConversion: "none", imageOrientation: "from-image" });
@@ -48,7 +49,7 @@ async function sides(file) {
   try {
     await new Promise((resolve, reject) => {
       image.onload = resolve;
-      image.onerror = () => reject(new Refused("This is no image, or a broken one."));
+      image.onerror = () => reject(new Refused("This is no image that this browser can read."));
       image.src = url;
     });
     return [image.naturalWidth, image.naturalHeight];

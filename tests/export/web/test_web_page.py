@@ -103,19 +103,19 @@ def test_uploaded_images_get_keras_probabilities(page, classifier, test_images, 
         top = names[expected.argmax()]
         assert card.get_by_role("heading").text_content() == top
         assert card.locator("li .share").first.text_content() == f"{100 * found[top]:.1f}%"
-        widths = card.locator(".track span").evaluate_all("bars => bars.map(bar => bar.style.width)")
-        np.testing.assert_allclose([float(width[:-1]) for width in widths], [100 * share for share in found.values()], atol=0.01)
+        widths = card.locator(".track span").evaluate_all("bars => bars.map(bar => parseFloat(bar.style.width) / 100)")
+        np.testing.assert_allclose(widths, list(found.values()), atol=1e-4)
 
 
-@pytest.mark.parametrize("height, width", [(1500, 2000), (20, 50), (31, 33), (3000, 7), (1, 1)])
-def test_images_of_another_size_are_stretched_as_in_training(height, width, page, classifier, names):
-    pixels = _photo(height, width)
-    expected = _stretched(pixels)
-    card = _chosen(page, _file(_encoded(pixels)))
-    assert abs(_seen(card).astype(int) - expected).max() <= 1
-    found = _probabilities(card)
-    np.testing.assert_allclose([found[name] for name in names], _keras(classifier, expected), atol=1e-3)
-    assert ("stretched as in training" in card.text_content()) == (height != width)
+def test_images_of_another_size_are_stretched_as_in_training(page, classifier, names):
+    for height, width in ((1500, 2000), (20, 50), (31, 33), (3000, 7), (1, 1)):
+        pixels = _photo(height, width)
+        expected = _stretched(pixels)
+        card = _chosen(page, _file(_encoded(pixels)))
+        assert abs(_seen(card).astype(int) - expected).max() <= 1, (height, width)
+        found = _probabilities(card)
+        np.testing.assert_allclose([found[name] for name in names], _keras(classifier, expected), atol=1e-3)
+        assert ("stretched as in training" in card.text_content()) == (height != width)
 
 
 def test_colours_are_the_files_numbers_and_alpha_is_left_out(page):
@@ -140,28 +140,37 @@ def test_a_jpeg_is_decoded_as_in_training_and_turned_as_the_camera_says(page):
     exif[0x0112] = 6  # the camera was turned by a quarter
     card = _chosen(page, _file(_encoded(pixels, "JPEG", quality=90, exif=exif), "photo.jpg", "image/jpeg"))
     assert abs(_seen(card).astype(int) - np.rot90(expected, -1)).max() <= 2
-    assert "400 × 600" in card.locator(".given").text_content()
+    assert "400 \N{MULTIPLICATION SIGN} 600" in card.locator(".given").text_content()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_model_file_answers_as_litert_does(kind, page, exported, test_images, names):
-    image = test_images[0][0]
-    card = _chosen(page, _file(_encoded(image)))
-    page.locator(f"label[for={kind}]").click()
-    cost = card.locator(".cost")
-    _expect()(cost).to_contain_text(f"ms with {kind},", timeout=WAIT)
-    assert float(cost.text_content().split()[0]) > 0
-    interpreter = Interpreter(str(exported / "export" / "tflite" / f"{kind}.tflite"))
+def _litert(file, pixels):
+    interpreter = Interpreter(str(file))
     interpreter.allocate_tensors()
     [taken], [given] = interpreter.get_input_details(), interpreter.get_output_details()
-    interpreter.set_tensor(taken["index"], image[None])
+    interpreter.set_tensor(taken["index"], pixels[None])
     interpreter.invoke()
-    expected = interpreter.get_tensor(given["index"])[0].astype("float32")
-    if kind == "int8":
-        expected /= 256
-    found = _probabilities(card)
-    assert card.get_by_role("heading").text_content() == names[expected.argmax()]
-    np.testing.assert_allclose([found[name] for name in names], expected, atol=0.02 if kind == "int8" else 1e-3)
+    found = interpreter.get_tensor(given["index"])[0]
+    scale, zero_point = given["quantization"]
+    return (found.astype("float32") - zero_point) * scale if scale else found
+
+
+def test_every_model_file_answers_as_litert_does(page, exported, test_images, names):
+    image = test_images[0][0]
+    card = _chosen(page, _file(_encoded(image)))
+    answers = []
+    for kind in (*KINDS[1:], KINDS[0]):
+        page.locator(f"label[for={kind}]").click()
+        cost = card.locator(".cost")
+        _expect()(cost).to_contain_text(f"ms with {kind},", timeout=WAIT)
+        assert float(cost.text_content().split()[0]) > 0
+        expected = _litert(exported / "export" / "tflite" / f"{kind}.tflite", image)
+        found = _probabilities(card)
+        assert card.get_by_role("heading").text_content() == names[expected.argmax()]
+        # Integers are rounded in another order there: by a few steps of 1/256.
+        np.testing.assert_allclose([found[name] for name in names], expected, atol=0.02 if kind == "int8" else 1e-3)
+        answers.append((found, cost.text_content()))
+    for which in range(2):
+        assert len({str(answer[which]) for answer in answers}) == 4
 
 
 def test_only_the_files_that_there_are_can_be_chosen(exported, open_page, serve, tmp_path):
@@ -242,6 +251,7 @@ def test_keyboard_alone(page, test_images, tmp_path):
             " return getComputedStyle(shown).outlineStyle; })()"
         )
 
+    page.on("filechooser", lambda _: None)  # Playwright needs a while to listen to it
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "choose" and outline() == "solid"
     with page.expect_file_chooser() as chooser:
@@ -270,7 +280,7 @@ def test_a_screen_reader_is_told(page, test_images, names):
     top, share = card.get_by_role("heading").text_content(), card.locator(".share").first.text_content()
     _expect()(status).to_have_text(f"told.png: {top}, {share}")
     _chosen(page, _file(b"hello", "notes.txt", "text/plain"))
-    _expect()(status).to_have_text("notes.txt: This is no image, or a broken one.")
+    _expect()(status).to_have_text("notes.txt: This is no image that this browser can read.")
     assert page.get_by_label("Choose images").get_attribute("type") == "file"
     assert page.get_by_role("img", name="What the network sees").count() == 1
     assert page.get_by_role("list").count() >= 2 and page.get_by_role("heading", level=1).count() == 1
@@ -287,37 +297,34 @@ def _png_that_says(width, height):
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(
-    "data, why",
-    [
+def test_bad_files_get_a_message_and_the_page_goes_on(page, test_images):
+    bad = [
         (b"", "no image"),
         (b"hello", "no image"),
         (b"\x89PNG\r\n\x1a\n", "no image"),
-        (lambda: _encoded(_photo(99, 99))[:60], "broken"),
-        (lambda: _encoded(_photo(99, 99))[:5000], "broken"),
-        (lambda: _encoded(_photo(99, 99), "JPEG")[:300], "broken"),
-        (lambda: _png_that_says(50_000, 50_000), "2500.0 megapixels; at most 50 are taken"),
-        (lambda: _encoded(np.zeros((7500, 8000), "uint8")), "60.0 megapixels; at most 50 are taken"),
-        (lambda: _encoded(np.zeros((1, 40_000), "uint8")), "longer side has 40,000 pixels; at most 32,767 are taken"),
-    ],
-    ids=range(9),
-)
-def test_bad_files_get_a_message_and_the_page_goes_on(data, why, page, test_images):
-    card = _chosen(page, _file(data() if callable(data) else data, "bad.png"))
-    assert card.locator(".file").text_content() == "bad.png"
-    assert why in card.locator(".why").text_content()
-    np.testing.assert_array_equal(_seen(_chosen(page, _file(_encoded(test_images[0][0])))), test_images[0][0])
+        (_encoded(_photo(99, 99))[:60], "broken"),
+        (_encoded(_photo(99, 99))[:5000], "broken"),
+        (_encoded(_photo(99, 99), "JPEG")[:300], "no image"),
+        (_png_that_says(50_000, 50_000), "no image"),
+        (_encoded(np.zeros((7500, 8000), "uint8")), "60.0 megapixels; at most 50 are taken"),
+        (_encoded(np.zeros((1, 40_000), "uint8")), "longer side has 40,000 pixels; at most 32,767 are taken"),
+    ]
+    for i, (data, why) in enumerate(bad):
+        card = _chosen(page, _file(data, f"{i}.png"))
+        assert card.locator(".file").text_content() == f"{i}.png"
+        assert why in card.locator(".why").text_content()
+        np.testing.assert_array_equal(_seen(_chosen(page, _file(_encoded(test_images[0][i])))), test_images[0][i])
 
 
 def test_what_is_too_large_is_refused_before_it_is_decoded(page, tmp_path):
-    page.evaluate("window.createImageBitmap = () => { throw new Error('decoded'); }")
+    page.evaluate("() => { window.createImageBitmap = () => { throw new Error('decoded'); }; }")
     card = _chosen(page, _file(_encoded(np.zeros((7500, 8000), "uint8"))))
     assert "60.0 megapixels" in card.text_content()
     with open(tmp_path / "huge.png", "wb") as file:
         file.truncate(300_000_001)  # a hole, which takes no space
     card = _chosen(page, tmp_path / "huge.png")
     assert "The file has 301 MB; at most 300 are taken." in card.text_content()
-    assert "decoded" in _chosen(page, _file(_encoded(_photo(9, 9)))).text_content()  # the stand-in is in its place
+    assert "is broken" in _chosen(page, _file(_encoded(_photo(9, 9)))).text_content()  # the stand-in is in its place
 
 
 def test_50_megapixels_are_taken(page):
@@ -325,45 +332,39 @@ def test_50_megapixels_are_taken(page):
     assert (_seen(card) == 77).all()
 
 
-def _damaged(kind):
-    def cut(path):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-
-    def mix(path):
-        data = bytearray(path.read_bytes())
-        data[64 : len(data) // 4] = np.random.default_rng(0).bytes(len(data) // 4 - 64)
-        path.write_bytes(data)
-
-    return {
-        "gone": lambda path: path.unlink(),
-        "empty": lambda path: path.write_bytes(b""),
-        "text": lambda path: path.write_text("hello, this is no model"),
-        "cut off": cut,
-        "mixed": mix,
-    }[kind]
-
-
-@pytest.mark.parametrize("kind", ["gone", "empty", "text", "cut off", "mixed"])
-def test_a_model_file_that_fails_gets_a_message_and_the_page_goes_on(kind, exported, open_page, serve, tmp_path, test_images):
+def test_a_model_file_that_fails_gets_a_message_and_the_page_goes_on(exported, open_page, serve, tmp_path, test_images):
     run_dir = tmp_path / "run"
     shutil.copytree(exported / "export", run_dir / "export")
     page = open_page(serve(run_dir))
-    page.expected_errors = ["404"] if kind == "gone" else []
-    _damaged(kind)(run_dir / "export" / "tflite" / "float16.tflite")
+    page.expected = ["404"]
+    file = run_dir / "export" / "tflite" / "float16.tflite"
+    whole = file.read_bytes()
+    noise = np.random.default_rng(0).bytes(len(whole) // 4)
     before = _probabilities(_chosen(page, _file(_encoded(test_images[0][0]))))
-    trouble = _given(page, page.locator("label[for=float16]").click)
-    assert trouble.locator(".file").text_content() == "float16"
-    assert ("can't be had" if kind == "gone" else "can't be run") in trouble.locator(".why").text_content()
-    _expect()(page.get_by_role("radio", name="float32")).to_be_checked()
-    after = _chosen(page, _file(_encoded(test_images[0][0])))
-    assert _probabilities(after) == before and "with float32," in after.text_content()
+    for damaged in (
+        None,
+        b"",
+        b"hello, this is no model",
+        whole[: len(whole) // 3],
+        whole[:64] + noise + whole[64 + len(noise) :],
+    ):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        trouble = _given(page, page.locator("label[for=float16]").click)
+        assert trouble.locator(".file").text_content() == "float16"
+        assert ("can't be had" if damaged is None else "can't be run") in trouble.locator(".why").text_content()
+        _expect()(page.get_by_role("radio", name="float32")).to_be_checked(timeout=WAIT)
+        after = _chosen(page, _file(_encoded(test_images[0][0])))
+        assert _probabilities(after) == before and "with float32," in after.text_content()
+    file.write_bytes(whole)
+    page.locator("label[for=float16]").click()
+    _expect()(page.locator(".cost").first).to_contain_text("ms with float16,", timeout=WAIT)
 
 
 def test_the_page_may_ask_no_other_host(page):
     with socket.create_server(("127.0.0.1", 0)) as other:
         other.settimeout(0.5)
         url = f"http://127.0.0.1:{other.getsockname()[1]}/"
-        page.expected_errors = [url]
+        page.expected = [url]
         ask = "async (url) => { try { await fetch(url, {mode: 'no-cors'}); return true; } catch { return false; } }"
         assert not page.evaluate(ask, url)
         page.evaluate("(url) => { new Image().src = url; document.body.append(Object.assign(new Image(), {src: url})); }", url)
@@ -374,15 +375,15 @@ def test_the_page_may_ask_no_other_host(page):
 # === Looks ===
 
 
-@pytest.mark.parametrize("width", [320, 360, 390, 800, 1280])
-def test_nothing_sticks_out_at_any_width(width, open_page, server):
-    page = open_page(server, viewport={"width": width, "height": 844})
+def test_nothing_sticks_out_at_any_width(page):
     _expect()(page.locator("#samples button")).to_have_count(10)
     _chosen(page, _file(_encoded(_photo(300, 900)), f"{'a long name ' * 5}{'without_a_space' * 5}.png"))
     _chosen(page, _file(b"hello", f"{'notes' * 30}.txt"))
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    sizes = page.locator("label, button").evaluate_all("all => all.map(one => one.getBoundingClientRect().height)")
-    assert min(sizes) >= 24  # WCAG 2.2's least for a finger
+    for width in (320, 360, 390, 800, 1280):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        sizes = page.locator("label, button").evaluate_all("all => all.map(one => one.getBoundingClientRect().height)")
+        assert min(sizes) >= 24  # WCAG 2.2's least for a finger
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -50,8 +50,9 @@ def test_the_page_holds_the_exports_limit():
 @pytest.mark.parametrize(
     "path",
     [
-        *("/model.keras", "/recipe.json", "/report.json", "/export/labels.txt", "/tflite/float32.tflite", "/export/report.json"),
-        *("/__main__.py", "/server.py", "/package.json", "/..", "/../__main__.py", "/../../README.md", "//etc/passwd"),
+        *("/model.keras", "/recipe.json", "/report.json", "/export/labels.txt", "/tflite/float32.tflite"),
+        *("/__main__.py", "/server.py", "/package.json", "/..", "/../__main__.py", "/../../README.md"),
+        *("/export/report.json", "/export/tflite/float32.tflite", "//etc/passwd"),
         *("/%2e%2e/%2e%2e/README.md", "/node_modules/../package.json", "/style.css/../server.py", "/..%2f..%2fREADME.md"),
         *("/samples/10.png", "/samples/-1.png", "/samples/00000.png", "/other.tflite", "/../float32.tflite", "/style.css%00"),
     ],
