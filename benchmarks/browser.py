@@ -1,0 +1,133 @@
+"""How long one image takes in the browser: python benchmarks/browser.py RUN
+
+Each .tflite file of a run in headless Chromium by LiteRT's WebAssembly on one thread, and beside it by LiteRT in Python on one
+thread, turn by turn, so that a noisy machine treats both alike. Needs npm ci --prefix export/web, and Chromium.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from ai_edge_litert.interpreter import Interpreter
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cvt_keras import environment
+from export.web.server import RUNTIME, WEB, Server, artifacts
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+# From pixels to numbers, as below; the input is noise, as the time does not depend on it.
+IN_THE_BROWSER = """async ({ name, pixels, runs }) => {
+  const { Network } = await import("/network.js");
+  const network = await Network.load(name);
+  const times = [];
+  for (let i = 0; i < runs; i++) times.push((await network.run(Uint8Array.from(pixels))).milliseconds);
+  network.delete();
+  return times;
+}"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Median milliseconds of one image, for each .tflite file of a run."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run folder, exported."""
+    runs: int = 200
+    """Of each file a turn; a tenth as many before them warm up."""
+    turns: int = 5
+    """Of each; the median of the turns' medians counts."""
+
+    def __post_init__(self):
+        for name in ("runs", "turns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
+        if not artifacts(self.run):
+            raise ValueError(f"`run` must be an exported run: python -m export {self.run} first. Received: run={self.run}")
+
+
+def main(arguments):
+    warm_up = max(1, arguments.runs // 10)
+    names = [artifact["name"] for artifact in artifacts(arguments.run)]
+    interpreters = {}
+    for name in names:
+        interpreters[name] = Interpreter(str(arguments.run / "export" / "tflite" / f"{name}.tflite"), num_threads=1)
+        interpreters[name].allocate_tensors()
+    shape = interpreters[names[0]].get_input_details()[0]["shape"]
+    pixels = np.random.default_rng(0).integers(0, 256, shape, "uint8")
+
+    medians = {name: {"browser": [], "python": []} for name in names}
+    with _page(arguments.run) as (browser, page):
+        for _ in range(arguments.turns):
+            for name in names:
+                asked = {"name": name, "pixels": pixels.ravel().tolist(), "runs": warm_up + arguments.runs}
+                times = page.evaluate(IN_THE_BROWSER, asked)
+                medians[name]["browser"].append(statistics.median(times[warm_up:]))
+                times = [_milliseconds(interpreters[name], pixels) for _ in range(warm_up + arguments.runs)]
+                medians[name]["python"].append(statistics.median(times[warm_up:]))
+        chromium = f"Chromium {browser.version}"
+    core = json.loads((WEB / "node_modules/@litertjs/core/package.json").read_text())["version"]
+    python = importlib.metadata.version("ai-edge-litert")
+    print(
+        f"{environment.cpu()}; median of {arguments.turns} turns of {arguments.runs} runs, in brackets the least and the most\n"
+    )
+    print(
+        f"| file | MB | ms, {chromium}, @litertjs/core {core}, WASM, one thread | ms, LiteRT {python} in Python, one thread |"
+    )
+    print("| --- | --- | --- | --- |")
+    for artifact in artifacts(arguments.run):
+        cells = [f"`{artifact['name']}`", f"{artifact['bytes'] / 1e6:.2f}"]
+        for values in medians[artifact["name"]].values():
+            cells.append(f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+        print(f"| {' | '.join(cells)} |")
+
+
+class _page:
+    """The page of a run in headless Chromium, for the block -> `(browser, page)`."""
+
+    def __init__(self, run_dir):
+        if missing := [name for name in RUNTIME if not (WEB / name).exists()]:
+            raise SystemExit(f"{missing[0]} is not installed: npm ci --prefix {WEB.relative_to(ROOT)}")
+        self.path = shutil.which("chromium") or shutil.which("google-chrome")
+        if not self.path:
+            raise SystemExit("Chromium is not installed: apt-get install chromium")
+        self.server = Server(run_dir, 0)
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.playwright = sync_playwright().start()
+        self.browser = self.playwright.chromium.launch(executable_path=self.path, args=FLAGS)
+        page = self.browser.new_page()
+        page.goto(self.server.url)
+        page.get_by_text("is ready").wait_for()
+        return self.browser, page
+
+    def __exit__(self, *_):
+        self.browser.close()
+        self.playwright.stop()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def _milliseconds(interpreter, pixels):
+    [taken], [given] = interpreter.get_input_details(), interpreter.get_output_details()
+    started = time.perf_counter()
+    interpreter.set_tensor(taken["index"], pixels)
+    interpreter.invoke()
+    interpreter.get_tensor(given["index"])
+    return 1000 * (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

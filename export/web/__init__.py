@@ -1,0 +1,1 @@
+"""A page that runs a run's .tflite files in the browser."""

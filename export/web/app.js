@@ -1,0 +1,218 @@
+/* The page: images in, answers out. */
+
+import { Network } from "./network.js";
+import { decode, Refused, stretch } from "./pixels.js";
+
+// Every class, if there are so many at most; else the most probable of them.
+const ALL_CLASSES = 10;
+const TOP_CLASSES = 5;
+// Of one image, for the median of the time.
+const RUNS = 5;
+// Longer side of a preview, in pixels.
+const PREVIEW = 640;
+
+const $ = (id) => document.getElementById(id);
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
+const status = (text) => ($("status").textContent = text);
+
+let labels = [];
+let network = null;
+const answers = new Set(); // of {pixels, card, name}
+
+// One thing at a time: a file that is loaded while an image is classified would pull the network from under it.
+let work = Promise.resolve();
+function then(task) {
+  $("answers").setAttribute("aria-busy", "true");
+  work = work.then(task).catch((error) => trouble("", `Something went wrong: ${error.message}`));
+  const last = work;
+  work.then(() => last === work && $("answers").removeAttribute("aria-busy"));
+}
+
+// === Images ===
+
+function take(files, without) {
+  if (!files.length) return status(without);
+  for (const file of files) then(() => classify(file, file.name || "pasted image"));
+}
+
+async function classify(file, name) {
+  if (!network) return trouble(name, "No model file is loaded: choose one that can be.");
+  status(`Reading ${name} …`);
+  let bitmap;
+  try {
+    bitmap = await decode(file);
+    const pixels = await stretch(bitmap, network.size);
+    const answer = { pixels, name, card: draw(bitmap, pixels, name) };
+    await ask(answer);
+    answers.add(answer);
+    show(answer.card);
+  } catch (error) {
+    // A browser that runs out of memory says so in many ways.
+    trouble(name, error instanceof Refused ? error.message : `The image can't be read: ${error.message}`);
+  } finally {
+    bitmap?.close();
+  }
+}
+
+/** Runs the network on an answer's pixels and writes what it says into the card. */
+async function ask(answer) {
+  const times = [];
+  let probabilities;
+  for (let i = 0; i < RUNS; i++) {
+    const found = await network.run(answer.pixels);
+    probabilities = found.probabilities;
+    times.push(found.milliseconds);
+  }
+  const median = times.sort((a, b) => a - b)[Math.floor(RUNS / 2)];
+  const order = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]);
+  const { card } = answer;
+  card.querySelector("h3").textContent = labels[order[0]];
+  card.querySelector("ol").replaceChildren(
+    ...order.slice(0, labels.length > ALL_CLASSES ? TOP_CLASSES : ALL_CLASSES).map((label) => {
+      const bar = copy("bar");
+      bar.querySelector(".name").textContent = labels[label];
+      bar.querySelector(".share").textContent = percent(probabilities[label]);
+      bar.querySelector(".track span").style.width = `${100 * probabilities[label]}%`;
+      bar.dataset.probability = probabilities[label];
+      return bar;
+    }),
+  );
+  card.querySelector(".cost").textContent = `${median.toFixed(2)} ms with ${network.name}, the median of ${RUNS} runs`;
+  status(`${answer.name}: ${labels[order[0]]}, ${percent(probabilities[order[0]])}`);
+}
+
+/** A card with both pictures, without an answer yet. */
+function draw(bitmap, pixels, name) {
+  const card = copy("answer");
+  const { size } = network;
+  const same = bitmap.width === size && bitmap.height === size;
+  card.querySelector(".file").textContent = name;
+
+  const given = card.querySelector(".given canvas");
+  const shrink = Math.min(1, PREVIEW / Math.max(bitmap.width, bitmap.height));
+  given.width = Math.max(1, Math.round(bitmap.width * shrink));
+  given.height = Math.max(1, Math.round(bitmap.height * shrink));
+  const context = given.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(bitmap, 0, 0, given.width, given.height);
+  given.ariaLabel = name;
+  card.querySelector(".given figcaption").textContent = `${bitmap.width} × ${bitmap.height}`;
+  card.querySelector(".given").hidden = same; // one of the two is enough
+
+  const seen = card.querySelector(".seen canvas");
+  seen.width = seen.height = size;
+  const image = new ImageData(size, size);
+  for (let i = 0; i < size * size; i++) image.data.set([...pixels.subarray(3 * i, 3 * i + 3), 255], 4 * i);
+  seen.getContext("2d").putImageData(image, 0, 0);
+  const stretched = bitmap.width === bitmap.height ? "" : ", stretched as in training";
+  card.querySelector(".seen figcaption").textContent = `what the network sees: ${size} × ${size}${stretched}`;
+  return card;
+}
+
+/** Puts a card on top of the others. */
+function show(card) {
+  $("answers").prepend(card);
+  $("none").hidden = true;
+  $("clear").hidden = false;
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  card.scrollIntoView({ block: "nearest", behavior: calm ? "auto" : "smooth" });
+}
+
+function trouble(name, why) {
+  const card = copy("trouble");
+  card.querySelector(".file").textContent = name;
+  card.querySelector(".why").textContent = why;
+  show(card);
+  status(`${name}: ${why}`);
+}
+
+function copy(template) {
+  return $(template).content.firstElementChild.cloneNode(true);
+}
+
+$("choose").addEventListener("change", (event) => {
+  take([...event.target.files], "No image was chosen.");
+  event.target.value = ""; // so that the same file can be chosen again
+});
+document.addEventListener("paste", (event) => take([...event.clipboardData.files], "There is no image to paste."));
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  $("drop").classList.add("over");
+});
+document.addEventListener("dragleave", (event) => event.relatedTarget ?? $("drop").classList.remove("over"));
+document.addEventListener("drop", (event) => {
+  event.preventDefault(); // the browser would leave the page for the image
+  $("drop").classList.remove("over");
+  take([...event.dataTransfer.files], "What was dropped is no file.");
+});
+$("clear").addEventListener("click", () => {
+  then(() => {
+    answers.clear();
+    $("answers").replaceChildren();
+    $("none").hidden = false;
+    $("clear").hidden = true;
+    status("Cleared.");
+    $("choose").focus();
+  });
+});
+
+// === Model files ===
+
+async function use(name) {
+  status(`Loading ${name} …`);
+  const before = network;
+  network = null;
+  before?.delete();
+  try {
+    network = await Network.load(name);
+  } catch (error) {
+    trouble(name, error.message);
+    if (before) {
+      network = await Network.load(before.name);
+      $(before.name).checked = true;
+    }
+    return;
+  }
+  for (const answer of answers) await ask(answer);
+  if (!answers.size) status(`${name} is ready.`);
+}
+
+function offer({ name, bytes }) {
+  const input = Object.assign(document.createElement("input"), { type: "radio", name: "artifact", id: name, value: name });
+  const label = Object.assign(document.createElement("label"), { htmlFor: name });
+  const size = Object.assign(document.createElement("span"), { textContent: `${(bytes / 1e6).toFixed(1)} MB` });
+  label.append(name.replace("_", " "), size);
+  input.addEventListener("change", () => then(() => use(name)));
+  $("artifacts").append(input, label);
+}
+
+// === Samples ===
+
+async function offerSamples() {
+  const names = await (await fetch("/samples.json")).json();
+  $("sampled").hidden = !names.length;
+  $("samples").replaceChildren(
+    ...names.map((name, i) => {
+      const url = `/samples/${i}.png`;
+      const item = document.createElement("li");
+      const button = Object.assign(document.createElement("button"), { type: "button" });
+      const caption = Object.assign(document.createElement("span"), { textContent: name });
+      button.append(Object.assign(new Image(), { src: url, alt: "" }), caption);
+      button.addEventListener("click", () =>
+        then(async () => classify(await (await fetch(url)).blob(), `test image, labelled ${name}`)),
+      );
+      item.append(button);
+      return item;
+    }),
+  );
+}
+
+then(async () => {
+  const run = await (await fetch("/run.json")).json();
+  labels = run.labels;
+  run.artifacts.forEach(offer);
+  const [first] = run.artifacts;
+  $(first.name).checked = true;
+  await use(first.name);
+});
+offerSamples().catch(() => {}); // the server has said why

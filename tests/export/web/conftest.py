@@ -1,0 +1,94 @@
+import importlib.util
+import shutil
+import threading
+
+import pytest
+import tensorflow as tf
+from tools import require
+
+from export.web.samples import first_of_each_class
+from export.web.server import RUNTIME, WEB, Server
+
+# Chromium asks Google's hosts for this and that of its own accord, which no test is about.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    require(importlib.util.find_spec("playwright"), "pip install -r requirements-dev.txt")
+    path = require(shutil.which("chromium") or shutil.which("google-chrome"), "apt-get install chromium")
+    require(all((WEB / name).exists() for name in RUNTIME), "npm ci --prefix export/web")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def samples(cifar10_dir):
+    from cvt_keras.data import sources
+
+    found = first_of_each_class(sources.cifar10(str(cifar10_dir)))
+    return [{"label": name, "png": tf.io.encode_png(image).numpy()} for name, image in found]
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """A function: a run folder and more arguments of `Server` -> a server at work in a thread."""
+    servers = []
+
+    def start(run_dir, **more):
+        servers.append(Server(run_dir, 0, **more))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def server(exported, samples, serve):
+    return serve(exported, samples=lambda: samples)
+
+
+@pytest.fixture
+def open_page(chromium):
+    """A function: a server and options of the browser's context -> a page of it that is ready.
+
+    At the end it must have asked no other host for anything and have written no error to the console, but for those in which
+    one of `page.expected` occurs.
+    """
+    from playwright.sync_api import expect
+
+    opened = []
+
+    def start(server, **options):
+        context = chromium.new_context(**options)
+        page = context.new_page()
+        page.expected = []
+        errors, requests = [], []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        context.on("request", lambda request: requests.append(request.url))
+        page.on("websocket", lambda socket: requests.append(socket.url))
+        opened.append((context, page, server.url, errors, requests))
+        page.goto(server.url)
+        expect(page.get_by_role("status")).to_contain_text("is ready", timeout=60_000)
+        return page
+
+    yield start
+    for context, page, url, errors, requests in opened:
+        context.close()
+        assert requests
+        elsewhere = [request for request in requests if not request.startswith((url, f"blob:{url}"))]
+        assert not [text for text in (*errors, *elsewhere) if not any(part in text for part in page.expected)]
+
+
+@pytest.fixture
+def page(open_page, server):
+    return open_page(server)

@@ -1,0 +1,407 @@
+import base64
+import io
+import shutil
+import socket
+import struct
+import zlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from cvt_keras.data import sources
+from export.tflite import KINDS
+
+WAIT = 30_000  # milliseconds: the machine may be busy
+
+
+def _encoded(pixels, kind="PNG", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def _photo(height, width):
+    """Pixels with the gradients, edges and noise of a photo."""
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width] / [[[height]], [[width]]]
+    image = 255 * np.stack([x, y, (1 + np.sin(40 * x * y)) / 2], axis=-1)
+    image[(x - 0.4) ** 2 + (y - 0.6) ** 2 < 0.05] = 250, 20, 40
+    return (image + random.normal(0, 12, image.shape)).clip(0, 255).astype("uint8")
+
+
+def _file(data, name="photo.png", kind="image/png"):
+    return {"name": name, "mimeType": kind, "buffer": data}
+
+
+def _expect():
+    from playwright.sync_api import expect
+
+    return expect
+
+
+def _given(page, give):
+    """Calls `give` and waits -> the card that appears."""
+    cards = page.locator(".card")
+    n = cards.count()
+    give()
+    _expect()(cards).to_have_count(n + 1, timeout=WAIT)
+    return cards.first
+
+
+def _chosen(page, *files):
+    return _given(page, lambda: page.set_input_files("#choose", list(files)))
+
+
+def _probabilities(card):
+    """The bars -> `{class name: probability}`."""
+    rows = "rows => rows.map(row => [row.querySelector('.name').textContent, Number(row.dataset.probability)])"
+    return dict(card.locator("li").evaluate_all(rows))
+
+
+def _seen(card):
+    """The pixels that the network sees, `(size, size, 3)`."""
+    read = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+    pixels = np.array(card.locator(".seen canvas").evaluate(read), "uint8")
+    size = int((len(pixels) / 4) ** 0.5)
+    return pixels.reshape(size, size, 4)[..., :3]
+
+
+def _stretched(pixels):
+    return sources.stretch(pixels, 32).numpy()
+
+
+def _keras(classifier, pixels):
+    return keras.ops.convert_to_numpy(keras.ops.softmax(classifier.predict(pixels[None].astype("float32"), verbose=0)))[0]
+
+
+@pytest.fixture(scope="session")
+def names(exported):
+    return (exported / "export" / "labels.txt").read_text().splitlines()
+
+
+# === Answers ===
+
+
+def test_uploaded_images_get_keras_probabilities(page, classifier, test_images, names):
+    images = test_images[0][:3]
+    files = [_file(_encoded(image), f"{i}.png") for i, image in enumerate(images)]
+    page.set_input_files("#choose", files)
+    cards = page.locator(".card")
+    _expect()(cards).to_have_count(3, timeout=WAIT)
+    for i, image in enumerate(images):
+        card = cards.filter(has_text=f"{i}.png")
+        np.testing.assert_array_equal(_seen(card), image)
+        found, expected = _probabilities(card), _keras(classifier, image)
+        assert set(found) == set(names)
+        np.testing.assert_allclose([found[name] for name in names], expected, atol=1e-3)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        top = names[expected.argmax()]
+        assert card.get_by_role("heading").text_content() == top
+        assert card.locator("li .share").first.text_content() == f"{100 * found[top]:.1f}%"
+        widths = card.locator(".track span").evaluate_all("bars => bars.map(bar => parseFloat(bar.style.width) / 100)")
+        np.testing.assert_allclose(widths, list(found.values()), atol=1e-4)
+
+
+def test_images_of_another_size_are_stretched_as_in_training(page, classifier, names):
+    for height, width in ((1500, 2000), (20, 50), (31, 33), (3000, 7), (1, 1)):
+        pixels = _photo(height, width)
+        expected = _stretched(pixels)
+        card = _chosen(page, _file(_encoded(pixels)))
+        assert abs(_seen(card).astype(int) - expected).max() <= 1, (height, width)
+        found = _probabilities(card)
+        np.testing.assert_allclose([found[name] for name in names], _keras(classifier, expected), atol=1e-3)
+        assert ("stretched as in training" in card.text_content()) == (height != width)
+
+
+def test_colours_are_the_files_numbers_and_alpha_is_left_out(page):
+    pixels = _photo(64, 64)
+    gamma = PngInfo()
+    gamma.add(b"gAMA", struct.pack(">I", 100_000))  # linear light: a browser would show it far brighter
+    card = _chosen(page, _file(_encoded(pixels, pnginfo=gamma)))
+    assert abs(_seen(card).astype(int) - _stretched(pixels)).max() <= 1
+    clear = np.dstack([pixels, np.full((64, 64), 128, "uint8")])
+    clear[:32, :, 3] = 255
+    card = _chosen(page, _file(_encoded(clear)))
+    assert abs(_seen(card).astype(int) - _stretched(pixels)).max() <= 2  # canvases keep half-clear colours to 1 in 128
+
+
+def test_a_jpeg_is_decoded_as_in_training_and_turned_as_the_camera_says(page):
+    pixels = _photo(400, 600)
+    data = _encoded(pixels, "JPEG", quality=90)
+    expected = _stretched(tf.io.decode_jpeg(data).numpy())
+    card = _chosen(page, _file(data, "photo.jpg", "image/jpeg"))
+    assert abs(_seen(card).astype(int) - expected).max() <= 2
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    card = _chosen(page, _file(_encoded(pixels, "JPEG", quality=90, exif=exif), "photo.jpg", "image/jpeg"))
+    assert abs(_seen(card).astype(int) - np.rot90(expected, -1)).max() <= 2
+    assert "400 \N{MULTIPLICATION SIGN} 600" in card.locator(".given").text_content()
+
+
+def _litert(file, pixels):
+    interpreter = Interpreter(str(file))
+    interpreter.allocate_tensors()
+    [taken], [given] = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.set_tensor(taken["index"], pixels[None])
+    interpreter.invoke()
+    found = interpreter.get_tensor(given["index"])[0]
+    scale, zero_point = given["quantization"]
+    return (found.astype("float32") - zero_point) * scale if scale else found
+
+
+def test_every_model_file_answers_as_litert_does(page, exported, test_images, names):
+    image = test_images[0][0]
+    card = _chosen(page, _file(_encoded(image)))
+    answers = []
+    for kind in (*KINDS[1:], KINDS[0]):
+        page.locator(f"label[for={kind}]").click()
+        cost = card.locator(".cost")
+        _expect()(cost).to_contain_text(f"ms with {kind},", timeout=WAIT)
+        assert float(cost.text_content().split()[0]) > 0
+        expected = _litert(exported / "export" / "tflite" / f"{kind}.tflite", image)
+        found = _probabilities(card)
+        assert card.get_by_role("heading").text_content() == names[expected.argmax()]
+        # Integers are rounded in another order there: by a few steps of 1/256.
+        np.testing.assert_allclose([found[name] for name in names], expected, atol=0.02 if kind == "int8" else 1e-3)
+        answers.append((found, cost.text_content()))
+    for which in range(2):
+        assert len({str(answer[which]) for answer in answers}) == 4
+
+
+def test_only_the_files_that_there_are_can_be_chosen(exported, open_page, serve, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(exported / "export", run_dir / "export")
+    for kind in ("float32", "dynamic_int8"):
+        (run_dir / "export" / "tflite" / f"{kind}.tflite").unlink()
+    page = open_page(serve(run_dir))
+    radios = page.get_by_role("group", name="Model file").get_by_role("radio")
+    assert radios.evaluate_all("radios => radios.map(radio => radio.value)") == ["float16", "int8"]
+    assert page.get_by_role("radio", name="float16").is_checked()
+    assert not page.locator("#sampled").is_visible()
+
+
+def test_of_many_classes_the_five_most_probable_are_shown(exported, open_page, serve, tmp_path, test_images):
+    run_dir = tmp_path / "run"
+    shutil.copytree(exported / "export", run_dir / "export")
+    with open(run_dir / "export" / "labels.txt", "a") as file:
+        file.write("an eleventh\n")
+    card = _chosen(open_page(serve(run_dir)), _file(_encoded(test_images[0][0])))
+    assert card.locator("li").count() == 5
+
+
+# === Ways to give an image ===
+
+
+def test_drop(page, test_images, tmp_path):
+    file = tmp_path / "dropped.png"
+    file.write_bytes(_encoded(test_images[0][1]))
+    box = page.locator("#drop").bounding_box()
+    at = {"x": box["x"] + 20, "y": box["y"] + 20, "data": {"items": [], "files": [str(file)], "dragOperationsMask": 1}}
+    browser = page.context.new_cdp_session(page)
+
+    def drag(kind):
+        browser.send("Input.dispatchDragEvent", {"type": kind, **at})
+
+    drag("dragEnter")
+    drag("dragOver")
+    _expect()(page.locator("#drop.over")).to_have_count(1)
+    card = _given(page, lambda: drag("drop"))
+    _expect()(page.locator("#drop.over")).to_have_count(0)
+    np.testing.assert_array_equal(_seen(card), test_images[0][1])
+    assert card.locator(".file").text_content() == "dropped.png"
+
+
+def test_paste(page, test_images):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    copy = """async (data) => {
+      const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+      await navigator.clipboard.write([new ClipboardItem({ "image/png": new Blob([bytes], { type: "image/png" }) })]);
+    }"""
+    page.evaluate(copy, base64.b64encode(_encoded(test_images[0][2])).decode())
+    card = _given(page, lambda: page.keyboard.press("Control+V"))
+    np.testing.assert_array_equal(_seen(card), test_images[0][2])
+    page.evaluate("navigator.clipboard.writeText('hello')")
+    page.keyboard.press("Control+V")
+    _expect()(page.get_by_role("status")).to_have_text("There is no image to paste.")
+
+
+def test_a_sample(page, samples, cifar10_dir):
+    source = sources.cifar10(str(cifar10_dir))
+    buttons = page.locator("#samples").get_by_role("button")
+    _expect()(buttons).to_have_count(10)
+    assert buttons.all_text_contents() == list(source.class_names)
+    card = _given(page, page.get_by_role("button", name="cat", exact=True).click)
+    np.testing.assert_array_equal(_seen(card), source.test.images[list(source.test.labels).index(3)])
+    assert card.locator(".file").text_content() == "test image, labelled cat"
+
+
+def test_keyboard_alone(page, test_images, tmp_path):
+    file = tmp_path / "typed.png"
+    file.write_bytes(_encoded(test_images[0][3]))
+
+    def outline():
+        """Of what has the focus, or of the label that stands for it."""
+        return page.evaluate(
+            "(() => { const at = document.activeElement, shown = at.matches('input') ? at.labels[0] : at;"
+            " return getComputedStyle(shown).outlineStyle; })()"
+        )
+
+    page.on("filechooser", lambda _: None)  # Playwright needs a while to listen to it
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "choose" and outline() == "solid"
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    card = _given(page, lambda: chooser.value.set_files(file))
+    np.testing.assert_array_equal(_seen(card), test_images[0][3])
+    _expect()(page.locator("#samples button")).to_have_count(10)
+    page.keyboard.press("Tab")
+    assert outline() == "solid"
+    _given(page, lambda: page.keyboard.press("Enter"))
+    for _ in range(10):
+        page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "float32" and outline() == "solid"
+    page.keyboard.press("ArrowDown")
+    _expect()(page.locator(".cost").first).to_contain_text("ms with float16,", timeout=WAIT)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "clear" and outline() == "solid"
+    page.keyboard.press("Enter")
+    _expect()(page.locator(".card")).to_have_count(0)
+    assert page.evaluate("document.activeElement.id") == "choose"
+
+
+def test_a_screen_reader_is_told(page, test_images, names):
+    status = page.get_by_role("status")
+    card = _chosen(page, _file(_encoded(test_images[0][0]), "told.png"))
+    top, share = card.get_by_role("heading").text_content(), card.locator(".share").first.text_content()
+    _expect()(status).to_have_text(f"told.png: {top}, {share}")
+    _chosen(page, _file(b"hello", "notes.txt", "text/plain"))
+    _expect()(status).to_have_text("notes.txt: This is no image that this browser can read.")
+    assert page.get_by_label("Choose images").get_attribute("type") == "file"
+    assert page.get_by_role("img", name="What the network sees").count() == 1
+    assert page.get_by_role("list").count() >= 2 and page.get_by_role("heading", level=1).count() == 1
+
+
+# === What goes wrong ===
+
+
+def _png_that_says(width, height):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def test_bad_files_get_a_message_and_the_page_goes_on(page, test_images):
+    bad = [
+        (b"", "no image"),
+        (b"hello", "no image"),
+        (b"\x89PNG\r\n\x1a\n", "no image"),
+        (_encoded(_photo(99, 99))[:60], "broken"),
+        (_encoded(_photo(99, 99))[:5000], "broken"),
+        (_encoded(_photo(99, 99), "JPEG")[:300], "no image"),
+        (_png_that_says(50_000, 50_000), "no image"),
+        (_encoded(np.zeros((7500, 8000), "uint8")), "60.0 megapixels; at most 50 are taken"),
+        (_encoded(np.zeros((1, 40_000), "uint8")), "longer side has 40,000 pixels; at most 32,767 are taken"),
+    ]
+    for i, (data, why) in enumerate(bad):
+        card = _chosen(page, _file(data, f"{i}.png"))
+        assert card.locator(".file").text_content() == f"{i}.png"
+        assert why in card.locator(".why").text_content()
+        np.testing.assert_array_equal(_seen(_chosen(page, _file(_encoded(test_images[0][i])))), test_images[0][i])
+
+
+def test_what_is_too_large_is_refused_before_it_is_decoded(page, tmp_path):
+    page.evaluate("() => { window.createImageBitmap = () => { throw new Error('decoded'); }; }")
+    card = _chosen(page, _file(_encoded(np.zeros((7500, 8000), "uint8"))))
+    assert "60.0 megapixels" in card.text_content()
+    with open(tmp_path / "huge.png", "wb") as file:
+        file.truncate(300_000_001)  # a hole, which takes no space
+    card = _chosen(page, tmp_path / "huge.png")
+    assert "The file has 301 MB; at most 300 are taken." in card.text_content()
+    assert "is broken" in _chosen(page, _file(_encoded(_photo(9, 9)))).text_content()  # the stand-in is in its place
+
+
+def test_50_megapixels_are_taken(page):
+    card = _chosen(page, _file(_encoded(np.full((6250, 8000), 77, "uint8"))))
+    assert (_seen(card) == 77).all()
+
+
+def test_a_model_file_that_fails_gets_a_message_and_the_page_goes_on(exported, open_page, serve, tmp_path, test_images):
+    run_dir = tmp_path / "run"
+    shutil.copytree(exported / "export", run_dir / "export")
+    page = open_page(serve(run_dir))
+    page.expected = ["404"]
+    file = run_dir / "export" / "tflite" / "float16.tflite"
+    whole = file.read_bytes()
+    noise = np.random.default_rng(0).bytes(len(whole) // 4)
+    before = _probabilities(_chosen(page, _file(_encoded(test_images[0][0]))))
+    for damaged in (
+        None,
+        b"",
+        b"hello, this is no model",
+        whole[: len(whole) // 3],
+        whole[:64] + noise + whole[64 + len(noise) :],
+    ):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        trouble = _given(page, page.locator("label[for=float16]").click)
+        assert trouble.locator(".file").text_content() == "float16"
+        assert ("can't be had" if damaged is None else "can't be run") in trouble.locator(".why").text_content()
+        _expect()(page.get_by_role("radio", name="float32")).to_be_checked(timeout=WAIT)
+        after = _chosen(page, _file(_encoded(test_images[0][0])))
+        assert _probabilities(after) == before and "with float32," in after.text_content()
+    file.write_bytes(whole)
+    page.locator("label[for=float16]").click()
+    _expect()(page.locator(".cost").first).to_contain_text("ms with float16,", timeout=WAIT)
+
+
+def test_the_page_may_ask_no_other_host(page):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.settimeout(0.5)
+        url = f"http://127.0.0.1:{other.getsockname()[1]}/"
+        page.expected = [url]
+        ask = "async (url) => { try { await fetch(url, {mode: 'no-cors'}); return true; } catch { return false; } }"
+        assert not page.evaluate(ask, url)
+        page.evaluate("(url) => { new Image().src = url; document.body.append(Object.assign(new Image(), {src: url})); }", url)
+        with pytest.raises(TimeoutError):
+            other.accept()
+
+
+# === Looks ===
+
+
+def test_nothing_sticks_out_at_any_width(page):
+    _expect()(page.locator("#samples button")).to_have_count(10)
+    _chosen(page, _file(_encoded(_photo(300, 900)), f"{'a long name ' * 5}{'without_a_space' * 5}.png"))
+    _chosen(page, _file(b"hello", f"{'notes' * 30}.txt"))
+    for width in (320, 360, 390, 800, 1280):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        sizes = page.locator("label, button").evaluate_all("all => all.map(one => one.getBoundingClientRect().height)")
+        assert min(sizes) >= 24  # WCAG 2.2's least for a finger
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_light_and_dark(scheme, open_page, server):
+    page = open_page(server, color_scheme=scheme)
+    _chosen(page, _file(b"hello", "notes.txt"))
+
+    def luminance(colour):
+        parts = np.array([float(part) for part in colour.split("(")[1].rstrip(")").split(",")[:3]]) / 255
+        return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+    read = """(one) => {
+      const ink = getComputedStyle(one).color;
+      while (getComputedStyle(one).backgroundColor === "rgba(0, 0, 0, 0)") one = one.parentElement;
+      return [ink, getComputedStyle(one).backgroundColor];
+    }"""
+    for text in ("h1", "header p", "#drop label", "#ways", "#status", "legend", "fieldset span", ".why", ".trouble .file"):
+        ink, paper = map(luminance, page.locator(text).first.evaluate(read))
+        assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5, text
+    paper = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
+    assert (luminance(paper) < 0.1) == (scheme == "dark")

@@ -1,0 +1,198 @@
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from export.saved_model import MAX_PIXELS
+from export.tflite import KINDS
+from export.web import __main__ as command
+from export.web import server as module
+from export.web.samples import ROOT, Samples, first_of_each_class
+
+
+def _ask(server, path, method="GET", **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    connection.putrequest(method, path, skip_host="Host" in headers)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    response = connection.getresponse()
+    body = response.read()
+    connection.close()
+    return response, body
+
+
+def test_what_of_a_run_is_served(server, exported):
+    response, body = _ask(server, "/run.json")
+    assert response.status == 200
+    run = json.loads(body)
+    assert run["labels"] == (exported / "export" / "labels.txt").read_text().splitlines()
+    assert [artifact["name"] for artifact in run["artifacts"]] == list(KINDS) == list(module.KINDS)
+    for artifact in run["artifacts"]:
+        response, body = _ask(server, f"/{artifact['name']}.tflite")
+        assert body == (exported / "export" / "tflite" / f"{artifact['name']}.tflite").read_bytes()
+        assert len(body) == artifact["bytes"]
+
+
+def test_the_page_holds_the_exports_limit():
+    [limit] = re.findall(r"MAX_PIXELS = ([\d_]+);", (module.WEB / "pixels.js").read_text())
+    assert int(limit) == MAX_PIXELS
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/model.keras", "/recipe.json", "/report.json", "/export/labels.txt", "/tflite/float32.tflite"),
+        *("/__main__.py", "/server.py", "/package.json", "/..", "/../__main__.py", "/../../README.md"),
+        *("/export/report.json", "/export/tflite/float32.tflite", "//etc/passwd"),
+        *("/%2e%2e/%2e%2e/README.md", "/node_modules/../package.json", "/style.css/../server.py", "/..%2f..%2fREADME.md"),
+        *("/samples/10.png", "/samples/-1.png", "/samples/00000.png", "/other.tflite", "/../float32.tflite", "/style.css%00"),
+    ],
+)
+def test_nothing_else_is(path, server):
+    response, body = _ask(server, path)
+    assert (response.status, body) == (404, b"")
+
+
+def test_other_methods_and_names_of_this_machine_are_refused(server):
+    assert _ask(server, "/", "POST")[0].status == 501
+    assert _ask(server, "/run.json", Host="evil.example")[0].status == 421
+    assert _ask(server, "/run.json", Host=f"evil.example:{server.server_port}")[0].status == 421
+    assert _ask(server, "/run.json", Host=f"localhost:{server.server_port}")[0].status == 200
+    response, body = _ask(server, "/", "HEAD")
+    assert (response.status, body) == (200, b"") and int(response.headers["Content-Length"]) > 1000
+
+
+def test_it_listens_on_loopback_alone(server):
+    assert server.server_address[0] == "127.0.0.1"
+
+
+def test_every_answer_forbids_other_hosts(server):
+    for path in ("/", "/app.js", "/nothing"):
+        policy = dict(rule.split(" ", 1) for rule in _ask(server, path)[0].headers["Content-Security-Policy"].split("; "))
+        assert policy["default-src"] == "'none'"
+        assert not [source for value in policy.values() for source in value.split() if "*" in source or "http" in source]
+        assert "'unsafe-inline'" not in str(policy) and "'unsafe-eval'" not in str(policy)
+
+
+def test_a_file_that_is_gone_is_not_found(exported, serve, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(exported / "export", run_dir / "export")
+    server = serve(run_dir)
+    (run_dir / "export" / "tflite" / "int8.tflite").unlink()
+    assert _ask(server, "/int8.tflite")[0].status == 404
+    assert [artifact["name"] for artifact in json.loads(_ask(server, "/run.json")[1])["artifacts"]] == list(KINDS)[:3]
+
+
+def test_samples_are_the_first_test_image_of_each_class(cifar10_dir):
+    from cvt_keras.data import sources
+
+    source = sources.cifar10(str(cifar10_dir))
+    found = dict(first_of_each_class(source))
+    assert list(found) == list(source.class_names)
+    for label, image in enumerate(found.values()):
+        place = list(source.test.labels).index(label)
+        assert (image == source.test.images[place]).all()
+
+
+# === The command ===
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """As after npm ci, which no test of the command needs."""
+    monkeypatch.setattr(command, "RUNTIME", ())
+
+
+@pytest.mark.parametrize(
+    "damage, flags, code, part",
+    [
+        (shutil.rmtree, [], 2, "`RUN` must be a run folder"),
+        (lambda run_dir: shutil.rmtree(run_dir / "export"), [], 1, "python -m export {run_dir} first"),
+        (lambda run_dir: (run_dir / "export" / "labels.txt").unlink(), [], 1, "python -m export {run_dir} first"),
+        (lambda run_dir: None, ["--port", "65536"], 2, "`port` must be within 0 and 65535. Received: port=65536"),
+        (lambda run_dir: None, ["--port", "-1"], 2, "`port` must be within 0 and 65535. Received: port=-1"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(damage, flags, code, part, exported, tmp_path, capsys, installed):
+    run_dir = tmp_path / "run"
+    shutil.copytree(exported, run_dir)
+    damage(run_dir)
+    assert command.main([str(run_dir), *flags]) == code
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("export.web: ") and part.format(run_dir=run_dir) in line
+
+
+def test_a_port_in_use_is_told_in_a_line(exported, capsys, installed):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert command.main([str(exported), "--port", str(port)]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line == f"export.web: port {port} is in use: choose another with --port"
+
+
+def test_a_missing_runtime_is_told_in_a_line(exported, capsys, monkeypatch):
+    monkeypatch.setattr(command, "RUNTIME", ("node_modules/none.js",))
+    monkeypatch.chdir(ROOT)
+    assert command.main([str(exported)]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line == "export.web: node_modules/none.js is not installed: npm ci --prefix export/web"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function: flags of the command -> its process and the URL that it prints."""
+    started = []
+    code = "import sys; from export.web import __main__ as c; c.RUNTIME = (); sys.exit(c.main(sys.argv[1:]))"
+
+    def begin(*flags):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, flags)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process, re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_at_once_while_it_still_reads_samples(number, code, exported, start):
+    process, url = start(exported, "--port", "0")
+    with urllib.request.urlopen(url) as page:
+        assert b"What is in the picture?" in page.read()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=5)
+    assert process.returncode == code
+    assert said.strip() == "export.web: stopped"
+
+
+def test_samples_come_from_the_runs_data_set(exported, start, samples):
+    _, url = start(exported, "--port", "0")
+    with urllib.request.urlopen(f"{url}samples.json", timeout=120) as answer:
+        assert json.load(answer) == [sample["label"] for sample in samples]
+    with urllib.request.urlopen(f"{url}samples/9.png") as answer:
+        assert answer.headers["Content-Type"] == "image/png" and answer.read(4) == b"\x89PNG"
+
+
+def test_without_the_data_there_are_no_samples_and_a_line_says_why(exported):
+    told = []
+    samples = Samples(exported, "nowhere", told.append)
+    assert samples() == []
+    [line] = told
+    assert "nowhere" in line and "\n" not in line
