@@ -48,5 +48,5 @@ def test_bad_arguments_are_refused(benchmark, run_dir, tmp_path):
         [(name, value)] = change.items()
         with pytest.raises(ValueError, match=f"{name}={value}"):
             benchmark.Arguments(run_dir, **change)
-    with pytest.raises(ValueError, match="first[.] Received: run="):
+    with pytest.raises(ValueError, match=r"first\. Received: run="):
         benchmark.Arguments(tmp_path)
