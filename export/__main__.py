@@ -94,7 +94,7 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 runs.place(file, path)
         with runs.whole(folder / tflite.LABELS) as aside:
-            aside.write_text(tflite.labels_text(class_names))
+            aside.write_text(tflite.labels_text(class_names), encoding="utf-8")
         _report(folder, artifacts, source, len(calibration))
     page.write(run_dir)
     return artifacts
