@@ -13,9 +13,11 @@ try:
     import numpy as np
     import tensorflow as tf
     import tyro
+    from tensorflow.lite.python.convert import ConverterError
 
     from cvt_keras import environment, page, runs, signals
     from cvt_keras.data import sources
+    from cvt_keras.model import cvt_of
     from cvt_keras.training import Recipe, RecipeError
     from export import saved_model, tflite
     from export.verify import BOUNDS, batches, verify
@@ -55,7 +57,7 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
     Raises:
         RunError: for a folder that is no finished run, or in use; or on another of Keras' backends than TensorFlow.
         DataError: if its images can't be had.
-        RuntimeError: if an artifact can't be made, or does not run.
+        RuntimeError: if an artifact can't be made, or does not run. What was done before it stands, and is in the report.
         OSError: if a file can't be written.
     """
     run_dir = Path(run_dir)
@@ -64,13 +66,16 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
     recipe, classifier = _read(run_dir)
     source = sources.load(recipe.dataset, data_dir or recipe.data_dir, recipe.image_size)
     class_names = list(source.class_names)
-    if class_names != classifier.get_layer("cvt").preprocessing["class_names"]:
+    if class_names != cvt_of(classifier).preprocessing["class_names"]:
         raise runs.RunError(
             f"{run_dir} knows other classes than {source.name}: give --data-dir the data that it was trained on"
         )
     test = source.test.limit(recipe.test_limit).limit(verify_images)
     images = _pixels(test.images, recipe.image_size)
-    logits = [classifier.predict_on_batch(batch.astype("float32")) for batch in batches(images)]
+    try:
+        logits = [classifier.predict_on_batch(batch.astype("float32")) for batch in batches(images)]
+    except tf.errors.ResourceExhaustedError as error:
+        raise MemoryError(f"the memory is too small for {run_dir / runs.MODEL}") from error
     expected = tf.nn.softmax(np.concatenate(logits)).numpy()
     train = source.train.limit(recipe.train_limit)
     calibration = _pixels(tflite.calibration_images(train, len(class_names), recipe.seed), recipe.image_size)
@@ -79,25 +84,33 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
     artifacts = []
     with runs.lock(folder), runs.scratch(folder) as scratch:
         np.save(scratch / IMAGES, images)
+        with runs.whole(folder / tflite.LABELS) as aside:
+            aside.write_text(tflite.labels_text(class_names), encoding="utf-8")
         for name in formats:
             file, path = scratch / name, _place(folder, name)
             print(f"{name}: writing, then checking on {len(images):,} images", flush=True)
             with signals.Held(f"{name} is written"):
-                if name == "saved_model":
-                    saved_model.write(classifier, class_names, file)
-                else:
-                    file.write_bytes(tflite.convert(classifier, class_names, name, calibration))
+                _write(classifier, class_names, name, calibration, file)
             artifact = verify(name, file, path.relative_to(run_dir).as_posix(), scratch / IMAGES, test.labels, expected)
             artifacts.append(artifact)
             print(f"  {_line(artifact)}", flush=True)
             if artifact.passed:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 runs.place(file, path)
-        with runs.whole(folder / tflite.LABELS) as aside:
-            aside.write_text(tflite.labels_text(class_names), encoding="utf-8")
-        _report(folder, artifacts, source, len(calibration))
-    page.write(run_dir)
+            # After each: what comes next may fail, and this one is there.
+            _report(folder, artifact, source, len(calibration))
+            page.write(run_dir)
     return artifacts
+
+
+def _write(classifier, class_names, name, calibration, file):
+    try:
+        if name == "saved_model":
+            saved_model.write(classifier, class_names, file)
+        else:
+            file.write_bytes(tflite.convert(classifier, class_names, name, calibration))
+    except (tf.errors.OpError, ConverterError) as error:  # of the disk and the memory too
+        raise RuntimeError(f"{name} can't be made: {_first_line(error)}") from error
 
 
 def _read(run_dir):
@@ -110,11 +123,17 @@ def _read(run_dir):
     except (RecipeError, TypeError) as error:
         raise runs.RunError(f"{run_dir / runs.RECIPE} is broken: {error}") from error
     try:
-        return recipe, keras.saving.load_model(run_dir / runs.MODEL, compile=False)
+        classifier = keras.saving.load_model(run_dir / runs.MODEL, compile=False)
+        cvt_of(classifier)
     except MemoryError:
         raise
     except Exception as error:
-        raise runs.RunError(f"{run_dir / runs.MODEL} can't be read: {str(error).splitlines()[0]}") from error
+        raise runs.RunError(f"{run_dir / runs.MODEL} can't be read: {_first_line(error)}") from error
+    return recipe, classifier
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _pixels(images, size):
@@ -137,24 +156,23 @@ def _line(artifact):
     )
 
 
-def _report(folder, artifacts, source, calibration_images):
+def _report(folder, artifact, source, calibration_images):
+    """Puts an artifact's row into the report; those of the others, also of earlier exports, stay."""
     path = folder / runs.REPORT
-    rows = [dataclasses.asdict(artifact) for artifact in artifacts]
     try:
-        earlier = runs.read_json(path)["artifacts"] if path.exists() else []
-        names = {row["name"] for row in rows}
-        rows += [row for row in earlier if row["name"] not in names]
-    except (runs.RunError, LookupError, TypeError):
-        pass  # broken, and now mended
-    order = list(BOUNDS)
-    report = {
-        "artifacts": sorted(rows, key=lambda row: order.index(row["name"])),
+        report = runs.read_json(path) if path.exists() else {}
+        rows = {row["name"]: row for row in report.get("artifacts", ())}
+    except (runs.RunError, LookupError, TypeError, AttributeError):
+        report, rows = {}, {}  # broken, and now mended
+    rows[artifact.name] = dataclasses.asdict(artifact)
+    report |= {
+        "artifacts": [rows[name] for name in BOUNDS if name in rows],
         "dataset": source.name,
         "data_note": source.note,
-        "calibration_images": calibration_images,
-        "device": environment.cpu(),
         "versions": environment.versions(),
     }
+    if artifact.name == "int8":
+        report["calibration_images"] = calibration_images
     runs.write_json(path, report)
 
 
@@ -166,7 +184,8 @@ def main(argv):
         for name, value in {"verify_images": arguments.verify_images, "formats": len(arguments.formats)}.items():
             if value is not None and value < 1:
                 return _fail(f"`{name}` must be at least 1. Received: {name}={value}", 2)
-        artifacts = export(arguments.run, dict.fromkeys(arguments.formats), arguments.data_dir, arguments.verify_images)
+        formats = tuple(dict.fromkeys(arguments.formats))  # each once
+        artifacts = export(arguments.run, formats, arguments.data_dir, arguments.verify_images)
     except runs.NoRunError as error:
         return _fail(error, 2)
     except (runs.RunError, sources.DataError, OSError, RuntimeError, MemoryError) as error:
@@ -177,8 +196,7 @@ def main(argv):
     for artifact in failed:
         broken = ", ".join(f"{name} ({artifact.bounds.get(name)} at most)" for name in artifact.broken)
         said = f"{artifact.name} is out of its bounds in {broken}, and was not put into {arguments.run / artifact.path}"
-        most = f"Test image {artifact.worst_image} differs most, by {artifact.max_abs_diff:.4f} in a probability"
-        _fail(f"{said}: {_line(artifact)}. {most}", 1)
+        _fail(f"{said}: {_line(artifact)}. Test image {artifact.worst_image} differs most", 1)
     if failed:
         return 1
     print(f"exported into {arguments.run / runs.EXPORT}; the table is in {arguments.run / runs.PAGE}")

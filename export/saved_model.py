@@ -13,7 +13,7 @@ except ImportError as error:
 
 WARM_UP = "assets.extra/tf_serving_warmup_requests"
 
-# A server decodes one image at a time, into three bytes a pixel and then floats: 0.8 GB for the largest of these.
+# 150 MB of pixels; a few kilobytes of a PNG can say that they are gigabytes.
 MAX_PIXELS = 50_000_000
 WARM_UP_BATCHES = (1, 8)
 
@@ -42,7 +42,9 @@ def write(classifier, class_names, folder):
         return {"probabilities": probabilities, "classes": tf.gather(names, tf.argmax(probabilities, axis=-1))}
 
     def decode_all(image_bytes):
-        return tf.map_fn(lambda data: decode(data, shape), image_bytes, fn_output_signature=tf.TensorSpec(shape, tf.uint8))
+        kind = tf.TensorSpec(shape, tf.uint8)
+        # One at a time: what a request takes of a server's memory is one image's, however many it holds.
+        return tf.map_fn(lambda data: decode(data, shape), image_bytes, fn_output_signature=kind, parallel_iterations=1)
 
     images = [tf.TensorSpec((None, *shape), tf.uint8, name="images")]
     archive = keras.export.ExportArchive()  # finds the variables by itself; told of them by `track`, it saves each twice
@@ -83,7 +85,8 @@ def decode(data, shape):
     data = _after(data, png | jpeg, "image_bytes must be a JPEG or PNG")
     # Before anything is decoded: a few kilobytes can say that they are a gigabyte.
     height, width = tf.unstack(tf.cond(png, lambda: _png_sides(data), lambda: _jpeg_sides(data)))
-    data = _after(data, height * width <= MAX_PIXELS, f"an image may have {MAX_PIXELS:,} pixels", [height, width])
+    small = (height <= MAX_PIXELS) & (width <= MAX_PIXELS) & (height * width <= MAX_PIXELS)  # a product alone may overflow
+    data = _after(data, small, f"an image may have {MAX_PIXELS:,} pixels", [height, width])
     pixels = sources.stretch(tf.io.decode_image(data, channels=3, expand_animations=False), shape[0])
     return tf.ensure_shape(pixels, shape)
 

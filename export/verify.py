@@ -5,6 +5,8 @@ Each runs in a process of its own, in which no Keras object is made: python -m e
 
 import dataclasses
 import importlib.metadata
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,7 +48,7 @@ BOUNDS = {
     # The weights lose 13 of their 24 bits; a probability near 1/2 turns that into a hundredth.
     "float16": Bounds(0.002, 0.02, 1e-3),
     # Where Keras is unsure, 8 bits may turn the answer: only accuracy can be bounded. Kernels that round otherwise are a few
-    # hundredths apart; those that compute wrongly turn every tenth image over.
+    # hundredths apart.
     "dynamic_int8": Bounds(0.002, None, 0.1),
     "int8": Bounds(0.01, None, 0.25),
 }
@@ -69,7 +71,9 @@ class Artifact:
         bounds: the fields of `Bounds`.
         broken: which of them it does not keep to.
         passed: whether `broken` is empty.
-        worst_image: where the image with the largest difference stands in the test split, from 0.
+        worst_image: where the image with the largest difference, that of the broken bound if one is, stands in the test
+            split, from 0.
+        device: what it ran on.
         float_tensors: what stays float in an integer file, each with the reason; empty for the others, float by design.
     """
 
@@ -87,6 +91,7 @@ class Artifact:
     broken: list[str]
     passed: bool
     worst_image: int
+    device: str
     float_tensors: dict[str, str]
 
 
@@ -118,10 +123,18 @@ def verify(name, file, path, images, labels, expected):
         command = [sys.executable, "-m", "export.verify", str(file.absolute()), str(images.absolute()), str(answers)]
         done = subprocess.run(command, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or [f"it ended with {done.returncode}"]
-            raise RuntimeError(f"{name} does not run: {said[-1]}")
+            raise RuntimeError(f"{name} does not run: {why_ended(done.returncode, done.stderr)}")
         with np.load(answers) as found:
             return compare(name, file, path, labels, expected, dict(found))
+
+
+def why_ended(code, stderr):
+    """A line for a process that failed: its last, or the signal that killed it, of which it knew nothing."""
+    if code < 0:
+        return f"it was ended by {signal.Signals(-code).name}"
+    # TensorFlow's log is of no failure.
+    said = [line for line in stderr.splitlines() if line.strip() and not re.match(r"[IWE]\d{4} |WARNING: All log", line)]
+    return said[-1] if said else f"it ended with {code}"
 
 
 def compare(name, file, path, labels, expected, found):
@@ -130,6 +143,8 @@ def compare(name, file, path, labels, expected, found):
     Raises:
         RuntimeError: if an answer is infinite or no number.
     """
+    from cvt_keras import environment  # here: the process that runs an artifact is to have no Keras
+
     bounds = BOUNDS[name]
     probabilities, reference = found["probabilities"], found.get("reference")
     if not np.isfinite(probabilities).all():
@@ -156,10 +171,11 @@ def compare(name, file, path, labels, expected, found):
         milliseconds=float(found["milliseconds"]),
         images=len(labels),
         runtime=str(found["runtime"]),
+        device=environment.cpu(),
         bounds=dataclasses.asdict(bounds),
         broken=broken,
         passed=not broken,
-        worst_image=int(apart["max_abs_diff"].argmax()),
+        worst_image=int(apart[next((field for field in broken if field in apart), "max_abs_diff")].argmax()),
         float_tensors=dict(zip(found["float_tensors"].tolist(), found["float_reasons"].tolist())) if name == "int8" else {},
     )
 

@@ -364,7 +364,7 @@ def _answers(names, rows, images):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, ended like Ctrl-C."""
+    """SIGTERM, ended like Ctrl-C. As cvt_keras.signals has it, which comes with Keras and its seconds."""
 
 
 def _arguments(argv):
@@ -413,7 +413,7 @@ def _files(paths):
 
 def _labels(file):
     try:
-        return file.read_text().splitlines()
+        return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"`labels` must be an export's labels.txt. Received: {file}, which can't be read: {error}") from error
 

@@ -18,7 +18,7 @@ except ImportError as error:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, ended like Ctrl-C."""
+    """SIGTERM, ended like Ctrl-C. As cvt_keras.signals has it, which comes with Keras and its seconds."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ import sys
 import threading
 from pathlib import Path
 
+from export.verify import why_ended
+
 ROOT = Path(__file__).parent.parent.parent
 # Of the first classes, where there are more: a page has room for so many.
 MOST = 20
@@ -55,8 +57,7 @@ class Samples:
         if self.process.returncode == 0:
             self.found = [{**sample, "png": base64.b64decode(sample["png"])} for sample in json.loads(printed)]
         elif not self.stopped:
-            lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
-            self.tell(lines[-1] if lines else f"reading them ended with {self.process.returncode}")
+            self.tell(why_ended(self.process.returncode, said.decode(errors="replace")))
 
 
 def first_of_each_class(source):

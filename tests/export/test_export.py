@@ -1,13 +1,16 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import pytest
+import tensorflow as tf
 
 from cvt_keras import runs
 from export import __main__ as command
@@ -21,6 +24,10 @@ def _copy(trained, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(trained, run_dir, ignore=shutil.ignore_patterns("export"))
     return run_dir
+
+
+def _another_network(run_dir):
+    keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten()]).save(run_dir / "model.keras")
 
 
 def test_a_run_is_exported_whole(exported):
@@ -76,6 +83,7 @@ def test_what_is_out_of_its_bounds_fails_and_is_not_put_in_place(trained, tmp_pa
         (lambda run_dir: (run_dir / "model.keras").unlink(), [], 1, "no model.keras yet: finish its training by --resume"),
         (lambda run_dir: (run_dir / "report.json").unlink(), [], 1, "no report.json yet"),
         (lambda run_dir: (run_dir / "model.keras").write_text("hello"), [], 1, "model.keras can't be read"),
+        (_another_network, [], 1, "model.keras can't be read: `model` must be a `CvT`"),
         (lambda run_dir: (run_dir / "recipe.json").write_text("{"), [], 1, "recipe.json is broken"),
         (lambda run_dir: (run_dir / "recipe.json").write_text('{"epoch": 1}'), [], 1, "no epoch"),
         (lambda run_dir: None, ["--data-dir", "nowhere"], 1, "nowhere"),
@@ -99,7 +107,7 @@ def test_a_full_disk_leaves_nothing_half_written(trained, tmp_path, monkeypatch,
     monkeypatch.setattr(runs, "place", full)
     assert command.main([str(run_dir), "--formats", "float32", "--verify-images", "20"]) == 1
     assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not [path for path in (run_dir / "export").rglob("*") if path.is_file()]
+    assert not list((run_dir / "export").iterdir())
 
 
 def test_another_export_at_work_is_told(trained, tmp_path, capsys):
@@ -136,7 +144,38 @@ def test_a_signal_waits_until_a_file_is_written_and_leaves_nothing_half_written(
     assert command.main([str(run_dir), "--formats", "float32"]) == code
     assert written == ["whole"]
     assert "stopped" in capsys.readouterr().err
-    assert not list((run_dir / "export").iterdir())
+    assert [path.name for path in (run_dir / "export").iterdir()] == ["labels.txt"]
+
+
+def test_a_file_that_can_not_grow_leaves_nothing_half_written(trained, tmp_path, capsys):
+    """Of TensorFlow's own writes, as on a full disk: not Python's errors."""
+    run_dir = _copy(trained, tmp_path)
+    command.export(run_dir, ["float32"], verify_images=5)  # what comes before the write is loaded
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        code = command.main([str(run_dir), "--formats", "saved_model", "--verify-images", "5"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1
+    assert "export: saved_model can't be made: " in capsys.readouterr().err.strip().splitlines()[-1]
+    assert sorted(path.name for path in (run_dir / "export").iterdir()) == ["labels.txt", "report.json", "tflite"]
+
+
+def test_what_was_done_before_a_failure_stands_in_the_report(trained, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device\nmore")
+
+    run_dir = _copy(trained, tmp_path)
+    monkeypatch.setattr(command.saved_model, "write", fail)
+    assert command.main([str(run_dir), "--formats", "float32", "saved_model", "--verify-images", "5"]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("saved_model can't be made: No space left on device")
+    report = json.loads((run_dir / "export" / "report.json").read_text())
+    assert [row["name"] for row in report["artifacts"]] == ["float32"]
+    assert "calibration_images" not in report  # no int8 was made
+    assert "float32" in (run_dir / "report.html").read_text()
+    assert (run_dir / "export" / "labels.txt").exists()
 
 
 def test_ctrl_c_leaves_nothing_half_written(trained, tmp_path, monkeypatch, capsys):
@@ -147,4 +186,4 @@ def test_ctrl_c_leaves_nothing_half_written(trained, tmp_path, monkeypatch, caps
     monkeypatch.setattr(command, "verify", stop)
     assert command.main([str(run_dir), "--formats", "float32"]) == 130
     assert "stopped" in capsys.readouterr().err
-    assert not list((run_dir / "export").iterdir())
+    assert [path.name for path in (run_dir / "export").iterdir()] == ["labels.txt"]

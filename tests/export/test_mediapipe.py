@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 from PIL import Image
+from sklearn import datasets
 from tools import require
 
 from benchmarks import mediapipe_resize
@@ -60,6 +61,7 @@ def test_it_shows_the_names_and_the_probabilities_of_litert(kind, classify, expo
         np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
         for image, (height, width) in zip(test_images[0], sides)
     ]
+    images += datasets.load_sample_images().images  # two photos
     _, answers = classify(file, images)
     names = classifier.get_layer("cvt").preprocessing["class_names"]
     for rows in answers:

@@ -1,4 +1,6 @@
+import faulthandler
 import io
+import shutil
 import struct
 import subprocess
 import sys
@@ -8,13 +10,18 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import sklearn.datasets
 import tensorflow as tf
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from tensorflow_serving.apis import prediction_log_pb2
+from tools import require
 
+from export import saved_model
 from export.saved_model import WARM_UP
 
+# A real one, which scikit-learn carries.
+PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
 INVALID = tf.errors.InvalidArgumentError
 
 
@@ -78,6 +85,7 @@ def test_images_of_every_kind_and_size_are_decoded_as_in_training(loaded, classi
         "jpeg": _encoded(colours, "JPEG"),
         "grey jpeg": _encoded(colours[..., 0], "JPEG"),
         "progressive jpeg": _encoded(colours, "JPEG", progressive=True),
+        "photo": PHOTO.read_bytes(),
     }
     for kind, data in kinds.items():
         decoded = tf.image.resize(tf.io.decode_image(data, channels=3, expand_animations=False), (32, 32), antialias=True)
@@ -122,8 +130,10 @@ def test_1000_mutated_images_are_answered_or_refused(loaded, test_images):
     random = np.random.default_rng(0)
     images = test_images[0]
     answered = 0
+    photo = np.asarray(Image.open(PHOTO).resize((320, 213)))
+    faulthandler.dump_traceback_later(300, exit=True)  # a hang must fail
     for i in range(1000):
-        data = bytearray(_encoded(images[i % len(images)], "PNG" if i % 2 else "JPEG"))
+        data = bytearray(_encoded(photo if i % 10 < 2 else images[i % len(images)], "PNG" if i % 2 else "JPEG"))
         kind = i // 2 % 4
         if kind == 0:
             for place in random.integers(len(data), size=random.integers(1, 20)):
@@ -142,6 +152,7 @@ def test_1000_mutated_images_are_answered_or_refused(loaded, test_images):
             answered += 1
         except INVALID:
             pass
+    faulthandler.cancel_dump_traceback_later()
     assert 0 < answered < 1000
 
 
@@ -164,9 +175,16 @@ def _graph(folder):
     return graph
 
 
-def test_no_xla_is_baked_in(folder):
-    functions = _graph(folder).graph_def.library.function
+def test_no_xla_is_baked_in(classifier, tmp_path):
+    classifier.compile(jit_compile=True)  # as a GPU's user may have it
+    classifier.predict(np.zeros((1, 32, 32, 3)), verbose=0)
+    names = classifier.get_layer("cvt").preprocessing["class_names"]
+    saved_model.write(classifier, names, tmp_path / "1")
+    graph = _graph(tmp_path / "1").graph_def
+    functions = graph.library.function
     assert functions and not [function.signature.name for function in functions if function.attr["_XlaMustCompile"].b]
+    nodes = [*graph.node, *(node for function in functions for node in function.node_def)]
+    assert not [node.name for node in nodes if "Xla" in node.op or node.attr["_XlaMustCompile"].b]
 
 
 def test_each_weight_is_stored_once(folder, classifier):
@@ -188,6 +206,7 @@ def test_it_loads_without_keras(folder):
 
 def test_a_c_program_runs_it(folder, classifier, test_images, tmp_path):
     """As any language without Python does, by TensorFlow's C API."""
+    require(shutil.which("gcc"), "apt-get install gcc")
     program = tmp_path / "classify"
     library = Path(tf.sysconfig.get_lib())
     names = [next(library.glob(f"libtensorflow_{name}.so.*")).name for name in ("cc", "framework")]

@@ -101,6 +101,19 @@ def test_what_does_not_run_is_told(file):
         verify.verify("float32", file, "", file.with_name("images.npy"), LABELS[:2], _sure(LABELS)[:2])
 
 
+@pytest.mark.parametrize(
+    "code, stderr, why",
+    [
+        (1, "Traceback\nValueError: no model\n", "ValueError: no model"),
+        (1, "I0000 00:00:1 port.cc:153] oneDNN\n", "it ended with 1"),
+        (-9, "I0000 00:00:1 port.cc:153] oneDNN\n", "it was ended by SIGKILL"),
+        (1, "ValueError: no model\nWARNING: All log messages before\nE0000 00:00:1 cuInit\n\n", "ValueError: no model"),
+    ],
+)
+def test_the_reason_is_what_the_process_died_of(code, stderr, why):
+    assert verify.why_ended(code, stderr) == why
+
+
 def test_there_are_bounds_for_every_format():
     assert list(BOUNDS) == ["saved_model", "float32", "float16", "dynamic_int8", "int8"]
     assert all(bounds.top1_drop <= 0.01 for bounds in BOUNDS.values())

@@ -4,10 +4,12 @@ import shutil
 import socket
 import struct
 import zlib
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import sklearn.datasets
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 from PIL import Image
@@ -116,6 +118,16 @@ def test_images_of_another_size_are_stretched_as_in_training(page, classifier, n
         found = _probabilities(card)
         np.testing.assert_allclose([found[name] for name in names], _keras(classifier, expected), atol=1e-3)
         assert ("stretched as in training" in card.text_content()) == (height != width)
+
+
+def test_a_photo_is_classified_as_keras_does(page, classifier, names):
+    photo = Path(sklearn.datasets.__file__).parent / "images" / "flower.jpg"
+    pixels = np.asarray(Image.open(photo))
+    expected = _keras(classifier, _stretched(pixels))
+    found = _probabilities(_chosen(page, _file(_encoded(pixels))))
+    np.testing.assert_allclose([found[name] for name in names], expected, atol=1e-3)
+    found = _probabilities(_chosen(page, _file(photo.read_bytes(), "flower.jpg", "image/jpeg")))
+    np.testing.assert_allclose([found[name] for name in names], expected, atol=0.02)  # by another decoder of JPEG
 
 
 def test_colours_are_the_files_numbers_and_alpha_is_left_out(page):
