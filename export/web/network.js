@@ -17,6 +17,7 @@ export class Network {
     const why = response.status === 404 ? "it is not there any more" : response.status;
     if (!response.ok) throw new Error(`${file} can't be had: ${why}.`);
     const bytes = new Uint8Array(await response.arrayBuffer());
+    said = "";
     try {
       const quantization = outputQuantization(bytes);
       await (runtime ??= start());
@@ -81,7 +82,6 @@ function start() {
 /** What a broken file leaves of the runtime may be broken too: the next file gets a new one. */
 function reset() {
   runtime = undefined;
-  said = "";
   try {
     unloadLiteRt();
   } catch {
@@ -97,7 +97,7 @@ function reset() {
  */
 function outputQuantization(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  if (view.getUint32(4) !== 0x54464c33) throw new Error("it is no TFLite file"); // "TFL3"
+  if (bytes.length < 8 || view.getUint32(4) !== 0x54464c33) throw new Error("it is no TFLite file"); // "TFL3"
   const follow = (at) => at + view.getUint32(at, true);
   const field = (table, slot) => {
     const slots = table - view.getInt32(table, true);

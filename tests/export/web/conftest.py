@@ -14,7 +14,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: while it is open, nothing else can start an event loop
 def chromium():
     require(importlib.util.find_spec("playwright"), "pip install -r requirements-dev.txt")
     path = require(shutil.which("chromium") or shutil.which("google-chrome"), "apt-get install chromium")
