@@ -89,7 +89,7 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
         for name in formats:
             file, path = scratch / name, _place(folder, name)
             print(f"{name}: writing, then checking on {len(images):,} images", flush=True)
-            with signals.Held(f"{name} is written"):
+            with signals.Held(f"TensorFlow's work on {name}"):
                 _write(classifier, class_names, name, calibration, file)
             artifact = verify(name, file, path.relative_to(run_dir).as_posix(), scratch / IMAGES, test.labels, expected)
             artifacts.append(artifact)
@@ -188,10 +188,12 @@ def main(argv):
         artifacts = export(arguments.run, formats, arguments.data_dir, arguments.verify_images)
     except runs.NoRunError as error:
         return _fail(error, 2)
-    except (runs.RunError, sources.DataError, OSError, RuntimeError, MemoryError) as error:
+    except (runs.RunError, sources.DataError, RuntimeError, MemoryError) as error:
         return _fail(error, 1)
+    except OSError as error:
+        return _fail(f"{arguments.run / runs.EXPORT} can't be written: {error}. Is the disk full?", 1)
     except KeyboardInterrupt as stop:
-        return _fail("stopped; what was being written is gone", signals.exit_code(stop))
+        return _fail("stopped; files that passed their check are kept, what was being written is gone", signals.exit_code(stop))
     failed = [artifact for artifact in artifacts if not artifact.passed]
     for artifact in failed:
         broken = ", ".join(f"{name} ({artifact.bounds.get(name)} at most)" for name in artifact.broken)

@@ -106,7 +106,8 @@ def test_a_full_disk_leaves_nothing_half_written(trained, tmp_path, monkeypatch,
     run_dir = _copy(trained, tmp_path)
     monkeypatch.setattr(runs, "place", full)
     assert command.main([str(run_dir), "--formats", "float32", "--verify-images", "20"]) == 1
-    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{run_dir / 'export'} can't be written: " in line and "No space left on device" in line
     assert not list((run_dir / "export").iterdir())
 
 
