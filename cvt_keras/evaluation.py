@@ -32,6 +32,7 @@ class Report:
         per_class, confusion: of the test split, or `None`.
         device: the name of what trained.
         versions: package -> version.
+        compression: what was found in a compressed network, or `None`.
     """
 
     dataset: str
@@ -53,6 +54,7 @@ class Report:
     confusion: list[list[int]] | None
     device: str
     versions: dict[str, str]
+    compression: dict | None = None
 
 
 def metrics(logits, labels):

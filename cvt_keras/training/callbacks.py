@@ -47,6 +47,44 @@ class StopAfterStep(signals.Held, keras.callbacks.Callback):
         self.answer()
 
 
+class Compression(keras.callbacks.Callback):
+    """What makes a network smaller as it trains: this one does nothing, those of `cvt_keras.compression` do.
+
+    Attributes:
+        settings: what recipe.json holds of it as `compression`; `None` is no compression.
+        variables: what a checkpoint must hold beside the model's and the optimizer's.
+        first_epoch: counted from 0; before it the network is not as small yet as it is to be, and no weights are kept.
+    """
+
+    settings = None
+    variables = ()
+    first_epoch = 0
+
+    def wrap(self, classifier):
+        """The network that is trained and saved in place of a classifier, with its weights."""
+        return classifier
+
+    def start(self, classifier, batches, steps, epochs):
+        """Before the first step, with the weights in place; also before a run goes on, whose checkpoint then has the last word.
+
+        Args:
+            classifier: what `wrap` gave.
+            batches: of the training images as they are, `evaluation_batches`.
+            steps, epochs: of an epoch, and of the training.
+
+        Raises:
+            RecipeError: if it would do nothing, or can't be done.
+        """
+
+    def check(self, classifier):
+        """What was found in the trained network, for report.json, or `None`.
+
+        Raises:
+            RunError: if the network is not as it was to be.
+        """
+        return None
+
+
 class Stopwatch(keras.callbacks.Callback):
     """Times each epoch, with the validation after it and without.
 
@@ -73,18 +111,26 @@ class BestWeights(keras.callbacks.Callback):
 
     It must stand before Keras' `SwapEMAWeights`, which takes the averaged weights away again at the end of a validation.
 
+    Args:
+        first_epoch: counted from 0; those before it are not looked at.
+
     Attributes:
         score: validation accuracy, a fraction of 1.
         weights: as `model.get_weights()` gives them.
     """
 
-    def __init__(self):
+    def __init__(self, first_epoch=0):
         super().__init__()
+        self.first_epoch = first_epoch
         self.score = -1.0
         self.weights = None
+        self._epoch = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
 
     def on_test_end(self, logs=None):
-        if logs["accuracy"] > self.score:
+        if self._epoch >= self.first_epoch and logs["accuracy"] > self.score:
             self.score = float(logs["accuracy"])
             self.weights = self.model.get_weights()
 
@@ -109,13 +155,15 @@ class Checkpoints(keras.callbacks.Callback):
         run_dir: the run folder.
         data: a dict, equal for the same images and labels alone; see `Source.fingerprint`.
         stopwatch, best: the callbacks whose findings are kept; they stand before this one.
+        extra: variables to be kept beside the model's and the optimizer's.
 
     Attributes:
         history: a dict for each finished epoch.
     """
 
-    def __init__(self, run_dir, data, stopwatch, best):
+    def __init__(self, run_dir, data, stopwatch, best, extra=()):
         super().__init__()
+        self.extra = extra
         self.run_dir = run_dir
         self.data = data
         self.stopwatch = stopwatch
@@ -145,12 +193,12 @@ class Checkpoints(keras.callbacks.Callback):
             differences = ", ".join(f"{name} was {data.get(name)!r} and is {self.data[name]!r}" for name in changed)
             way_out = "Bring the former data back, or train in another --run-dir"
             raise RecipeError(f"the run in {self.run_dir} can't go on with other data: {differences}. {way_out}")
-        variables = _state(model)
+        variables = self._state(model)
         if {name: value.shape for name, value in values.items()} != {name: tuple(v.shape) for name, v in variables.items()}:
             raise RecipeError(f"{newest} is of another network or optimizer: train anew, in another folder")
         for name, variable in variables.items():
             variable.assign(values[name])
-        self.history, self.best.score, self.best.weights = history, score, list(best.values())
+        self.history, self.best.score, self.best.weights = history, score, list(best.values()) or None
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)  # which the kill may have come before
 
     def on_epoch_end(self, epoch, logs=None):
@@ -163,8 +211,8 @@ class Checkpoints(keras.callbacks.Callback):
         }
         self.history = [*self.history, measured]
         with runs.whole_folder(self._folder / f"epoch-{epoch + 1:04d}") as aside:
-            np.savez(aside / "state.npz", **{name: np.asarray(v) for name, v in _state(self.model).items()})
-            np.savez(aside / "best.npz", *self.best.weights)
+            np.savez(aside / "state.npz", **{name: np.asarray(v) for name, v in self._state(self.model).items()})
+            np.savez(aside / "best.npz", *(self.best.weights or ()))
             runs.write_json(aside / "state.json", {"best_score": self.best.score, "history": self.history, "data": self.data})
         for older in _stored(self.run_dir)[:-1]:
             shutil.rmtree(older)
@@ -173,6 +221,15 @@ class Checkpoints(keras.callbacks.Callback):
     @property
     def _folder(self):
         return self.run_dir / runs.CHECKPOINTS
+
+    def _state(self, model):
+        """All variables that training changes, by place and name.
+
+        Not by path: Keras numbers the layers of a second model in the same process on.
+        """
+        # The model's with the states of its random seeds.
+        variables = [*model.variables, *model.optimizer.variables, *self.extra]
+        return {f"{i:04d} {variable.name}": variable for i, variable in enumerate(variables)}
 
 
 def stored_data(run_dir):
@@ -193,12 +250,3 @@ def _stored(run_dir):
 def _arrays(path):
     with np.load(path) as stored:
         return dict(stored)
-
-
-def _state(model):
-    """All variables that training changes, by place and name.
-
-    Not by path: Keras numbers the layers of a second model in the same process on.
-    """
-    variables = [*model.variables, *model.optimizer.variables]  # the model's with the states of its random seeds
-    return {f"{i:04d} {variable.name}": variable for i, variable in enumerate(variables)}

@@ -13,13 +13,22 @@ from cvt_keras import environment, evaluation, page, plots, pretrained, runs
 from cvt_keras.data import sources
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
 from cvt_keras.model import build_classifier
-from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch, TensorBoard, stored_data
+from cvt_keras.training.callbacks import (
+    BestWeights,
+    Checkpoints,
+    Compression,
+    HaltOnNaN,
+    StopAfterStep,
+    Stopwatch,
+    TensorBoard,
+    stored_data,
+)
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import Recipe, RecipeError
 from cvt_keras.variants import Variant, get_variant, macs, named
 
 
-def run(recipe, run_dir, resume=False, evaluate_test=True):
+def run(recipe, run_dir, resume=False, evaluate_test=True, compression=None):
     """Trains by `recipe` and writes a run folder.
 
     Args:
@@ -28,6 +37,8 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
         resume: go on where the run in `run_dir` stopped: after its last finished epoch. What comes out is what an uninterrupted
             run gives, to the bit where TensorFlow is deterministic. A finished run is left as it is.
         evaluate_test: whether to touch the test split, once, at the end.
+        compression: a `Compression` of `cvt_keras.compression`, to which the recipe's `weights` are handed; its settings become
+            the recipe's `compression`.
 
     Returns:
         The `Report` that `report.json` holds.
@@ -48,6 +59,10 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
             "training needs Keras' tensorflow backend: set KERAS_BACKEND=tensorflow. "
             f"Received: {keras.config.backend()}, from KERAS_BACKEND or keras.json"
         )
+    if recipe.compression is not None and compression is None:
+        raise RecipeError("`compression` is no training: a run with it comes from python -m cvt_keras.compression")
+    compression = compression or Compression()
+    recipe = dataclasses.replace(recipe, compression=compression.settings)
     run_dir = Path(run_dir)
     stored = _stored_recipe(run_dir) if resume else None
     if stored is None:
@@ -100,8 +115,8 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
             if stored is None:
                 runs.require_vacant(run_dir)  # still: another process may have begun there meanwhile
             runs.sweep(run_dir)
-            best, history = _fit(recipe, run_dir, source, train, checkpoint)
-            report = _finish(recipe, run_dir, source, train, test if evaluate_test else None, best, history)
+            best, history = _fit(recipe, run_dir, source, train, checkpoint, compression)
+            report = _finish(recipe, run_dir, source, train, test if evaluate_test else None, best, history, compression)
     except tf.errors.ResourceExhaustedError as error:  # of the memory or of the disk
         reason = str(error.message).splitlines()[0]
         if not re.search("OOM|memory|allocat", reason, re.IGNORECASE):
@@ -115,15 +130,16 @@ def run(recipe, run_dir, resume=False, evaluate_test=True):
     return report
 
 
-def _finish(recipe, run_dir, source, train, test, best, history):
+def _finish(recipe, run_dir, source, train, test, best, history, compression):
     """Writes what the best weights come to -> the `Report`.
 
     Args:
         test: the test split, or `None` to leave it alone.
     """
     # What leaves the run is float32 whatever trained it, and carries no optimizer.
-    final = _build(recipe, source, "float32")
+    final = compression.wrap(_build(recipe, source, "float32"))
     final.set_weights(best.weights)
+    found = compression.check(final)
     with runs.whole(run_dir / runs.MODEL) as aside:
         final.save(aside)
 
@@ -148,6 +164,7 @@ def _finish(recipe, run_dir, source, train, test, best, history):
         test=None if test is None else evaluation.metrics(test_logits, test.labels),
         per_class=None if test is None else evaluation.per_class(test_logits, test.labels, source.class_names),
         confusion=None if test is None else evaluation.confusion(test_logits, test.labels, num_classes).tolist(),
+        compression=found,
         device=device(),
         versions=environment.versions(),
     )
@@ -161,7 +178,7 @@ def _finish(recipe, run_dir, source, train, test, best, history):
     return report
 
 
-def _fit(recipe, run_dir, source, train, checkpoint):
+def _fit(recipe, run_dir, source, train, checkpoint, compression):
     """Trains, from `checkpoint` if there is one, or goes on -> the `BestWeights` and the history, a dict for each epoch."""
     keras.utils.set_random_seed(recipe.seed)
     steps = batches_per_epoch(train, recipe)
@@ -174,6 +191,9 @@ def _fit(recipe, run_dir, source, train, checkpoint):
         print(
             "the head is that of the weights" if head else "the head is new: the weights do not name these classes", flush=True
         )
+    classifier = compression.wrap(classifier)
+    if compression.settings is not None:
+        compression.start(classifier, evaluation_batches(train, num_classes, recipe.image_size), steps, recipe.epochs)
     classifier.compile(
         optimizer=make_optimizer(recipe, classifier, steps * recipe.epochs),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
@@ -191,11 +211,11 @@ def _fit(recipe, run_dir, source, train, checkpoint):
         runs.write_json(run_dir / runs.RECIPE, recipe.settings())
     (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
 
-    stopwatch, best = Stopwatch(), BestWeights()
+    stopwatch, best = Stopwatch(), BestWeights(compression.first_epoch)
     data = source.fingerprint()
     if recipe.weights:
         data |= {"mean": list(source.mean), "std": list(source.std)}
-    checkpoints = Checkpoints(run_dir, data, stopwatch, best)
+    checkpoints = Checkpoints(run_dir, data, stopwatch, best, compression.variables)
     checkpoints.restore(classifier)
     first_epoch = len(checkpoints.history)
     if first_epoch:
@@ -218,6 +238,7 @@ def _fit(recipe, run_dir, source, train, checkpoint):
             callbacks=[
                 stop,
                 HaltOnNaN(advice),
+                compression,
                 stopwatch,
                 best,
                 *([keras.callbacks.SwapEMAWeights()] if recipe.ema else []),
@@ -365,7 +386,7 @@ def _require_same(recipe, stored, run_dir):
     was, is_now = stored.settings(), recipe.settings()
     for settings in (was, is_now):
         settings["variant"] = settings["variant"] and named(get_variant(settings["variant"]))
-    names = [name for name in was if was[name] != is_now[name]]
+    names = [name for name in is_now | was if was.get(name) != is_now.get(name)]
     # Where TFDS keeps a data set may change; another folder of images is another data set. What lies in it is compared with
     # the checkpoint's.
     if recipe.dataset != "folder" or _same_place(was["data_dir"], is_now["data_dir"]):
@@ -375,7 +396,7 @@ def _require_same(recipe, stored, run_dir):
     elif "variant" in names:  # which comes from the weights
         names = ["weights", *(name for name in names if name not in ("weights", "variant"))]
     if names:
-        differences = ", ".join(f"{name} was {_shown(was[name])} and is {_shown(is_now[name])}" for name in names)
+        differences = ", ".join(f"{name} was {_shown(was.get(name))} and is {_shown(is_now.get(name))}" for name in names)
         way_out = "Give it its own settings, or train in another --run-dir"
         raise RecipeError(f"the run in {run_dir} can't go on with other settings: {differences}. {way_out}")
 

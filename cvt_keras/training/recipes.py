@@ -30,6 +30,8 @@ class Recipe:
     # The string under a field is its flag's help in train.py.
 
     description: Suppress[str] = ""
+    # Of a run that `cvt_keras.compression` wrote: what it did. No flag: it has a command line of its own.
+    compression: Suppress[dict | None] = None
 
     # === Network ===
     variant: Annotated[str | Variant | None, tyro.conf.arg(constructor=str, metavar="NAME")] = "cvt_cifar"
@@ -154,10 +156,13 @@ class Recipe:
     def settings(self):
         """The fields as JSON has them, the variant whole: what `recipe.json` holds.
 
-        Without the description, which is of the recipe as written and not of what flags made of it.
+        Without the description, which is of the recipe as written and not of what flags made of it, and with `compression`
+        only where there is one.
         """
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del settings["description"]
+        if self.compression is None:
+            del settings["compression"]
         return {**settings, "variant": None if self.variant is None else to_dict(get_variant(self.variant))}
 
     @classmethod

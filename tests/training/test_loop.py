@@ -86,8 +86,9 @@ def test_report_holds_the_contracts_fields(finished, recipe):
     assert set(dataclasses.asdict(report)) == {
         *("dataset", "data_note", "variant", "recipe", "epochs", "seed", "image_size", "class_names", "parameters", "macs"),
         *("train_seconds", "train_images_per_second", "test", "validation", "per_class", "device", "versions"),
-        *("confusion", "train_images"),
+        *("confusion", "train_images", "compression"),
     }
+    assert report.compression is None
     assert report.train_images == recipe.train_limit
     assert (report.dataset, report.variant, report.image_size) == ("cifar10", "cvt_tiny", [32, 32])
     assert report.test["images"] == 100

@@ -1,0 +1,61 @@
+"""tensorflow-model-optimization, imported here alone and when it is needed.
+
+Its import turns `tf.keras` into Keras 2, for this process and by an environment variable for those that it starts, unless
+`tf.keras` was looked at before. Its calls on whole models (`prune_low_magnitude`, `cluster_weights`, `quantize_model`) refuse
+a Keras 3 model or do nothing with it, so what is used here are the parts under them, on plain TensorFlow variables: the schedules
+and masks of pruning, the centroids of clustering, and the quantizers.
+"""
+
+import os
+from types import SimpleNamespace
+
+_KERAS_2 = "TF_USE_LEGACY_KERAS"
+
+
+def load():
+    """The parts that are used.
+
+    Returns:
+        A namespace of `PolynomialDecay`, `ConstantSparsity` and `Pruning`; `ClusteringAlgorithm`, `GradientAggregation` and
+        `KmeansPlusPlusCentroidsInitialisation`; `AllValuesQuantizer`, `LastValueQuantizer` and `MovingAverageQuantizer`.
+
+    Raises:
+        ImportError: if it is not installed, saying what to install.
+    """
+    import tensorflow as tf
+
+    tf.keras.__version__  # noqa: B018 - settles tf.keras, which is made when it is first looked at
+    before = os.environ.get(_KERAS_2)
+    try:
+        from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import GradientAggregation
+        from tensorflow_model_optimization.python.core.clustering.keras.clustering_algorithm import ClusteringAlgorithm
+        from tensorflow_model_optimization.python.core.clustering.keras.clustering_centroids import (
+            KmeansPlusPlusCentroidsInitialisation,
+        )
+        from tensorflow_model_optimization.python.core.quantization.keras.quantizers import (
+            AllValuesQuantizer,
+            LastValueQuantizer,
+            MovingAverageQuantizer,
+        )
+        from tensorflow_model_optimization.python.core.sparsity.keras.pruning_impl import Pruning
+        from tensorflow_model_optimization.python.core.sparsity.keras.pruning_schedule import ConstantSparsity, PolynomialDecay
+    except ImportError as error:
+        raise ImportError(
+            f"compression needs tensorflow-model-optimization: pip install tensorflow-model-optimization==0.8.1 ({error})"
+        ) from error
+    finally:
+        if before is None:
+            os.environ.pop(_KERAS_2, None)
+        else:
+            os.environ[_KERAS_2] = before
+    return SimpleNamespace(
+        AllValuesQuantizer=AllValuesQuantizer,
+        ClusteringAlgorithm=ClusteringAlgorithm,
+        ConstantSparsity=ConstantSparsity,
+        GradientAggregation=GradientAggregation,
+        KmeansPlusPlusCentroidsInitialisation=KmeansPlusPlusCentroidsInitialisation,
+        LastValueQuantizer=LastValueQuantizer,
+        MovingAverageQuantizer=MovingAverageQuantizer,
+        PolynomialDecay=PolynomialDecay,
+        Pruning=Pruning,
+    )
