@@ -42,6 +42,18 @@ def require_run(run_dir):
         raise NoRunError(f"`RUN` must be a run folder, which train.py writes. Received: {run_dir}")
 
 
+def require_finished(run_dir):
+    """Told before a run's model is used.
+
+    Raises:
+        NoRunError: if there is no run in `run_dir`.
+        RunError: if it was not trained to its end.
+    """
+    require_run(run_dir)
+    if missing := [name for name in (MODEL, REPORT, HISTORY) if not (run_dir / name).exists()]:
+        raise RunError(f"{run_dir} has no {missing[0]} yet: finish its training by --resume")
+
+
 def require_vacant(run_dir):
     """A run is never overwritten.
 

@@ -115,9 +115,7 @@ def _write(classifier, class_names, name, calibration, file):
 
 def _read(run_dir):
     """A run's recipe and its classifier."""
-    runs.require_run(run_dir)
-    if missing := [name for name in (runs.MODEL, runs.REPORT, runs.HISTORY) if not (run_dir / name).exists()]:
-        raise runs.RunError(f"{run_dir} has no {missing[0]} yet: finish its training by --resume")
+    runs.require_finished(run_dir)
     try:
         recipe = Recipe.from_settings(runs.read_json(run_dir / runs.RECIPE))
     except (RecipeError, TypeError) as error:

@@ -2,8 +2,8 @@
 
 Its import turns `tf.keras` into Keras 2, for this process and by an environment variable for those that it starts, unless
 `tf.keras` was looked at before. Its calls on whole models (`prune_low_magnitude`, `cluster_weights`, `quantize_model`) refuse
-a Keras 3 model or do nothing with it, so what is used here are the parts under them, on plain TensorFlow variables: the schedules
-and masks of pruning, the centroids of clustering, and the quantizers.
+a Keras 3 model or do nothing with it. What is used here are the parts under them, on plain TensorFlow variables: the
+schedules and masks of pruning, the centroids of clustering, and the quantizers.
 """
 
 import os

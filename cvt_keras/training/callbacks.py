@@ -60,6 +60,17 @@ class Compression(keras.callbacks.Callback):
     variables = ()
     first_epoch = 0
 
+    def require(self, recipe, before):
+        """Told before anything is read.
+
+        Args:
+            recipe: of the run to be.
+            before: the `method` of the compression that its weights come from, or `None`.
+
+        Raises:
+            RecipeError: if it can't be combined with the recipe, or with what was done before.
+        """
+
     def wrap(self, classifier):
         """The network that is trained and saved in place of a classifier, with its weights."""
         return classifier

@@ -1,0 +1,136 @@
+"""Clustering: each kernel keeps to a few values, which training goes on to move (Han et al., arXiv 1510.00149)."""
+
+import numpy as np
+import tensorflow as tf
+
+from cvt_keras import runs
+from cvt_keras.compression import tfmot
+from cvt_keras.compression.kernels import kernels, sparsity
+from cvt_keras.training.callbacks import Compression
+from cvt_keras.training.recipes import RecipeError
+
+# Of Lloyd's algorithm, after k-means++ has chosen where to begin.
+ITERATIONS = 10
+
+
+class WeightClustering(Compression):
+    """Clusters kernels by tfmot's centroids and assignment.
+
+    A kernel has a float weight behind each of its own. After each step these take the step's change, the centroids take the
+    mean change of their members, and the kernel becomes the centroid nearest to each of these weights.
+
+    Args:
+        clusters: values in each kernel, at least 2.
+        keep_zeros: whether zeros stay zeros, and one of the values is 0: of a pruned run.
+        layers: names, see `kernels`.
+
+    Raises:
+        RecipeError: for an argument out of its range.
+    """
+
+    def __init__(self, clusters=16, keep_zeros=False, layers=()):
+        super().__init__()
+        if clusters < 2:
+            raise RecipeError(f"`clusters` must be at least 2. Received: clusters={clusters}")
+        self.clusters = clusters
+        self.keep_zeros = keep_zeros
+        self.layers = tuple(layers)
+        self.settings = {"method": "cluster", "clusters": clusters, "keep_zeros": keep_zeros, "layers": list(layers)}
+        self.parts = tfmot.load()
+
+    def require(self, recipe, before):
+        if before == "qat":
+            raise RecipeError(
+                "a run trained for quantisation can't be clustered: its ranges are set. Cluster the run before it"
+            )
+        if recipe.ema:
+            raise RecipeError(
+                f"`ema` must be 0 with clustering: an average over steps has more values. Received: ema={recipe.ema}"
+            )
+
+    def start(self, classifier, batches, steps, epochs):
+        self._clustered = []
+        for path, kernel in kernels(classifier, self.layers).items():
+            distinct = len(np.unique(np.asarray(kernel)))
+            if distinct < self.clusters:
+                raise RecipeError(
+                    f"`clusters` must be at most {distinct}, the values that {path} has: take fewer, or other --layers. "
+                    f"Received: clusters={self.clusters}"
+                )
+            self._clustered.append(_ClusteredKernel(kernel, self.clusters, self.keep_zeros, self.parts))
+        self.variables = [variable for clustered in self._clustered for variable in clustered.variables]
+
+        @tf.function(autograph=False)
+        def project():
+            for clustered in self._clustered:
+                clustered.project()
+
+        self._project = project
+        # So that the first step is already taken with few values.
+        project()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._project()
+
+    def check(self, classifier):
+        chosen = kernels(classifier, self.layers)
+        found = {path: len(np.unique(np.asarray(kernel))) for path, kernel in chosen.items()}
+        for path, values in found.items():
+            if values > self.clusters:
+                raise runs.RunError(
+                    f"{path} has {values} values in place of {self.clusters}: nothing was written. Cluster anew"
+                )
+        return {"values": found, "sparsity": float(sparsity(chosen.values()))}
+
+
+class _ClusteredKernel:
+    """A kernel, the float weights behind it, the centroids, and which of these each weight has."""
+
+    def __init__(self, kernel, clusters, keep_zeros, parts):
+        self.kernel = kernel.value
+        self.clusters = clusters
+        initial = parts.KmeansPlusPlusCentroidsInitialisation(
+            tf.convert_to_tensor(self.kernel), clusters, preserve_sparsity=keep_zeros
+        ).get_cluster_centroids()
+        self.weights = tf.Variable(self.kernel, trainable=False, name="weights")
+        self.centroids = tf.Variable(tf.sort(initial), trainable=False, name="centroids")
+        # What stays as it is: the zeros of a pruned kernel, and the centroid of zeros.
+        self.moving = tf.cast(self.kernel != 0, tf.float32) if keep_zeros else tf.ones_like(self.kernel)
+        self.moving_centroids = tf.cast(self.centroids != 0, tf.float32) if keep_zeros else tf.ones_like(self.centroids)
+        self.algorithm = parts.ClusteringAlgorithm(self.centroids, parts.GradientAggregation.AVG)
+        self.members = tf.Variable(self.algorithm.get_pulling_indices(self.weights), trainable=False, name="members")
+        for _ in range(ITERATIONS):
+            self._move_centroids(self.weights - tf.gather(self.centroids, self.members))
+            self.members.assign(self._nearest())
+        # Where `project` starts from: no step was taken yet.
+        self.kernel.assign(tf.gather(self.centroids, self.members))
+        self.variables = [self.weights, self.centroids, self.members]
+
+    def project(self):
+        change = (self.kernel - tf.gather(self.centroids, self.members)) * self.moving
+        self.weights.assign_add(change)
+        self._move_centroids(change)
+        self.members.assign(self._nearest())
+        self.kernel.assign(self.algorithm.get_clustered_weight(self.members, self.weights))
+
+    def _move_centroids(self, change):
+        """By the mean change of the members of each."""
+        members = tf.reshape(self.members, (-1,))
+        total = tf.math.unsorted_segment_sum(tf.reshape(change * self.moving, (-1,)), members, self.clusters)
+        moved = tf.math.unsorted_segment_sum(tf.reshape(self.moving, (-1,)), members, self.clusters)
+        self.centroids.assign_add(tf.math.divide_no_nan(total, moved) * self.moving_centroids)
+
+    def _nearest(self):
+        """The nearest centroid of each weight; one that is nobody's takes the weight nearest to it, so that none is lost."""
+        members = self.algorithm.get_pulling_indices(self.weights)
+        flat = tf.reshape(members, (-1,))
+        empty = tf.math.bincount(tf.cast(flat, tf.int32), minlength=self.clusters, maxlength=self.clusters) == 0
+
+        def filled():
+            apart = tf.abs(tf.reshape(self.weights, (-1, 1)) - self.centroids)  # (weights, clusters)
+            apart += tf.reshape((1 - self.moving) * apart.dtype.max, (-1, 1))
+            lost = tf.where(empty)  # (n, 1)
+            nearest = tf.gather(tf.argmin(apart, axis=0), lost)  # (n, 1)
+            return tf.reshape(tf.tensor_scatter_nd_update(flat, nearest, lost[:, 0]), members.shape)
+
+        return tf.cond(tf.reduce_any(empty), filled, lambda: members)

@@ -1,0 +1,720 @@
+"""The layers of a network that knows it will run in 8-bit integers: what `model.keras` of a quantisation-aware run holds.
+
+They are on Keras alone, and import nothing of tensorflow-model-optimization, so that such a file opens like any other. Each
+gives what its integer operation in a TFLite file will give: weights and outputs are rounded to the 256 values that they have
+there (fake quantisation, Jacob et al., arXiv 1712.05877), with BatchNorm folded into the convolution before it. Without
+`quantized` they are the same folded network in floats.
+"""
+
+import keras
+from keras import layers, ops
+
+from cvt_keras.layers import NORM_EPSILON, DropPath
+from cvt_keras.model import cvt_of
+from cvt_keras.variants import PROJECTION_KERNEL_SIZE, get_variant, to_dict
+
+LEVELS = 255  # steps between the least and the largest of 8 bits
+# What TFLite's integer softmax and sigmoid give, whatever comes in.
+PROBABILITIES = (0.0, LEVELS / 256)
+PIXELS = (0.0, 255.0)
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class FakeQuantize(layers.Layer):
+    """Rounds to the 256 values that 8 bits hold between two limits, and clips to them.
+
+    The gradient goes through as if it did not, and is 0 beyond the limits.
+
+    Args:
+        axis: with limits for each entry of this axis, symmetric and of 255 values: what weights have. `None` is one range,
+            which includes 0: what activations have.
+        limits: `(minimum, maximum)` that are known; `None` where training finds them.
+
+    Attributes:
+        minimum, maximum: variables, or the limits that are known.
+        observer: while training, what finds the limits: takes the tensor, `minimum` and `maximum`, sets these and gives the
+            rounded tensor. `None` leaves them as they are.
+
+    Input shape: any.
+    Output shape: the same.
+    """
+
+    def __init__(self, axis=None, limits=None, **kwargs):
+        super().__init__(**kwargs)
+        self.axis = axis
+        self.limits = limits
+        self.observer = None
+
+    def build(self, input_shape):
+        if self.limits is not None:
+            self.minimum, self.maximum = self.limits
+            return
+        shape = () if self.axis is None else (input_shape[self.axis],)
+        self.minimum = self.add_weight(shape=shape, initializer="zeros", trainable=False, name="minimum")
+        self.maximum = self.add_weight(shape=shape, initializer="zeros", trainable=False, name="maximum")
+
+    def call(self, x, training=False):
+        if training and self.observer is not None:
+            return self.observer(x, self.minimum, self.maximum)
+        return keras.quantizers.fake_quant_with_min_max_vars(
+            x, self.minimum, self.maximum, narrow_range=self.axis is not None, axis=self.axis
+        )
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "axis": self.axis, "limits": self.limits}
+
+
+def _fake_quantize(quantized, name, **kwargs):
+    return FakeQuantize(name=name, **kwargs) if quantized else layers.Identity(name=name)
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedConv(layers.Layer):
+    """A convolution of the whole network's integer form: also what is a Dense elsewhere, with a kernel of 1x1.
+
+    Args:
+        filters: output channels; `None` is a depthwise convolution.
+        kernel_size: side of the kernel.
+        stride: of the convolution.
+        padding: zeros added on each of the four sides.
+        quantized: whether kernel and output are rounded.
+        rounds_output: whether the output is; where it is not, the next layer does: TFLite loses one of two roundings in a row.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: `(batch, new_height, new_width, filters)`.
+    """
+
+    def __init__(self, filters=None, kernel_size=1, stride=1, padding=0, quantized=True, rounds_output=True, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.quantized = quantized
+        self.rounds_output = rounds_output
+        settings = {"strides": stride, "data_format": "channels_last", "name": "conv"}
+        if filters is None:
+            self.conv = layers.DepthwiseConv2D(kernel_size, **settings)
+        else:
+            self.conv = layers.Conv2D(filters, kernel_size, **settings)
+        self.pad = layers.ZeroPadding2D(padding, data_format="channels_last", name="pad")
+        # Layers of their own: weights added to a subclass of Dense or Conv2D do not come back from a .keras file.
+        self.kernel_quantizer = _fake_quantize(quantized, "kernel_quantizer", axis=3 if filters else 2)
+        self.output_quantizer = _fake_quantize(quantized and rounds_output, "output_quantizer")
+
+    def build(self, input_shape):
+        self.conv.build(self.pad.compute_output_shape(input_shape))
+        self.kernel_quantizer.build(self.conv.kernel.shape)
+        self.output_quantizer.build(self.compute_output_shape(input_shape))
+
+    def call(self, x):
+        kernel = self.kernel_quantizer(self.conv.kernel)
+        convolve = ops.conv if self.filters else ops.depthwise_conv
+        if self.padding:
+            x = self.pad(x)
+        x = convolve(x, kernel, self.stride, padding="valid", data_format="channels_last")
+        return self.output_quantizer(x + self.conv.bias)
+
+    def compute_output_shape(self, input_shape):
+        return self.conv.compute_output_shape(self.pad.compute_output_shape(input_shape))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "filters": self.filters,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "quantized": self.quantized,
+            "rounds_output": self.rounds_output,
+        }
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedLayerNorm(layers.Layer):
+    """LayerNorm over the last axis, of operations that TFLite has in integers; each of its steps is rounded.
+
+    Args:
+        quantized: whether they are.
+        rounds_output: see `QuantizedConv`.
+
+    Input shape: any, with its last axis known.
+    Output shape: the same.
+    """
+
+    STEPS = ("mean", "centred", "square", "variance", "shifted", "inverse", "normalized", "scaled", "output")
+
+    def __init__(self, quantized=True, rounds_output=True, **kwargs):
+        super().__init__(**kwargs)
+        self.quantized = quantized
+        self.rounds_output = rounds_output
+        self.quantizers = {
+            step: _fake_quantize(quantized and (rounds_output or step != "output"), f"{step}_quantizer") for step in self.STEPS
+        }
+
+    def build(self, input_shape):
+        self.gamma = self.add_weight(shape=(input_shape[-1],), initializer="ones", name="gamma")
+        self.beta = self.add_weight(shape=(input_shape[-1],), initializer="zeros", name="beta")
+        for quantizer in self.quantizers.values():
+            quantizer.build(input_shape)
+
+    def call(self, x, training=False):
+        rounded = self.quantizers
+        mean = rounded["mean"](ops.mean(x, axis=-1, keepdims=True))
+        centred = rounded["centred"](x - mean)
+        # Of what is not rounded yet: TFLite has a squared difference in integers, but no square.
+        square = rounded["square"](ops.square(x - mean))
+        variance = rounded["variance"](ops.mean(square, axis=-1, keepdims=True))
+        shifted = rounded["shifted"](variance + NORM_EPSILON)
+        if self.quantized and training:
+            # Rounded to 0 its root has no inverse: TFLite gives the largest value of the inverse's range then, and so does the
+            # rounding of infinity. Here that would set the range, and its gradient is no number.
+            shifted = ops.maximum(shifted, rounded["shifted"].maximum / (2 * LEVELS))
+        inverse = rounded["inverse"](ops.rsqrt(shifted))
+        normalized = rounded["normalized"](centred * inverse)
+        return rounded["output"](rounded["scaled"](normalized * self.gamma) + self.beta)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "quantized": self.quantized, "rounds_output": self.rounds_output}
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedActivation(layers.Layer):
+    """GELU, its output rounded.
+
+    Args:
+        activation: `"quick_gelu"` or `"gelu"`.
+        quantized: whether it is.
+
+    Input shape: any.
+    Output shape: the same.
+    """
+
+    def __init__(self, activation, quantized=True, **kwargs):
+        super().__init__(**kwargs)
+        self.activation = activation
+        self.quantized = quantized
+        if activation == "quick_gelu":
+            self.steepened_quantizer = _fake_quantize(quantized, "steepened_quantizer")
+            self.sigmoid_quantizer = _fake_quantize(quantized, "sigmoid_quantizer", limits=PROBABILITIES)
+        self.output_quantizer = _fake_quantize(quantized, "output_quantizer")
+
+    def build(self, input_shape):
+        if self.activation == "quick_gelu":
+            self.steepened_quantizer.build(input_shape)
+            self.sigmoid_quantizer.build(input_shape)
+        self.output_quantizer.build(input_shape)
+
+    def call(self, x):
+        if self.activation == "quick_gelu":
+            share = self.sigmoid_quantizer(ops.sigmoid(self.steepened_quantizer(1.702 * x)))
+            return self.output_quantizer(x * share)
+        return self.output_quantizer(ops.gelu(x, approximate=False))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "activation": self.activation, "quantized": self.quantized}
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedStem(layers.Layer):
+    """`ConvStem` with its BatchNorm folded.
+
+    Args:
+        dim: output channels.
+        activation: `"quick_gelu"` or `"gelu"`.
+        quantized: see `QuantizedConv`.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: `(batch, height, width, dim)`.
+    """
+
+    def __init__(self, dim, activation="gelu", quantized=True, **kwargs):
+        super().__init__(**kwargs)
+        self.dim = dim
+        self.activation = activation
+        self.quantized = quantized
+        self.conv = QuantizedConv(dim, 3, padding=1, quantized=quantized, name="conv")
+        self.activate = QuantizedActivation(activation, quantized, name="activate")
+
+    def build(self, input_shape):
+        self.conv.build(input_shape)
+        self.activate.build(self.conv.compute_output_shape(input_shape))
+
+    def call(self, images):
+        return self.activate(self.conv(images))
+
+    def compute_output_shape(self, input_shape):
+        return self.conv.compute_output_shape(input_shape)
+
+    def get_config(self):
+        return {**super().get_config(), "dim": self.dim, "activation": self.activation, "quantized": self.quantized}
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedConcatenation(layers.Layer):
+    """A cls token before a grid's tokens: TFLite wants what goes together at one scale.
+
+    Args:
+        quantized: whether they are brought to it.
+
+    Input shape: `(batch, 1, 1, dim)` and `(batch, height, width, dim)`.
+    Output shape: `(batch, 1 + height * width, 1, dim)`.
+    """
+
+    def __init__(self, quantized=True, **kwargs):
+        super().__init__(**kwargs)
+        self.quantized = quantized
+        self.quantizer = _fake_quantize(quantized, "quantizer")
+
+    def build(self, cls_token_shape, tokens_shape):
+        self.quantizer.build(cls_token_shape)
+
+    def call(self, cls_token, tokens, training=False):
+        parts = [cls_token, _sequence(tokens)]
+        if training:  # both at once, so that the range is that of both
+            return self.quantizer(ops.concatenate(parts, axis=1))
+        return ops.concatenate([self.quantizer(part) for part in parts], axis=1)
+
+    def compute_output_shape(self, cls_token_shape, tokens_shape):
+        batch, height, width, dim = tokens_shape
+        return (batch, 1 + height * width, 1, dim)
+
+    def get_config(self):
+        return {**super().get_config(), "quantized": self.quantized}
+
+
+def _sequence(grid):
+    """(B, H, W, C) -> (B, H*W, 1, C)."""
+    _, height, width, channels = ops.shape(grid)
+    return ops.reshape(grid, (-1, height * width, 1, channels))
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedTokenEmbedding(layers.Layer):
+    """`ConvTokenEmbedding`.
+
+    Args:
+        dim, kernel_size, stride, padding, cls_token: as there.
+        quantized: see `QuantizedConv`.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: `(batch, new_height, new_width, dim)`; with `cls_token` `(batch, 1 + new_height * new_width, 1, dim)`.
+    """
+
+    def __init__(self, dim, kernel_size=3, stride=2, padding=1, cls_token=False, quantized=True, **kwargs):
+        super().__init__(**kwargs)
+        self.dim = dim
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.cls_token = cls_token
+        self.quantized = quantized
+        self.proj = QuantizedConv(dim, kernel_size, stride, padding, quantized, name="proj")
+        self.norm = QuantizedLayerNorm(quantized, rounds_output=not cls_token, name="norm")
+        if cls_token:
+            self.join = QuantizedConcatenation(quantized, name="join")
+
+    def build(self, input_shape):
+        self.proj.build(input_shape)
+        grid = self.proj.compute_output_shape(input_shape)
+        self.norm.build(grid)
+        if self.cls_token:
+            self.cls_token_weight = self.add_weight(shape=(1, 1, self.dim), name="cls_token")
+            self.join.build((None, 1, 1, self.dim), grid)
+
+    def call(self, images):
+        tokens = self.norm(self.proj(images))
+        if not self.cls_token:
+            return tokens
+        cls_token = ops.expand_dims(self.cls_token_weight, 1)
+        return self.join(ops.tile(cls_token, (ops.shape(tokens)[0], 1, 1, 1)), tokens)  # (1, 1, 1, dim) -> (B, 1, 1, dim)
+
+    def compute_output_shape(self, input_shape):
+        grid = self.proj.compute_output_shape(input_shape)
+        return self.join.compute_output_shape(None, grid) if self.cls_token else grid
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "dim": self.dim,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "cls_token": self.cls_token,
+            "quantized": self.quantized,
+        }
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedAttention(layers.Layer):
+    """`ConvAttention`, its BatchNorms folded and the scale of its scores in the query's projection.
+
+    The linear projections are 1x1 convolutions: a Dense on three axes stays in floats.
+
+    Args:
+        dim, heads, projection, stride_kv: as there; `projection` is `"dw_bn"` or `"linear"`.
+        grid: height and width of the tokens that a cls token stands before; `None` without one.
+        quantized: see `QuantizedConv`.
+
+    Input shape: tokens `(batch, height, width, dim)`, or with a cls token `(batch, 1 + height * width, 1, dim)`.
+    Output shape: the same.
+    """
+
+    def __init__(self, dim, heads, projection="dw_bn", stride_kv=2, grid=None, quantized=True, **kwargs):
+        super().__init__(**kwargs)
+        self.dim = dim
+        self.heads = heads
+        self.projection = projection
+        self.stride_kv = stride_kv
+        self.grid = grid
+        self.quantized = quantized
+        self.conv_q, self.conv_k, self.conv_v = (
+            self._conv(stride, name) for stride, name in ((1, "conv_q"), (stride_kv, "conv_k"), (stride_kv, "conv_v"))
+        )
+        if grid:
+            self.join_q, self.join_k, self.join_v = (QuantizedConcatenation(quantized, name=f"join_{name}") for name in "qkv")
+        self.proj_q, self.proj_k, self.proj_v = (
+            QuantizedConv(dim, quantized=quantized, rounds_output=not grid, name=name)
+            for name in ("proj_q", "proj_k", "proj_v")
+        )
+        self.proj = QuantizedConv(dim, quantized=quantized, name="proj")
+        self.scores_quantizer = _fake_quantize(quantized, "scores_quantizer")
+        self.weights_quantizer = _fake_quantize(quantized, "weights_quantizer", limits=PROBABILITIES)
+        self.context_quantizer = _fake_quantize(quantized, "context_quantizer")
+
+    def _conv(self, stride, name):
+        if self.projection == "linear":
+            return layers.Identity(name=name)
+        kernel = PROJECTION_KERNEL_SIZE
+        return QuantizedConv(None, kernel, stride, kernel // 2, self.quantized, name=name)
+
+    def build(self, tokens_shape):
+        grid = (None, *(self.grid or tokens_shape[1:3]), self.dim)
+        for conv in (self.conv_q, self.conv_k, self.conv_v):
+            conv.build(grid)
+        for join in (self.join_q, self.join_k, self.join_v) if self.grid else ():
+            join.build((None, 1, 1, self.dim), grid)
+        sequence = (None, None, 1, self.dim)
+        for linear in (self.proj_q, self.proj_k, self.proj_v, self.proj):
+            linear.build(sequence)
+        for quantizer in (self.scores_quantizer, self.weights_quantizer, self.context_quantizer):
+            quantizer.build(sequence)
+
+    def call(self, tokens):
+        shape = (-1, *ops.shape(tokens)[1:])
+        if self.grid:
+            cls_token, tokens = tokens[:, :1], ops.reshape(tokens[:, 1:], (-1, *self.grid, self.dim))
+        q, k, v = self.proj_q(self.conv_q(tokens)), self.proj_k(self.conv_k(tokens)), self.proj_v(self.conv_v(tokens))
+        if self.grid:
+            q, k, v = (
+                self.join_q(self.proj_q(cls_token), q),
+                self.join_k(self.proj_k(cls_token), k),
+                self.join_v(self.proj_v(cls_token), v),
+            )
+        else:
+            q, k, v = _sequence(q), _sequence(k), _sequence(v)  # (B, H, W, dim) -> (B, N, 1, dim)
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+
+        scores = self.scores_quantizer(ops.matmul(q, ops.transpose(k, (0, 1, 3, 2))))  # (B, heads, Nq, Nk)
+        weights = self.weights_quantizer(ops.softmax(scores))
+        x = self.context_quantizer(ops.matmul(weights, v))  # (B, heads, Nq, dim/heads)
+        x = ops.transpose(x, (0, 2, 1, 3))  # -> (B, Nq, heads, dim/heads)
+        x = self.proj(ops.reshape(x, (-1, ops.shape(x)[1], 1, self.dim)))  # -> (B, Nq, 1, dim)
+        return ops.reshape(x, shape)
+
+    def _heads(self, x):
+        x = ops.reshape(x, (-1, ops.shape(x)[1], self.heads, self.dim // self.heads))  # (B, N, 1, dim) -> (B, N, heads, -1)
+        return ops.transpose(x, (0, 2, 1, 3))  # -> (B, heads, N, dim/heads)
+
+    def compute_output_shape(self, tokens_shape):
+        return tokens_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "dim": self.dim,
+            "heads": self.heads,
+            "projection": self.projection,
+            "stride_kv": self.stride_kv,
+            "grid": self.grid,
+            "quantized": self.quantized,
+        }
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedBlock(layers.Layer):
+    """`CvTBlock`.
+
+    Args:
+        dim, heads, mlp_dim, drop_path_rate, activation, projection, stride_kv: as there.
+        grid: see `QuantizedAttention`.
+        quantized: see `QuantizedConv`.
+
+    Input shape: tokens `(batch, height, width, dim)`, or with a cls token `(batch, 1 + height * width, 1, dim)`.
+    Output shape: the same.
+    """
+
+    def __init__(
+        self,
+        dim,
+        heads,
+        mlp_dim,
+        drop_path_rate=0.0,
+        activation="quick_gelu",
+        projection="dw_bn",
+        stride_kv=2,
+        grid=None,
+        quantized=True,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.dim = dim
+        self.heads = heads
+        self.mlp_dim = mlp_dim
+        self.drop_path_rate = drop_path_rate
+        self.activation = activation
+        self.projection = projection
+        self.stride_kv = stride_kv
+        self.grid = grid
+        self.quantized = quantized
+        self.norm1 = QuantizedLayerNorm(quantized, name="norm1")
+        self.attention = QuantizedAttention(dim, heads, projection, stride_kv, grid, quantized, name="attention")
+        self.sum1_quantizer = _fake_quantize(quantized, "sum1_quantizer")
+        self.drop_path = DropPath(drop_path_rate, name="drop_path")
+        self.norm2 = QuantizedLayerNorm(quantized, name="norm2")
+        self.fc1 = QuantizedConv(mlp_dim, quantized=quantized, name="fc1")
+        self.activate = QuantizedActivation(activation, quantized, name="activate")
+        self.fc2 = QuantizedConv(dim, quantized=quantized, name="fc2")
+        self.sum2_quantizer = _fake_quantize(quantized, "sum2_quantizer")
+
+    def build(self, tokens_shape):
+        for layer in (self.norm1, self.attention, self.sum1_quantizer, self.norm2, self.fc1, self.sum2_quantizer):
+            layer.build(tokens_shape)
+        hidden = (*tokens_shape[:-1], self.mlp_dim)
+        self.activate.build(hidden)
+        self.fc2.build(hidden)
+
+    def call(self, x):
+        x = self.sum1_quantizer(x + self.drop_path(self.attention(self.norm1(x))))
+        return self.sum2_quantizer(x + self.drop_path(self.fc2(self.activate(self.fc1(self.norm2(x))))))
+
+    def compute_output_shape(self, tokens_shape):
+        return tokens_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "dim": self.dim,
+            "heads": self.heads,
+            "mlp_dim": self.mlp_dim,
+            "drop_path_rate": self.drop_path_rate,
+            "activation": self.activation,
+            "projection": self.projection,
+            "stride_kv": self.stride_kv,
+            "grid": self.grid,
+            "quantized": self.quantized,
+        }
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedCvT(keras.Model):
+    """A `CvT` in the form that becomes integers, of raw pixels: normalisation is its first convolution.
+
+    Args:
+        variant: a `Variant`, its dict, or a name in `VARIANTS`; its projections `"dw_bn"` or `"linear"`.
+        num_classes: outputs of the head.
+        input_shape: `(height, width, channels)` of the images.
+        preprocessing: as in `CvT`; what the pixels were normalised by.
+        quantized: whether weights and activations are rounded; without it the same network in floats.
+
+    Input shape: `(batch, height, width, channels)`, pixels in 0..255.
+    Output shape: `(batch, num_classes)`, logits.
+
+    Raises:
+        ValueError: for a projection of another kind.
+    """
+
+    def __init__(self, variant, num_classes, input_shape, preprocessing=None, quantized=True, name="cvt", trainable=True):
+        variant = get_variant(variant)
+        if any(stage.projection == "avg" for stage in variant.stages):
+            raise ValueError("`projection` must be dw_bn or linear: TFLite has no integer form of the other. Received: avg")
+
+        # === Functional Model ===
+        images = keras.Input(tuple(input_shape), name="images")
+        x = _fake_quantize(quantized, "pixels_quantizer", limits=PIXELS)(images)
+        normalization = QuantizedConv(None, quantized=quantized, name="normalization")
+        normalization.trainable = False
+        x = normalization(x)
+        for i, dim in enumerate(variant.stem):
+            x = QuantizedStem(dim, variant.activation, quantized, name=f"stem{i}")(x)
+        for i, (stage, grid) in enumerate(zip(variant.stages, variant.grids(*input_shape[:2]))):
+            x = QuantizedTokenEmbedding(
+                stage.dim, stage.kernel_size, stage.stride, stage.padding, stage.cls_token, quantized, name=f"stage{i}_embed"
+            )(x)
+            for j, rate in enumerate(stage.drop_path_rates):
+                x = QuantizedBlock(
+                    stage.dim,
+                    stage.heads,
+                    stage.mlp_dim,
+                    rate,
+                    variant.activation,
+                    stage.projection,
+                    stage.stride_kv,
+                    grid if stage.cls_token else None,
+                    quantized,
+                    name=f"stage{i}_block{j}",
+                )(x)
+            x = layers.Identity(name=f"stage{i}")(x)
+            if stage.cls_token:
+                cls_token, x = x[:, :1], ops.reshape(x[:, 1:], (-1, *grid, stage.dim))  # (B, 1 + H*W, 1, C) -> (B, H, W, C)
+        norm = QuantizedLayerNorm(quantized, name="norm")
+        if not stage.cls_token:
+            x = layers.GlobalAveragePooling2D(data_format="channels_last", keepdims=True, name="pool")(norm(x))
+            x = _fake_quantize(quantized, "pool_quantizer")(x)  # (B, 1, 1, C)
+        else:
+            x = norm(cls_token)
+        x = QuantizedConv(num_classes, quantized=quantized, name="head")(x)
+        super().__init__(images, layers.Flatten(name="logits")(x), name=name, trainable=trainable)
+
+        # === Config ===
+        self.variant = variant
+        self.num_classes = num_classes
+        self.preprocessing = dict(preprocessing or {})
+        self.quantized = quantized
+
+    def get_config(self):
+        return {
+            "variant": to_dict(self.variant),
+            "num_classes": self.num_classes,
+            "input_shape": list(self.input_shape[1:]),
+            "preprocessing": dict(self.preprocessing),
+            "quantized": self.quantized,
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+
+# === From a CvT, and back to floats ===
+
+
+def quantize(classifier):
+    """A classifier's integer form, with its weights; the limits of its activations are still to be found.
+
+    Args:
+        classifier: of raw pixels, as `build_classifier` makes it, in float32.
+
+    Returns:
+        A `keras.Model` of raw pixels; its `QuantizedCvT` is the layer named as the `CvT` was.
+
+    Raises:
+        ValueError: for a network whose projections have no integer form.
+    """
+    network = cvt_of(classifier)
+    made = QuantizedCvT(network.variant, network.num_classes, network.input_shape[1:], network.preprocessing, name=network.name)
+    std = ops.convert_to_tensor([255.0 * value for value in network.preprocessing["std"]])
+    mean = ops.convert_to_tensor([255.0 * value for value in network.preprocessing["mean"]])
+    channels = network.input_shape[-1]
+    _set(made.get_layer("normalization"), ops.reshape(1 / std, (1, 1, channels, 1)), -mean / std)
+    for layer in network.layers:
+        if layer.weights:
+            _FOLDS[type(layer).__name__](layer, made.get_layer(layer.name))
+    return _classifier(made)
+
+
+def float_form(classifier):
+    """The same network without its roundings: what float files of a quantisation-aware run are made of.
+
+    Args:
+        classifier: as `quantize` gives it.
+    """
+    network = quantized_cvt_of(classifier)
+    made = QuantizedCvT(**{**network.get_config(), "quantized": False})
+    kept = [variable for variable in network.weights if not _is_limit(variable)]
+    made.set_weights([ops.convert_to_numpy(variable) for variable in kept])
+    return _classifier(made)
+
+
+def quantized_cvt_of(model):
+    """The `QuantizedCvT` in a classifier, or `None`."""
+    return next((layer for layer in getattr(model, "layers", ()) if isinstance(layer, QuantizedCvT)), None)
+
+
+def _is_limit(variable):
+    return variable.name in ("minimum", "maximum")
+
+
+def _classifier(network):
+    pixels = keras.Input(network.input_shape[1:], name="images", dtype="float32")
+    return keras.Model(pixels, network(pixels), name="classifier")
+
+
+def _set(conv, kernel, bias):
+    conv.conv.kernel.assign(ops.reshape(kernel, conv.conv.kernel.shape))
+    conv.conv.bias.assign(bias)
+
+
+def _fold(conv, norm, kernel, axis):
+    """BatchNorm's scale and shift, as they are at inference, into the convolution before it."""
+    scale = norm.gamma / ops.sqrt(norm.moving_variance + norm.epsilon)
+    shape = [1] * len(kernel.shape)
+    shape[axis] = -1
+    _set(conv, kernel * ops.reshape(scale, shape), norm.beta - norm.moving_mean * scale)
+
+
+def _fold_norm(norm, made):
+    made.gamma.assign(norm.gamma)
+    made.beta.assign(norm.beta)
+
+
+def _fold_stem(stem, made):
+    _fold(made.conv, stem.norm, stem.conv.kernel, axis=3)
+
+
+def _fold_embedding(embedding, made):
+    _set(made.proj, embedding.proj.kernel, embedding.proj.bias)
+    _fold_norm(embedding.norm, made.norm)
+    if embedding.cls_token:
+        made.cls_token_weight.assign(embedding.cls_token_weight)
+
+
+def _fold_dense(dense, made, scale=1.0):
+    bias = dense.bias if dense.use_bias else ops.zeros(dense.units)
+    _set(made, dense.kernel * scale, bias * scale)
+
+
+def _fold_block(block, made):
+    _fold_norm(block.norm1, made.norm1)
+    _fold_norm(block.norm2, made.norm2)
+    attention = block.attention
+    for name in ("conv_q", "conv_k", "conv_v"):
+        if attention.projection == "dw_bn":
+            projection = getattr(attention, name)
+            _fold(getattr(made.attention, name), projection.norm, projection.depthwise.kernel, axis=2)
+    # What the query is multiplied by in a CvT.
+    _fold_dense(attention.proj_q, made.attention.proj_q, scale=attention.dim**-0.5)
+    for name in ("proj_k", "proj_v", "proj"):
+        _fold_dense(getattr(attention, name), getattr(made.attention, name))
+    _fold_dense(block.mlp.fc1, made.fc1)
+    _fold_dense(block.mlp.fc2, made.fc2)
+
+
+_FOLDS = {
+    "ConvStem": _fold_stem,
+    "ConvTokenEmbedding": _fold_embedding,
+    "CvTBlock": _fold_block,
+    "LayerNormalization": _fold_norm,
+    "Dense": _fold_dense,
+}

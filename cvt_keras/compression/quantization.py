@@ -1,0 +1,146 @@
+"""Quantisation-aware training: a network learns with the roundings that its integer file will have."""
+
+import numpy as np
+import tensorflow as tf
+
+from cvt_keras import runs
+from cvt_keras.compression import tfmot
+from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, quantize, quantized_cvt_of
+from cvt_keras.training.callbacks import Compression
+from cvt_keras.training.recipes import RecipeError
+
+# For the first limits of the activations; training then follows what its batches have.
+CALIBRATION_IMAGES = 1000
+# Half the width of a range in which there is nothing but 0: a scale of 0 is none.
+_LEAST = 1e-6
+
+
+class QuantizationAwareTraining(Compression):
+    """Trains a classifier's `quantize` form, and lets its files have the ranges that training found.
+
+    The ranges are found by tfmot's quantizers: of activations first by `AllValuesQuantizer` on training images, then by
+    `MovingAverageQuantizer`, which alone would start at -6..6 and hardly move; of kernels by `LastValueQuantizer`, a range for
+    each output channel.
+
+    Args:
+        keep_zeros: whether a kernel's zeros stay zeros: those of a pruned run.
+    """
+
+    def __init__(self, keep_zeros=False):
+        super().__init__()
+        self.keep_zeros = keep_zeros
+        self.settings = {"method": "qat", "keep_zeros": keep_zeros}
+        self.parts = tfmot.load()
+
+    def require(self, recipe, before):
+        if recipe.precision != "float32":
+            raise RecipeError(
+                "`precision` must be float32 to train for quantisation: 8 of 16 bits would be lost before the rounding. "
+                f"Received: precision={recipe.precision}"
+            )
+        if before == "cluster":
+            raise RecipeError(
+                "a clustered run can't be trained for quantisation: training would move its values apart. "
+                "Start from the run that it was clustered from, or export it: its int8 file is quantised after training"
+            )
+
+    def wrap(self, classifier):
+        try:
+            return quantize(classifier)
+        except ValueError as error:
+            raise RecipeError(f"`variant` can't be trained for quantisation: {error}") from error
+
+    def start(self, classifier, batches, steps, epochs):
+        layers = list(classifier._flatten_layers())
+        self._rounding = [layer for layer in layers if isinstance(layer, FakeQuantize) and layer.limits is None]
+        self._convs = [layer for layer in layers if isinstance(layer, QuantizedConv)]
+        kinds = self.parts
+        every = kinds.AllValuesQuantizer(num_bits=8, per_axis=False, symmetric=False, narrow_range=False)
+        average = kinds.MovingAverageQuantizer(num_bits=8, per_axis=False, symmetric=False, narrow_range=False)
+        last = kinds.LastValueQuantizer(num_bits=8, per_axis=True, symmetric=True, narrow_range=True)
+        for layer in self._rounding:
+            layer.observer = _observer(every) if layer.axis is None else _observer(last, layer.axis)
+
+        @tf.function(autograph=False)
+        def observe(images):
+            classifier(images, training=True)
+
+        seen = 0
+        for images, _ in batches:
+            observe(images)
+            seen += len(images)
+            if seen >= CALIBRATION_IMAGES:
+                break
+        for layer in self._rounding:
+            if layer.axis is None:
+                layer.observer = _observer(average)
+        self._settle_limits()
+        if self.keep_zeros:
+            kernels = [conv.conv.kernel for conv in self._convs]
+            masks = [tf.Variable(tf.cast(kernel.value != 0, kernel.dtype), trainable=False, name="mask") for kernel in kernels]
+            self.variables = masks
+
+            @tf.function(autograph=False)
+            def mask():
+                for kernel, mask in zip(kernels, masks):
+                    kernel.value.assign(kernel.value * mask)
+
+            self._mask = mask
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.keep_zeros:
+            self._mask()
+
+    def on_test_begin(self, logs=None):
+        self._settle_limits()
+
+    def _settle_limits(self):
+        """The kernels' limits are those of the step before the last: of the kernels as they are now from here on."""
+        for conv in self._convs:
+            conv.kernel_quantizer(conv.conv.kernel, training=True)
+        for layer in self._rounding:
+            empty = np.asarray(layer.minimum) == np.asarray(layer.maximum)
+            if empty.any():
+                layer.minimum.assign(np.where(empty, -_LEAST, layer.minimum))
+                layer.maximum.assign(np.where(empty, _LEAST, layer.maximum))
+
+    def check(self, classifier):
+        limits = {
+            path: [float(np.min(layer.minimum)), float(np.max(layer.maximum))]
+            for path, layer in _roundings(classifier).items()
+            if layer.limits is None
+        }
+        if broken := [
+            path for path, (least, most) in limits.items() if not (np.isfinite([least, most]).all() and least < most)
+        ]:
+            raise runs.RunError(f"no range was found for {broken[0]}: train anew, at a lower --peak-learning-rate")
+        kernels = [layer.conv.kernel for layer in classifier._flatten_layers() if isinstance(layer, QuantizedConv)]
+        zeros = sum(int(np.count_nonzero(np.asarray(kernel) == 0)) for kernel in kernels)
+        return {
+            "sparsity": zeros / sum(int(np.prod(kernel.shape)) for kernel in kernels),
+            "ranges": limits,
+        }
+
+
+def _roundings(classifier):
+    """Path in the network -> `FakeQuantize`."""
+    layers = [layer for layer in classifier._flatten_layers() if isinstance(layer, FakeQuantize)]
+    return {layer.path.partition(f"{quantized_cvt_of(classifier).name}/")[2] or layer.name: layer for layer in layers}
+
+
+def _observer(quantizer, axis=None):
+    """A `FakeQuantize.observer` by one of tfmot's quantizers, which take the variables that Keras' hold.
+
+    Args:
+        axis: that of the limits, which the quantizer looks for in the last one.
+    """
+
+    def observe(x, minimum, maximum):
+        limits = {"min_var": minimum.value, "max_var": maximum.value}
+        if axis is None:
+            return quantizer(x, training=True, weights=limits)
+        order = [*range(len(x.shape))]
+        order[axis], order[-1] = order[-1], order[axis]
+        return tf.transpose(quantizer(tf.transpose(x, order), training=True, weights=limits), order)
+
+    return observe
