@@ -29,8 +29,8 @@ from export.web.server import RUNTIME, WEB, Server, artifacts
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 # From pixels to numbers, as below; the input is noise, as the time does not depend on it.
 IN_THE_BROWSER = """async ({ name, pixels, runs }) => {
-  const { Network } = await import("/network.js");
-  const network = await Network.load(name);
+  const { Network, readFile } = await import("/network.js");
+  const network = await Network.load(await readFile(name));
   const times = [];
   for (let i = 0; i < runs; i++) times.push((await network.run(Uint8Array.from(pixels))).milliseconds);
   network.delete();
