@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import signal
 import socket
 import sys
 import time
@@ -21,6 +20,8 @@ import types
 import urllib.parse
 from pathlib import Path
 from typing import Annotated, Literal
+
+from export import command
 
 MODEL = "cvt"  # as in models.config
 SIGNATURE, INPUT = "serving_bytes", "image_bytes"
@@ -430,10 +431,6 @@ def _answers(names, rows, images):
 # === Command line ===
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, ended like Ctrl-C. As cvt_keras.signals has it, which comes with Keras and its seconds."""
-
-
 def _arguments(argv):
     import tyro  # a program that uses the class above does without
 
@@ -520,7 +517,7 @@ def _escaped(name):
 
 def main(argv):
     """Runs the command line -> its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    command.raise_on_sigterm()
     sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that can't be shown
     try:
         try:
@@ -533,16 +530,16 @@ def main(argv):
             taken = ("address", "protocol", "model", "version", "timeout", "retries")
             client = Client(**{name: getattr(arguments, name) for name in taken})
         except ValueError as error:
-            return _fail(error, 2)
+            return command.fail("client", error, 2)
         with client:
             refused = _classify(client, files, arguments.batch, arguments.top, labels)
     except BrokenPipeError:  # of what reads the lines, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more on its way out
         return 1
     except (ServingError, OSError) as error:
-        return _fail(error, 1)
+        return command.fail("client", error, 1)
     except KeyboardInterrupt as stop:
-        return _fail("stopped", 143 if isinstance(stop, Terminated) else 130)
+        return command.stopped("client", stop)
     return 1 if refused else 0
 
 
@@ -579,15 +576,6 @@ def _without_tensorflow():
         package = types.ModuleType("tensorflow")
         package.__path__ = list(found.submodule_search_locations)
         sys.modules["tensorflow"] = package
-
-
-def _terminate(number, frame):
-    raise Terminated
-
-
-def _fail(message, code):
-    print(f"\nclient: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -1,32 +1,19 @@
 import contextlib
-import importlib.util
-import shutil
 import socket
 import threading
 
 import pytest
 import tensorflow as tf
-from tools import require
+from tools import require_browser
 
 from export.web.samples import first_of_each_class
-from export.web.server import RUNTIME, WEB, Server
-
-# Chromium asks Google's hosts for this and that of its own accord, which no test is about.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+from export.web.server import Server
 
 
 @pytest.fixture(scope="module")  # no longer: while it is open, nothing else can start an event loop
 def chromium():
-    require(importlib.util.find_spec("playwright"), "pip install -r requirements-dev.txt")
-    path = require(shutil.which("chromium") or shutil.which("google-chrome"), "apt-get install chromium")
-    require(all((WEB / name).exists() for name in RUNTIME), "npm ci --prefix export/web")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+    with require_browser().chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
