@@ -382,6 +382,8 @@ class _Rest:
             raise _Failure("DEADLINE_EXCEEDED", "timed out") from error
         except OSError as error:
             raise _Failure("UNAVAILABLE", error.strerror or str(error)) from error
+        except http.client.IncompleteRead as error:
+            raise _Failure("UNAVAILABLE", "the answer broke off") from error
         except http.client.HTTPException as error:
             raise _Failure(*NO_SERVING) from error
         finally:
