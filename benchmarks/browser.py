@@ -4,6 +4,7 @@ Each .tflite file of a run in headless Chromium by LiteRT's WebAssembly on one t
 thread, turn by turn, so that a noisy machine treats both alike. Needs npm ci --prefix export/web, and Chromium.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -26,11 +27,14 @@ sys.path.insert(0, str(ROOT))
 from cvt_keras import environment
 from export.web.server import RUNTIME, WEB, Server, artifacts
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+# It asks Google's hosts for this and that of its own accord.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 # From pixels to numbers, as below; the input is noise, as the time does not depend on it.
 IN_THE_BROWSER = """async ({ name, pixels, runs }) => {
-  const { Network } = await import("/network.js");
-  const network = await Network.load(name);
+  const { Network, readFile } = await import("/network.js");
+  const network = await Network.load(await readFile(name));
   const times = [];
   for (let i = 0; i < runs; i++) times.push((await network.run(Uint8Array.from(pixels))).milliseconds);
   network.delete();
@@ -93,31 +97,33 @@ def main(arguments):
         print(f"| {' | '.join(cells)} |")
 
 
-class _page:
-    """The page of a run in headless Chromium, for the block -> `(browser, page)`."""
+def missing():
+    """What is to be installed before the page runs here -> the lines that do it."""
+    lines = [] if all((WEB / name).exists() for name in RUNTIME) else [f"npm ci --prefix {WEB.relative_to(ROOT)}"]
+    return lines if CHROMIUM else [*lines, "apt-get install chromium"]
 
-    def __init__(self, run_dir):
-        if missing := [name for name in RUNTIME if not (WEB / name).exists()]:
-            raise SystemExit(f"{missing[0]} is not installed: npm ci --prefix {WEB.relative_to(ROOT)}")
-        self.path = shutil.which("chromium") or shutil.which("google-chrome")
-        if not self.path:
-            raise SystemExit("Chromium is not installed: apt-get install chromium")
-        self.server = Server(run_dir, 0)
 
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.playwright = sync_playwright().start()
-        self.browser = self.playwright.chromium.launch(executable_path=self.path, args=FLAGS)
-        page = self.browser.new_page()
-        page.goto(self.server.url)
-        page.get_by_text("is ready").wait_for()
-        return self.browser, page
+@contextlib.contextmanager
+def chromium():
+    """Headless Chromium, for the block."""
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as browser:
+        yield browser
 
-    def __exit__(self, *_):
-        self.browser.close()
-        self.playwright.stop()
-        self.server.shutdown()
-        self.server.server_close()
+
+@contextlib.contextmanager
+def _page(run_dir):
+    """The page of a run, for the block -> `(browser, page)`."""
+    if lines := missing():
+        raise SystemExit(f"to run this benchmark: {lines[0]}")
+    with Server(run_dir, 0) as server, chromium() as browser:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            page = browser.new_page()
+            page.goto(server.url)
+            page.get_by_text("is ready").wait_for()
+            yield browser, page
+        finally:
+            server.shutdown()
 
 
 def _milliseconds(interpreter, pixels):

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from cvt_keras import environment, runs
 from cvt_keras.data import sources
 from cvt_keras.training import Recipe
+from export.verify import why_ended
 
 ROOT = Path(__file__).parent.parent
 PYTHON = Path(os.environ.get("CVT_MEDIAPIPE_PYTHON") or ROOT / ".venv-mediapipe" / "bin" / "python")
@@ -61,12 +62,17 @@ def classify(file, images, **options):
 
     Returns:
         MediaPipe's version, and for each image its categories: dicts of `index`, `score`, `category_name`, `display_name`.
+
+    Raises:
+        RuntimeError: if MediaPipe does not run, with what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/images.npz", *images)
         script = Path(__file__).parent / "mediapipe_classify.py"
         command = [PYTHON, script, file, f"{folder}/images.npz", f"{folder}/answers.json", json.dumps(options)]
-        subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True, timeout=300)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300)
+        if done.returncode:
+            raise RuntimeError(f"MediaPipe does not run: {why_ended(done.returncode, done.stderr)}")
         answers = json.loads(Path(f"{folder}/answers.json").read_text())
     return answers["version"], answers["images"]
 

@@ -1,3 +1,4 @@
+import importlib.util
 import inspect
 
 import keras
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 from layer_battery import PRECISIONS, check_layer
+from tools import require
 
 import cvt_keras
 from cvt_keras import layers
@@ -147,7 +149,9 @@ def test_norms_have_the_authors_constants():
 
 @pytest.mark.parametrize("side, kernel_size, stride", [(8, 3, 2), (7, 3, 2), (8, 3, 1), (8, 3, 3), (9, 5, 2), (10, 5, 4)])
 def test_average_projection_is_pytorch_average_pooling_in_ceil_mode(side, kernel_size, stride):
-    torch = pytest.importorskip("torch")
+    require(importlib.util.find_spec("torch"), "pip install -r requirements-dev.txt")
+    import torch
+
     x = np.random.default_rng(0).normal(size=(2, side, side + 3, 4)).astype("float32")
     pool = torch.nn.AvgPool2d(kernel_size, stride, padding=kernel_size // 2, ceil_mode=True)
     expected = pool(torch.tensor(x.transpose(0, 3, 1, 2))).numpy().transpose(0, 2, 3, 1)

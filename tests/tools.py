@@ -1,5 +1,6 @@
 """Programs that some tests need and pip does not bring."""
 
+import importlib.util
 import os
 
 import pytest
@@ -19,3 +20,13 @@ def require(found, install):
         said = f"to run this test: {install}"
         pytest.fail(said) if os.environ.get("CVT_REQUIRE_ALL") == "1" else pytest.skip(said)
     return found
+
+
+def require_browser():
+    """`require`, of what the page runs by -> benchmarks.browser, which has it."""
+    require(importlib.util.find_spec("playwright"), "pip install -r requirements-dev.txt")
+    from benchmarks import browser
+
+    lines = browser.missing()
+    require(not lines, " && ".join(lines))
+    return browser

@@ -5,6 +5,7 @@ It needs neither Keras nor TensorFlow: for REST Python alone, for gRPC the messa
 
 import array
 import base64
+import contextlib
 import dataclasses
 import http.client
 import importlib.util
@@ -12,13 +13,15 @@ import json
 import os
 import random
 import re
-import signal
+import socket
 import sys
 import time
 import types
 import urllib.parse
 from pathlib import Path
 from typing import Annotated, Literal
+
+from export import command
 
 MODEL = "cvt"  # as in models.config
 SIGNATURE, INPUT = "serving_bytes", "image_bytes"
@@ -49,6 +52,9 @@ CODES = {
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
+# What an answer of another form means, as a code and a text.
+OTHER_MODEL = ("FAILED_PRECONDITION", "an answer of another form")
+NO_SERVING = ("an answer that is not TF Serving's", "the REST port is 8501 by default")
 
 
 class ServingError(Exception):
@@ -57,6 +63,10 @@ class ServingError(Exception):
 
 class ImageError(ServingError):
     """An image that the server can't take. The message does not name it."""
+
+
+class _NotFoundError(ServingError):
+    """A server that has not the model; or, where it is asked for an answer, not the version."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +139,10 @@ class Client:
             For each image an `Answer`, or the `ImageError` that says why there is none.
 
         Raises:
+            ValueError: if one of them is no `bytes`.
             ServingError: if the server does not answer.
         """
+        images = _checked(images)
         # One bad image fails its whole batch, on a server that merges requests those of strangers too: what is plainly no
         # image is not sent.
         answers = [None if image.startswith(MAGIC) else ImageError("neither a PNG nor a JPEG") for image in images]
@@ -153,10 +165,17 @@ class Client:
             An `Answer` for each.
 
         Raises:
+            ValueError: if there are none, or one is no `bytes`.
             ImageError: if the server refuses one of them, whichever it is.
             ServingError: if it does not answer.
         """
-        return self._try(lambda: self._server.predict(list(images)))
+        images = _checked(images)
+        if not images:
+            raise ValueError("`images` must be at least one. Received: none")
+        try:
+            return self._try(lambda: self._server.predict(images))
+        except _NotFoundError as error:
+            raise self._missing(self.versions()) from error
 
     def versions(self):
         """The versions of the model that the server has loaded, ascending.
@@ -185,8 +204,6 @@ class Client:
                 last = failure
                 if failure.code not in TRANSIENT:
                     break
-            except (KeyError, TypeError, ValueError) as error:  # an answer of another form
-                raise self._stranger() from error
         raise self._error(last) from last
 
     def _error(self, failure):
@@ -201,29 +218,33 @@ class Client:
                 f"{server} gave no answer within {self.timeout:g} s, {tries}: allow it a longer `timeout` or send fewer images"
             )
         if code == "NOT_FOUND":
-            return ServingError(self._missing())
+            return _NotFoundError(f"{server} has no model {self.model}: give `model` a name in its models.config")
         # What REST calls a bad request is several things.
         if code == "FAILED_PRECONDITION" or "Serving signature" in said:
-            return self._stranger()
+            signature = f"the signature {SIGNATURE} that python -m export writes"
+            return ServingError(f"the model {self.model} at {self.address} has not {signature}: ask for another `model`")
         if code == "INVALID_ARGUMENT" and "larger than maximum" in said:
             return ServingError(f"{server} takes no batch of that size, make `batch` smaller: {said}")
         if code == "INVALID_ARGUMENT":
             return ImageError(f"refused by the server: {GRAPH.sub('', said).strip()[:200]}")
         return ServingError(f"{server} failed with {code}: {said[:200]}")
 
-    def _missing(self):
-        try:
-            loaded = self._server.versions()
-        except _Failure:
-            return f"the server at {self.address} has no model {self.model}: give `model` a name in its models.config"
-        if not loaded:
-            return f"the server at {self.address} has no version of {self.model} loaded at the moment; its log says why"
+    def _missing(self, loaded):
+        """The error where of the model these versions are loaded."""
+        server = f"the server at {self.address}"
+        if self.version is None or not loaded:
+            return ServingError(f"{server} has no version of {self.model} loaded at the moment; its log says why")
         has = ", ".join(map(str, loaded))
-        return f"the server at {self.address} has no version {self.version} of {self.model}: give `version` one of {has}"
+        return ServingError(f"{server} has no version {self.version} of {self.model}: give `version` one of {has}")
 
-    def _stranger(self):
-        signature = f"the signature {SIGNATURE} that python -m export writes"
-        return ServingError(f"the model {self.model} at {self.address} has not {signature}: ask for another `model`")
+
+def _checked(images):
+    """-> a list of them."""
+    images = list(images)
+    for image in images:
+        if not isinstance(image, bytes):
+            raise ValueError(f"`images` must be the bytes of files. Received: {type(image).__name__}")
+    return images
 
 
 def _is_address(address):
@@ -245,6 +266,15 @@ class _Failure(Exception):
         super().__init__(code, said)
         self.code = code
         self.said = said
+
+
+@contextlib.contextmanager
+def _read(code, said):
+    """Makes a `_Failure` of what an answer lacks or has of another kind."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _Failure(code, said) from error
 
 
 # === Protocols ===
@@ -270,8 +300,14 @@ class _Grpc:
         self.string = types_pb2.DT_STRING
         self.messages = predict_pb2, get_model_status_pb2
         self.model, self.version, self.timeout = model, version, timeout
-        # By default gRPC receives no more than 4 MB, and after a failure waits longer for a connection than a retry here.
-        options = {"max_receive_message_length": -1, "max_send_message_length": -1, "max_reconnect_backoff_ms": 500}
+        # By default gRPC receives no more than 4 MB, after a failure waits longer for a connection than a retry here, and goes
+        # to $http_proxy even for this machine.
+        options = {
+            "max_receive_message_length": -1,
+            "max_send_message_length": -1,
+            "max_reconnect_backoff_ms": 500,
+            "enable_http_proxy": 0,
+        }
         self.channel = grpc.insecure_channel(address, [(f"grpc.{name}", value) for name, value in options.items()])
         self.prediction = prediction_service_pb2_grpc.PredictionServiceStub(self.channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self.channel)
@@ -286,13 +322,13 @@ class _Grpc:
         tensor.tensor_shape.dim.add(size=len(images))
         tensor.string_val.extend(images)
         outputs = self._call(self.prediction.Predict, request).outputs
-        names, flat = outputs["classes"].string_val, outputs["probabilities"]
-        # One form or the other, by a flag of the server.
-        flat = list(flat.float_val) or array.array("f", flat.tensor_content).tolist()
-        width = len(flat) // len(images)
-        return _answers(
-            [name.decode() for name in names], [flat[i * width : (i + 1) * width] for i in range(len(images))], images
-        )
+        with _read(*OTHER_MODEL):
+            names = [name.decode() for name in outputs["classes"].string_val]
+            flat = outputs["probabilities"]
+            # One form or the other, by a flag of the server.
+            flat = list(flat.float_val) or array.array("f", flat.tensor_content).tolist()
+            width = len(flat) // len(images)
+            return _answers(names, [flat[i * width : (i + 1) * width] for i in range(len(images))], images)
 
     def versions(self):
         request = self.messages[1].GetModelStatusRequest()
@@ -321,37 +357,71 @@ class _Rest:
     def predict(self, images):
         instances = [{"b64": base64.b64encode(image).decode()} for image in images]
         body = json.dumps({"signature_name": SIGNATURE, "instances": instances})
-        rows = self._call("POST", f"{self.path}:predict", body)["predictions"]
-        return _answers([row["classes"] for row in rows], [row["probabilities"] for row in rows], images)
+        rows = self._call("POST", f"{self.path}:predict", lambda answer: answer["predictions"], body)
+        with _read(*OTHER_MODEL):
+            return _answers([row["classes"] for row in rows], [row["probabilities"] for row in rows], images)
 
     def versions(self):
-        statuses = self._call("GET", self.model)["model_version_status"]
-        return sorted(int(status["version"]) for status in statuses if status["state"] == "AVAILABLE")
+        def available(answer):
+            statuses = answer["model_version_status"]
+            return sorted(int(status["version"]) for status in statuses if status["state"] == "AVAILABLE")
+
+        return self._call("GET", self.model, available)
 
     def close(self):
         pass  # a connection for each request
 
-    def _call(self, method, path, body=None):
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
+    def _call(self, method, path, read, body=None):
+        """What `read` makes of the answer's JSON."""
+        connection = _Connection(self.host, self.port, timeout=self.timeout)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
-            status, text = response.status, response.read().decode()
+            status, text = response.status, response.read()
         except TimeoutError as error:
             raise _Failure("DEADLINE_EXCEEDED", "timed out") from error
         except OSError as error:
             raise _Failure("UNAVAILABLE", error.strerror or str(error)) from error
+        except http.client.IncompleteRead as error:
+            raise _Failure("UNAVAILABLE", "the answer broke off") from error
         except http.client.HTTPException as error:
-            raise _Failure("no HTTP", "the REST port is 8501 by default") from error
+            raise _Failure(*NO_SERVING) from error
         finally:
             connection.close()
         if status == 200:
-            return json.loads(text)
+            with _read(*NO_SERVING):
+                return read(json.loads(text))
         try:
             said = json.loads(text)["error"]
         except (ValueError, LookupError, TypeError):
-            said = text
+            said = text.decode(errors="replace")
         raise _Failure(CODES.get(status, f"HTTP {status}"), str(said))
+
+
+class _Connection(http.client.HTTPConnection):
+    """One whose `timeout` is for the whole exchange, where http.client's is for each operation of the socket."""
+
+    def connect(self):
+        deadline = time.monotonic() + self.timeout
+        super().connect()
+        self.sock = _Socket(fileno=self.sock.detach())
+        self.sock.deadline = deadline
+
+
+class _Socket(socket.socket):
+    def recv_into(self, *arguments):
+        self._keep_deadline()
+        return super().recv_into(*arguments)
+
+    def sendall(self, *arguments):
+        self._keep_deadline()
+        return super().sendall(*arguments)
+
+    def _keep_deadline(self):
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.settimeout(left)
 
 
 def _answers(names, rows, images):
@@ -361,10 +431,6 @@ def _answers(names, rows, images):
 
 
 # === Command line ===
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, ended like Ctrl-C. As cvt_keras.signals has it, which comes with Keras and its seconds."""
 
 
 def _arguments(argv):
@@ -442,32 +508,40 @@ def _line(file, answer, top, labels):
     if labels and (len(labels) != len(chances) or labels[order[0]] != answer.name):
         raise ServingError(f"`labels` are those of another model: it calls class {order[0]} of {len(chances)} {answer.name}")
     names = labels or {index: str(index) for index in order} | {order[0]: answer.name}
-    return "\t".join([str(file), *(f"{names[index]}\t{chances[index]:.4f}" for index in order[:top])])
+    shown = ((_escaped(names[index]), f"{chances[index]:.4f}") for index in order[:top])
+    return "\t".join([_escaped(file), *(field for pair in shown for field in pair)])
+
+
+def _escaped(name):
+    """A name that keeps to its column and line."""
+    return str(name).translate({ord(character): repr(character)[1:-1] for character in "\t\n\r"})
 
 
 def main(argv):
     """Runs the command line -> its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    command.raise_on_sigterm()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that can't be shown
     try:
-        arguments = _arguments(argv)
-        for name in ("batch", "top"):
-            if (value := getattr(arguments, name)) < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
-        files = list(_files(arguments.images))
-        labels = _labels(arguments.labels) if arguments.labels else None
-        taken = ("address", "protocol", "model", "version", "timeout", "retries")
-        client = Client(**{name: getattr(arguments, name) for name in taken})
+        try:
+            arguments = _arguments(argv)
+            for name in ("batch", "top"):
+                if (value := getattr(arguments, name)) < 1:
+                    raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
+            files = list(_files(arguments.images))
+            labels = _labels(arguments.labels) if arguments.labels else None
+            taken = ("address", "protocol", "model", "version", "timeout", "retries")
+            client = Client(**{name: getattr(arguments, name) for name in taken})
+        except ValueError as error:
+            return command.fail("client", error, 2)
         with client:
             refused = _classify(client, files, arguments.batch, arguments.top, labels)
-    except ValueError as error:
-        return _fail(error, 2)
     except BrokenPipeError:  # of what reads the lines, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more on its way out
         return 1
     except (ServingError, OSError) as error:
-        return _fail(error, 1)
+        return command.fail("client", error, 1)
     except KeyboardInterrupt as stop:
-        return _fail("stopped", 143 if isinstance(stop, Terminated) else 130)
+        return command.stopped("client", stop)
     return 1 if refused else 0
 
 
@@ -482,7 +556,7 @@ def _classify(client, files, batch, top, labels):
             answer = next(answers) if isinstance(image, bytes) else image
             if isinstance(answer, ImageError):
                 refused += 1
-                print(f"{chr(10) if progress else ''}client: {file}: {answer}", file=sys.stderr)
+                print(f"{chr(10) if progress else ''}client: {_escaped(file)}: {answer}", file=sys.stderr)
             else:
                 print(_line(file, answer, top, labels))
         sys.stdout.flush()
@@ -504,15 +578,6 @@ def _without_tensorflow():
         package = types.ModuleType("tensorflow")
         package.__path__ = list(found.submodule_search_locations)
         sys.modules["tensorflow"] = package
-
-
-def _terminate(number, frame):
-    raise Terminated
-
-
-def _fail(message, code):
-    print(f"\nclient: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +10,11 @@ from typing import Annotated
 try:
     import tyro
 
+    from export import command
     from export.web.samples import Samples
     from export.web.server import LABELS, RUNTIME, WEB, Server, artifacts
 except ImportError as error:
     sys.exit(f"export.web: {error}. Is all of requirements.txt installed?")
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, ended like Ctrl-C. As cvt_keras.signals has it, which comes with Keras and its seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Arguments:
 
 def main(argv):
     """Runs the command line -> its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    command.raise_on_sigterm()
     try:
         arguments = tyro.cli(Arguments, prog="python -m export.web", description=__doc__.partition(":")[0], args=argv)
         run_dir = arguments.run
@@ -51,7 +47,7 @@ def main(argv):
             return _fail(f"port {arguments.port} is in use: choose another with --port", 1)
         return _fail(error, 1)
     except KeyboardInterrupt as stop:
-        return _fail("stopped", 143 if isinstance(stop, Terminated) else 130)
+        return command.stopped("export.web", stop)
 
 
 def _serve(arguments):
@@ -66,13 +62,8 @@ def _serve(arguments):
     return 0
 
 
-def _terminate(number, frame):
-    raise Terminated
-
-
 def _fail(message, code):
-    print(f"\nexport.web: {message}", file=sys.stderr)
-    return code
+    return command.fail("export.web", message, code)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 /* The page: images in, answers out. */
 
-import { Network } from "./network.js";
+import { read, readJson, Unavailable } from "./files.js";
+import { Network, readFile } from "./network.js";
 import { decode, Refused, stretch } from "./pixels.js";
 
 // Every class, if there are so many at most; else the most probable of them.
@@ -21,9 +22,9 @@ const answers = new Set(); // of {pixels, card, name}
 
 // One thing at a time: a file that is loaded while an image is classified would pull the network from under it.
 let work = Promise.resolve();
-function then(task) {
+function then(task, name = "") {
   $("answers").setAttribute("aria-busy", "true");
-  work = work.then(task).catch((error) => trouble("", `Something went wrong: ${error.message}`));
+  work = work.then(task).catch((error) => trouble(name, `Something went wrong: ${error.message}`));
   const last = work;
   work.then(() => last === work && $("answers").removeAttribute("aria-busy"));
 }
@@ -32,23 +33,31 @@ function then(task) {
 
 function take(files, without) {
   if (!files.length) return status(without);
-  for (const file of files) then(() => classify(file, file.name || "pasted image"));
+  for (const file of files) classifyNext(() => file, file.name || "pasted image");
 }
 
-async function classify(file, name) {
+function classifyNext(give, name) {
+  then(() => classify(give, name), name);
+}
+
+/** `give` returns the image's file, or a promise of it. */
+async function classify(give, name) {
   if (!network) return trouble(name, "No model file is loaded: choose one that can be.");
   status(`Reading ${name} …`);
   let bitmap;
+  let failing = "The image can't be read";
   try {
-    bitmap = await decode(file);
+    bitmap = await decode(await give());
     const pixels = await stretch(bitmap, network.size);
     const answer = { pixels, name, card: draw(bitmap, pixels, name) };
+    failing = `${network.name}.tflite can't be run`;
     await ask(answer);
     answers.add(answer);
     show(answer.card);
   } catch (error) {
     // A browser that runs out of memory says so in many ways.
-    trouble(name, error instanceof Refused ? error.message : `The image can't be read: ${error.message}`);
+    const told = error instanceof Refused || error instanceof Unavailable;
+    trouble(name, told ? error.message : `${failing}: ${error.message}`);
   } finally {
     bitmap?.close();
   }
@@ -123,7 +132,7 @@ function trouble(name, why) {
   card.querySelector(".file").textContent = name;
   card.querySelector(".why").textContent = why;
   show(card);
-  status(`${name}: ${why}`);
+  status(name ? `${name}: ${why}` : why);
 }
 
 function copy(template) {
@@ -161,16 +170,17 @@ $("clear").addEventListener("click", () => {
 async function use(name) {
   status(`Loading ${name} …`);
   const before = network;
-  network = null;
-  before?.delete();
   try {
-    network = await Network.load(name);
+    const file = await readFile(name); // first: while the server is away, what there is goes on
+    network = null;
+    before?.delete();
+    network = await Network.load(file);
   } catch (error) {
     trouble(name, error.message);
-    if (before) {
-      network = await Network.load(before.name);
-      $(before.name).checked = true;
-    }
+    $(name).checked = false; // so that it can be chosen again
+    if (!before) return;
+    network ??= await Network.load(before.file);
+    $(before.name).checked = true;
     return;
   }
   for (const answer of answers) await ask(answer);
@@ -182,24 +192,24 @@ function offer({ name, bytes }) {
   const label = Object.assign(document.createElement("label"), { htmlFor: name });
   const size = Object.assign(document.createElement("span"), { textContent: `${(bytes / 1e6).toFixed(1)} MB` });
   label.append(name.replace("_", " "), size);
-  input.addEventListener("change", () => then(() => use(name)));
+  input.addEventListener("change", () => then(() => use(name), name));
   $("artifacts").append(input, label);
 }
 
 // === Samples ===
 
 async function offerSamples() {
-  const names = await (await fetch("/samples.json")).json();
+  const names = await readJson("samples.json");
   $("sampled").hidden = !names.length;
   $("samples").replaceChildren(
     ...names.map((name, i) => {
-      const url = `/samples/${i}.png`;
+      const path = `samples/${i}.png`;
       const item = document.createElement("li");
       const button = Object.assign(document.createElement("button"), { type: "button" });
       const caption = Object.assign(document.createElement("span"), { textContent: name });
-      button.append(Object.assign(new Image(), { src: url, alt: "" }), caption);
+      button.append(Object.assign(new Image(), { src: `/${path}`, alt: "" }), caption);
       button.addEventListener("click", () =>
-        then(async () => classify(await (await fetch(url)).blob(), `test image, labelled ${name}`)),
+        classifyNext(async () => new Blob([await read(path)]), `test image, labelled ${name}`),
       );
       item.append(button);
       return item;
@@ -208,7 +218,7 @@ async function offerSamples() {
 }
 
 then(async () => {
-  const run = await (await fetch("/run.json")).json();
+  const run = await readJson("run.json");
   labels = run.labels;
   run.artifacts.forEach(offer);
   const [first] = run.artifacts;

@@ -1,40 +1,53 @@
 /* A run's .tflite files, run by LiteRT in WebAssembly on one thread. */
 
 import { loadAndCompile, loadLiteRt, Tensor, unloadLiteRt } from "@litertjs/core";
+import { read } from "./files.js";
 
 const WASM = "/node_modules/@litertjs/core/wasm/";
 let runtime;
 let said = ""; // by the runtime, of what went wrong last
 
+/**
+ * A file for `Network.load`.
+ *
+ * @param {string} name of the artifact, `float32` and so on.
+ * @returns {Promise<{name: string, bytes: Uint8Array, quantization: {scale: number, zeroPoint: number}}>}
+ * @throws {Error} if it can't be had or is no TFLite file; the message is for the user.
+ */
+export async function readFile(name) {
+  const bytes = await read(`${name}.tflite`);
+  try {
+    return { name, bytes, quantization: outputQuantization(bytes) };
+  } catch (error) {
+    throw new Error(`${name}.tflite can't be run: ${error.message}`);
+  }
+}
+
 export class Network {
   /**
-   * @param {string} name of the artifact, `float32` and so on.
-   * @throws {Error} if the file can't be had or run; the message is for the user.
+   * Only one is there at a time: where this fails, it takes the runtime with it.
+   *
+   * @param file what `readFile` gives.
+   * @throws {Error} if it can't be run; the message is for the user.
    */
-  static async load(name) {
-    const file = `${name}.tflite`;
-    const response = await fetch(`/${file}`).catch(() => ({ status: "no answer; is the server still running?" }));
-    const why = response.status === 404 ? "it is not there any more" : response.status;
-    if (!response.ok) throw new Error(`${file} can't be had: ${why}.`);
-    const bytes = new Uint8Array(await response.arrayBuffer());
+  static async load(file) {
     said = "";
     try {
-      const quantization = outputQuantization(bytes);
       await (runtime ??= start());
-      const network = new Network(name, await loadAndCompile(bytes, { accelerator: "wasm" }), quantization);
+      const network = new Network(file, await loadAndCompile(file.bytes, { accelerator: "wasm" }));
       await network.run(new Uint8Array(network.size ** 2 * 3)); // the first is slow
       return network;
     } catch (error) {
       const why = said || String(error?.message ?? error).split("\n")[0];
       reset();
-      throw new Error(`${file} can't be run: ${why}`);
+      throw new Error(`${file.name}.tflite can't be run: ${why}`);
     }
   }
 
-  constructor(name, model, quantization) {
-    this.name = name;
+  constructor(file, model) {
+    this.file = file;
+    this.name = file.name;
     this.model = model;
-    this.quantization = quantization;
     /** Side of the square that it sees, in pixels. */
     this.size = model.getInputDetails()[0].shape[1];
   }
@@ -59,7 +72,7 @@ export class Network {
   }
 
   real(value) {
-    const { scale, zeroPoint } = this.quantization;
+    const { scale, zeroPoint } = this.file.quantization;
     return scale ? (value - zeroPoint) * scale : value;
   }
 

@@ -4,6 +4,7 @@ python -m export.web.samples RUN [DATA_DIR] prints them as JSON: a list of `{"la
 """
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -69,6 +70,13 @@ def first_of_each_class(source):
 
 def main(argv):
     run_dir, data_dir = Path(argv[0]), argv[1] if argv[1:] else None
+    with contextlib.redirect_stdout(sys.stderr):  # TFDS tells there what it does
+        found = _read(run_dir, data_dir)
+    print(json.dumps([{"label": name, "png": base64.b64encode(png).decode()} for name, png in found]))
+
+
+def _read(run_dir, data_dir):
+    """-> pairs of a class's name and a PNG."""
     # Imported here: the server, which starts this process, does without TensorFlow.
     import tensorflow as tf
 
@@ -78,11 +86,26 @@ def main(argv):
 
     try:
         recipe = Recipe.from_settings(runs.read_json(run_dir / runs.RECIPE))
-        source = sources.load(recipe.dataset, data_dir or recipe.data_dir, recipe.image_size)
+        data_dir = data_dir or recipe.data_dir
+        if not _on_disk(recipe.dataset, data_dir):
+            # A few pictures are not worth the time that takes.
+            sys.exit(f"{recipe.dataset} is not in {data_dir or 'the folder of TFDS'}, and is not downloaded: see --data-dir")
+        source = sources.load(recipe.dataset, data_dir, recipe.image_size)
     except (OSError, RecipeError, TypeError, runs.RunError, sources.DataError) as error:
         sys.exit(str(error))
-    chosen = [(name, tf.io.encode_png(image).numpy()) for name, image in first_of_each_class(source)]
-    print(json.dumps([{"label": name, "png": base64.b64encode(png).decode()} for name, png in chosen]))
+    return [(name, tf.io.encode_png(image).numpy()) for name, image in first_of_each_class(source)]
+
+
+def _on_disk(dataset, data_dir):
+    if dataset in ("digits", "folder"):
+        return True
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(dataset.removeprefix("tfds:"), data_dir=data_dir)
+    except Exception:
+        return True  # not for sure; but what is wrong is told by who reads it
+    return Path(builder.data_path).exists()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ LABELS = "export/labels.txt"
 # As export.tflite has them, which to import takes TensorFlow and its seconds.
 KINDS = ("float32", "float16", "dynamic_int8", "int8")
 
-PAGE = ("index.html", "style.css", "icon.svg", "app.js", "network.js", "pixels.js")
+PAGE = ("index.html", "style.css", "icon.svg", "app.js", "files.js", "network.js", "pixels.js")
 PACKAGES = "node_modules/@litertjs"
 RUNTIME = (
     f"{PACKAGES}/core/dist/index.js",
@@ -60,6 +60,12 @@ class Server(ThreadingHTTPServer):
     def url(self):
         return f"http://{HOST}:{self.server_port}/"
 
+    def hosts(self):
+        """What a browser that asks for this server calls it."""
+        names = (HOST, "localhost")
+        # Of HTTP's own port a browser says nothing.
+        return (*(f"{name}:{self.server_port}" for name in names), *(names if self.server_port == 80 else ()))
+
     def find(self, path):
         """The bytes that lie at a URL's path and their type, or `None`. The path is looked up, never joined to a folder's."""
         if path in ("/", *(f"/{name}" for name in (*PAGE, *RUNTIME))):
@@ -87,13 +93,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         # A name that some other site's owner points at this machine would let that site read what is served.
-        if self.headers.get("Host") not in (f"{name}:{self.server.server_port}" for name in (HOST, "localhost")):
-            return self._answer(HTTPStatus.MISDIRECTED_REQUEST)
+        if self.headers.get("Host") not in self.server.hosts():
+            port = self.server.server_port
+            said = f"This page answers at {self.server.url} alone; through a tunnel, as ssh -L {port}:localhost:{port}\n"
+            return self._answer(HTTPStatus.MISDIRECTED_REQUEST, said.encode())
         try:
             found = self.server.find(self.path.partition("?")[0])
         except OSError:  # gone since the page was loaded, or not to be read
             found = None
-        return self._answer(HTTPStatus.OK, *found) if found else self._answer(HTTPStatus.NOT_FOUND)
+        if found:
+            return self._answer(HTTPStatus.OK, *found)
+        self._answer(HTTPStatus.NOT_FOUND, f"There is nothing here; the page is at {self.server.url}\n".encode())
 
     do_HEAD = do_GET
 

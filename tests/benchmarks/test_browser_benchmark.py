@@ -1,13 +1,11 @@
 import importlib.util
 import re
-import shutil
 
 import pytest
-from tools import require
+from tools import require, require_browser
 
 from cvt_keras import build_classifier
 from export import tflite
-from export.web.server import RUNTIME, WEB
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +28,7 @@ def run_dir(tmp_path_factory):
 
 
 def test_a_row_for_each_file_with_both_times(benchmark, run_dir, capsys):
-    require(shutil.which("chromium") or shutil.which("google-chrome"), "apt-get install chromium")
-    require(all((WEB / name).exists() for name in RUNTIME), "npm ci --prefix export/web")
+    require_browser()
     benchmark.main(benchmark.Arguments(run_dir, runs=3, turns=2))
     device, _, head, _, *rows = capsys.readouterr().out.splitlines()
     assert "cores; median of 2 turns of 3 runs" in device
@@ -41,6 +38,18 @@ def test_a_row_for_each_file_with_both_times(benchmark, run_dir, capsys):
         for cell in times:
             median, least, most = map(float, re.fullmatch(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", cell).groups())
             assert 0 < least <= median <= most
+
+
+@pytest.mark.parametrize(
+    "name, value, install",
+    [("RUNTIME", ["none.js"], "npm ci --prefix export/web"), ("CHROMIUM", None, "apt-get install chromium")],
+)
+def test_what_is_missing_is_told(name, value, install, benchmark, run_dir, monkeypatch):
+    monkeypatch.setattr(benchmark, "RUNTIME", ())
+    monkeypatch.setattr(benchmark, "CHROMIUM", "chromium")
+    monkeypatch.setattr(benchmark, name, value)
+    with pytest.raises(SystemExit, match=f"^to run this benchmark: {install}$"):
+        benchmark.main(benchmark.Arguments(run_dir))
 
 
 def test_bad_arguments_are_refused(benchmark, run_dir, tmp_path):

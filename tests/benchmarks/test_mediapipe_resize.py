@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from benchmarks import mediapipe_resize
 from benchmarks.mediapipe_resize import Arguments, halved
 
 
@@ -17,3 +18,13 @@ def test_bad_arguments_are_refused(change, tmp_path):
     [name] = change
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1"):
         Arguments(tmp_path, **change)
+
+
+def test_what_keeps_mediapipe_from_running_is_told(monkeypatch, tmp_path):
+    said = "OSError: libEGL.so.1: cannot open shared object file: No such file or directory"
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho 'Traceback (most recent call last):' >&2\necho '{said}' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(mediapipe_resize, "PYTHON", python)
+    with pytest.raises(RuntimeError, match=f"^MediaPipe does not run: {said}$"):
+        mediapipe_resize.classify("a.tflite", [np.zeros((32, 32, 3), "uint8")])

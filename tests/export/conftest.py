@@ -1,6 +1,7 @@
 import dataclasses
 
 import keras
+import numpy as np
 import pytest
 
 
@@ -39,3 +40,24 @@ def test_images(cifar10_dir):
 
     split = sources.cifar10(str(cifar10_dir)).test
     return split.images, split.labels
+
+
+@pytest.fixture(scope="session")
+def litert():
+    """A function: a .tflite file and uint8 images of its network's size -> LiteRT's probabilities, `(n, classes)`."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    def run(file, images):
+        interpreter = Interpreter(str(file))
+        interpreter.allocate_tensors()
+        [taken], [given] = interpreter.get_input_details(), interpreter.get_output_details()
+        rows = []
+        for image in images:
+            interpreter.set_tensor(taken["index"], image[None])
+            interpreter.invoke()
+            rows.append(interpreter.get_tensor(given["index"])[0])
+        scale, zero_point = given["quantization"]
+        rows = np.stack(rows).astype("float32")
+        return (rows - zero_point) * np.float32(scale) if scale else rows
+
+    return run

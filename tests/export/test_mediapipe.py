@@ -4,7 +4,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from ai_edge_litert.interpreter import Interpreter
 from PIL import Image
 from sklearn import datasets
 from tools import require
@@ -29,20 +28,6 @@ def _scores(answers):
     return np.array([[row["score"] for row in sorted(rows, key=lambda row: row["index"])] for rows in answers])
 
 
-def _litert(file, images):
-    """Probabilities `(n, classes)` of uint8 images of the network's size."""
-    interpreter = Interpreter(str(file))
-    interpreter.allocate_tensors()
-    [taken], [given] = interpreter.get_input_details(), interpreter.get_output_details()
-    rows = []
-    for image in images:
-        interpreter.set_tensor(taken["index"], image[None])
-        interpreter.invoke()
-        rows.append(interpreter.get_tensor(given["index"])[0])
-    rows = np.stack(rows)
-    return rows * np.float32(given["quantization"][0]) if rows.dtype == np.uint8 else rows
-
-
 def _sampled(image, size):
     """As MediaPipe resizes on a CPU: bilinear between the pixels at `i * side / size`, no half-pixel centres, no smoothing."""
     for axis, side in enumerate(image.shape[:2]):
@@ -54,7 +39,7 @@ def _sampled(image, size):
 
 
 @pytest.mark.parametrize("kind", tflite.KINDS)
-def test_it_shows_the_names_and_the_probabilities_of_litert(kind, classify, exported, classifier, test_images):
+def test_it_shows_the_names_and_the_probabilities_of_litert(kind, classify, exported, classifier, test_images, litert):
     file = exported / "export" / "tflite" / f"{kind}.tflite"
     sides = [(32, 32)] * 20 + [(64, 64), (50, 70), (20, 45), (33, 31), (480, 640)]  # height, width
     images = [
@@ -68,18 +53,18 @@ def test_it_shows_the_names_and_the_probabilities_of_litert(kind, classify, expo
         assert {row["index"]: row["category_name"] for row in rows} == dict(enumerate(names))
         assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
         assert sum(row["score"] for row in rows) == pytest.approx(1, abs=0.02)  # uint8: each rounded to 1/256
-    expected = _litert(file, [_sampled(image, 32) for image in images])
+    expected = litert(file, [_sampled(image, 32) for image in images])
     np.testing.assert_allclose(_scores(answers), expected, rtol=0, atol=TOLERANCE[kind])
 
 
-def test_the_way_of_resizing_is_told_from_others(classify, exported, test_images):
+def test_the_way_of_resizing_is_told_from_others(classify, exported, test_images, litert):
     """A check of the check: what it is not differs by far more than the tolerance."""
     file = exported / "export" / "tflite" / "float32.tflite"
     images = [np.asarray(Image.fromarray(image).resize((224, 160))) for image in test_images[0][:10]]
     found = _scores(classify(file, images)[1])
     for antialias in (False, True):  # both with half-pixel centres
         other = [np.round(tf.image.resize(image, (32, 32), antialias=antialias)).astype("uint8") for image in images]
-        assert np.abs(_litert(file, other) - found).max() > 100 * TOLERANCE["float32"]
+        assert np.abs(litert(file, other) - found).max() > 100 * TOLERANCE["float32"]
 
 
 def test_options_choose_among_the_categories(classify, exported, test_images):

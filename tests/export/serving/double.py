@@ -76,7 +76,9 @@ def batching(name):
 class Double:
     """Both servers, on the loopback interface.
 
-    `faults` are `(status, text)` with which the next requests fail; `delay` is how many seconds each answer takes.
+    `faults` are `(status, text)` with which the next requests fail; `delay` is how many seconds each answer takes; `states` are
+    those of the versions, of which only the AVAILABLE ones answer: one that was dropped is END, and one that can't be loaded
+    stays LOADING.
 
     Args:
         folder: with a SavedModel in each version's folder, as `export/saved_model`.
@@ -93,6 +95,8 @@ class Double:
         self.warmed_up = 0
         found = sorted(int(path.name) for path in Path(folder).iterdir() if path.name.isdecimal())
         kept = found[-config.model_version_policy.latest.num_versions :]
+        self.loaded = {version: "AVAILABLE" if version in kept else "END" for version in found}
+        self.states = dict(self.loaded)
         self.versions = {version: tf.saved_model.load(str(Path(folder) / str(version))) for version in kept}
         for version in kept:
             self._warm_up(version, Path(folder) / str(version) / WARM_UP)
@@ -118,6 +122,7 @@ class Double:
         self.faults.clear()
         self.asked.clear()
         self.delay, self.tensor_content = 0.0, False
+        self.states = dict(self.loaded)
 
     def _warm_up(self, version, path):
         for record in tf.data.TFRecordDataset(str(path)):
@@ -128,8 +133,9 @@ class Double:
     def predict(self, protocol, request, seconds=None):
         """A `PredictRequest` -> the version and a dict of arrays."""
         spec = request.model_spec
-        version = spec.version.value if spec.HasField("version") else max(self.versions)
-        if spec.name != self.name or version not in self.versions:
+        available = [version for version, state in self.states.items() if state == "AVAILABLE"]
+        version = spec.version.value if spec.HasField("version") else max(available, default=0)
+        if spec.name != self.name or version not in available:
             asked = f"Specific({spec.name}, {version})" if spec.HasField("version") else f"Latest({spec.name})"
             raise Refused(STATUS.NOT_FOUND, f"Servable not found for request: {asked}")
         images = max((value.tensor_shape.dim[0].size for value in request.inputs.values()), default=0)
@@ -141,12 +147,14 @@ class Double:
         if images > most:
             said = f"Task size {images} is larger than maximum input batch size {most}"
             raise Refused(STATUS.INVALID_ARGUMENT, said)
-        return version, self._run(version, spec.signature_name, request.inputs)
+        signature = spec.signature_name or "serving_default"
+        if signature not in self.versions[version].signatures:
+            if protocol == "rest":
+                raise Refused(STATUS.INVALID_ARGUMENT, f'Serving signature name: "{signature}" not found in signature def')
+            raise Refused(STATUS.FAILED_PRECONDITION, f'Serving signature key "{signature}" not found.')
+        return version, self._run(version, signature, request.inputs)
 
     def _run(self, version, signature, inputs):
-        signature = signature or "serving_default"
-        if signature not in self.versions[version].signatures:
-            raise Refused(STATUS.FAILED_PRECONDITION, f'Serving signature key "{signature}" not found.')
         values = {name: tf.constant(tf.make_ndarray(value)) for name, value in inputs.items()}
         try:
             outputs = self.versions[version].signatures[signature](**values)
@@ -156,12 +164,13 @@ class Double:
 
     def status(self, name, version=None):
         """-> a `GetModelStatusResponse`."""
-        if name != self.name or (version or max(self.versions)) not in self.versions:
+        if name != self.name or (version or max(self.states)) not in self.states:
             missing = f"version {version} of model {name}" if version else f"any versions of model {name}"
             raise Refused(STATUS.NOT_FOUND, f"Could not find {missing}")
         response = get_model_status_pb2.GetModelStatusResponse()
-        for each in [version] if version else self.versions:
-            response.model_version_status.add(version=each, state=get_model_status_pb2.ModelVersionStatus.AVAILABLE)
+        for each in [version] if version else self.states:
+            state = get_model_status_pb2.ModelVersionStatus.State.Value(self.states[each])
+            response.model_version_status.add(version=each, state=state)
         return response
 
 

@@ -1,9 +1,13 @@
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent import futures
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import grpc
@@ -63,6 +67,37 @@ def _nobody():
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{held.getsockname()[1]}"
+
+
+@pytest.fixture
+def peer():
+    """A function: by method the answers, each a status and a body -> the address of what gives them, the last for good."""
+    servers = []
+
+    def start(host="127.0.0.1", **answers):
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                left = answers[self.command]
+                status, body = left.pop(0) if len(left) > 1 else left[0]
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_POST = answer
+
+            def log_message(self, *_):
+                pass
+
+        kind = type("Peer", (HTTPServer,), {"address_family": socket.AF_INET6 if ":" in host else socket.AF_INET})
+        servers.append(kind((host, 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.05,), daemon=True).start()
+        return f"[{host}]:{servers[-1].server_port}" if ":" in host else f"{host}:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 # === Answers ===
@@ -142,7 +177,42 @@ def test_a_version_is_asked_for(protocol, folder, server, capsys):
     assert _main(server, protocol, folder / "0.png") == 0
     assert [asked.version for asked in server.asked] == [2, 3]
     with _client(server, protocol) as client:
+        assert client.versions() == [2, 3]  # of 1 the server knows that it was
+
+
+def test_rest_by_an_address_of_ipv6(peer):
+    try:
+        address = peer("::1", GET=[(200, b'{"model_version_status": [{"version": "7", "state": "AVAILABLE"}]}')])
+    except OSError:
+        pytest.skip("to run this test: an IPv6 loopback interface")
+    with Client(address, "rest", retries=0) as client:
+        assert client.versions() == [7]
+
+
+@both
+def test_proxies_are_not_asked(protocol, server, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://{_nobody()}")
+    for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with _client(server, protocol, retries=0) as client:
         assert client.versions() == [2, 3]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_odd_names_of_files_keep_to_their_column_and_line(encoding, images, server, tmp_path):
+    for name in (b"a\tb\nc.png", "caf\u00e9.png".encode(), b"\xff.png"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(images[0])
+    (tmp_path / "bad\nname.png").write_bytes(BAD)
+    flags = [str(tmp_path), "--protocol", "rest", "--address", server.rest_address, "--batch", "1", "--retries", "0"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "export.serving.client", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 1 and rf"client: {tmp_path}/bad\nname.png: refused by" in done.stderr.decode(encoding)
+    rows = [line.split("\t") for line in done.stdout.decode(encoding).splitlines()]
+    assert {len(row) for row in rows} == {3}
+    accented = "caf\u00e9.png" if encoding == "utf-8" else r"caf\xe9.png"
+    assert {row[0] for row in rows} == {f"{tmp_path}/{name}" for name in (r"a\tb\nc.png", accented, r"\udcff.png")}
 
 
 def test_a_process_imports_no_keras_nor_tensorflow(folder, server):
@@ -176,6 +246,10 @@ def test_bad_images_are_named_and_the_good_ones_answered(protocol, folder, serve
     assert f"client: {folder / 'text.png'}: neither a PNG nor a JPEG" in text
     # All but the text at once, then each alone, the bad one twice.
     assert [asked.images for asked in server.asked] == [8, *[1] * 9]
+    # Amid the progress, which ends without a line's end, each still has a line of its own.
+    assert _main(server, protocol, folder, "--retries", 0, "--batch", 1) == 1
+    told = [line for line in capsys.readouterr().err.split("\n") if "bad.png" in line or "text.png" in line]
+    assert len(told) == 2 and all(line.startswith("client: ") for line in told)
 
 
 @both
@@ -188,6 +262,19 @@ def test_a_strangers_bad_image_costs_nothing_but_requests(protocol, server, imag
         server.faults.extend([(STATUS.INVALID_ARGUMENT, "Invalid PNG data, size 60")] * 4)
         refused, answer = client.classify(images[:2])
     assert isinstance(refused, ImageError) and answer == alone[1]
+
+
+@pytest.mark.parametrize(
+    "images, received", [([], "none"), ("x", "str"), (b"\x89PNG", "int"), ([b"\x89PNG", Path("a.png")], "PosixPath")]
+)
+def test_what_are_no_images_is_not_sent(images, received, server):
+    with _client(server, "rest") as client:
+        with pytest.raises(ValueError, match=f"`images` must be .* Received: {received}$"):
+            client.predict(images)
+        if images:
+            with pytest.raises(ValueError, match=f"Received: {received}$"):
+                client.classify(images)
+    assert not server.asked
 
 
 def test_nothing_is_sent_of_what_is_plainly_no_image(server):
@@ -215,6 +302,34 @@ def test_passing_failures_are_tried_again(protocol, server, images):
             server.asked.clear()
             assert client.classify(images[:1]) == alone
             assert len(server.asked) == 3
+
+
+def test_a_gateway_without_its_server_is_asked_again(peer):
+    up = (200, b'{"model_version_status": []}')
+    with Client(peer(GET=[(502, b"Bad Gateway"), up]), "rest", retries=1) as client:
+        assert client.versions() == []
+
+
+def test_grpc_connects_soon_after_a_server_is_up():
+    address = _nobody()
+    with Client(address, "grpc", retries=0) as client:
+        started = time.monotonic()
+        while time.monotonic() < started + 3:  # by itself it would now wait for 2.5 s
+            with pytest.raises(ServingError, match="not available"):
+                client.versions()
+            time.sleep(0.1)
+        server = grpc.server(futures.ThreadPoolExecutor(1))
+        server.add_insecure_port(address)
+        server.start()
+        started = time.monotonic()
+        said = "not available"
+        while "not available" in said:
+            with pytest.raises(ServingError) as raised:
+                client.versions()
+            said = str(raised.value)
+            time.sleep(0.05)
+        server.stop(None)
+    assert "UNIMPLEMENTED" in said and time.monotonic() < started + 1.5
 
 
 @both
@@ -255,6 +370,52 @@ def test_a_late_server_is_told(protocol, folder, server, capsys):
     time.sleep(1.2)  # until the double is done with them
 
 
+@pytest.mark.parametrize("whole", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n"], ids=["nothing", "head"])
+def test_a_server_that_drips_is_late(whole):
+    """After what it sends at once, it sends a byte each 0.05 s."""
+
+    def drip(listening):
+        connection, _ = listening.accept()
+        with connection:
+            try:
+                connection.sendall(whole)
+                for _ in range(100):
+                    connection.sendall(b"H")
+                    time.sleep(0.05)
+            except OSError:
+                pass  # the client has gone
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=drip, args=(listening,), daemon=True).start()
+        started = time.monotonic()
+        client = Client(f"127.0.0.1:{listening.getsockname()[1]}", "rest", timeout=0.3, retries=0)
+        with client, pytest.raises(ServingError, match=r"no answer within 0\.3 s, 1 try"):
+            client.versions()
+    assert time.monotonic() - started < 1.5
+
+
+def test_a_server_that_ends_amid_an_answer_is_not_available():
+    def end(listening):
+        for _ in range(2):
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=end, args=(listening,), daemon=True).start()
+        client = Client(f"127.0.0.1:{listening.getsockname()[1]}", "rest", retries=1)
+        with client, pytest.raises(ServingError, match="is not available, 2 tries: the answer broke off"):
+            client.versions()
+
+
+def test_a_server_that_does_not_read_is_late():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        client = Client(f"127.0.0.1:{listening.getsockname()[1]}", "rest", timeout=0.3, retries=0)
+        with client, pytest.raises(ServingError, match=r"no answer within 0\.3 s"):
+            client.predict([bytes(30_000_000)])
+
+
 def test_the_server_is_told_the_deadline(server, images):
     with _client(server, "grpc", timeout=7.0) as client:
         client.classify(images[:1])
@@ -282,6 +443,36 @@ def test_a_version_that_is_not_there(protocol, folder, server, capsys):
     assert _main(server, protocol, folder, "--version", 1) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.endswith("has no version 1 of cvt: give `version` one of 2, 3")
+
+
+@both
+@pytest.mark.parametrize("version", [None, 2])
+def test_a_model_of_which_nothing_is_loaded(protocol, version, images, server):
+    server.states = {1: "END", 2: "LOADING", 3: "LOADING"}
+    with _client(server, protocol, version=version) as client:
+        assert client.versions() == []
+        with pytest.raises(ServingError, match="has no version of cvt loaded at the moment; its log says why"):
+            client.classify(images[:1])
+
+
+@pytest.mark.parametrize(
+    "status, said",
+    [
+        ([(200, b"<html>hello</html>")], "failed with an answer that is not TF Serving's: the REST port is 8501"),
+        ([(200, b"\xff\xfe\xff")], "failed with an answer that is not TF Serving's"),
+        ([(200, b"{}")], "failed with an answer that is not TF Serving's"),
+        ([(200, b'{"model_version_status": [{}]}')], "failed with an answer that is not TF Serving's"),
+        ([(503, b"busy")], "is not available, 2 tries: busy"),
+        ([(503, b"busy"), (200, b'{"model_version_status": []}')], "has no version of cvt loaded at the moment"),
+        ([(500, b'{"error": "broken"}')], "failed with HTTP 500: broken"),
+        ([(404, b'{"error": "Could not find"}')], "has no model cvt: give `model` a name in its models.config"),
+    ],
+)
+def test_only_a_server_that_says_so_has_no_model(status, said, peer, folder, capsys):
+    address = peer(POST=[(404, b'{"error": "Servable not found"}')], GET=status)
+    assert main([str(folder), "--protocol", "rest", "--address", address, "--retries", "1"]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert f"client: the server at {address} {said}" in line
 
 
 @both
@@ -379,12 +570,9 @@ def test_addresses_by_protocol():
     assert Client("[::1]:8501", "rest").address == "[::1]:8501"
 
 
-@pytest.mark.parametrize("stop, code", [(KeyboardInterrupt, 130), (module.Terminated, 143)])
-def test_a_stop_is_told(stop, code, folder, server, monkeypatch, capsys):
-    def stopped(*_):
-        raise stop
-
-    monkeypatch.setattr(Client, "classify", stopped)
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_is_told(number, code, folder, server, monkeypatch, capsys, heard):
+    monkeypatch.setattr(Client, "classify", lambda *_: signal.raise_signal(number))
     assert _main(server, "grpc", folder) == code
     assert capsys.readouterr().err == "\nclient: stopped\n"
 

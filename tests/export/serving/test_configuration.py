@@ -79,6 +79,7 @@ def test_the_clients_batch_is_one_that_the_server_takes():
 def test_the_image_is_of_tensorflows_minor_version(service):
     pinned = re.search(r"^tensorflow==(\d+\.\d+)\.", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
     assert re.fullmatch(rf"tensorflow/serving:\$\{{SERVING_TAG:-{re.escape(pinned)}\.\d+\}}", service["image"])
+    assert service["platform"] == "linux/amd64"
 
 
 def test_flags_name_files_that_are_mounted_from_here(service, mounts):

@@ -1,30 +1,19 @@
-import importlib.util
-import shutil
+import contextlib
+import socket
 import threading
 
 import pytest
 import tensorflow as tf
-from tools import require
+from tools import require_browser
 
 from export.web.samples import first_of_each_class
-from export.web.server import RUNTIME, WEB, Server
-
-# Chromium asks Google's hosts for this and that of its own accord, which no test is about.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+from export.web.server import Server
 
 
 @pytest.fixture(scope="module")  # no longer: while it is open, nothing else can start an event loop
 def chromium():
-    require(importlib.util.find_spec("playwright"), "pip install -r requirements-dev.txt")
-    path = require(shutil.which("chromium") or shutil.which("google-chrome"), "apt-get install chromium")
-    require(all((WEB / name).exists() for name in RUNTIME), "npm ci --prefix export/web")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+    with require_browser().chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
@@ -35,20 +24,38 @@ def samples(cifar10_dir):
     return [{"label": name, "png": tf.io.encode_png(image).numpy()} for name, image in found]
 
 
+class _Server(Server):
+    """One that can be stopped as the end of its process would."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self.connections = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def get_request(self):
+        self.connections.append(super().get_request())
+        return self.connections[-1]
+
+    def stop(self):
+        self.shutdown()
+        self.server_close()
+        for connection, _ in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
 @pytest.fixture(scope="session")
 def serve():
-    """A function: a run folder and more arguments of `Server` -> a server at work in a thread."""
+    """A function: a run folder and more arguments of `Server` -> a server at work in a thread; `stop` stops it."""
     servers = []
 
-    def start(run_dir, **more):
-        servers.append(Server(run_dir, 0, **more))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+    def start(run_dir, port=0, **more):
+        servers.append(_Server(run_dir, port, **more))
         return servers[-1]
 
     yield start
     for server in servers:
-        server.shutdown()
-        server.server_close()
+        server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +65,9 @@ def server(exported, samples, serve):
 
 @pytest.fixture
 def open_page(chromium):
-    """A function: a server and options of the browser's context -> a page of it that is ready.
+    """A function: a server and options of the browser's context -> a page of it, once its status has `status` in it.
+
+    A `script` runs in the page before its own.
 
     At the end it must have asked no other host for anything and have written no error to the console, but for those in which
     one of `page.expected` occurs.
@@ -67,8 +76,9 @@ def open_page(chromium):
 
     opened = []
 
-    def start(server, **options):
+    def start(server, status="is ready", script="", **options):
         context = chromium.new_context(**options)
+        context.add_init_script(script)
         page = context.new_page()
         page.expected = []
         errors, requests = [], []
@@ -78,7 +88,7 @@ def open_page(chromium):
         page.on("websocket", lambda socket: requests.append(socket.url))
         opened.append((context, page, server.url, errors, requests))
         page.goto(server.url)
-        expect(page.get_by_role("status")).to_contain_text("is ready", timeout=60_000)
+        expect(page.get_by_role("status")).to_contain_text(status, timeout=60_000)
         return page
 
     yield start

@@ -7,19 +7,23 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 import urllib.request
 
+import numpy as np
 import pytest
 
+from cvt_keras.data import sources
 from export.saved_model import MAX_PIXELS
 from export.tflite import KINDS
 from export.web import __main__ as command
+from export.web import samples as module_of_samples
 from export.web import server as module
 from export.web.samples import ROOT, Samples, first_of_each_class
 
 
 def _ask(server, path, method="GET", **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    connection = http.client.HTTPConnection(*server.server_address, timeout=10)
     connection.putrequest(method, path, skip_host="Host" in headers)
     for name, value in headers.items():
         connection.putheader(name, value)
@@ -59,7 +63,8 @@ def test_the_page_holds_the_exports_limit():
 )
 def test_nothing_else_is(path, server):
     response, body = _ask(server, path)
-    assert (response.status, body) == (404, b"")
+    assert response.status == 404
+    assert body.decode() == f"There is nothing here; the page is at {server.url}\n"
 
 
 def test_other_methods_and_names_of_this_machine_are_refused(server):
@@ -67,8 +72,21 @@ def test_other_methods_and_names_of_this_machine_are_refused(server):
     assert _ask(server, "/run.json", Host="evil.example")[0].status == 421
     assert _ask(server, "/run.json", Host=f"evil.example:{server.server_port}")[0].status == 421
     assert _ask(server, "/run.json", Host=f"localhost:{server.server_port}")[0].status == 200
+    # As a tunnel to another port gives it.
+    response, body = _ask(server, "/", Host="localhost:9000")
+    port = server.server_port
+    said = f"This page answers at http://127.0.0.1:{port}/ alone; through a tunnel, as ssh -L {port}:localhost:{port}\n"
+    assert (response.status, body.decode()) == (421, said)
     response, body = _ask(server, "/", "HEAD")
     assert (response.status, body) == (200, b"") and int(response.headers["Content-Length"]) > 1000
+
+
+def test_on_port_80_a_browser_names_no_port(server, monkeypatch):
+    assert _ask(server, "/", Host="localhost")[0].status == 421
+    monkeypatch.setattr(server, "server_port", 80)
+    for host in ("localhost", "127.0.0.1", "localhost:80"):
+        assert _ask(server, "/", Host=host)[0].status == 200
+    assert _ask(server, "/", Host="evil.example")[0].status == 421
 
 
 def test_it_listens_on_loopback_alone(server):
@@ -83,6 +101,22 @@ def test_every_answer_forbids_other_hosts(server):
         assert "'unsafe-inline'" not in str(policy) and "'unsafe-eval'" not in str(policy)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+        ("Cache-Control", "no-store"),
+        ("Cross-Origin-Opener-Policy", "same-origin"),
+        ("Cross-Origin-Embedder-Policy", "require-corp"),
+        ("Cross-Origin-Resource-Policy", "same-origin"),
+    ],
+)
+def test_every_answer_has_the_header(name, value, server):
+    for path in ("/", "/app.js", "/run.json", "/nothing"):
+        assert _ask(server, path)[0].headers[name] == value
+
+
 def test_a_file_that_is_gone_is_not_found(exported, serve, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(exported / "export", run_dir / "export")
@@ -93,14 +127,18 @@ def test_a_file_that_is_gone_is_not_found(exported, serve, tmp_path):
 
 
 def test_samples_are_the_first_test_image_of_each_class(cifar10_dir):
-    from cvt_keras.data import sources
-
     source = sources.cifar10(str(cifar10_dir))
     found = dict(first_of_each_class(source))
     assert list(found) == list(source.class_names)
     for label, image in enumerate(found.values()):
         place = list(source.test.labels).index(label)
         assert (image == source.test.images[place]).all()
+
+
+def test_of_many_classes_the_first_20_have_samples():
+    test = types.SimpleNamespace(labels=np.arange(25), images=np.arange(25))
+    source = types.SimpleNamespace(class_names=[f"class {label}" for label in range(25)], test=test)
+    assert list(first_of_each_class(source)) == [(f"class {label}", label) for label in range(20)]
 
 
 # === The command ===
@@ -190,9 +228,33 @@ def test_samples_come_from_the_runs_data_set(exported, start, samples):
         assert answer.headers["Content-Type"] == "image/png" and answer.read(4) == b"\x89PNG"
 
 
-def test_without_the_data_there_are_no_samples_and_a_line_says_why(exported):
+def test_samples_come_from_where_the_data_set_lies_now(exported, cifar10_dir, start, samples, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(exported, run_dir)
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    (run_dir / "recipe.json").write_text(json.dumps({**recipe, "data_dir": "nowhere"}))
+    _, url = start(run_dir, "--port", "0", "--data-dir", cifar10_dir)
+    with urllib.request.urlopen(f"{url}samples.json", timeout=120) as answer:
+        assert json.load(answer) == [sample["label"] for sample in samples]
+
+
+def test_what_is_printed_while_the_data_set_is_read_is_no_sample(exported, monkeypatch, capsys):
+    real = sources.load
+
+    def load(*arguments):
+        print("Downloading and preparing")
+        return real(*arguments)
+
+    monkeypatch.setattr(sources, "load", load)
+    module_of_samples.main([str(exported)])
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)) == 10 and "Downloading" in err
+
+
+def test_without_the_data_there_are_no_samples_and_a_line_says_why(exported, tmp_path):
+    """It is not downloaded."""
     told = []
-    samples = Samples(exported, "nowhere", told.append)
+    samples = Samples(exported, str(tmp_path), told.append)
     assert samples() == []
-    [line] = told
-    assert "nowhere" in line and "\n" not in line
+    assert told == [f"cifar10 is not in {tmp_path}, and is not downloaded: see --data-dir"]
+    assert not list(tmp_path.iterdir())
