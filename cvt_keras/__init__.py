@@ -1,5 +1,6 @@
 """CvT, the convolutional vision transformer (arXiv 2103.15808), for Keras 3."""
 
+from cvt_keras.compression import layers as _compressed  # noqa: F401 - registers what a compressed run's model.keras holds
 from cvt_keras.layers import (
     MLP,
     AverageProjection,

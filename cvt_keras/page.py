@@ -50,6 +50,7 @@ def write(run_dir):
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">{escape(report["device"])}</p>',
+        _compression(report),
         f'<p class="note">{escape(report["data_note"])}</p>' if report["data_note"] else "",
         _tiles(report),
         _splits(report),
@@ -70,6 +71,22 @@ def write(run_dir):
     )
     with runs.whole(run_dir / runs.PAGE) as aside:
         aside.write_text("\n".join([head, "<body>", *filter(None, parts), "</body></html>\n"]), encoding="utf-8")
+
+
+def _compression(report):
+    """What was done to the network, beside what was found in it."""
+    settings = report["recipe"].get("compression")
+    if not settings:
+        return ""
+    said = {"prune": "pruned", "cluster": "clustered", "qat": "trained for quantisation"}
+    steps = []
+    while settings:
+        shown = {name: value for name, value in settings.items() if name not in ("method", "after") and value}
+        details = ", ".join(f"{name.replace('_', ' ')} {json.dumps(value)}" for name, value in shown.items())
+        steps.insert(0, f"{said[settings['method']]}{f' ({details})' if details else ''}")
+        settings = settings.get("after")
+    found = report["compression"]
+    return f"<p>{escape(', then '.join(steps)).capitalize()}: {found['sparsity']:.1%} of these weights are zeros.</p>"
 
 
 def _tiles(report):

@@ -23,7 +23,7 @@ MOST_NUMBERS = 20  # and in a matrix
 MOST_CHARACTERS = 16  # of a class name, where there is little room
 
 
-def draw(run_dir, history, images=None, logits=None, labels=None, class_names=None):
+def draw(run_dir, history, images=None, logits=None, labels=None, class_names=None, first_epoch=0):
     """Draws a run into its folder's plots: the curves, and with test images the other three.
 
     Args:
@@ -33,8 +33,9 @@ def draw(run_dir, history, images=None, logits=None, labels=None, class_names=No
         logits: float `(n, classes)`, for them.
         labels: int `(n,)`, of them.
         class_names: in the order of the labels.
+        first_epoch: counted from 0, whose weights could be kept.
     """
-    figures = {CURVES: curves(history)}
+    figures = {CURVES: curves(history, first_epoch)}
     if logits is not None:
         figures[CONFUSION] = confusion(evaluation.confusion(logits, labels, len(class_names)), class_names)
         figures[CALIBRATION] = calibration(logits, labels)
@@ -46,12 +47,13 @@ def draw(run_dir, history, images=None, logits=None, labels=None, class_names=No
             figure.savefig(aside, format="png", dpi=144)
 
 
-def curves(history):
-    """Accuracy and cross-entropy of each epoch, the best one marked, and the learning rate after it -> `Figure`."""
+def curves(history, first_epoch=0):
+    """Accuracy and cross-entropy of each epoch, the best from `first_epoch` on marked, and the learning rate -> `Figure`."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     accuracy, loss, rate = figure.subplots(1, 3)
     epochs = [row["epoch"] + 1 for row in history]
-    best = max(range(len(history)), key=lambda i: history[i]["val_accuracy"])  # the first of equals, as the run keeps it
+    # The first of equals, as the run keeps it.
+    best = max(range(first_epoch, len(history)), key=lambda i: history[i]["val_accuracy"])
     for axes, key, title in ((accuracy, "accuracy", "Accuracy"), (loss, "cross_entropy", "Cross-entropy, nats")):
         training, validation = [row[key] for row in history], [row[f"val_{key}"] for row in history]
         axes.plot(epochs, training, "o-", color=TRAINING, markersize=3, label="training, as it goes")

@@ -16,6 +16,7 @@ try:
     from tensorflow.lite.python.convert import ConverterError
 
     from cvt_keras import environment, page, runs, signals
+    from cvt_keras.compression.layers import float_form, quantized_cvt_of
     from cvt_keras.data import sources
     from cvt_keras.model import cvt_of
     from cvt_keras.training import Recipe, RecipeError
@@ -66,19 +67,23 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
     recipe, classifier = _read(run_dir)
     source = sources.load(recipe.dataset, data_dir or recipe.data_dir, recipe.image_size)
     class_names = list(source.class_names)
-    if class_names != cvt_of(classifier).preprocessing["class_names"]:
+    if class_names != _network(classifier).preprocessing["class_names"]:
         raise runs.RunError(
             f"{run_dir} knows other classes than {source.name}: give --data-dir the data that it was trained on"
         )
     test = source.test.limit(recipe.test_limit).limit(verify_images)
     images = _pixels(test.images, recipe.image_size)
+    quantized = quantized_cvt_of(classifier) is not None
+    # Of a run trained for quantisation only the integer file has its roundings.
+    forms = {"int8": classifier, "float": float_form(classifier) if quantized else classifier}
     try:
-        logits = [classifier.predict_on_batch(batch.astype("float32")) for batch in batches(images)]
+        expected = {form: _probabilities(model, images) for form, model in forms.items() if form == "float" or quantized}
     except tf.errors.ResourceExhaustedError as error:
         raise MemoryError(f"the memory is too small for {run_dir / runs.MODEL}") from error
-    expected = tf.nn.softmax(np.concatenate(logits)).numpy()
-    train = source.train.limit(recipe.train_limit)
-    calibration = _pixels(tflite.calibration_images(train, len(class_names), recipe.seed), recipe.image_size)
+    calibration = None
+    if not quantized:  # else its ranges are what training found
+        train = source.train.limit(recipe.train_limit)
+        calibration = _pixels(tflite.calibration_images(train, len(class_names), recipe.seed), recipe.image_size)
     folder = run_dir / runs.EXPORT
     folder.mkdir(exist_ok=True)
     artifacts = []
@@ -88,17 +93,18 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
             aside.write_text(tflite.labels_text(class_names), encoding="utf-8")
         for name in formats:
             file, path = scratch / name, _place(folder, name)
+            form = "int8" if name == "int8" and quantized else "float"
             print(f"{name}: writing, then checking on {len(images):,} images", flush=True)
             with signals.Held(f"TensorFlow's work on {name}"):
-                _write(classifier, class_names, name, calibration, file)
-            artifact = verify(name, file, path.relative_to(run_dir).as_posix(), scratch / IMAGES, test.labels, expected)
+                _write(forms[form], class_names, name, calibration, file)
+            artifact = verify(name, file, path.relative_to(run_dir).as_posix(), scratch / IMAGES, test.labels, expected[form])
             artifacts.append(artifact)
             print(f"  {_line(artifact)}", flush=True)
             if artifact.passed:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 runs.place(file, path)
             # After each: what comes next may fail, and this one is there.
-            _report(folder, artifact, source, len(calibration))
+            _report(folder, artifact, source, 0 if calibration is None else len(calibration))
             page.write(run_dir)
     return artifacts
 
@@ -122,12 +128,21 @@ def _read(run_dir):
         raise runs.RunError(f"{run_dir / runs.RECIPE} is broken: {error}") from error
     try:
         classifier = keras.saving.load_model(run_dir / runs.MODEL, compile=False)
-        cvt_of(classifier)
+        _network(classifier)
     except MemoryError:
         raise
     except Exception as error:
         raise runs.RunError(f"{run_dir / runs.MODEL} can't be read: {_first_line(error)}") from error
     return recipe, classifier
+
+
+def _network(classifier):
+    return quantized_cvt_of(classifier) or cvt_of(classifier)
+
+
+def _probabilities(classifier, images):
+    logits = [classifier.predict_on_batch(batch.astype("float32")) for batch in batches(images)]
+    return tf.nn.softmax(np.concatenate(logits)).numpy()
 
 
 def _first_line(error):

@@ -26,10 +26,12 @@ def convert(classifier, class_names, kind, calibration=None):
     zero point for `"int8"`, which holds no float tensor. It needs TFLite's own operations alone.
 
     Args:
-        classifier: from float pixels in 0..255 to logits, as `build_classifier` makes it, in float32.
+        classifier: from float pixels in 0..255 to logits, as `build_classifier` makes it, in float32; or for `"int8"` one
+            trained for quantisation, which holds its ranges.
         class_names: in the order of the logits.
         kind: one of `KINDS`.
-        calibration: for `"int8"`: uint8 images `(n, height, width, 3)`, see `calibration_images`.
+        calibration: for `"int8"`: uint8 images `(n, height, width, 3)`, see `calibration_images`; `None` where the classifier
+            holds its ranges: they are taken as they are.
     """
     # A uint8 signature would leave a cast and a float tensor in an integer file: that one's input is made uint8 afterwards.
     pixels = tf.float32 if kind == "int8" else tf.uint8
@@ -50,9 +52,10 @@ def convert(classifier, class_names, kind, calibration=None):
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if kind == "float16":
             converter.target_spec.supported_types = [tf.float16]
-        if kind == "int8":
+        if kind == "int8" and calibration is not None:
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
             converter.representative_dataset = lambda: ([image[None].astype("float32")] for image in _whole_range(calibration))
+        if kind == "int8":
             converter.inference_input_type = converter.inference_output_type = tf.uint8
         model = converter.convert()
     return _with_metadata(model, class_names)

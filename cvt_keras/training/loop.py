@@ -171,7 +171,7 @@ def _finish(recipe, run_dir, source, train, test, best, history, compression):
     shown = {}
     if test is not None:
         shown = {"images": test.images, "logits": test_logits, "labels": test.labels, "class_names": source.class_names}
-    plots.draw(run_dir, history, **shown)
+    plots.draw(run_dir, history, **shown, first_epoch=compression.first_epoch)
     (run_dir / runs.PAGE).unlink(missing_ok=True)  # of a report without the test; with it the run would count as finished
     runs.write_json(run_dir / runs.REPORT, dataclasses.asdict(report))
     page.write(run_dir)
