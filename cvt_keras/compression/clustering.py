@@ -122,15 +122,18 @@ class _ClusteredKernel:
 
     def _nearest(self):
         """The nearest centroid of each weight; one that is nobody's takes the weight nearest to it, so that none is lost."""
-        members = self.algorithm.get_pulling_indices(self.weights)
-        flat = tf.reshape(members, (-1,))
-        empty = tf.math.bincount(tf.cast(flat, tf.int32), minlength=self.clusters, maxlength=self.clusters) == 0
+        nearest = self.algorithm.get_pulling_indices(self.weights)
+        weights, moving = tf.reshape(self.weights, (-1,)), tf.reshape(self.moving, (-1,)) > 0
 
-        def filled():
-            apart = tf.abs(tf.reshape(self.weights, (-1, 1)) - self.centroids)  # (weights, clusters)
-            apart += tf.reshape((1 - self.moving) * apart.dtype.max, (-1, 1))
-            lost = tf.where(empty)  # (n, 1)
-            nearest = tf.gather(tf.argmin(apart, axis=0), lost)  # (n, 1)
-            return tf.reshape(tf.tensor_scatter_nd_update(flat, nearest, lost[:, 0]), members.shape)
+        def sizes(members):
+            return tf.math.bincount(tf.cast(members, tf.int32), minlength=self.clusters, maxlength=self.clusters)
 
-        return tf.cond(tf.reduce_any(empty), filled, lambda: members)
+        def fill_one(members):
+            empty = tf.argmin(sizes(members))
+            can_go = moving & (tf.gather(sizes(members), members) > 1)
+            apart = tf.where(can_go, tf.abs(weights - self.centroids[empty]), weights.dtype.max)
+            return tf.tensor_scatter_nd_update(members, [[tf.argmin(apart)]], [empty])
+
+        flat = tf.reshape(nearest, (-1,))
+        flat = tf.while_loop(lambda members: tf.reduce_any(sizes(members) == 0), fill_one, [flat])[0]
+        return tf.reshape(flat, nearest.shape)

@@ -67,8 +67,9 @@ class FakeQuantize(layers.Layer):
         return {**super().get_config(), "axis": self.axis, "limits": self.limits}
 
 
-def _fake_quantize(quantized, name, **kwargs):
-    return FakeQuantize(name=name, **kwargs) if quantized else layers.Identity(name=name)
+def _fake_quantize(quantized, name, dtype, **kwargs):
+    # Identity's config takes no policy, only a policy's name.
+    return FakeQuantize(name=name, dtype=dtype, **kwargs) if quantized else layers.Identity(name=name, dtype=dtype.name)
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
@@ -95,15 +96,15 @@ class QuantizedConv(layers.Layer):
         self.padding = padding
         self.quantized = quantized
         self.rounds_output = rounds_output
-        settings = {"strides": stride, "data_format": "channels_last", "name": "conv"}
+        settings = {"strides": stride, "data_format": "channels_last", "dtype": self.dtype_policy, "name": "conv"}
         if filters is None:
             self.conv = layers.DepthwiseConv2D(kernel_size, **settings)
         else:
             self.conv = layers.Conv2D(filters, kernel_size, **settings)
-        self.pad = layers.ZeroPadding2D(padding, data_format="channels_last", name="pad")
+        self.pad = layers.ZeroPadding2D(padding, data_format="channels_last", dtype=self.dtype_policy, name="pad")
         # Layers of their own: weights added to a subclass of Dense or Conv2D do not come back from a .keras file.
-        self.kernel_quantizer = _fake_quantize(quantized, "kernel_quantizer", axis=3 if filters else 2)
-        self.output_quantizer = _fake_quantize(quantized and rounds_output, "output_quantizer")
+        self.kernel_quantizer = _fake_quantize(quantized, "kernel_quantizer", self.dtype_policy, axis=3 if filters else 2)
+        self.output_quantizer = _fake_quantize(quantized and rounds_output, "output_quantizer", self.dtype_policy)
 
     def build(self, input_shape):
         self.conv.build(self.pad.compute_output_shape(input_shape))
@@ -152,7 +153,8 @@ class QuantizedLayerNorm(layers.Layer):
         self.quantized = quantized
         self.rounds_output = rounds_output
         self.quantizers = {
-            step: _fake_quantize(quantized and (rounds_output or step != "output"), f"{step}_quantizer") for step in self.STEPS
+            step: _fake_quantize(quantized and (rounds_output or step != "output"), f"{step}_quantizer", self.dtype_policy)
+            for step in self.STEPS
         }
 
     def build(self, input_shape):
@@ -201,9 +203,9 @@ class QuantizedActivation(layers.Layer):
         self.activation = activation
         self.quantized = quantized
         if activation == "quick_gelu":
-            self.steepened_quantizer = _fake_quantize(quantized, "steepened_quantizer")
-            self.sigmoid_quantizer = _fake_quantize(quantized, "sigmoid_quantizer", limits=PROBABILITIES)
-        self.output_quantizer = _fake_quantize(quantized, "output_quantizer")
+            self.steepened_quantizer = _fake_quantize(quantized, "steepened_quantizer", self.dtype_policy)
+            self.sigmoid_quantizer = _fake_quantize(quantized, "sigmoid_quantizer", self.dtype_policy, limits=PROBABILITIES)
+        self.output_quantizer = _fake_quantize(quantized, "output_quantizer", self.dtype_policy)
 
     def build(self, input_shape):
         if self.activation == "quick_gelu":
@@ -242,8 +244,8 @@ class QuantizedStem(layers.Layer):
         self.dim = dim
         self.activation = activation
         self.quantized = quantized
-        self.conv = QuantizedConv(dim, 3, padding=1, quantized=quantized, name="conv")
-        self.activate = QuantizedActivation(activation, quantized, name="activate")
+        self.conv = QuantizedConv(dim, 3, padding=1, quantized=quantized, dtype=self.dtype_policy, name="conv")
+        self.activate = QuantizedActivation(activation, quantized, dtype=self.dtype_policy, name="activate")
 
     def build(self, input_shape):
         self.conv.build(input_shape)
@@ -273,7 +275,7 @@ class QuantizedConcatenation(layers.Layer):
     def __init__(self, quantized=True, **kwargs):
         super().__init__(**kwargs)
         self.quantized = quantized
-        self.quantizer = _fake_quantize(quantized, "quantizer")
+        self.quantizer = _fake_quantize(quantized, "quantizer", self.dtype_policy)
 
     def build(self, cls_token_shape, tokens_shape):
         self.quantizer.build(cls_token_shape)
@@ -318,10 +320,10 @@ class QuantizedTokenEmbedding(layers.Layer):
         self.padding = padding
         self.cls_token = cls_token
         self.quantized = quantized
-        self.proj = QuantizedConv(dim, kernel_size, stride, padding, quantized, name="proj")
-        self.norm = QuantizedLayerNorm(quantized, rounds_output=not cls_token, name="norm")
+        self.proj = QuantizedConv(dim, kernel_size, stride, padding, quantized, dtype=self.dtype_policy, name="proj")
+        self.norm = QuantizedLayerNorm(quantized, rounds_output=not cls_token, dtype=self.dtype_policy, name="norm")
         if cls_token:
-            self.join = QuantizedConcatenation(quantized, name="join")
+            self.join = QuantizedConcatenation(quantized, dtype=self.dtype_policy, name="join")
 
     def build(self, input_shape):
         self.proj.build(input_shape)
@@ -381,21 +383,23 @@ class QuantizedAttention(layers.Layer):
             self._conv(stride, name) for stride, name in ((1, "conv_q"), (stride_kv, "conv_k"), (stride_kv, "conv_v"))
         )
         if grid:
-            self.join_q, self.join_k, self.join_v = (QuantizedConcatenation(quantized, name=f"join_{name}") for name in "qkv")
+            self.join_q, self.join_k, self.join_v = (
+                QuantizedConcatenation(quantized, dtype=self.dtype_policy, name=f"join_{name}") for name in "qkv"
+            )
         self.proj_q, self.proj_k, self.proj_v = (
-            QuantizedConv(dim, quantized=quantized, rounds_output=not grid, name=name)
+            QuantizedConv(dim, quantized=quantized, rounds_output=not grid, dtype=self.dtype_policy, name=name)
             for name in ("proj_q", "proj_k", "proj_v")
         )
-        self.proj = QuantizedConv(dim, quantized=quantized, name="proj")
-        self.scores_quantizer = _fake_quantize(quantized, "scores_quantizer")
-        self.weights_quantizer = _fake_quantize(quantized, "weights_quantizer", limits=PROBABILITIES)
-        self.context_quantizer = _fake_quantize(quantized, "context_quantizer")
+        self.proj = QuantizedConv(dim, quantized=quantized, dtype=self.dtype_policy, name="proj")
+        self.scores_quantizer = _fake_quantize(quantized, "scores_quantizer", self.dtype_policy)
+        self.weights_quantizer = _fake_quantize(quantized, "weights_quantizer", self.dtype_policy, limits=PROBABILITIES)
+        self.context_quantizer = _fake_quantize(quantized, "context_quantizer", self.dtype_policy)
 
     def _conv(self, stride, name):
         if self.projection == "linear":
-            return layers.Identity(name=name)
+            return layers.Identity(dtype=self.dtype_policy.name, name=name)
         kernel = PROJECTION_KERNEL_SIZE
-        return QuantizedConv(None, kernel, stride, kernel // 2, self.quantized, name=name)
+        return QuantizedConv(None, kernel, stride, kernel // 2, self.quantized, dtype=self.dtype_policy, name=name)
 
     def build(self, tokens_shape):
         grid = (None, *(self.grid or tokens_shape[1:3]), self.dim)
@@ -486,15 +490,17 @@ class QuantizedBlock(layers.Layer):
         self.stride_kv = stride_kv
         self.grid = grid
         self.quantized = quantized
-        self.norm1 = QuantizedLayerNorm(quantized, name="norm1")
-        self.attention = QuantizedAttention(dim, heads, projection, stride_kv, grid, quantized, name="attention")
-        self.sum1_quantizer = _fake_quantize(quantized, "sum1_quantizer")
-        self.drop_path = DropPath(drop_path_rate, name="drop_path")
-        self.norm2 = QuantizedLayerNorm(quantized, name="norm2")
-        self.fc1 = QuantizedConv(mlp_dim, quantized=quantized, name="fc1")
-        self.activate = QuantizedActivation(activation, quantized, name="activate")
-        self.fc2 = QuantizedConv(dim, quantized=quantized, name="fc2")
-        self.sum2_quantizer = _fake_quantize(quantized, "sum2_quantizer")
+        self.norm1 = QuantizedLayerNorm(quantized, dtype=self.dtype_policy, name="norm1")
+        self.attention = QuantizedAttention(
+            dim, heads, projection, stride_kv, grid, quantized, dtype=self.dtype_policy, name="attention"
+        )
+        self.sum1_quantizer = _fake_quantize(quantized, "sum1_quantizer", self.dtype_policy)
+        self.drop_path = DropPath(drop_path_rate, dtype=self.dtype_policy, name="drop_path")
+        self.norm2 = QuantizedLayerNorm(quantized, dtype=self.dtype_policy, name="norm2")
+        self.fc1 = QuantizedConv(mlp_dim, quantized=quantized, dtype=self.dtype_policy, name="fc1")
+        self.activate = QuantizedActivation(activation, quantized, dtype=self.dtype_policy, name="activate")
+        self.fc2 = QuantizedConv(dim, quantized=quantized, dtype=self.dtype_policy, name="fc2")
+        self.sum2_quantizer = _fake_quantize(quantized, "sum2_quantizer", self.dtype_policy)
 
     def build(self, tokens_shape):
         for layer in (self.norm1, self.attention, self.sum1_quantizer, self.norm2, self.fc1, self.sum2_quantizer):
@@ -549,16 +555,25 @@ class QuantizedCvT(keras.Model):
             raise ValueError("`projection` must be dw_bn or linear: TFLite has no integer form of the other. Received: avg")
 
         # === Functional Model ===
+        # In half precision the roundings would be lost among its own, whatever Keras' global policy.
+        dtype = keras.dtype_policies.get("float32")
         images = keras.Input(tuple(input_shape), name="images")
-        x = _fake_quantize(quantized, "pixels_quantizer", limits=PIXELS)(images)
-        normalization = QuantizedConv(None, quantized=quantized, name="normalization")
+        x = _fake_quantize(quantized, "pixels_quantizer", dtype, limits=PIXELS)(images)
+        normalization = QuantizedConv(None, quantized=quantized, dtype=dtype, name="normalization")
         normalization.trainable = False
         x = normalization(x)
         for i, dim in enumerate(variant.stem):
-            x = QuantizedStem(dim, variant.activation, quantized, name=f"stem{i}")(x)
+            x = QuantizedStem(dim, variant.activation, quantized, dtype=dtype, name=f"stem{i}")(x)
         for i, (stage, grid) in enumerate(zip(variant.stages, variant.grids(*input_shape[:2]))):
             x = QuantizedTokenEmbedding(
-                stage.dim, stage.kernel_size, stage.stride, stage.padding, stage.cls_token, quantized, name=f"stage{i}_embed"
+                stage.dim,
+                stage.kernel_size,
+                stage.stride,
+                stage.padding,
+                stage.cls_token,
+                quantized,
+                dtype=dtype,
+                name=f"stage{i}_embed",
             )(x)
             for j, rate in enumerate(stage.drop_path_rates):
                 x = QuantizedBlock(
@@ -571,19 +586,20 @@ class QuantizedCvT(keras.Model):
                     stage.stride_kv,
                     grid if stage.cls_token else None,
                     quantized,
+                    dtype=dtype,
                     name=f"stage{i}_block{j}",
                 )(x)
-            x = layers.Identity(name=f"stage{i}")(x)
+            x = layers.Identity(dtype=dtype.name, name=f"stage{i}")(x)
             if stage.cls_token:
                 cls_token, x = x[:, :1], ops.reshape(x[:, 1:], (-1, *grid, stage.dim))  # (B, 1 + H*W, 1, C) -> (B, H, W, C)
-        norm = QuantizedLayerNorm(quantized, name="norm")
+        norm = QuantizedLayerNorm(quantized, dtype=dtype, name="norm")
         if not stage.cls_token:
-            x = layers.GlobalAveragePooling2D(data_format="channels_last", keepdims=True, name="pool")(norm(x))
-            x = _fake_quantize(quantized, "pool_quantizer")(x)  # (B, 1, 1, C)
+            x = layers.GlobalAveragePooling2D(data_format="channels_last", keepdims=True, dtype=dtype, name="pool")(norm(x))
+            x = _fake_quantize(quantized, "pool_quantizer", dtype)(x)  # (B, 1, 1, C)
         else:
             x = norm(cls_token)
-        x = QuantizedConv(num_classes, quantized=quantized, name="head")(x)
-        super().__init__(images, layers.Flatten(name="logits")(x), name=name, trainable=trainable)
+        x = QuantizedConv(num_classes, quantized=quantized, dtype=dtype, name="head")(x)
+        super().__init__(images, layers.Flatten(dtype=dtype, name="logits")(x), name=name, trainable=trainable)
 
         # === Config ===
         self.variant = variant

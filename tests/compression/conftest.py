@@ -1,0 +1,59 @@
+import dataclasses
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def trained(cifar10_dir, tmp_path_factory):
+    """The folder of a short run on the made images: of a network with every layer that there is, from its stem to a cls token."""
+    from cvt_keras import Stage, Variant
+    from cvt_keras.training import RECIPES, run
+
+    run_dir = tmp_path_factory.mktemp("runs") / "trained"
+    variant = Variant(
+        (Stage(dim=16, depth=1, heads=1, mlp_ratio=2.0), Stage(dim=24, depth=1, heads=2, mlp_ratio=2.0, cls_token=True)),
+        activation="gelu",
+        stem=(8,),
+    )
+    recipe = dataclasses.replace(
+        RECIPES["smoke"], variant=variant, dataset="cifar10", data_dir=str(cifar10_dir), epochs=4, flip=False,
+        train_limit=1024, peak_learning_rate=5e-3,
+    )  # fmt: skip
+    run(recipe, run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def compressed(trained, tmp_path_factory):
+    """Compresses by the command line -> the new run's folder; each once for all tests."""
+    from cvt_keras.compression.__main__ import main
+
+    folder = tmp_path_factory.mktemp("compressed")
+
+    def compress(name):
+        """Of a name such as `prune`, or `prune-qat` for one after the other."""
+        run_dir = folder / name
+        if not run_dir.exists():
+            before, _, method = name.rpartition("-")
+            source = compress(before) if before else trained
+            assert main([method, str(source), "--run-dir", str(run_dir), "--train-limit", "256", *EXTRA.get(name, ())]) == 0
+        return run_dir
+
+    return compress
+
+
+EXTRA = {"cluster": ("--clusters", "8"), "prune-cluster": ("--clusters", "8")}
+
+
+@pytest.fixture(scope="session")
+def exported(compressed):
+    """Exports a compressed run -> the folder of its TFLite files."""
+    from export.__main__ import main
+
+    def export(name):
+        run_dir = compressed(name)
+        if not (run_dir / "export").exists():
+            assert main([str(run_dir), "--formats", "float32", "dynamic_int8", "int8", "--verify-images", "100"]) == 0
+        return run_dir / "export" / "tflite"
+
+    return export

@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+
+from cvt_keras import build_classifier
+from cvt_keras.compression.kernels import kernels, sparsity
+from cvt_keras.training.recipes import RecipeError
+
+
+def _classifier(variant="cvt_cifar"):
+    return build_classifier(variant, 10, (32, 32, 3))
+
+
+def test_stem_depthwise_convolutions_and_head_are_left_out():
+    chosen = kernels(_classifier())
+    assert len(chosen) == 27
+    assert {"stage0_embed/proj", "stage2_block0/mlp/fc2", "stage1_block1/attention/proj_q"} <= set(chosen)
+    assert not [path for path in chosen if "stem" in path or "depthwise" in path or "head" in path]
+    assert all(kernel.name == "kernel" for kernel in chosen.values())
+    assert chosen["stage0_embed/proj"].shape == (3, 3, 32, 64)
+
+
+def test_the_first_embedding_is_the_stem_of_a_network_without_one():
+    assert "stage0_embed/proj" not in kernels(_classifier("cvt_tiny"))
+    assert "stage1_embed/proj" in kernels(_classifier("cvt_tiny"))
+
+
+def test_a_second_network_in_the_process_has_the_same_names():
+    assert list(kernels(_classifier())) == list(kernels(_classifier()))
+
+
+@pytest.mark.parametrize(
+    "names, number", [(["stage2_block0/mlp/fc1"], 1), (["stage0"], 7), (["stem1/conv", "head"], 2), (["stage0", "stage0_embed"], 7)]
+)
+def test_layers_can_be_named(names, number):
+    if names == ["stage0"] or len(names) == 2 and names[0] == "stage0":
+        number += 3  # its depthwise convolutions too, which were asked for
+    assert len(kernels(_classifier(), names)) == number
+
+
+@pytest.mark.parametrize("name", ["stage9", "stage0_block", "norm", "stage0_embed/proj/kernel", ""])
+def test_an_unknown_layer_is_refused_with_the_known(name):
+    with pytest.raises(RecipeError, match=rf"`layers` must name .*stage2_block0/mlp/fc1.* Received: {name}$"):
+        kernels(_classifier(), [name])
+
+
+def test_sparsity_is_of_all_together():
+    assert sparsity([np.array([0.0, 1.0, 0.0]), np.array([[2.0]])]) == 0.5

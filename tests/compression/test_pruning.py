@@ -1,0 +1,182 @@
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+
+from cvt_keras import build_classifier
+from cvt_keras.compression.kernels import kernels, sparsity
+from cvt_keras.compression.pruning import MagnitudePruning
+from cvt_keras.runs import RunError
+from cvt_keras.training.recipes import SMOKE, RecipeError
+
+
+def _train(pruning, classifier, steps, epochs=1):
+    """Steps that move every weight, as `fit` calls the callback around them -> the sparsity after each."""
+    pruning.start(classifier, None, steps, epochs)
+    random = np.random.default_rng(0)
+    reached = []
+    for step in range(steps * epochs):
+        pruning.on_train_batch_begin(step)
+        for variable in classifier.trainable_variables:
+            variable.assign_add(random.normal(size=variable.shape, scale=1e-3))
+        pruning.on_train_batch_end(step)
+        reached.append(sparsity(kernels(classifier).values()))
+    return reached
+
+
+@pytest.fixture
+def classifier():
+    return build_classifier("cvt_tiny", 10, (32, 32, 3))
+
+
+@pytest.mark.parametrize("target", [0.5, 0.9])
+def test_the_share_of_zeros_rises_over_the_first_half_and_stays(classifier, target):
+    reached = _train(MagnitudePruning(target), classifier, steps=20, epochs=4)
+    assert reached[0] == 0
+    assert all(after >= before for before, after in zip(reached, reached[1:]))
+    assert 0.5 * target < reached[15] < target  # a polynomial: most of it comes early
+    np.testing.assert_allclose(reached[40:], target, atol=2e-3)
+
+
+def test_the_zeros_stay_where_they_are_in_the_second_half(classifier):
+    pruning = MagnitudePruning(0.7)
+    _train(pruning, classifier, steps=40)
+    before = {path: np.asarray(kernel) == 0 for path, kernel in kernels(classifier).items()}
+    for step in range(5):
+        pruning.on_train_batch_begin(step)
+        for kernel in kernels(classifier).values():
+            kernel.assign_add(np.ones(kernel.shape))
+        pruning.on_train_batch_end(step)
+    for path, kernel in kernels(classifier).items():
+        np.testing.assert_array_equal(np.asarray(kernel) == 0, before[path])
+
+
+def test_a_constant_share_is_there_from_the_first_step(classifier):
+    np.testing.assert_allclose(_train(MagnitudePruning(0.7, schedule="constant"), classifier, steps=5), 0.7, atol=2e-3)
+
+
+def test_two_of_four_along_the_inputs_are_zero(classifier):
+    pruning = MagnitudePruning(0.5, pattern="2:4")
+    _train(pruning, classifier, steps=3)
+    for kernel in kernels(classifier).values():
+        inputs = np.moveaxis(np.asarray(kernel), -2, -1).reshape(-1, 4)
+        np.testing.assert_array_equal((inputs == 0).sum(axis=1), 2)
+    assert pruning.check(classifier)["sparsity"] == 0.5
+
+
+def test_blocks_of_four_inputs_are_zero_in_dense_layers_alone(classifier):
+    _train(MagnitudePruning(0.5, pattern="4x1", schedule="constant"), classifier, steps=2)
+    chosen = kernels(classifier)
+    assert np.count_nonzero(np.asarray(chosen["stage1_embed/proj"]) == 0) == 0
+    for kernel in (kernel for kernel in chosen.values() if len(kernel.shape) == 2):
+        blocks = (np.asarray(kernel).T.reshape(-1, 4) == 0).sum(axis=1)
+        assert set(blocks) == {0, 4}
+        assert np.mean(blocks == 4) == pytest.approx(0.5, abs=1 / len(blocks))
+
+
+def test_the_rest_of_the_network_is_not_pruned(classifier):
+    _train(MagnitudePruning(0.9, schedule="constant"), classifier, steps=2)
+    chosen = {id(kernel) for kernel in kernels(classifier).values()}
+    others = [variable for variable in classifier.trainable_variables if id(variable) not in chosen]
+    assert others and sparsity(others) == 0
+
+
+def test_layers_can_be_named(classifier):
+    pruning = MagnitudePruning(0.5, schedule="constant", layers=["head", "stage1_block0/mlp"])
+    _train(pruning, classifier, steps=2)
+    assert list(pruning.check(classifier)["layers"]) == ["stage1_block0/mlp/fc1", "stage1_block0/mlp/fc2", "head"]
+    assert sparsity([classifier.get_layer("cvt").get_layer("head").kernel]) == 0.5
+    assert sparsity([kernels(classifier)["stage0_block0/mlp/fc1"]]) == 0
+
+
+def test_updates_come_with_the_frequency(classifier):
+    reached = _train(MagnitudePruning(0.8, frequency=10), classifier, steps=60)
+    changes = [step for step in range(1, 60) if reached[step] != reached[step - 1]]
+    assert changes == [10, 20, 30]
+
+
+def test_weights_count_from_the_epoch_in_which_the_last_zeros_come(classifier):
+    pruning = MagnitudePruning(0.7)
+    pruning.start(classifier, None, steps=10, epochs=4)
+    assert pruning.first_epoch == 2
+    pruning.start(classifier, None, steps=10, epochs=1)
+    assert pruning.first_epoch == 0
+    pruning = MagnitudePruning(0.7, schedule="constant")
+    pruning.start(classifier, None, steps=10, epochs=4)
+    assert pruning.first_epoch == 0
+
+
+@pytest.mark.parametrize("frequency", [6, 1000])
+def test_a_schedule_that_would_do_nothing_is_refused(classifier, frequency):
+    with pytest.raises(RecipeError, match=rf"`frequency` must be at most 5 in a training of 10 steps.*frequency={frequency}"):
+        MagnitudePruning(0.7, frequency=frequency).start(classifier, None, steps=10, epochs=1)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"target": 0}, "`sparsity` must be over 0 and under 1.*sparsity=0"),
+        ({"target": 1.0}, "`sparsity` must be over 0 and under 1.*sparsity=1.0"),
+        ({"target": -0.1}, "sparsity=-0.1"),
+        ({"target": float("nan")}, "sparsity=nan"),
+        ({"target": 0.7, "pattern": "2:4"}, "`sparsity` must be 0.5 with the pattern 2:4.*sparsity=0.7"),
+        ({"pattern": "3:4"}, "`pattern` must be one of unstructured, 2:4, 4x1.*3:4"),
+        ({"schedule": "cubic"}, "`schedule` must be one of polynomial, constant.*cubic"),
+        ({"frequency": 0}, "`frequency` must be at least 1.*frequency=0"),
+    ],
+)
+def test_an_argument_out_of_its_range_is_refused(arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        MagnitudePruning(**arguments)
+
+
+def test_a_convolution_has_no_blocks(classifier):
+    with pytest.raises(RecipeError, match=r"`layers` must name Dense layers with the pattern 4x1.*stage1_embed/proj"):
+        MagnitudePruning(0.5, pattern="4x1", layers=["stage1"]).start(classifier, None, 10, 1)
+
+
+@pytest.mark.parametrize("before, message", [("cluster", "Prune first, then cluster"), ("qat", "Prune first, then train for it")])
+def test_what_it_can_not_come_after_is_refused(before, message):
+    with pytest.raises(RecipeError, match=message):
+        MagnitudePruning().require(SMOKE, before)
+
+
+def test_a_moving_average_is_refused():
+    with pytest.raises(RecipeError, match=r"`ema` must be 0.*ema=0.9"):
+        MagnitudePruning().require(dataclasses.replace(SMOKE, ema=0.9), None)
+    MagnitudePruning().require(SMOKE, None)
+
+
+@pytest.mark.parametrize("pattern, target", [("unstructured", 0.7), ("2:4", 0.5), ("4x1", 0.5)])
+def test_a_network_that_is_not_as_it_was_to_be_is_told(classifier, pattern, target):
+    pruning = MagnitudePruning(target, pattern)
+    with pytest.raises(RunError, match=rf"stage0_block0/attention/proj_q has 0.00% zeros in place of {target:.0%}"):
+        pruning.check(classifier)
+    if pattern != "unstructured":
+        for kernel in kernels(classifier).values():  # enough zeros, but not where they should be
+            values = np.asarray(kernel).copy()
+            values[..., : values.shape[-2] // 2 + 1, :] = 0
+            kernel.assign(values)
+        if pattern == "2:4":
+            with pytest.raises(RunError, match="2:4"):
+                pruning.check(classifier)
+
+
+def test_masks_and_step_are_kept_for_a_resume(classifier):
+    pruning = MagnitudePruning(0.5)
+    _train(pruning, classifier, steps=20)
+    step, *masks = pruning.variables
+    assert int(step) == 21
+    for mask, kernel in zip(masks, kernels(classifier).values(), strict=True):
+        np.testing.assert_array_equal(mask.numpy() == 0, np.asarray(kernel) == 0)
+
+
+def test_it_prunes_in_mixed_precision_too():
+    classifier = build_classifier("cvt_tiny", 10, (32, 32, 3), dtype="mixed_bfloat16")
+    pruning = MagnitudePruning(0.7, schedule="constant")
+    pruning.start(classifier, None, 2, 1)
+    classifier.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+    images, labels = np.zeros((4, 32, 32, 3), "float32"), np.eye(10, dtype="float32")[:4]
+    classifier.fit(images, labels, batch_size=2, callbacks=[pruning], verbose=0)
+    assert sparsity(kernels(classifier).values()) == pytest.approx(0.7, abs=2e-3)

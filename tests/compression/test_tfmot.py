@@ -1,0 +1,56 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cvt_keras.compression import tfmot
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _run(code):
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_keras_stays_keras_3_here_and_in_what_is_started():
+    _run(
+        "import os, subprocess, sys\n"
+        "from cvt_keras.compression import tfmot\n"
+        "tfmot.load()\n"
+        "import keras, tensorflow as tf\n"
+        "assert keras.__version__.startswith('3.')\n"
+        "assert tf.keras.__version__.startswith('3.')\n"
+        "assert tf.keras.layers.Dense is keras.layers.Dense\n"
+        "assert 'TF_USE_LEGACY_KERAS' not in os.environ"
+    )
+
+
+def test_a_setting_of_the_users_stays(monkeypatch):
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "0")
+    tfmot.load()
+    assert os.environ["TF_USE_LEGACY_KERAS"] == "0"
+
+
+def test_it_is_imported_in_one_place():
+    sources = [path for folder in ("cvt_keras", "export", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    naming = [path for path in [*sources, ROOT / "train.py"] if "tensorflow_model_optimization" in path.read_text()]
+    assert naming == [ROOT / "cvt_keras" / "compression" / "tfmot.py"]
+
+
+def test_it_is_imported_when_it_is_needed():
+    _run(
+        "import sys, cvt_keras.compression.__main__, export.__main__\n"
+        "assert not [name for name in sys.modules if name.startswith('tensorflow_model_optimization')]"
+    )
+
+
+def test_it_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("tensorflow_model_optimization")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorflow_model_optimization", None)
+    with pytest.raises(ImportError, match=r"pip install tensorflow-model-optimization==0\.8\.1"):
+        tfmot.load()
+    requirements = (ROOT / "requirements.txt").read_text()
+    assert "tensorflow-model-optimization==0.8.1" in requirements
