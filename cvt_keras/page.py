@@ -86,7 +86,7 @@ def _compression(report):
         steps.insert(0, f"{said[settings['method']]}{f' ({details})' if details else ''}")
         settings = settings.get("after")
     found = report["compression"]
-    return f"<p>{escape(', then '.join(steps)).capitalize()}: {found['sparsity']:.1%} of these weights are zeros.</p>"
+    return f"<p>{escape(', then '.join(steps).capitalize())}: {found['sparsity']:.1%} of these weights are zeros.</p>"
 
 
 def _tiles(report):

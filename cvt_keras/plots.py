@@ -7,7 +7,7 @@ from cvt_keras import evaluation, runs
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 except ImportError as error:
     raise ImportError(f"A run's plots need matplotlib: pip install matplotlib ({error})") from error
 
@@ -42,9 +42,14 @@ def draw(run_dir, history, images=None, logits=None, labels=None, class_names=No
         figures[MOST_WRONG] = most_wrong(images, logits, labels, class_names)
     (run_dir / runs.PLOTS).mkdir(exist_ok=True)
     for name, figure in figures.items():
-        with runs.whole(run_dir / runs.PLOTS / name) as aside:
-            FigureCanvasAgg(figure)
-            figure.savefig(aside, format="png", dpi=144)
+        save(figure, run_dir / runs.PLOTS / name)
+
+
+def save(figure, path):
+    """Writes a `Figure` as .png, whole or not at all."""
+    with runs.whole(path) as aside:
+        FigureCanvasAgg(figure)
+        figure.savefig(aside, format="png", dpi=144)
 
 
 def curves(history, first_epoch=0):
@@ -156,6 +161,69 @@ def most_wrong(images, logits, labels, class_names, n=24):
                 parse_math=False,  # a folder's class may hold a dollar sign
             )
     return figure
+
+
+def trade(files):
+    """Accuracy against the bytes that are sent -> `Figure`: a point for each file, a line along those that none beats in both.
+
+    Args:
+        files: dicts of `run`, `file` (its kind), `top1` and `gzip` (bytes).
+    """
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
+    front = sorted(pareto(files), key=lambda file: file["gzip"])
+    axes.plot(
+        [file["gzip"] / 1e6 for file in front],
+        [file["top1"] for file in front],
+        drawstyle="steps-post",
+        color=GREY,
+        linewidth=1,
+        label="no file is both smaller and better",
+    )
+    for kind, marker, colour in zip(
+        sorted({file["file"] for file in files}), "osD^", (TRAINING, VALIDATION, "#009E73", "#CC79A7")
+    ):
+        of_kind = [file for file in files if file["file"] == kind]
+        axes.plot(
+            [file["gzip"] / 1e6 for file in of_kind],
+            [file["top1"] for file in of_kind],
+            marker,
+            color=colour,
+            markersize=6,
+            label=kind.replace("_", " "),
+        )
+    for i, file in enumerate(sorted(files, key=lambda file: file["top1"])):
+        axes.annotate(
+            file["run"],
+            (file["gzip"] / 1e6, file["top1"]),
+            xytext=(6, 5 if i % 2 else -9),  # neighbours by turns above and below
+            textcoords="offset points",
+            fontsize=7,
+            color=GREY,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(ScalarFormatter())
+    axes.set_xlabel("MB, as gzip sends them")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axes.set_title("Top-1 on the test images", loc="left")
+    axes.legend(frameon=False, loc="lower right", fontsize="small")
+    _plain(axes)
+    return figure
+
+
+def pareto(files):
+    """Those of which no other is as good and smaller, or as small and better."""
+    return [
+        file
+        for file in files
+        if not any(
+            other["top1"] >= file["top1"]
+            and other["gzip"] <= file["gzip"]
+            and (other["top1"], other["gzip"]) != (file["top1"], file["gzip"])
+            for other in files
+        )
+    ]
 
 
 def _shortened(name):

@@ -26,10 +26,12 @@ ALLOWED = {
     "configs": {"model", "runs", "state_dicts", "variants"},
     "pretrained": {"configs", "model", "runs", "state_dicts", "variants"},
     "data": set(),
+    # Its layers, which `cvt_keras` itself registers, know the network alone.
+    "compression": {"data", "layers", "model", "pretrained", "runs", "signals", "training", "variants"},
     "training": {"data", "environment", "evaluation", "model", "page", "plots", "pretrained", "runs", "signals", "variants"},
 }
 # Keras and NumPy alone, so that they run on every backend.
-PORTABLE = ["layers", "model", "configs", "pretrained", "training/optimizers"]
+PORTABLE = ["layers", "model", "configs", "pretrained", "training/optimizers", "compression/layers"]
 
 
 def _imports(path):

@@ -107,3 +107,15 @@ def test_exports_are_on_the_page_once_there_are_some(run_dir):
     text = _written(run_dir).text
     for part in ("Exports", "int8", "1.40", "98.00%", "0.031", "2.5", "LiteRT 2", "passed", "FAILED: top1_drop"):
         assert part in text, part
+
+
+def test_a_compressed_run_says_how(run_dir):
+    page.write(run_dir)
+    assert "zeros" not in _Page((run_dir / runs.PAGE).read_text()).text
+    pruned = {"method": "prune", "sparsity": 0.7, "pattern": "2:4", "layers": []}
+    settings = {"method": "cluster", "clusters": 16, "keep_zeros": True, "layers": ["<b>"], "after": pruned}
+    report = {**REPORT, "recipe": {**REPORT["recipe"], "compression": settings}, "compression": {"sparsity": 0.705}}
+    runs.write_json(run_dir / runs.REPORT, report)
+    page.write(run_dir)
+    said = 'Pruned (sparsity 0.7, pattern "2:4"), then clustered (clusters 16, keep zeros true, layers ["<b>"])'
+    assert f"{said}: 70.5% of these weights are zeros." in _Page((run_dir / runs.PAGE).read_text()).text

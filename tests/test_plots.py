@@ -58,6 +58,40 @@ def test_curves_count_epochs_from_one_and_mark_the_best():
     assert rate.lines[0].get_ydata().tolist() == [1e-3] * 3
 
 
+def test_an_epoch_that_could_not_be_kept_is_not_marked():
+    accuracy, loss, _ = plots.curves(HISTORY, first_epoch=2).axes
+    assert list(accuracy.lines[2].get_xdata()) == list(loss.lines[2].get_xdata()) == [3]
+
+
+FILES = [
+    {"run": "ten", "file": "float32", "top1": 0.84, "gzip": 4_000_000},
+    {"run": "ten", "file": "int8", "top1": 0.84, "gzip": 1_000_000},
+    {"run": "pruned", "file": "int8", "top1": 0.83, "gzip": 500_000},
+    {"run": "clustered", "file": "int8", "top1": 0.82, "gzip": 600_000},
+]
+
+
+def test_the_front_is_of_files_that_none_beats():
+    assert plots.pareto(FILES) == FILES[1:3]
+    assert plots.pareto([FILES[0], dict(FILES[0])]) == [FILES[0]] * 2
+
+
+def test_the_trade_shows_each_file_and_the_front():
+    [axes] = plots.trade(FILES).axes
+    front, floats, integers = axes.lines
+    assert (list(front.get_xdata()), list(front.get_ydata())) == ([0.5, 1.0], [0.83, 0.84])
+    assert list(floats.get_xdata()) == [4.0]
+    assert list(integers.get_ydata()) == [0.84, 0.83, 0.82]
+    assert sorted(_texts(axes)) == ["clustered", "pruned", "ten", "ten"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()][1:] == ["float32", "int8"]
+
+
+def test_a_picture_is_saved_whole(tmp_path):
+    plots.save(plots.trade(FILES), tmp_path / "trade.png")
+    assert np.asarray(Image.open(tmp_path / "trade.png")).std() > 1
+    assert [path.name for path in tmp_path.iterdir()] == ["trade.png"]
+
+
 def test_confusion_shows_counts_and_shares():
     counts = np.array([[3, 1], [0, 0]])
     axes = plots.confusion(counts, ("a", "b")).axes[0]

@@ -17,6 +17,7 @@ LEVELS = 255  # steps between the least and the largest of 8 bits
 # What TFLite's integer softmax and sigmoid give, whatever comes in.
 PROBABILITIES = (0.0, LEVELS / 256)
 PIXELS = (0.0, 255.0)
+INITIAL_LIMIT = 6.0  # where tfmot's quantizers start too
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
@@ -50,8 +51,9 @@ class FakeQuantize(layers.Layer):
             self.minimum, self.maximum = self.limits
             return
         shape = () if self.axis is None else (input_shape[self.axis],)
-        self.minimum = self.add_weight(shape=shape, initializer="zeros", trainable=False, name="minimum")
-        self.maximum = self.add_weight(shape=shape, initializer="zeros", trainable=False, name="maximum")
+        for name, limit in (("minimum", -INITIAL_LIMIT), ("maximum", INITIAL_LIMIT)):
+            initializer = keras.initializers.Constant(limit)
+            setattr(self, name, self.add_weight(shape=shape, initializer=initializer, trainable=False, name=name))
 
     def call(self, x, training=False):
         if training and self.observer is not None:

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, quantize, quantized_cvt_of
+from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, quantize
 from cvt_keras.training.callbacks import Compression
 from cvt_keras.training.recipes import RecipeError
 
@@ -60,6 +60,8 @@ class QuantizationAwareTraining(Compression):
         last = kinds.LastValueQuantizer(num_bits=8, per_axis=True, symmetric=True, narrow_range=True)
         for layer in self._rounding:
             layer.observer = _observer(every) if layer.axis is None else _observer(last, layer.axis)
+            for limit in (layer.minimum, layer.maximum):
+                limit.assign(np.zeros(limit.shape))  # which `every` only widens
 
         @tf.function(autograph=False)
         def observe(images):
@@ -106,9 +108,7 @@ class QuantizationAwareTraining(Compression):
 
     def check(self, classifier):
         limits = {
-            path: [float(np.min(layer.minimum)), float(np.max(layer.maximum))]
-            for path, layer in _roundings(classifier).items()
-            if layer.limits is None
+            path: [float(np.min(layer.minimum)), float(np.max(layer.maximum))] for path, layer in _roundings(classifier).items()
         }
         if broken := [
             path for path, (least, most) in limits.items() if not (np.isfinite([least, most]).all() and least < most)
@@ -123,9 +123,9 @@ class QuantizationAwareTraining(Compression):
 
 
 def _roundings(classifier):
-    """Path in the network -> `FakeQuantize`."""
-    layers = [layer for layer in classifier._flatten_layers() if isinstance(layer, FakeQuantize)]
-    return {layer.path.partition(f"{quantized_cvt_of(classifier).name}/")[2] or layer.name: layer for layer in layers}
+    """Path in the network -> `FakeQuantize` whose limits training finds."""
+    layers = [layer for layer in classifier._flatten_layers() if isinstance(layer, FakeQuantize) and layer.limits is None]
+    return {layer.minimum.path.removesuffix("/minimum"): layer for layer in layers}
 
 
 def _observer(quantizer, axis=None):

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def trained(cifar10_dir, tmp_path_factory):
-    """The folder of a short run on the made images: of a network with every layer that there is, from its stem to a cls token."""
+    """The folder of a short run on the made images: of a network with every layer, from a stem to a cls token."""
     from cvt_keras import Stage, Variant
     from cvt_keras.training import RECIPES, run
 
@@ -17,7 +17,7 @@ def trained(cifar10_dir, tmp_path_factory):
     )
     recipe = dataclasses.replace(
         RECIPES["smoke"], variant=variant, dataset="cifar10", data_dir=str(cifar10_dir), epochs=4, flip=False,
-        train_limit=1024, peak_learning_rate=5e-3,
+        train_limit=1024, peak_learning_rate=1e-2,
     )  # fmt: skip
     run(recipe, run_dir)
     return run_dir

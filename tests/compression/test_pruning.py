@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import keras
 import numpy as np
@@ -34,7 +35,7 @@ def classifier():
 def test_the_share_of_zeros_rises_over_the_first_half_and_stays(classifier, target):
     reached = _train(MagnitudePruning(target), classifier, steps=20, epochs=4)
     assert reached[0] == 0
-    assert all(after >= before for before, after in zip(reached, reached[1:]))
+    assert all(after >= before for before, after in itertools.pairwise(reached))
     assert 0.5 * target < reached[15] < target  # a polynomial: most of it comes early
     np.testing.assert_allclose(reached[40:], target, atol=2e-3)
 
@@ -136,7 +137,9 @@ def test_a_convolution_has_no_blocks(classifier):
         MagnitudePruning(0.5, pattern="4x1", layers=["stage1"]).start(classifier, None, 10, 1)
 
 
-@pytest.mark.parametrize("before, message", [("cluster", "Prune first, then cluster"), ("qat", "Prune first, then train for it")])
+@pytest.mark.parametrize(
+    "before, message", [("cluster", "Prune first, then cluster"), ("qat", "Prune first, then train for it")]
+)
 def test_what_it_can_not_come_after_is_refused(before, message):
     with pytest.raises(RecipeError, match=message):
         MagnitudePruning().require(SMOKE, before)

@@ -10,7 +10,7 @@ import pytest
 
 from cvt_keras import build_classifier, runs
 from cvt_keras.runs import RunError
-from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch
+from cvt_keras.training.callbacks import BestWeights, Checkpoints, Compression, HaltOnNaN, StopAfterStep, Stopwatch
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import SMOKE, RecipeError
 
@@ -181,3 +181,23 @@ def test_a_broken_checkpoint_is_named(checkpoint, tmp_path, name, sabotage):
     with pytest.raises(RunError, match=r"epoch-0001 is broken .*: remove it to train from the first epoch on$") as error:
         _restore(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_weights_before_the_first_epoch_that_counts_are_not_kept():
+    classifier = build_classifier("cvt_tiny", 10, (16, 16, 3))
+    best = BestWeights(first_epoch=1)
+    best.set_model(classifier)
+    for epoch, accuracy in enumerate((0.9, 0.5)):
+        best.on_epoch_begin(epoch)
+        best.on_test_end({"accuracy": accuracy})
+        assert (best.weights is None) == (epoch == 0)
+    assert best.score == 0.5
+
+
+def test_a_compression_of_no_kind_changes_nothing():
+    classifier = build_classifier("cvt_tiny", 10, (16, 16, 3))
+    nothing = Compression()
+    nothing.require(SMOKE, None)
+    nothing.start(classifier, None, 1, 1)
+    assert nothing.wrap(classifier) is classifier
+    assert (nothing.settings, nothing.variables, nothing.first_epoch, nothing.check(classifier)) == (None, (), 0, None)

@@ -1,0 +1,125 @@
+"""What compression gains and costs: python benchmarks/compression.py RUN RUN...
+
+A table of the .tflite files of runs that are exported, the first of them not compressed: accuracy from their reports, the bytes
+as they are and as gzip sends them, and the milliseconds of one image by LiteRT on one thread, all files turn by turn, so that a
+noisy machine treats them alike. And a picture of accuracy against bytes.
+"""
+
+import dataclasses
+import gzip
+import importlib.metadata
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from ai_edge_litert.interpreter import Interpreter
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cvt_keras import environment, plots, runs
+
+WARM_UP = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Accuracy, bytes and milliseconds of the .tflite files of runs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
+    """Run folders, exported; the first is what the others are compared with."""
+    plot: Path | None = None
+    """Where to draw accuracy against bytes, as a .png."""
+    times: int = 100
+    """Runs of each file in a turn."""
+    turns: int = 5
+    """Turns."""
+
+
+def files(run_dirs):
+    """A dict for each .tflite file of runs that has passed its check.
+
+    Raises:
+        RunError: for a run that is not exported.
+    """
+    found = []
+    for run_dir in run_dirs:
+        path = run_dir / runs.EXPORT / runs.REPORT
+        if not path.exists():
+            raise runs.RunError(f"{run_dir} is not exported: python -m export {run_dir}")
+        for artifact in runs.read_json(path)["artifacts"]:
+            file = run_dir / artifact["path"]
+            if artifact["path"].endswith(".tflite") and artifact["passed"]:
+                data = file.read_bytes()
+                found.append(
+                    {
+                        "run": run_dir.name,
+                        "file": artifact["name"],
+                        "path": file,
+                        "top1": artifact["top1"],
+                        "images": artifact["images"],
+                        "bytes": len(data),
+                        "gzip": len(gzip.compress(data, 9)),
+                    }
+                )
+    return found
+
+
+def time_files(rows, times, turns):
+    """Adds `milliseconds` to each, the median of all its turns."""
+    seconds = {id(row): [] for row in rows}
+    for _ in range(turns):
+        for row in rows:
+            interpreter = Interpreter(str(row["path"]), num_threads=1)
+            interpreter.allocate_tensors()
+            [taken] = interpreter.get_input_details()
+            pixels = np.random.default_rng(0).integers(0, 256, taken["shape"], dtype="uint8")
+            interpreter.set_tensor(taken["index"], pixels)
+            for i in range(WARM_UP + times):
+                started = time.perf_counter()
+                interpreter.invoke()
+                if i >= WARM_UP:
+                    seconds[id(row)].append(time.perf_counter() - started)
+    for row in rows:
+        row["milliseconds"] = 1000 * statistics.median(seconds[id(row)])
+
+
+def table(rows):
+    """Markdown, with what each has against the first file."""
+    first = rows[0]
+    lines = [
+        "| run | file | top-1 | points | MB | gzip MB | of its gzip | ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['run']} | `{row['file']}` | {row['top1']:.2%} | {100 * (row['top1'] - first['top1']):+.2f} "
+            f"| {row['bytes'] / 1e6:.2f} | {row['gzip'] / 1e6:.2f} | {row['gzip'] / first['gzip']:.1%} "
+            f"| {row['milliseconds']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv):
+    arguments = tyro.cli(Arguments, prog="python benchmarks/compression.py", args=argv)
+    try:
+        rows = files(arguments.runs)
+    except runs.RunError as error:
+        sys.exit(f"compression: {error}")
+    if not rows:
+        sys.exit("compression: no .tflite file passed its check in these runs")
+    time_files(rows, arguments.times, arguments.turns)
+    print(f"{environment.cpu()}, one thread, LiteRT {importlib.metadata.version('ai-edge-litert')}, ", end="")
+    print(f"median of {arguments.turns} turns of {arguments.times}; top-1 on {rows[0]['images']:,} images\n")
+    print(table(rows))
+    if arguments.plot:
+        plots.save(plots.trade(rows), arguments.plot)
+        print(f"\n{arguments.plot}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

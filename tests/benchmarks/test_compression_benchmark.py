@@ -1,0 +1,66 @@
+import gzip
+
+import numpy as np
+import pytest
+
+from benchmarks import compression
+from cvt_keras import build_classifier, runs
+from export import tflite
+
+
+@pytest.fixture(scope="module")
+def run_dirs(tmp_path_factory):
+    """Two runs with exported files, and a row that failed its check."""
+    classifier = build_classifier("cvt_tiny", 2, (32, 32, 3))
+    found = []
+    for name, top1 in (("ten", 0.84), ("pruned", 0.835)):
+        run_dir = tmp_path_factory.mktemp("runs") / name
+        (run_dir / "export" / "tflite").mkdir(parents=True)
+        rows = []
+        for kind in ("float32", "dynamic_int8"):
+            path = f"export/tflite/{kind}.tflite"
+            (run_dir / path).write_bytes(tflite.convert(classifier, ["a", "b"], kind))
+            rows.append({"name": kind, "path": path, "top1": top1, "images": 100, "passed": True})
+        rows.append({"name": "int8", "path": "export/tflite/int8.tflite", "top1": 0.1, "images": 100, "passed": False})
+        rows.append({"name": "saved_model", "path": "export/saved_model/1", "top1": top1, "images": 100, "passed": True})
+        runs.write_json(run_dir / "export" / "report.json", {"artifacts": rows})
+        found.append(run_dir)
+    return found
+
+
+def test_it_measures_the_files_that_passed(run_dirs):
+    rows = compression.files(run_dirs)
+    assert [(row["run"], row["file"], row["top1"]) for row in rows] == [
+        ("ten", "float32", 0.84),
+        ("ten", "dynamic_int8", 0.84),
+        ("pruned", "float32", 0.835),
+        ("pruned", "dynamic_int8", 0.835),
+    ]
+    for row in rows:
+        assert row["bytes"] == row["path"].stat().st_size > row["gzip"] == len(gzip.compress(row["path"].read_bytes(), 9))
+
+
+def test_it_prints_a_row_for_each_and_draws(run_dirs, tmp_path, capsys):
+    compression.main([*map(str, run_dirs), "--times", "2", "--turns", "2", "--plot", str(tmp_path / "trade.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert "LiteRT" in lines[0] and "median of 2 turns of 2; top-1 on 100 images" in lines[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
+    assert rows[0][:4] == ["ten", "`float32`", "84.00%", "+0.00"]
+    assert rows[3][:4] == ["pruned", "`dynamic_int8`", "83.50%", "-0.50"]
+    assert rows[0][6] == "100.0%" and float(rows[1][6].rstrip("%")) < 100
+    assert all(float(row[7]) > 0 for row in rows)
+    assert (tmp_path / "trade.png").exists()
+
+
+def test_a_run_that_is_not_exported_is_told(tmp_path):
+    with pytest.raises(SystemExit, match=r"is not exported: python -m export"):
+        compression.main([str(tmp_path)])
+
+
+def test_times_are_of_all_turns(run_dirs, monkeypatch):
+    rows = compression.files(run_dirs)[:1]
+    clock = iter(np.cumsum(np.repeat([0, 0.001, 0, 0.002, 0, 0.004], 1)).tolist())
+    monkeypatch.setattr(compression, "WARM_UP", 0)
+    monkeypatch.setattr(compression.time, "perf_counter", lambda: next(clock))
+    compression.time_files(rows, times=1, turns=3)
+    assert rows[0]["milliseconds"] == pytest.approx(2)

@@ -1,0 +1,304 @@
+"""The command line on real files: what it writes, what it refuses, and how it goes on."""
+
+import collections
+import dataclasses
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from tensorflow.lite.python import schema_py_generated as schema
+
+from cvt_keras import runs
+from cvt_keras.compression.__main__ import main
+from cvt_keras.compression.kernels import kernels, sparsity
+from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, float_form, quantized_cvt_of
+from cvt_keras.training import Recipe, RecipeError, callbacks, run
+
+
+def _classifier(run_dir):
+    return keras.saving.load_model(run_dir / "model.keras", compile=False)
+
+
+def _report(run_dir):
+    return json.loads((run_dir / "report.json").read_text())
+
+
+def _constants(file):
+    """The arrays in a TFLite file, and the quantisation of each: `[(values, scales)]`."""
+    model = schema.ModelT.InitFromPackedBuf(file.read_bytes(), 0)
+    interpreter = Interpreter(str(file), experimental_op_resolver_type=OpResolverType.BUILTIN_REF)
+    interpreter.allocate_tensors()
+    details = {tensor["index"]: tensor for tensor in interpreter.get_tensor_details()}
+    found = []
+    for index, tensor in enumerate(model.subgraphs[0].tensors):
+        data = model.buffers[tensor.buffer].data
+        if data is not None and len(data):
+            found.append((interpreter.get_tensor(index), details[index]["quantization_parameters"]["scales"]))
+    return found
+
+
+# === What is written ===
+
+
+def test_a_pruned_run_is_a_run_with_its_compression_told(compressed):
+    run_dir = compressed("prune")
+    settings = json.loads((run_dir / "recipe.json").read_text())["compression"]
+    assert settings == {
+        "method": "prune",
+        "sparsity": 0.7,
+        "pattern": "unstructured",
+        "schedule": "polynomial",
+        "frequency": None,
+        "layers": [],
+    }
+    report = _report(run_dir)
+    assert report["recipe"]["compression"] == settings
+    assert report["compression"]["sparsity"] == pytest.approx(0.7, abs=2e-3)
+    assert set(report["compression"]["layers"]) == set(kernels(_classifier(run_dir)))
+    page = (run_dir / "report.html").read_text()
+    assert "Pruned (sparsity 0.7, pattern &quot;unstructured&quot;, schedule &quot;polynomial&quot;): 70.0% of these" in page
+
+
+def test_the_zeros_are_in_the_files(compressed, exported):
+    run_dir = compressed("prune")
+    chosen = kernels(_classifier(run_dir))
+    zeros = sum(int((np.asarray(kernel) == 0).sum()) for kernel in chosen.values())
+    assert sparsity(chosen.values()) == pytest.approx(0.7, abs=2e-3)
+    for name in ("float32", "dynamic_int8", "int8"):
+        found = [values for values, _ in _constants(exported("prune") / f"{name}.tflite")]
+        assert sum(int((values == 0).sum()) for values in found if values.dtype in (np.float32, np.int8)) >= zeros, name
+
+
+def test_the_few_values_are_in_the_files(compressed, exported):
+    run_dir = compressed("cluster")
+    chosen = [np.asarray(kernel) for kernel in kernels(_classifier(run_dir)).values()]
+    assert {len(np.unique(kernel)) for kernel in chosen} == {8}
+    # By size: the converter moves a scale or a sign into some of them.
+    found = [values.size for values, _ in _constants(exported("cluster") / "float32.tflite") if len(np.unique(values)) == 8]
+    assert not collections.Counter(kernel.size for kernel in chosen) - collections.Counter(found)
+    assert set(_report(run_dir)["compression"]["values"].values()) == {8}
+
+
+def test_a_clustered_run_keeps_the_zeros_that_it_was_pruned_to(compressed):
+    before, after = kernels(_classifier(compressed("prune"))), kernels(_classifier(compressed("prune-cluster")))
+    for path, kernel in after.items():
+        assert (np.asarray(kernel)[np.asarray(before[path]) == 0] == 0).all()
+        assert len(np.unique(np.asarray(kernel))) == 8
+    settings = json.loads((compressed("prune-cluster") / "recipe.json").read_text())["compression"]
+    assert settings["after"]["method"] == "prune"
+    assert "Pruned (" in (page := (compressed("prune-cluster") / "report.html").read_text()) and "then clustered" in page
+
+
+def test_a_quantised_run_reloads_to_the_same_answers(compressed):
+    run_dir = compressed("qat")
+    classifier = _classifier(run_dir)
+    assert quantized_cvt_of(classifier).preprocessing["class_names"] == _report(run_dir)["class_names"]
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype("float32")
+    again = _classifier(run_dir)
+    np.testing.assert_array_equal(classifier(images), again(images))
+    assert not np.array_equal(classifier(images), float_form(classifier)(images))
+
+
+@pytest.mark.parametrize("name", ["qat", "prune-qat"])
+def test_every_convolution_of_the_integer_file_is_int8_by_channel(exported, name):
+    interpreter = Interpreter(str(exported(name) / "int8.tflite"), experimental_op_resolver_type=OpResolverType.BUILTIN_REF)
+    interpreter.allocate_tensors()
+    tensors = {tensor["index"]: tensor for tensor in interpreter.get_tensor_details()}
+    operations = interpreter._get_ops_details()
+    convolutions = [op for op in operations if op["op_name"] in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")]
+    # Two blocks with three depthwise and six Dense each, of which the second's projections take the cls token by itself,
+    # with normalisation, stem, two embeddings and the head.
+    assert len(convolutions) >= 2 * 9 + 5
+    for operation in convolutions:
+        image, kernel = (tensors[index] for index in operation["inputs"][:2])
+        axis = 3 if operation["op_name"] == "DEPTHWISE_CONV_2D" else 0
+        assert (image["dtype"], kernel["dtype"]) == (np.int8, np.int8)
+        assert len(kernel["quantization_parameters"]["scales"]) == kernel["shape"][axis] > 1
+    assert not [tensor["name"] for tensor in tensors.values() if tensor["dtype"] in (np.float32, np.float16)]
+
+
+@pytest.mark.parametrize("name", ["qat", "prune-qat"])
+def test_the_files_ranges_are_those_that_training_found(compressed, exported, name):
+    file = exported(name) / "int8.tflite"
+    interpreter = Interpreter(str(file), experimental_op_resolver_type=OpResolverType.BUILTIN_REF)
+    interpreter.allocate_tensors()
+    in_file = np.array([tensor["quantization"] for tensor in interpreter.get_tensor_details()])
+    by_channel = [scales for _, scales in _constants(file) if len(scales) > 1]
+    compared = 0
+    for layer in _classifier(compressed(name))._flatten_layers():
+        if isinstance(layer, FakeQuantize) and layer.axis is None:
+            minimum, maximum = float(np.asarray(layer.minimum)), float(np.asarray(layer.maximum))
+            scale = (maximum - minimum) / 255
+            zero_point = round(-128 - minimum / scale)
+            near = np.isclose(in_file[:, 0], scale, rtol=1e-5) & (in_file[:, 1] == zero_point)
+            assert near.any(), (layer.path, scale, zero_point)
+            compared += 1
+        elif isinstance(layer, QuantizedConv):
+            expected = np.asarray(layer.kernel_quantizer.maximum) / 127
+            assert any(len(scales) == len(expected) and np.allclose(scales, expected, rtol=1e-5) for scales in by_channel)
+            compared += 1
+    assert compared > 80
+
+
+def test_zeros_of_a_pruned_run_are_in_its_integer_file(compressed, exported):
+    kept = [
+        layer.conv.kernel
+        for layer in _classifier(compressed("prune-qat"))._flatten_layers()
+        if isinstance(layer, QuantizedConv)
+    ]
+    zeros = sum(int((np.asarray(kernel) == 0).sum()) for kernel in kept)
+    before = sum(int((np.asarray(kernel) == 0).sum()) for kernel in kernels(_classifier(compressed("prune"))).values())
+    assert zeros >= before
+    found = [values for values, _ in _constants(exported("prune-qat") / "int8.tflite") if values.dtype == np.int8]
+    assert sum(int((values == 0).sum()) for values in found) >= zeros
+    assert _report(compressed("prune-qat"))["compression"]["sparsity"] == pytest.approx(
+        zeros / sum(int(np.prod(kernel.shape)) for kernel in kept)
+    )
+
+
+def test_float_files_of_a_quantised_run_have_no_rounding(compressed, exported):
+    folder = exported("qat")
+    report = json.loads((folder.parent / "report.json").read_text())
+    rows = {row["name"]: row for row in report["artifacts"]}
+    assert rows["float32"]["max_abs_diff"] < 1e-4  # beside the float form
+    names = [operation["op_name"] for operation in _operations(folder / "float32.tflite")]
+    assert not {"FAKE_QUANT", "QUANTIZE"} & set(names)
+    assert "FAKE_QUANT" not in [operation["op_name"] for operation in _operations(folder / "int8.tflite")]
+    assert rows["int8"]["agreement"] >= 0.95 and rows["int8"]["float_tensors"] == {}
+    assert report["calibration_images"] == 0
+
+
+def _operations(file):
+    interpreter = Interpreter(str(file), experimental_op_resolver_type=OpResolverType.BUILTIN_REF)
+    interpreter.allocate_tensors()
+    return interpreter._get_ops_details()
+
+
+# === What is refused ===
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["prune", "--sparsity", "1.5"], "`sparsity` must be over 0 and under 1: the share of zeros. Received: sparsity=1.5"),
+        (["prune", "--sparsity", "0"], "sparsity=0"),
+        (["prune", "--pattern", "2:4", "--sparsity", "0.7"], "`sparsity` must be 0.5 with the pattern 2:4"),
+        (["prune", "--frequency", "10000"], "nothing would be pruned. Received: frequency=10000"),
+        (["prune", "--layers", "stage7"], "`layers` must name layers with a kernel"),
+        (["cluster", "--layers", "stage7"], "`layers` must name layers with a kernel"),
+        (["cluster", "--clusters", "1"], "`clusters` must be at least 2"),
+        (["cluster", "--clusters", "5000"], "`clusters` must be at most 1152, the values that stage0_embed/proj has"),
+        (["qat", "--epochs", "0"], "`epochs` must be at least 1. Received: epochs=0"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, said, trained, tmp_path, capsys):
+    method, *flags = arguments
+    assert main([method, str(trained), "--run-dir", str(tmp_path / "new"), *flags]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compression: ")]
+    assert said in line
+    assert not (tmp_path / "new" / "model.keras").exists()
+
+
+@pytest.mark.parametrize(
+    "before, method, said",
+    [
+        ("prune", "prune", "`RUN` is compressed the same way already, by prune"),
+        ("cluster", "cluster", "`RUN` is compressed the same way already, by cluster"),
+        ("qat", "qat", "`RUN` is compressed the same way already, by qat"),
+        ("cluster", "prune", "a clustered run can't be pruned"),
+        ("qat", "prune", "a run trained for quantisation can't be pruned"),
+        ("qat", "cluster", "a run trained for quantisation can't be clustered"),
+        ("cluster", "qat", "a clustered run can't be trained for quantisation"),
+    ],
+)
+def test_what_can_not_come_after_another_is_refused(before, method, said, compressed, tmp_path, capsys):
+    assert main([method, str(compressed(before)), "--run-dir", str(tmp_path / "new")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert main(["prune", str(tmp_path), "--run-dir", str(tmp_path / "new")]) == 2
+    assert "`RUN` must be a run folder" in capsys.readouterr().err
+
+
+def test_a_run_without_a_model_is_refused(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "model.keras").unlink()
+    assert main(["qat", str(tmp_path / "run"), "--run-dir", str(tmp_path / "new")]) == 1
+    assert "has no model.keras yet: finish its training by --resume" in capsys.readouterr().err
+
+
+def test_a_run_is_never_overwritten(trained, compressed, capsys):
+    assert main(["prune", str(trained), "--run-dir", str(compressed("cluster"))]) == 2
+    assert "`run_dir` already holds a run" in capsys.readouterr().err
+
+
+def test_a_compressed_recipe_is_not_for_train_py(compressed, tmp_path):
+    recipe = Recipe.from_settings(runs.read_json(compressed("prune") / "recipe.json"))
+    with pytest.raises(RecipeError, match=r"`compression` is no training.*python -m cvt_keras\.compression"):
+        run(recipe, tmp_path / "run")
+
+
+def test_a_recipe_without_compression_does_not_speak_of_it(trained):
+    assert "compression" not in json.loads((trained / "recipe.json").read_text())
+    assert dataclasses.replace(Recipe(), compression={"method": "qat"}).settings()["compression"] == {"method": "qat"}
+
+
+# === How it trains ===
+
+
+def test_flags_reach_the_recipe(trained, compressed, tmp_path):
+    before, after = (json.loads((run_dir / "recipe.json").read_text()) for run_dir in (trained, compressed("prune")))
+    assert after["peak_learning_rate"] == before["peak_learning_rate"] / 4
+    assert (after["epochs"], after["train_limit"], after["test_limit"]) == (2, 256, 256)
+    assert after["weights"] == str(trained / "model.keras")
+    given = {"seed": 7, "epochs": 1, "train_limit": 64, "test_limit": 50, "peak_learning_rate": 0.003}
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags += ["--data-dir", before["data_dir"]]
+    pruning = ["--sparsity", "0.4", "--schedule", "constant", "--frequency", "1", "--layers", "stage1"]
+    assert main(["prune", str(trained), "--run-dir", str(tmp_path / "new"), *flags, *pruning]) == 0
+    stored = json.loads((tmp_path / "new" / "recipe.json").read_text())
+    assert {name: stored[name] for name in given} == given
+    assert stored["compression"] == {
+        "method": "prune",
+        "sparsity": 0.4,
+        "pattern": "unstructured",
+        "schedule": "constant",
+        "frequency": 1,
+        "layers": ["stage1"],
+    }
+    assert _report(tmp_path / "new")["test"]["images"] == 50
+
+
+@pytest.mark.parametrize("name", ["prune", "cluster", "qat"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, trained, compressed, tmp_path, monkeypatch, capsys):
+    flags = ["--clusters", "8"] if name == "cluster" else []
+    command = [name, str(trained), "--run-dir", str(tmp_path / "run"), "--train-limit", "256", *flags]
+
+    class Stopped(callbacks.Checkpoints):
+        def on_epoch_end(self, epoch, logs=None):
+            super().on_epoch_end(epoch, logs)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cvt_keras.training.loop.Checkpoints", Stopped)
+        assert main(command) == 130
+    assert f"To go on: python -m cvt_keras.compression {name} " in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model.keras").exists()
+    assert main([*command, "--resume"]) == 0
+    assert "going on after epoch 1 of 2" in capsys.readouterr().out
+    for value, expected in zip(_classifier(tmp_path / "run").get_weights(), _classifier(compressed(name)).get_weights()):
+        np.testing.assert_allclose(value, expected, atol=1e-4)
+    assert main([*command, "--resume", "--epochs", "3"]) == 2
+    assert "epochs was 2 and is 3" in capsys.readouterr().err
+
+
+def test_only_epochs_with_all_zeros_are_kept(compressed):
+    """The first epoch of two, half pruned, is often the better one."""
+    history = (compressed("prune") / "history.csv").read_text().splitlines()
+    assert len(history) == 3
+    assert _report(compressed("prune"))["compression"]["sparsity"] == pytest.approx(0.7, abs=2e-3)

@@ -1,0 +1,210 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from layer_battery import check_layer
+
+from cvt_keras import Stage, Variant, build_classifier
+from cvt_keras.compression import layers
+from cvt_keras.compression.layers import (
+    FakeQuantize,
+    QuantizedActivation,
+    QuantizedAttention,
+    QuantizedBlock,
+    QuantizedConcatenation,
+    QuantizedConv,
+    QuantizedLayerNorm,
+    QuantizedStem,
+    QuantizedTokenEmbedding,
+    float_form,
+    quantize,
+    quantized_cvt_of,
+)
+
+# Class, arguments, shapes in and out, trainable values, and values of limits: two of each activation, and of each channel.
+LAYERS = {
+    "activations": (FakeQuantize, {}, [(2, 4, 4, 3)], [(2, 4, 4, 3)], [], [1, 1]),
+    "kernels": (FakeQuantize, {"axis": 2}, [(3, 3, 4, 1)], [(3, 3, 4, 1)], [], [4, 4]),
+    "known": (FakeQuantize, {"limits": [0.0, 1.0]}, [(2, 5)], [(2, 5)], [], []),
+    "conv": (
+        QuantizedConv,
+        {"filters": 6, "kernel_size": 3, "stride": 2, "padding": 1},
+        [(2, 8, 8, 4)],
+        [(2, 4, 4, 6)],
+        [216, 6],
+        [6, 6, 1, 1],
+    ),
+    "conv in floats": (QuantizedConv, {"filters": 6, "quantized": False}, [(2, 8, 8, 4)], [(2, 8, 8, 6)], [24, 6], []),
+    "depthwise": (QuantizedConv, {"kernel_size": 3, "padding": 1}, [(2, 8, 8, 4)], [(2, 8, 8, 4)], [36, 4], [4, 4, 1, 1]),
+    "open conv": (QuantizedConv, {"filters": 2, "rounds_output": False}, [(2, 8, 8, 4)], [(2, 8, 8, 2)], [8, 2], [2, 2]),
+    "norm": (QuantizedLayerNorm, {}, [(2, 4, 4, 8)], [(2, 4, 4, 8)], [8, 8], [1] * 18),
+    "open norm": (QuantizedLayerNorm, {"rounds_output": False}, [(2, 4, 4, 8)], [(2, 4, 4, 8)], [8, 8], [1] * 16),
+    "gelu": (QuantizedActivation, {"activation": "gelu"}, [(2, 6)], [(2, 6)], [], [1, 1]),
+    "quick gelu": (QuantizedActivation, {"activation": "quick_gelu"}, [(2, 6)], [(2, 6)], [], [1] * 4),
+    "stem": (QuantizedStem, {"dim": 5}, [(2, 8, 8, 3)], [(2, 8, 8, 5)], [135, 5], [5, 5, 1, 1, 1, 1]),
+    "concatenation": (QuantizedConcatenation, {}, [(2, 1, 1, 3), (2, 4, 4, 3)], [(2, 17, 1, 3)], [], [1, 1]),
+    "embedding": (QuantizedTokenEmbedding, {"dim": 8}, [(2, 8, 8, 3)], [(2, 4, 4, 8)], [216, 8, 8, 8], [8, 8] + [1] * 20),
+    "embedding with cls token": (
+        QuantizedTokenEmbedding,
+        {"dim": 8, "cls_token": True},
+        [(2, 8, 8, 3)],
+        [(2, 17, 1, 8)],
+        [216, 8, 8, 8, 8],
+        [8, 8] + [1] * 18 + [1, 1],
+    ),
+    "attention": (
+        QuantizedAttention,
+        {"dim": 8, "heads": 2},
+        [(2, 4, 4, 8)],
+        [(2, 4, 4, 8)],
+        [72, 8] * 3 + [64, 8] * 4,
+        [8, 8, 1, 1] * 7 + [1] * 4,
+    ),
+    "attention with cls token": (
+        QuantizedAttention,
+        {"dim": 8, "heads": 2, "grid": [4, 4]},
+        [(2, 17, 1, 8)],
+        [(2, 17, 1, 8)],
+        [72, 8] * 3 + [64, 8] * 4,
+        [8, 8, 1, 1] * 4 + [8, 8] * 3 + [1] * 10,
+    ),
+    "linear attention": (
+        QuantizedAttention,
+        {"dim": 8, "heads": 2, "projection": "linear"},
+        [(2, 4, 4, 8)],
+        [(2, 4, 4, 8)],
+        [64, 8] * 4,
+        [8, 8, 1, 1] * 4 + [1] * 4,
+    ),
+    "block": (
+        QuantizedBlock,
+        {"dim": 8, "heads": 2, "mlp_dim": 16, "drop_path_rate": 0.1},
+        [(2, 4, 4, 8)],
+        [(2, 4, 4, 8)],
+        [8] * 4 + [72, 8] * 3 + [64, 8] * 4 + [128, 16, 128, 8],
+        [1] * 36 + [8, 8, 1, 1] * 7 + [1] * 4 + [16, 16, 1, 1, 8, 8, 1, 1] + [1] * 8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_battery(name, tmp_path):
+    cls, arguments, shapes, output_shapes, weights, limits = LAYERS[name]
+    check_layer(cls, arguments, shapes, output_shapes, sum(weights), sum(limits), "float32", tmp_path)
+
+
+def test_fake_quantisation_rounds_to_256_values_and_clips():
+    layer = FakeQuantize()
+    layer.build((None,))
+    layer.minimum.assign(-1.0)
+    layer.maximum.assign(3.0)
+    x = np.linspace(-2, 4, 10_001).astype("float32")
+    rounded = np.asarray(layer(x))
+    assert len(np.unique(rounded)) == 256
+    assert 0 in rounded
+    np.testing.assert_allclose(rounded, np.clip(x, rounded.min(), rounded.max()), atol=4 / 255 / 2 + 1e-6)
+    assert rounded.max() - rounded.min() == pytest.approx(4, abs=1e-5)
+
+
+def test_kernels_are_symmetric_and_each_channel_has_its_own_steps():
+    layer = FakeQuantize(axis=2)
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 1), scale=[[[1], [10], [100], [1000]]]).astype("float32")
+    layer.build(kernel.shape)
+    largest = np.abs(kernel).max(axis=(0, 1, 3))
+    layer.minimum.assign(-largest)
+    layer.maximum.assign(largest)
+    steps = np.asarray(layer(kernel)) / (largest[:, None] / 127)
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
+    np.testing.assert_allclose(np.abs(steps).max(axis=(0, 1, 3)), 127, rtol=1e-5)
+
+
+def test_the_gradient_goes_through_and_ends_at_the_limits():
+    layer = FakeQuantize(limits=(0.0, 1.0))
+    x = tf.constant([-1.0, 0.3, 0.6, 2.0])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = tf.reduce_sum(layer(x))
+    np.testing.assert_array_equal(tape.gradient(y, x), [0, 1, 1, 0])
+
+
+def test_an_observer_sees_what_is_trained_on_alone():
+    layer = FakeQuantize()
+    seen = []
+    layer.build((None,))
+    layer.observer = lambda x, minimum, maximum: seen.append((minimum, maximum)) or x
+    x = np.ones(3, "float32")
+    layer(x, training=False)
+    assert not seen
+    layer(x, training=True)
+    assert seen == [(layer.minimum, layer.maximum)]
+
+
+def _trained_classifier(variant, **kwargs):
+    """With statistics, norms and biases of no initial value."""
+    classifier = build_classifier(variant, 10, (32, 32, 3), mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.3], **kwargs)
+    random = np.random.default_rng(0)
+    for variable in classifier.weights:
+        if variable.name in ("gamma", "beta", "bias", "moving_mean", "moving_variance"):
+            variable.assign(np.asarray(variable) + random.uniform(0.1, 0.5, variable.shape))
+    return classifier
+
+
+VARIANTS = {
+    "cvt_cifar": "cvt_cifar",
+    "cvt_tiny": "cvt_tiny",  # with a cls token
+    "no bias, no projection": Variant(
+        (Stage(dim=8, depth=1, heads=1, qkv_bias=False), Stage(dim=8, depth=1, heads=2, projection="linear"))
+    ),
+    "cls token before the last stage": Variant(
+        (Stage(dim=8, depth=1, heads=1, cls_token=True), Stage(dim=8, depth=1, heads=1))
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_folded_network_is_the_same_function(variant):
+    classifier = _trained_classifier(VARIANTS[variant])
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype("float32")
+    folded = float_form(quantize(classifier))
+    np.testing.assert_allclose(folded(images), classifier(images), atol=1e-5)
+    assert not [layer for layer in folded._flatten_layers() if isinstance(layer, FakeQuantize)]
+    assert not [layer for layer in folded._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+
+
+def test_what_the_classifier_knows_comes_along():
+    classifier = _trained_classifier("cvt_tiny", class_names=[str(i) for i in range(10)])
+    for made in (quantize(classifier), float_form(quantize(classifier))):
+        assert made.get_layer("cvt") is quantized_cvt_of(made)
+        assert quantized_cvt_of(made).preprocessing == classifier.get_layer("cvt").preprocessing
+        assert quantized_cvt_of(made).variant == classifier.get_layer("cvt").variant
+    assert quantized_cvt_of(classifier) is None
+
+
+def test_the_normalisation_is_not_trained():
+    made = quantize(_trained_classifier("cvt_tiny"))
+    trained = {variable.path for variable in made.trainable_variables}
+    assert trained and not [path for path in trained if "normalization" in path]
+
+
+def test_it_is_float32_whatever_the_global_policy(tmp_path):
+    quantize(_trained_classifier("cvt_tiny")).save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        made = keras.saving.load_model(tmp_path / "model.keras")
+        policies = {
+            layer.compute_dtype for layer in quantized_cvt_of(made)._flatten_layers(include_self=False) if layer.weights
+        }
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert policies == {"float32"}
+
+
+def test_average_pooling_is_refused():
+    variant = Variant((Stage(dim=8, depth=1, heads=1, projection="avg"),))
+    with pytest.raises(ValueError, match=r"`projection` must be dw_bn or linear.*avg"):
+        quantize(build_classifier(variant, 2, (32, 32, 3)))
+
+
+def test_every_layer_is_in_the_battery():
+    own = {value for value in vars(layers).values() if isinstance(value, type) and value.__module__ == layers.__name__}
+    assert own - {layers.QuantizedCvT} == {row[0] for row in LAYERS.values()}
