@@ -2,6 +2,8 @@ import contextlib
 import os
 import pty
 import random
+import re
+import shutil
 import signal
 import socket
 import struct
@@ -254,6 +256,17 @@ def test_odd_names_of_files_keep_to_their_column_and_line(encoding, images, serv
     assert {len(row) for row in rows} == {3}
     accented = "caf\u00e9.png" if encoding == "utf-8" else r"caf\xe9.png"
     assert {row[0] for row in rows} == {f"{tmp_path}/{name}" for name in (r"a\tb\nc.png", accented, r"\udcff.png")}
+
+
+def test_the_files_that_the_docs_name_are_all_that_the_class_needs(tmp_path):
+    text = (ROOT / "docs" / "serving.md").read_text().partition("copy these")[2].partition("\n\n")[0]
+    for name in re.findall(r"`(export/\S+)`", text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    code = "from export.serving import client; print(client.__file__); client.Client(protocol='rest').close()"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/export/serving/client.py\n", done.stderr
 
 
 def test_a_process_imports_no_keras_nor_tensorflow(folder, server):
