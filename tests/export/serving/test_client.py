@@ -259,7 +259,7 @@ def test_odd_names_of_files_keep_to_their_column_and_line(encoding, images, serv
 
 
 def test_the_files_that_the_docs_name_are_all_that_the_class_needs(tmp_path):
-    text = (ROOT / "docs" / "serving.md").read_text().partition("copy these")[2].partition("\n\n")[0]
+    text = (ROOT / "docs" / "serving.md").read_text().partition("copy these beside it")[2].partition("\n\n")[0]
     for name in re.findall(r"`(export/\S+)`", text):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
