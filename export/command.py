@@ -15,12 +15,13 @@ def raise_on_sigterm():
 
 def stopped(name, stop):
     """Says that a `KeyboardInterrupt` ended the command -> its exit code."""
+    print(file=sys.stderr)  # a terminal has written ^C
     return fail(name, "stopped", 143 if isinstance(stop, Terminated) else 130)
 
 
 def fail(name, message, code):
-    """Says on a line of its own what is wrong -> `code`."""
-    print(f"\n{name}: {message}", file=sys.stderr)
+    """Says in a line what is wrong -> `code`."""
+    print(f"{name}: {message}", file=sys.stderr)
     return code
 
 

@@ -86,13 +86,14 @@ def decode(data, shape):
     # Before anything is decoded: a few kilobytes can say that they are a gigabyte.
     height, width = tf.unstack(tf.cond(png, lambda: _png_sides(data), lambda: _jpeg_sides(data)))
     small = (height <= MAX_PIXELS) & (width <= MAX_PIXELS) & (height * width <= MAX_PIXELS)  # a product alone may overflow
-    data = _after(data, small, f"an image may have {MAX_PIXELS:,} pixels", [height, width])
+    data = _after(data, small, f"an image may have at most {MAX_PIXELS:,} pixels; its header says", width, "x", height)
     pixels = sources.stretch(tf.io.decode_image(data, channels=3, expand_animations=False), shape[0])
     return tf.ensure_shape(pixels, shape)
 
 
 def _png_sides(data):
     data = _after(data, tf.strings.length(data) >= 24, "a PNG is cut off")
+    data = _after(data, tf.strings.substr(data, 12, 4) == b"IHDR", "the header of a PNG is broken")
     numbers = tf.reshape(tf.io.decode_raw(tf.strings.substr(data, 16, 8), tf.uint8), (2, 4))
     width, height = tf.unstack(tf.reduce_sum(tf.cast(numbers, tf.int64) * [2**24, 2**16, 2**8, 1], axis=1))
     return tf.stack([height, width])

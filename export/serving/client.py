@@ -14,6 +14,7 @@ import os
 import random
 import re
 import socket
+import stat
 import sys
 import time
 import types
@@ -42,6 +43,8 @@ BATCH_BYTES = 64_000_000
 LONGEST_TIMEOUT = 86_400
 # Where in the graph an error came up, which says nothing to whoever sent the image.
 GRAPH = re.compile(r"\{\{.*?\}\} ?|\[\[.*|\[Op:.*")
+# Before what the export itself says of an image, each part of it in brackets.
+ASSERTION = "assertion failed: "
 
 # gRPC's names for what REST tells by a number, as TF Serving translates them.
 CODES = {
@@ -55,6 +58,10 @@ CODES = {
 # What an answer of another form means, as a code and a text.
 OTHER_MODEL = ("FAILED_PRECONDITION", "an answer of another form")
 NO_SERVING = ("an answer that is not TF Serving's", "the REST port is 8501 by default")
+NO_GRPC = ("an answer that is not gRPC's", "the gRPC port is 8500 by default")
+
+# What a terminal takes for: from the line's beginning on, nothing.
+ERASE = "\r\x1b[K"
 
 
 class ServingError(Exception):
@@ -226,7 +233,7 @@ class Client:
         if code == "INVALID_ARGUMENT" and "larger than maximum" in said:
             return ServingError(f"{server} takes no batch of that size, make `batch` smaller: {said}")
         if code == "INVALID_ARGUMENT":
-            return ImageError(f"refused by the server: {GRAPH.sub('', said).strip()[:200]}")
+            return ImageError(f"refused by the server: {_of_the_image(said)[:200]}")
         return ServingError(f"{server} failed with {code}: {said[:200]}")
 
     def _missing(self, loaded):
@@ -236,6 +243,14 @@ class Client:
             return ServingError(f"{server} has no version of {self.model} loaded at the moment; its log says why")
         has = ", ".join(map(str, loaded))
         return ServingError(f"{server} has no version {self.version} of {self.model}: give `version` one of {has}")
+
+
+def _of_the_image(said):
+    """What of a server's text is of use to whoever sent the image."""
+    said = GRAPH.sub("", said).strip()
+    if said.startswith(ASSERTION):
+        said = said.removeprefix(ASSERTION).translate({ord(bracket): None for bracket in "[]"})
+    return said
 
 
 def _checked(images):
@@ -344,7 +359,8 @@ class _Grpc:
         try:
             return method(request, timeout=self.timeout)
         except self.grpc.RpcError as error:
-            raise _Failure(error.code().name, error.details() or "") from error
+            code, said = error.code().name, error.details() or ""
+            raise _Failure(*(NO_GRPC if "Failed parsing HTTP/2" in said else (code, said))) from error
 
 
 class _Rest:
@@ -434,7 +450,10 @@ def _answers(names, rows, images):
 
 
 def _arguments(argv):
-    import tyro  # a program that uses the class above does without
+    try:
+        import tyro  # a program that uses the class above does without
+    except ImportError as error:
+        raise ServingError(f"the command needs tyro ({error}): pip install tyro") from error
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
@@ -449,7 +468,7 @@ def _arguments(argv):
         version: int | None = None
         """Which export; without it the newest."""
         batch: int = 32
-        """Images in a request."""
+        """Images in a request; by batching.config the server takes 256."""
         timeout: float = 10.0
         """Seconds for each try of a request."""
         retries: int = 3
@@ -459,7 +478,12 @@ def _arguments(argv):
         labels: Path | None = None
         """The export's labels.txt, for the names of the classes after the first; else they are numbers."""
 
-    return tyro.cli(Arguments, prog="python -m export.serving.client", description=__doc__.partition(":")[0], args=argv)
+    said = {"prog": "python -m export.serving.client", "description": __doc__.partition(":")[0], "args": argv}
+    arguments, more = tyro.cli(Arguments, **said, return_unknown_args=True)
+    if any(word.startswith("-") for word in more):
+        return tyro.cli(Arguments, **said)  # ends here, and says which
+    # Images that stand after a flag, while others stand before it.
+    return dataclasses.replace(arguments, images=(*arguments.images, *map(Path, more)))
 
 
 def _files(paths):
@@ -517,6 +541,13 @@ def _escaped(name):
     return str(name).translate({ord(character): repr(character)[1:-1] for character in "\t\n\r"})
 
 
+def _is_file(stream):
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except OSError:  # there is nothing behind it
+        return False
+
+
 def main(argv):
     """Runs the command line -> its exit code."""
     command.raise_on_sigterm()
@@ -533,6 +564,8 @@ def main(argv):
             client = Client(**{name: getattr(arguments, name) for name in taken})
         except ValueError as error:
             return command.fail("client", error, 2)
+        if arguments.top > 1 and not labels:
+            print("client: without `labels`, an export's labels.txt, classes after the first are numbers", file=sys.stderr)
         with client:
             refused = _classify(client, files, arguments.batch, arguments.top, labels)
     except BrokenPipeError:  # of what reads the lines, as head does
@@ -547,24 +580,28 @@ def main(argv):
 
 def _classify(client, files, batch, top, labels):
     """Writes a line for each file -> how many the server did not take."""
-    # Where the lines themselves are not seen to come, or the first is the last.
-    progress = len(files) > batch and not sys.stdout.isatty()
+    # For who looks on, where the lines themselves are not seen to come; a pipe's may be, as those of tee.
+    progress = len(files) > batch and sys.stderr.isatty() and _is_file(sys.stdout)
     done = refused = 0
-    for group in _batches(files, batch):
-        answers = iter(client.classify([image for _, image in group if isinstance(image, bytes)]))
-        for file, image in group:
-            answer = next(answers) if isinstance(image, bytes) else image
-            if isinstance(answer, ImageError):
-                refused += 1
-                print(f"{chr(10) if progress else ''}client: {_escaped(file)}: {answer}", file=sys.stderr)
-            else:
-                print(_line(file, answer, top, labels))
-        sys.stdout.flush()
-        done += len(group)
+    try:
+        for group in _batches(files, batch):
+            answers = iter(client.classify([image for _, image in group if isinstance(image, bytes)]))
+            if progress:
+                print(ERASE, end="", file=sys.stderr, flush=True)
+            for file, image in group:
+                answer = next(answers) if isinstance(image, bytes) else image
+                if isinstance(answer, ImageError):
+                    refused += 1
+                    print(f"client: {_escaped(file)}: {answer}", file=sys.stderr)
+                else:
+                    print(_line(file, answer, top, labels))
+            sys.stdout.flush()
+            done += len(group)
+            if progress:
+                print(f"{done:,} of {len(files):,} images", end="", file=sys.stderr, flush=True)
+    finally:
         if progress:
-            print(f"\r{done:,} of {len(files):,} images", end="", file=sys.stderr, flush=True)
-    if progress:
-        print(file=sys.stderr)
+            print(ERASE, end="", file=sys.stderr, flush=True)
     return refused
 
 

@@ -37,8 +37,9 @@ def main(argv):
             return _fail(f"`RUN` must be a run folder, which train.py writes. Received: {run_dir}", 2)
         if not 0 <= arguments.port < 2**16:
             return _fail(f"`port` must be within 0 and {2**16 - 1}. Received: port={arguments.port}", 2)
-        if not artifacts(run_dir) or not (run_dir / LABELS).exists():
-            return _fail(f"{run_dir} has no .tflite file to run: python -m export {run_dir} first", 1)
+        for there, what in ((artifacts(run_dir), ".tflite file to run"), ((run_dir / LABELS).exists(), LABELS)):
+            if not there:
+                return _fail(f"{run_dir} has no {what}: python -m export {run_dir} first", 1)
         if missing := [name for name in RUNTIME if not (WEB / name).exists()]:
             return _fail(f"{missing[0]} is not installed: npm ci --prefix {os.path.relpath(WEB)}", 1)
         return _serve(arguments)

@@ -11,6 +11,8 @@ const TOP_CLASSES = 5;
 const RUNS = 5;
 // Longer side of a preview, in pixels.
 const PREVIEW = 640;
+// Its shorter side is drawn as at least this share of the longer one, so that a strip can be seen.
+const THINNEST = 1 / 16;
 
 const $ = (id) => document.getElementById(id);
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
@@ -18,7 +20,7 @@ const status = (text) => ($("status").textContent = text);
 
 let labels = [];
 let network = null;
-const answers = new Set(); // of {pixels, card, name}
+const answers = new Set(); // of {pixels, card, name, label}
 
 // One thing at a time: a file that is loaded while an image is classified would pull the network from under it.
 let work = Promise.resolve();
@@ -33,31 +35,45 @@ function then(task, name = "") {
 
 function take(files, without) {
   if (!files.length) return status(without);
-  for (const file of files) classifyNext(() => file, file.name || "pasted image");
+  const all = files.length;
+  let answered = 0;
+  for (const file of files) {
+    const name = file.name || "pasted image";
+    then(async () => {
+      if (await classify(() => file, name)) answered++;
+    }, name);
+  }
+  // A small screen has no more than the last of them in view.
+  if (all > 1) then(() => status(`${all} images: ${answered} answered, ${all - answered} failed`));
 }
 
-function classifyNext(give, name) {
-  then(() => classify(give, name), name);
-}
-
-/** `give` returns the image's file, or a promise of it. */
-async function classify(give, name) {
-  if (!network) return trouble(name, "No model file is loaded: choose one that can be.");
+/**
+ * @param give returns the image's file, or a promise of it.
+ * @param {string} label what the image shows, where that is known.
+ * @returns {Promise<boolean>} whether there is an answer.
+ */
+async function classify(give, name, label) {
+  if (!network) {
+    trouble(name, "No model file is loaded: choose one that can be.");
+    return false;
+  }
   status(`Reading ${name} …`);
   let bitmap;
   let failing = "The image can't be read";
   try {
     bitmap = await decode(await give());
     const pixels = await stretch(bitmap, network.size);
-    const answer = { pixels, name, card: draw(bitmap, pixels, name) };
+    const answer = { pixels, name, label, card: draw(bitmap, pixels, name) };
     failing = `${network.name}.tflite can't be run`;
     await ask(answer);
     answers.add(answer);
     show(answer.card);
+    return true;
   } catch (error) {
     // A browser that runs out of memory says so in many ways.
     const told = error instanceof Refused || error instanceof Unavailable;
     trouble(name, told ? error.message : `${failing}: ${error.message}`);
+    return false;
   } finally {
     bitmap?.close();
   }
@@ -74,8 +90,13 @@ async function ask(answer) {
   }
   const median = times.sort((a, b) => a - b)[Math.floor(RUNS / 2)];
   const order = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]);
-  const { card } = answer;
-  card.querySelector("h3").textContent = labels[order[0]];
+  const { card, label } = answer;
+  const top = labels[order[0]];
+  card.querySelector("h3").textContent = top;
+  const mark = card.querySelector(".mark");
+  mark.hidden = !labels.includes(label); // the data set may have come to call it otherwise
+  mark.textContent = top === label ? "✓ right" : `✗ wrong, it is labelled ${label}`;
+  mark.classList.toggle("wrong", top !== label);
   card.querySelector("ol").replaceChildren(
     ...order.slice(0, labels.length > ALL_CLASSES ? TOP_CLASSES : ALL_CLASSES).map((label) => {
       const bar = copy("bar");
@@ -87,7 +108,7 @@ async function ask(answer) {
     }),
   );
   card.querySelector(".cost").textContent = `${median.toFixed(2)} ms with ${network.name}, the median of ${RUNS} runs`;
-  status(`${answer.name}: ${labels[order[0]]}, ${percent(probabilities[order[0]])}`);
+  status(`${answer.name}: ${top}, ${percent(probabilities[order[0]])}`);
 }
 
 /** A card with both pictures, without an answer yet. */
@@ -98,9 +119,10 @@ function draw(bitmap, pixels, name) {
   card.querySelector(".file").textContent = name;
 
   const given = card.querySelector(".given canvas");
-  const shrink = Math.min(1, PREVIEW / Math.max(bitmap.width, bitmap.height));
-  given.width = Math.max(1, Math.round(bitmap.width * shrink));
-  given.height = Math.max(1, Math.round(bitmap.height * shrink));
+  const longer = Math.max(bitmap.width, bitmap.height);
+  const shrink = Math.min(1, PREVIEW / longer);
+  const side = (pixels) => Math.max(1, Math.round(Math.max(pixels, longer * THINNEST) * shrink));
+  [given.width, given.height] = [side(bitmap.width), side(bitmap.height)];
   const context = given.getContext("2d");
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, given.width, given.height);
@@ -204,12 +226,13 @@ async function offerSamples() {
   $("samples").replaceChildren(
     ...names.map((name, i) => {
       const path = `samples/${i}.png`;
+      const title = `test image, labelled ${name}`;
       const item = document.createElement("li");
       const button = Object.assign(document.createElement("button"), { type: "button" });
       const caption = Object.assign(document.createElement("span"), { textContent: name });
       button.append(Object.assign(new Image(), { src: `/${path}`, alt: "" }), caption);
       button.addEventListener("click", () =>
-        classifyNext(async () => new Blob([await read(path)]), `test image, labelled ${name}`),
+        then(() => classify(async () => new Blob([await read(path)]), title, name), title),
       );
       item.append(button);
       return item;
@@ -217,6 +240,7 @@ async function offerSamples() {
   );
 }
 
+status("Loading …"); // which without JavaScript would be no news
 then(async () => {
   const run = await readJson("run.json");
   labels = run.labels;

@@ -4,6 +4,8 @@ import { loadAndCompile, loadLiteRt, Tensor, unloadLiteRt } from "@litertjs/core
 import { read } from "./files.js";
 
 const WASM = "/node_modules/@litertjs/core/wasm/";
+// Runs before the first that counts: a browser goes on compiling while what it has compiled in haste runs.
+const WARM_UP = 5;
 let runtime;
 let said = ""; // by the runtime, of what went wrong last
 
@@ -19,7 +21,8 @@ export async function readFile(name) {
   try {
     return { name, bytes, quantization: outputQuantization(bytes) };
   } catch (error) {
-    throw new Error(`${name}.tflite can't be run: ${error.message}`);
+    const why = error instanceof RangeError ? "it is cut off or damaged" : error.message;
+    throw new Error(`${name}.tflite can't be run: ${why}`);
   }
 }
 
@@ -35,7 +38,7 @@ export class Network {
     try {
       await (runtime ??= start());
       const network = new Network(file, await loadAndCompile(file.bytes, { accelerator: "wasm" }));
-      await network.run(new Uint8Array(network.size ** 2 * 3)); // the first is slow
+      for (let i = 0; i < WARM_UP; i++) await network.run(new Uint8Array(network.size ** 2 * 3));
       return network;
     } catch (error) {
       const why = said || String(error?.message ?? error).split("\n")[0];

@@ -1,5 +1,9 @@
 """MediaPipe's ImageClassifier, which apps on Android and iOS use, beside LiteRT on the same pixels."""
 
+import re
+import subprocess
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from tools import require
 
 from benchmarks import mediapipe_resize
 from cvt_keras import build_classifier
+from cvt_keras.data import sources
 from export import tflite
 
 # Both run TFLite's kernels in float32 with XNNPACK, MediaPipe those of its own build; uint8 probabilities are 1/256 apart, and
@@ -76,6 +81,29 @@ def test_options_choose_among_the_categories(classify, exported, test_images):
     expected = [[row for row in rows if row["score"] >= threshold] for rows in all_of_them]
     assert classify(file, images, score_threshold=threshold)[1] == expected
     assert {row["category_name"] for [row] in classify(file, images, category_allowlist=["cat"])[1]} == {"cat"}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_docs_lines_take_a_photo_as_training_does(mode, classify, exported, litert, tmp_path):
+    """One that a turned camera wrote, in colours and in grey."""
+    text = (Path(__file__).parents[2] / "docs" / "mobile.md").read_text()
+    [lines] = re.findall(r"<<'PYTHON'\n(.*?)\nPYTHON\n", text, re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "one").symlink_to(exported)
+    photo = Image.fromarray(datasets.load_sample_image("flower.jpg")).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "cat.png", exif=exif)
+    command = [mediapipe_resize.PYTHON, "-c", lines]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pixels = sources.stretch(np.rot90(np.asarray(photo.convert("RGB")), -1), 32).numpy()
+    found = litert(exported / "export" / "tflite" / "float32.tflite", [pixels])[0]
+    names = (exported / "export" / "labels.txt").read_text().splitlines()
+    rows = [line.rpartition(" ")[::2] for line in done.stdout.splitlines()]
+    assert [name for name, _ in rows] == [names[i] for i in np.argsort(-found)[:3]]
+    # Pillow's weights are fixed-point numbers of 22 bits, and it rounds after each side: by a step of 255.
+    np.testing.assert_allclose([float(score) for _, score in rows], np.sort(found)[:-4:-1], atol=0.01)
 
 
 def test_odd_names_come_through(classify, tmp_path):

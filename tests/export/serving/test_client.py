@@ -1,7 +1,12 @@
+import contextlib
 import os
+import pty
 import random
+import re
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -17,7 +22,7 @@ import pytest
 import tensorflow as tf
 
 from export.serving import client as module
-from export.serving.client import ADDRESSES, Client, ImageError, ServingError, main
+from export.serving.client import ADDRESSES, ERASE, Client, ImageError, ServingError, main
 
 ROOT = Path(__file__).parents[3]
 STATUS = grpc.StatusCode
@@ -155,14 +160,52 @@ def test_lines_are_written_in_order_and_batches(protocol, folder, server, export
         chances = [float(chance) for chance in row[2::2]]
         assert len(chances) == 3 and chances == sorted(chances, reverse=True)
         assert set(row[1::2]) <= set(names)
-    assert err.endswith("8 of 8 images\n") and "3 of 8 images" in err
+    assert not err
     # Without labels.txt the server's own word is all there is.
     assert _main(server, protocol, *flags) == 0
-    for row, bare in zip(rows, capsys.readouterr().out.splitlines()):
+    out, err = capsys.readouterr()
+    assert err == "client: without `labels`, an export's labels.txt, classes after the first are numbers\n"
+    for row, bare in zip(rows, out.splitlines()):
         assert bare.split("\t")[1] == row[1] and [names[int(index)] for index in bare.split("\t")[3::2]] == row[3::2]
     assert _main(server, protocol, folder / "0.png") == 0
     out, err = capsys.readouterr()
     assert len(out.split("\t")) == 3 and not err
+
+
+def test_images_may_stand_on_both_sides_of_a_flag(folder, server, capsys):
+    files = [str(folder / f"{number}.png") for number in (2, 0, 1)]
+    assert _main(server, "rest", files[0], "--batch", 2, *files[1:]) == 0
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == files
+    with pytest.raises(SystemExit) as ended:
+        _main(server, "rest", files[0], "--batc", 2, files[1])
+    assert ended.value.code == 2 and "--batc" in capsys.readouterr().err
+
+
+def test_progress_is_for_a_terminal_alone_and_erased_before_lines(folder, server, tmp_path):
+    (folder / "bad.png").write_bytes(BAD)
+    flags = [folder, "--protocol", "rest", "--address", server.rest_address, "--batch", "3", "--retries", "0"]
+    command = [sys.executable, "-m", "export.serving.client", *map(str, flags)]
+
+    def said(**streams):
+        """On a terminal, where only the errors come, and where all does."""
+        reading, terminal = pty.openpty()
+        more = {name: terminal if stream is None else stream for name, stream in streams.items()}
+        done = subprocess.run(command, cwd=ROOT, **more)
+        os.close(terminal)
+        assert done.returncode == 1
+        with contextlib.suppress(OSError), open(reading, "rb", closefd=False) as file:  # at its end Linux raises
+            return file.read1(100_000).decode()
+
+    with open(tmp_path / "lines.txt", "w+") as lines:
+        first, *rest = said(stdout=lines, stderr=None).split(ERASE)
+        assert not first and not rest[-1]
+        refused = [part for part in rest if "client: " in part]
+        assert len(refused) == 1 and refused[0].startswith("client: ") and "\r\n" in refused[0]
+        progress = [part.rpartition("\n")[2] for part in rest]
+        assert [part for part in progress if part] == ["3 of 8 images", "6 of 8 images", "8 of 8 images"]
+        assert len((tmp_path / "lines.txt").read_text().splitlines()) == 7
+    for streams in ({"stdout": subprocess.DEVNULL, "stderr": None}, {"stdout": None, "stderr": subprocess.STDOUT}):
+        assert " of 8 images" not in said(**streams)
 
 
 def test_a_batch_is_bounded_in_bytes(folder, server, monkeypatch):
@@ -215,6 +258,17 @@ def test_odd_names_of_files_keep_to_their_column_and_line(encoding, images, serv
     assert {row[0] for row in rows} == {f"{tmp_path}/{name}" for name in (r"a\tb\nc.png", accented, r"\udcff.png")}
 
 
+def test_the_files_that_the_docs_name_are_all_that_the_class_needs(tmp_path):
+    text = (ROOT / "docs" / "serving.md").read_text().partition("copy these beside it")[2].partition("\n\n")[0]
+    for name in re.findall(r"`(export/\S+)`", text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    code = "from export.serving import client; print(client.__file__); client.Client(protocol='rest').close()"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/export/serving/client.py\n", done.stderr
+
+
 def test_a_process_imports_no_keras_nor_tensorflow(folder, server):
     code = (
         "import runpy, sys\n"
@@ -246,10 +300,19 @@ def test_bad_images_are_named_and_the_good_ones_answered(protocol, folder, serve
     assert f"client: {folder / 'text.png'}: neither a PNG nor a JPEG" in text
     # All but the text at once, then each alone, the bad one twice.
     assert [asked.images for asked in server.asked] == [8, *[1] * 9]
-    # Amid the progress, which ends without a line's end, each still has a line of its own.
-    assert _main(server, protocol, folder, "--retries", 0, "--batch", 1) == 1
-    told = [line for line in capsys.readouterr().err.split("\n") if "bad.png" in line or "text.png" in line]
-    assert len(told) == 2 and all(line.startswith("client: ") for line in told)
+
+
+@both
+def test_what_the_export_says_of_an_image_is_told_without_tensorflows_marks(protocol, server, images):
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+    large = header + struct.pack(">II", 9000, 7000) + bytes(30)
+    garbage = header[:12] + random.Random(0).randbytes(40)
+    with _client(server, protocol, retries=0) as client:
+        said = [str(error) for error in client.classify([large, garbage])]
+    assert said == [
+        "refused by the server: an image may have at most 50,000,000 pixels; its header says 9000 x 7000",
+        "refused by the server: the header of a PNG is broken",
+    ]
 
 
 @both
@@ -337,8 +400,9 @@ def test_retries_come_to_an_end(protocol, folder, server, capsys):
     server.faults.extend([UNAVAILABLE] * 3)
     assert _main(server, protocol, folder, "--retries", 1) == 1
     assert len(server.asked) == 2
-    [line] = capsys.readouterr().err.strip().splitlines()
-    assert f"client: the server at {_address(server, protocol)} is not available, 2 tries: The batch scheduling queue" in line
+    [line] = capsys.readouterr().err.splitlines()
+    said = "is not available, 2 tries: The batch scheduling queue"
+    assert line.startswith(f"client: the server at {_address(server, protocol)} {said}")
 
 
 def test_pauses_grow_to_a_bound(monkeypatch):
@@ -495,7 +559,7 @@ def test_a_model_of_another_kind(protocol, server, images, monkeypatch):
 
 
 def test_what_answers_but_speaks_otherwise(server, images):
-    with Client(server.rest_address, "grpc", retries=0) as client, pytest.raises(ServingError, match="not available"):
+    with Client(server.rest_address, "grpc", retries=0) as client, pytest.raises(ServingError, match=r"not gRPC's: .* 8500"):
         client.versions()
     with Client(server.grpc_address, "rest", retries=0) as client, pytest.raises(ServingError, match="8501"):
         client.versions()
@@ -514,6 +578,13 @@ def test_grpcs_packages_missing(folder, monkeypatch, capsys):
     assert main([str(folder)]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "pip install tensorflow-serving-api" in line and "--no-deps" in line
+
+
+def test_tyro_missing(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main([str(folder)]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("client: the command needs tyro (") and line.endswith("): pip install tyro")
 
 
 @pytest.mark.parametrize(
@@ -546,7 +617,7 @@ def test_grpcs_packages_missing(folder, monkeypatch, capsys):
 )
 def test_bad_flags_are_told_in_a_line(flags, said, folder, capsys):
     assert main([str(folder), *flags]) == 2
-    [line] = capsys.readouterr().err.strip().splitlines()
+    [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("client: ") and said in line
 
 

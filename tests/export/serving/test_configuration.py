@@ -76,6 +76,13 @@ def test_the_clients_batch_is_one_that_the_server_takes():
     assert client._arguments(["a.png"]).batch <= int(_batching()["max_batch_size"])
 
 
+def test_the_clients_help_names_the_largest_batch(capsys):
+    with pytest.raises(SystemExit):
+        client.main(["--help"])
+    said = " ".join(re.findall(r"[^\s│]+", capsys.readouterr().out))
+    assert f"Images in a request; by batching.config the server takes {_batching()['max_batch_size']}." in said
+
+
 def test_the_image_is_of_tensorflows_minor_version(service):
     pinned = re.search(r"^tensorflow==(\d+\.\d+)\.", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
     assert re.fullmatch(rf"tensorflow/serving:\$\{{SERVING_TAG:-{re.escape(pinned)}\.\d+\}}", service["image"])

@@ -15,6 +15,7 @@ import tensorflow as tf
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tensorflow.lite.python import schema_py_generated as schema
+from tools import require_browser
 
 from cvt_keras.data import sources
 from export.tflite import KINDS
@@ -217,6 +218,18 @@ def test_the_time_is_the_median_of_five_runs(page, test_images):
     assert card.locator(".cost").text_content() == "5.00 ms with float32, the median of 5 runs"
 
 
+def test_a_network_is_warm_before_it_answers(page):
+    page.evaluate("""async () => {
+      const { Network } = await import("/network.js");
+      const real = Network.prototype.run;
+      window.runs = 0;
+      Network.prototype.run = function (pixels) { runs++; return real.call(this, pixels); };
+    }""")
+    page.locator("label[for=int8]").click()
+    _expect()(page.get_by_role("status")).to_have_text("int8 is ready.", timeout=WAIT)
+    assert page.evaluate("runs") == 5
+
+
 def test_nothing_is_left_in_memory(page, test_images):
     """What JavaScript does not free by itself: images, and LiteRT's tensors and models."""
     page.evaluate("""async () => {
@@ -308,6 +321,27 @@ def test_a_sample(page, samples, cifar10_dir):
     assert card.locator(".file").text_content() == "test image, labelled cat"
 
 
+def test_a_samples_answer_is_marked_right_or_wrong_in_words(exported, names, open_page, samples, serve):
+    """The network knows them all; of two it is told otherwise."""
+    told = [{**samples[0], "label": names[1]}, samples[1], {**samples[2], "label": "of no network"}]
+    page = open_page(serve(exported, samples=lambda: told))
+    _expect()(page.locator("#samples button")).to_have_count(3)
+    page.set_viewport_size({"width": 1280, "height": 1800})
+    marks = []
+    for i in range(3):
+        card = _given(page, page.locator("#samples button").nth(i).click)
+        marks.append(card.locator(".mark").text_content() if card.locator(".mark").is_visible() else None)
+    assert marks == [f"\N{BALLOT X} wrong, it is labelled {names[1]}", "\N{CHECK MARK} right", None]
+    # Another network's answer has a mark of its own.
+    page.evaluate("""async () => {
+      const { Network } = await import("/network.js");
+      Network.prototype.run = async () => ({ probabilities: [1, ...Array(9).fill(0)], milliseconds: 1 });
+    }""")
+    page.locator("label[for=float16]").click()
+    _expect()(page.locator(".mark:visible").first).to_have_text(f"\N{BALLOT X} wrong, it is labelled {names[1]}", timeout=WAIT)
+    assert not _chosen(page, _file(samples[0]["png"])).locator(".mark").is_visible()
+
+
 def test_keyboard_alone(page, test_images, tmp_path):
     file = tmp_path / "typed.png"
     file.write_bytes(_encoded(test_images[0][3]))
@@ -351,6 +385,14 @@ def test_an_answer_is_brought_into_view(page, test_images):
     page.set_viewport_size({"width": 390, "height": 500})
     card = _chosen(page, _file(_encoded(test_images[0][0])))
     _expect()(card).to_be_in_viewport()
+
+
+def test_of_several_images_the_status_counts_answers_and_failures(page, test_images):
+    good, bad = _encoded(test_images[0][0]), b"hello"
+    status = page.get_by_role("status")
+    for files, said in (([good, bad, good], "3 images: 2 answered, 1 failed"), ([good] * 2, "2 images: 2 answered, 0 failed")):
+        page.set_input_files("#choose", [_file(data, f"{i}.png") for i, data in enumerate(files)])
+        _expect()(status).to_have_text(said, timeout=WAIT)
 
 
 def test_while_it_works_it_is_busy(page, test_images):
@@ -451,7 +493,7 @@ def test_a_model_file_that_fails_gets_a_message_and_the_page_goes_on(exported, o
         None: "float16.tflite can't be had: it is not there any more.",
         b"": "float16.tflite can't be run: it is no TFLite file",
         b"hello, this is no model": "float16.tflite can't be run: it is no TFLite file",
-        whole[: len(whole) // 3]: "float16.tflite can't be run: ",
+        whole[: len(whole) // 3]: "float16.tflite can't be run: it is cut off or damaged",
         whole[:64] + noise + whole[64 + len(noise) :]: "float16.tflite can't be run: ",
         _with_an_operation_that_is_not_there(whole): "float16.tflite can't be run: ",
     }
@@ -545,10 +587,31 @@ def test_nothing_sticks_out_at_any_width(page):
         assert min(sizes) >= 24  # WCAG 2.2's least for a finger
 
 
+@pytest.mark.parametrize("height, width", [(3, 4000), (4000, 3)])
+def test_the_preview_of_a_strip_can_be_seen(height, width, page):
+    preview = _chosen(page, _file(_encoded(np.full((height, width), 77, "uint8")))).locator(".given canvas")
+    assert preview.evaluate("canvas => [canvas.width, canvas.height]") == [
+        max(side * 640 // 4000, 40) for side in (width, height)
+    ]
+    assert preview.bounding_box()["height"] >= 12
+
+
+def test_without_javascript_there_is_a_line_that_says_so(chromium, server):
+    # With Playwright's java_script_enabled=False a page is still parsed as one with scripts.
+    flags = [*require_browser().FLAGS, "--blink-settings=scriptEnabled=false"]
+    with chromium.browser_type.launch(executable_path=require_browser().CHROMIUM, args=flags) as browser:
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.goto(server.url)
+        line = page.locator("noscript p")
+        assert line.text_content() == "This page needs JavaScript." and 0 <= line.bounding_box()["y"] < 100
+        assert not page.get_by_role("status").text_content()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_light_and_dark(scheme, open_page, server):
     page = open_page(server, color_scheme=scheme)
     _chosen(page, _file(b"hello", "notes.txt"))
+    _given(page, page.locator("#samples button").first.click)
 
     def luminance(colour):
         parts = np.array([float(part) for part in colour.split("(")[1].rstrip(")").split(",")[:3]]) / 255
@@ -559,7 +622,18 @@ def test_text_can_be_read_in_light_and_dark(scheme, open_page, server):
       while (getComputedStyle(one).backgroundColor === "rgba(0, 0, 0, 0)") one = one.parentElement;
       return [ink, getComputedStyle(one).backgroundColor];
     }"""
-    for text in ("h1", "header p", "#drop label", "#ways", "#status", "legend", "fieldset span", ".why", ".trouble .file"):
+    for text in (
+        "h1",
+        "header p",
+        "#drop label",
+        "#ways",
+        "#status",
+        "legend",
+        "fieldset span",
+        ".mark",
+        ".card .why",
+        ".trouble .file",
+    ):
         ink, paper = map(luminance, page.locator(text).first.evaluate(read))
         assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5, text
     paper = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")

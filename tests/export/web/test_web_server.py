@@ -155,7 +155,12 @@ def installed(monkeypatch):
     [
         (shutil.rmtree, [], 2, "`RUN` must be a run folder"),
         (lambda run_dir: shutil.rmtree(run_dir / "export"), [], 1, "python -m export {run_dir} first"),
-        (lambda run_dir: (run_dir / "export" / "labels.txt").unlink(), [], 1, "python -m export {run_dir} first"),
+        (
+            lambda run_dir: (run_dir / "export/labels.txt").unlink(),
+            [],
+            1,
+            "has no export/labels.txt: python -m export {run_dir}",
+        ),
         (lambda run_dir: None, ["--port", "65536"], 2, "`port` must be within 0 and 65535. Received: port=65536"),
         (lambda run_dir: None, ["--port", "-1"], 2, "`port` must be within 0 and 65535. Received: port=-1"),
     ],
