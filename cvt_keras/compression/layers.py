@@ -85,12 +85,16 @@ class QuantizedConv(layers.Layer):
         padding: zeros added on each of the four sides.
         quantized: whether kernel and output are rounded.
         rounds_output: whether the output is; where it is not, the next layer does: TFLite loses one of two roundings in a row.
+        scale: what kernel and bias are multiplied by before they are rounded. In the file it is in them; in training it is
+            not, as an optimizer's steps are as large for small weights as for large ones.
 
     Input shape: `(batch, height, width, channels)`.
     Output shape: `(batch, new_height, new_width, filters)`.
     """
 
-    def __init__(self, filters=None, kernel_size=1, stride=1, padding=0, quantized=True, rounds_output=True, **kwargs):
+    def __init__(
+        self, filters=None, kernel_size=1, stride=1, padding=0, quantized=True, rounds_output=True, scale=1.0, **kwargs
+    ):
         super().__init__(**kwargs)
         self.filters = filters
         self.kernel_size = kernel_size
@@ -98,6 +102,7 @@ class QuantizedConv(layers.Layer):
         self.padding = padding
         self.quantized = quantized
         self.rounds_output = rounds_output
+        self.scale = scale
         settings = {"strides": stride, "data_format": "channels_last", "dtype": self.dtype_policy, "name": "conv"}
         if filters is None:
             self.conv = layers.DepthwiseConv2D(kernel_size, **settings)
@@ -113,13 +118,18 @@ class QuantizedConv(layers.Layer):
         self.kernel_quantizer.build(self.conv.kernel.shape)
         self.output_quantizer.build(self.compute_output_shape(input_shape))
 
+    @property
+    def kernel(self):
+        """As it is in the file, but for its rounding."""
+        return self.conv.kernel * self.scale
+
     def call(self, x):
-        kernel = self.kernel_quantizer(self.conv.kernel)
+        kernel = self.kernel_quantizer(self.kernel)
         convolve = ops.conv if self.filters else ops.depthwise_conv
         if self.padding:
             x = self.pad(x)
         x = convolve(x, kernel, self.stride, padding="valid", data_format="channels_last")
-        return self.output_quantizer(x + self.conv.bias)
+        return self.output_quantizer(x + self.conv.bias * self.scale)
 
     def compute_output_shape(self, input_shape):
         return self.conv.compute_output_shape(self.pad.compute_output_shape(input_shape))
@@ -133,6 +143,7 @@ class QuantizedConv(layers.Layer):
             "padding": self.padding,
             "quantized": self.quantized,
             "rounds_output": self.rounds_output,
+            "scale": self.scale,
         }
 
 
@@ -389,8 +400,8 @@ class QuantizedAttention(layers.Layer):
                 QuantizedConcatenation(quantized, dtype=self.dtype_policy, name=f"join_{name}") for name in "qkv"
             )
         self.proj_q, self.proj_k, self.proj_v = (
-            QuantizedConv(dim, quantized=quantized, rounds_output=not grid, dtype=self.dtype_policy, name=name)
-            for name in ("proj_q", "proj_k", "proj_v")
+            QuantizedConv(dim, quantized=quantized, rounds_output=not grid, scale=scale, dtype=self.dtype_policy, name=name)
+            for name, scale in (("proj_q", dim**-0.5), ("proj_k", 1.0), ("proj_v", 1.0))
         )
         self.proj = QuantizedConv(dim, quantized=quantized, dtype=self.dtype_policy, name="proj")
         self.scores_quantizer = _fake_quantize(quantized, "scores_quantizer", self.dtype_policy)
@@ -708,9 +719,8 @@ def _fold_embedding(embedding, made):
         made.cls_token_weight.assign(embedding.cls_token_weight)
 
 
-def _fold_dense(dense, made, scale=1.0):
-    bias = dense.bias if dense.use_bias else ops.zeros(dense.units)
-    _set(made, dense.kernel * scale, bias * scale)
+def _fold_dense(dense, made):
+    _set(made, dense.kernel, dense.bias if dense.use_bias else ops.zeros(dense.units))
 
 
 def _fold_block(block, made):
@@ -721,9 +731,7 @@ def _fold_block(block, made):
         if attention.projection == "dw_bn":
             projection = getattr(attention, name)
             _fold(getattr(made.attention, name), projection.norm, projection.depthwise.kernel, axis=2)
-    # What the query is multiplied by in a CvT.
-    _fold_dense(attention.proj_q, made.attention.proj_q, scale=attention.dim**-0.5)
-    for name in ("proj_k", "proj_v", "proj"):
+    for name in ("proj_q", "proj_k", "proj_v", "proj"):
         _fold_dense(getattr(attention, name), getattr(made.attention, name))
     _fold_dense(block.mlp.fc1, made.fc1)
     _fold_dense(block.mlp.fc2, made.fc2)

@@ -99,7 +99,7 @@ class QuantizationAwareTraining(Compression):
     def _settle_limits(self):
         """The kernels' limits are those of the step before the last: of the kernels as they are now from here on."""
         for conv in self._convs:
-            conv.kernel_quantizer(conv.conv.kernel, training=True)
+            conv.kernel_quantizer(conv.kernel, training=True)
         for layer in self._rounding:
             empty = np.asarray(layer.minimum) == np.asarray(layer.maximum)
             if empty.any():

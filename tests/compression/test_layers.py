@@ -208,3 +208,16 @@ def test_average_pooling_is_refused():
 def test_every_layer_is_in_the_battery():
     own = {value for value in vars(layers).values() if isinstance(value, type) and value.__module__ == layers.__name__}
     assert own - {layers.QuantizedCvT} == {row[0] for row in LAYERS.values()}
+
+
+def test_the_scores_scale_is_in_the_querys_projection():
+    attention = QuantizedAttention(16, 2)
+    attention.build((None, 4, 4, 16))
+    assert (attention.proj_q.scale, attention.proj_k.scale) == (0.25, 1.0)
+    np.testing.assert_allclose(attention.proj_q.kernel, 0.25 * np.asarray(attention.proj_q.conv.kernel))
+    layer = QuantizedConv(3, quantized=False, scale=0.5)
+    x = np.random.default_rng(0).normal(size=(1, 2, 2, 4)).astype("float32")
+    layer.build(x.shape)
+    layer.conv.bias.assign([1.0, 2.0, 3.0])
+    expected = 0.5 * (x @ np.asarray(layer.conv.kernel)[0, 0] + np.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(layer(x), expected, atol=1e-6)

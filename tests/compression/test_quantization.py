@@ -78,7 +78,7 @@ def test_a_kernels_limits_are_those_of_the_kernel_that_is_kept():
     convs = [layer for layer in made._flatten_layers() if isinstance(layer, QuantizedConv)]
     assert len(convs) > 20
     for conv in convs:
-        kernel = np.asarray(conv.conv.kernel)
+        kernel = np.asarray(conv.kernel)
         axes = (0, 1, 2) if conv.filters else (0, 1, 3)
         minimum, maximum = _limits(conv.kernel_quantizer)
         np.testing.assert_allclose(maximum, np.abs(kernel).max(axis=axes), rtol=1e-6)
