@@ -204,6 +204,8 @@ def start(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Of a shell in the background, children are born deaf to Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         started.append(process)
         return process, re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
