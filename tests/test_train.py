@@ -108,7 +108,7 @@ def test_every_field_has_a_flag():
         assert getattr(recipe, field) == value != getattr(RECIPES["cifar10"], field), flag
     assert not train.parse(["--no-flip"]).recipe.flip
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    assert {field for field, _ in flags.values()} | {"flip", "description"} == fields
+    assert {field for field, _ in flags.values()} | {"flip", "description", "compression"} == fields
 
 
 @pytest.fixture
