@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import kernels, sparsity
+from cvt_keras.compression.kernels import Zeros, all_kernels, kernels, sparsity
 from cvt_keras.training.callbacks import Compression
 from cvt_keras.training.recipes import RecipeError
 
@@ -37,6 +37,7 @@ class WeightClustering(Compression):
         self.layers = tuple(layers)
         self.settings = {"method": "cluster", "clusters": clusters, "keep_zeros": keep_zeros, "layers": list(layers)}
         self.parts = tfmot.load()
+        self._zeros = Zeros({})
 
     def require(self, recipe, before):
         if before == "qat":
@@ -50,6 +51,9 @@ class WeightClustering(Compression):
 
     def start(self, classifier, batches, steps, epochs):
         self._clustered = []
+        everything = all_kernels(classifier)
+        # Also of kernels that are not clustered: others may have been pruned.
+        self._zeros = Zeros(everything if self.keep_zeros else {})
         for path, kernel in kernels(classifier, self.layers).items():
             distinct = len(np.unique(np.asarray(kernel)))
             if distinct < self.clusters:
@@ -57,13 +61,15 @@ class WeightClustering(Compression):
                     f"`clusters` must be at most {distinct}, the values that {path} has: take fewer, or other --layers. "
                     f"Received: clusters={self.clusters}"
                 )
-            self._clustered.append(_ClusteredKernel(kernel, self.clusters, self.keep_zeros, self.parts))
+            self._clustered.append(_ClusteredKernel(kernel, self.clusters, self._zeros.masks.get(path), self.parts))
         self.variables = [variable for clustered in self._clustered for variable in clustered.variables]
+        self.variables += self._zeros.masks.values()
 
         @tf.function(autograph=False)
         def project():
             for clustered in self._clustered:
                 clustered.project()
+            self._zeros.hold(everything)
 
         self._project = project
         # So that the first step is already taken with few values.
@@ -73,6 +79,7 @@ class WeightClustering(Compression):
         self._project()
 
     def check(self, classifier):
+        self._zeros.check(all_kernels(classifier))
         chosen = kernels(classifier, self.layers)
         found = {path: len(np.unique(np.asarray(kernel))) for path, kernel in chosen.items()}
         for path, values in found.items():
@@ -84,9 +91,14 @@ class WeightClustering(Compression):
 
 
 class _ClusteredKernel:
-    """A kernel, the float weights behind it, the centroids, and which of these each weight has."""
+    """A kernel, the float weights behind it, the centroids, and which of these each weight has.
 
-    def __init__(self, kernel, clusters, keep_zeros, parts):
+    Args:
+        mask: 0 where a weight stays 0, as one of the centroids does then; or `None`.
+    """
+
+    def __init__(self, kernel, clusters, mask, parts):
+        keep_zeros = mask is not None
         self.kernel = kernel.value
         self.clusters = clusters
         initial = parts.KmeansPlusPlusCentroidsInitialisation(
@@ -94,9 +106,10 @@ class _ClusteredKernel:
         ).get_cluster_centroids()
         self.weights = tf.Variable(self.kernel, trainable=False, name="weights")
         self.centroids = tf.Variable(tf.sort(initial), trainable=False, name="centroids")
-        # What stays as it is: the zeros of a pruned kernel, and the centroid of zeros.
-        self.moving = tf.cast(self.kernel != 0, tf.float32) if keep_zeros else tf.ones_like(self.kernel)
-        self.moving_centroids = tf.cast(self.centroids != 0, tf.float32) if keep_zeros else tf.ones_like(self.centroids)
+        # 0 for what stays as it is: the zeros of a pruned kernel, and the centroid of zeros.
+        self.moving = mask if keep_zeros else tf.ones_like(self.kernel)
+        moving_centroids = tf.cast(self.centroids != 0, tf.float32) if keep_zeros else tf.ones_like(self.centroids)
+        self.moving_centroids = tf.Variable(moving_centroids, trainable=False, name="moving_centroids")
         self.algorithm = parts.ClusteringAlgorithm(self.centroids, parts.GradientAggregation.AVG)
         self.members = tf.Variable(self.algorithm.get_pulling_indices(self.weights), trainable=False, name="members")
         for _ in range(ITERATIONS):
@@ -104,7 +117,7 @@ class _ClusteredKernel:
             self.members.assign(self._nearest())
         # Where `project` starts from: no step was taken yet.
         self.kernel.assign(tf.gather(self.centroids, self.members))
-        self.variables = [self.weights, self.centroids, self.members]
+        self.variables = [self.weights, self.centroids, self.moving_centroids, self.members]
 
     def project(self):
         change = (self.kernel - tf.gather(self.centroids, self.members)) * self.moving
@@ -135,5 +148,8 @@ class _ClusteredKernel:
             return tf.tensor_scatter_nd_update(members, [[tf.argmin(apart)]], [empty])
 
         flat = tf.reshape(nearest, (-1,))
-        flat = tf.while_loop(lambda members: tf.reduce_any(sizes(members) == 0), fill_one, [flat])[0]
+        # Where a weight is no number all have the same centroid, and none can be filled: `HaltOnNaN` ends the training.
+        [flat] = tf.while_loop(
+            lambda members: tf.reduce_any(sizes(members) == 0), fill_one, [flat], maximum_iterations=self.clusters
+        )
         return tf.reshape(flat, nearest.shape)

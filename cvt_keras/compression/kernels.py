@@ -4,7 +4,9 @@ import re
 
 import keras
 import numpy as np
+import tensorflow as tf
 
+from cvt_keras import runs
 from cvt_keras.model import cvt_of
 from cvt_keras.training.recipes import RecipeError
 
@@ -25,8 +27,7 @@ def kernels(classifier, names=()):
     Raises:
         RecipeError: for a name that no layer with a kernel has, with those that there are.
     """
-    network = cvt_of(classifier)
-    found = {_path(variable): variable for variable in network.trainable_variables if variable.name == "kernel"}
+    network, found = cvt_of(classifier), all_kernels(classifier)
     if not names:
         first = "stem" if network.variant.stem else "stage0_embed"
         return {path: kernel for path, kernel in found.items() if not _is_left_out(path, first)}
@@ -38,6 +39,39 @@ def kernels(classifier, names=()):
             raise RecipeError(f"`layers` must name layers with a kernel, or how their names start: {known}. Received: {name}")
         chosen |= dict.fromkeys(under)
     return {path: kernel for path, kernel in found.items() if path in chosen}
+
+
+def all_kernels(classifier):
+    """Every trained kernel of a `CvT`, or of a classifier around one, by its path in the network."""
+    return {_path(variable): variable for variable in cvt_of(classifier).trainable_variables if variable.name == "kernel"}
+
+
+class Zeros:
+    """The zeros of a pruned network, which whatever comes after it holds.
+
+    Args:
+        kernels: path -> `keras.Variable`.
+
+    Attributes:
+        masks: path -> `tf.Variable`, 0 where the kernel is and else 1; a checkpoint must keep them.
+    """
+
+    def __init__(self, kernels):
+        self.masks = {
+            path: tf.Variable(tf.cast(kernel.value != 0, tf.float32), trainable=False, name="mask")
+            for path, kernel in kernels.items()
+        }
+
+    def hold(self, kernels):
+        """Sets what became something else to 0 again."""
+        for path, mask in self.masks.items():
+            kernels[path].value.assign(kernels[path].value * tf.cast(mask, kernels[path].dtype))
+
+    def check(self, kernels):
+        """Raises RunError if one of them is no zero any more."""
+        for path, mask in self.masks.items():
+            if np.any(np.asarray(kernels[path])[mask.numpy() == 0] != 0):
+                raise runs.RunError(f"{path} has lost zeros that it was pruned to: nothing was written. Compress anew")
 
 
 def sparsity(variables):

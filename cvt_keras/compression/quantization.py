@@ -1,11 +1,15 @@
 """Quantisation-aware training: a network learns with the roundings that its integer file will have."""
 
+import contextlib
+
 import numpy as np
 import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
+from cvt_keras.compression.kernels import Zeros, sparsity
 from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, quantize
+from cvt_keras.layers import DropPath
 from cvt_keras.training.callbacks import Compression
 from cvt_keras.training.recipes import RecipeError
 
@@ -31,6 +35,7 @@ class QuantizationAwareTraining(Compression):
         self.keep_zeros = keep_zeros
         self.settings = {"method": "qat", "keep_zeros": keep_zeros}
         self.parts = tfmot.load()
+        self._zeros = Zeros({})
 
     def require(self, recipe, before):
         if recipe.precision != "float32":
@@ -68,30 +73,28 @@ class QuantizationAwareTraining(Compression):
             classifier(images, training=True)
 
         seen = 0
-        for images, _ in batches:
-            observe(images)
-            seen += len(images)
-            if seen >= CALIBRATION_IMAGES:
-                break
+        with _whole(layers):
+            for images, _ in batches:
+                observe(images)
+                seen += len(images)
+                if seen >= CALIBRATION_IMAGES:
+                    break
         for layer in self._rounding:
             if layer.axis is None:
                 layer.observer = _observer(average)
         self._settle_limits()
-        if self.keep_zeros:
-            kernels = [conv.conv.kernel for conv in self._convs]
-            masks = [tf.Variable(tf.cast(kernel.value != 0, kernel.dtype), trainable=False, name="mask") for kernel in kernels]
-            self.variables = masks
+        kernels = _kernels(classifier)
+        self._zeros = Zeros(kernels if self.keep_zeros else {})
+        self.variables = list(self._zeros.masks.values())
 
-            @tf.function(autograph=False)
-            def mask():
-                for kernel, mask in zip(kernels, masks):
-                    kernel.value.assign(kernel.value * mask)
+        @tf.function(autograph=False)
+        def hold():
+            self._zeros.hold(kernels)
 
-            self._mask = mask
+        self._hold = hold
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.keep_zeros:
-            self._mask()
+        self._hold()
 
     def on_test_begin(self, logs=None):
         self._settle_limits()
@@ -114,12 +117,28 @@ class QuantizationAwareTraining(Compression):
             path for path, (least, most) in limits.items() if not (np.isfinite([least, most]).all() and least < most)
         ]:
             raise runs.RunError(f"no range was found for {broken[0]}: train anew, at a lower --peak-learning-rate")
-        kernels = [layer.conv.kernel for layer in classifier._flatten_layers() if isinstance(layer, QuantizedConv)]
-        zeros = sum(int(np.count_nonzero(np.asarray(kernel) == 0)) for kernel in kernels)
-        return {
-            "sparsity": zeros / sum(int(np.prod(kernel.shape)) for kernel in kernels),
-            "ranges": limits,
-        }
+        kernels = _kernels(classifier)
+        self._zeros.check(kernels)
+        return {"sparsity": float(sparsity(kernels.values())), "ranges": limits}
+
+
+@contextlib.contextmanager
+def _whole(layers):
+    """Without stochastic depth: what it lets through is larger than anything at inference."""
+    rates = {layer: layer.rate for layer in layers if isinstance(layer, DropPath)}
+    for layer in rates:
+        layer.rate = 0.0
+    try:
+        yield
+    finally:
+        for layer, rate in rates.items():
+            layer.rate = rate
+
+
+def _kernels(classifier):
+    """Path in the network -> the kernel of a `QuantizedConv`."""
+    kernels = [layer.conv.kernel for layer in classifier._flatten_layers() if isinstance(layer, QuantizedConv)]
+    return {kernel.path.removesuffix("/conv/kernel"): kernel for kernel in kernels}
 
 
 def _roundings(classifier):

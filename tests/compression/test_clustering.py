@@ -88,6 +88,26 @@ def test_zeros_of_a_pruned_network_stay(classifier):
     assert clustering.check(classifier)["sparsity"] >= 0.45
 
 
+def test_zeros_of_layers_that_are_not_clustered_stay(classifier):
+    kernel = kernels(classifier)["stage0_block0/mlp/fc1"]
+    kernel.assign(np.asarray(kernel) * (np.arange(kernel.shape[1]) % 2))
+    clustering = WeightClustering(4, keep_zeros=True, layers=["head"])
+    clustering.start(classifier, None, 10, 1)
+    _step(clustering, classifier, np.ones_like)
+    assert (np.asarray(kernel)[:, ::2] == 0).all()
+    clustering.check(classifier)
+    kernel.assign(np.ones(kernel.shape))
+    with pytest.raises(RunError, match="stage0_block0/mlp/fc1 has lost zeros"):
+        clustering.check(classifier)
+
+
+def test_weights_that_are_no_numbers_do_not_hang_it(classifier):
+    clustering = WeightClustering(4)
+    clustering.start(classifier, None, 10, 1)
+    _step(clustering, classifier, lambda kernel: np.full_like(kernel, np.nan))
+    assert np.isnan(np.asarray(kernels(classifier)["stage0_block0/mlp/fc1"])).all()
+
+
 def test_layers_can_be_named(classifier):
     clustering = WeightClustering(4, layers=["head"])
     clustering.start(classifier, None, 10, 1)

@@ -274,10 +274,12 @@ def test_flags_reach_the_recipe(trained, compressed, tmp_path):
     assert _report(tmp_path / "new")["test"]["images"] == 50
 
 
-@pytest.mark.parametrize("name", ["prune", "cluster", "qat"])
+@pytest.mark.parametrize("name", ["prune", "prune-cluster", "prune-qat"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, trained, compressed, tmp_path, monkeypatch, capsys):
-    flags = ["--clusters", "8"] if name == "cluster" else []
-    command = [name, str(trained), "--run-dir", str(tmp_path / "run"), "--train-limit", "256", *flags]
+    before, _, method = name.rpartition("-")
+    source = compressed(before) if before else trained
+    flags = ["--clusters", "8"] if method == "cluster" else []
+    command = [method, str(source), "--run-dir", str(tmp_path / "run"), "--train-limit", "256", *flags]
 
     class Stopped(callbacks.Checkpoints):
         def on_epoch_end(self, epoch, logs=None):
@@ -287,7 +289,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, trained, compressed, 
     with monkeypatch.context() as patch:
         patch.setattr("cvt_keras.training.loop.Checkpoints", Stopped)
         assert main(command) == 130
-    assert f"To go on: python -m cvt_keras.compression {name} " in capsys.readouterr().err
+    assert f"To go on: python -m cvt_keras.compression {method} " in capsys.readouterr().err
     assert not (tmp_path / "run" / "model.keras").exists()
     assert main([*command, "--resume"]) == 0
     assert "going on after epoch 1 of 2" in capsys.readouterr().out

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cvt_keras import build_classifier
+from cvt_keras import Stage, Variant, build_classifier
 from cvt_keras.compression.layers import FakeQuantize, QuantizedConv
 from cvt_keras.compression.quantization import QuantizationAwareTraining
+from cvt_keras.layers import DropPath
 from cvt_keras.runs import RunError
 from cvt_keras.training.recipes import SMOKE, RecipeError
 
@@ -26,6 +27,14 @@ def _started(keep_zeros=False, change=lambda classifier: None):
     made = training.wrap(classifier)
     training.start(made, _batches(), 2, 1)
     return training, made
+
+
+def test_lost_zeros_are_told():
+    training, made = _started(True, _prune_half)
+    kernel = made.get_layer("cvt").get_layer("stage0_block0").fc1.conv.kernel
+    kernel.assign(np.ones(kernel.shape))
+    with pytest.raises(RunError, match="stage0_block0/fc1 has lost zeros"):
+        training.check(made)
 
 
 def _fit(training, made, images=IMAGES):
@@ -56,6 +65,24 @@ def test_calibration_moves_no_weight_and_ends_where_the_images_are_enough(monkey
     training.start(made, batches, 2, 1)  # which would not end by itself
     for variable, value in zip(made.trainable_variables, before):
         np.testing.assert_array_equal(np.asarray(variable), value)
+
+
+def test_calibration_sees_no_stochastic_depth():
+    """Which multiplies what it lets through, here by 1 / (1 - 0.9)."""
+    shaken, calm = (
+        build_classifier(Variant((Stage(dim=16, depth=2, heads=1, drop_path=rate),)), 10, (32, 32, 3)) for rate in (0.9, 0.0)
+    )
+    for variable, value in zip(calm.trainable_variables, shaken.trainable_variables, strict=True):
+        variable.assign(value)
+    found, rates = [], []
+    for classifier in (shaken, calm):
+        training = QuantizationAwareTraining()
+        made = training.wrap(classifier)
+        training.start(made, _batches(), 2, 1)
+        found.append(training.check(made)["ranges"])
+        rates.append(max(layer.rate for layer in made._flatten_layers() if isinstance(layer, DropPath)))
+    assert found[0] == found[1]
+    assert rates == [0.9, 0.0]
 
 
 def test_in_training_the_limits_follow_the_batches_slowly():
