@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from cvt_keras import environment, plots, runs
 
 WARM_UP = 20
+PACKAGES = ("ai-edge-litert", "tensorflow", "keras", "tensorflow-model-optimization")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +45,24 @@ def files(run_dirs):
     """A dict for each .tflite file of runs that has passed its check.
 
     Raises:
-        RunError: for a run that is not exported.
+        RunError: for a run that is not exported, or one checked on other images than the first.
     """
-    found = []
+    found, checked = [], None
     for run_dir in run_dirs:
         path = run_dir / runs.EXPORT / runs.REPORT
         if not path.exists():
             raise runs.RunError(f"{run_dir} is not exported: python -m export {run_dir}")
-        for artifact in runs.read_json(path)["artifacts"]:
+        report = runs.read_json(path)
+        for artifact in report["artifacts"]:
             file = run_dir / artifact["path"]
             if artifact["path"].endswith(".tflite") and artifact["passed"]:
+                on = f"{artifact['images']:,} images of {report['dataset']}"
+                checked = checked or on
+                if on != checked:
+                    raise runs.RunError(
+                        f"{run_dir} was checked on {on}, and {run_dirs[0]} on {checked}: "
+                        "export them with the same --verify-images"
+                    )
                 data = file.read_bytes()
                 found.append(
                     {
@@ -61,7 +70,7 @@ def files(run_dirs):
                         "file": artifact["name"],
                         "path": file,
                         "top1": artifact["top1"],
-                        "images": artifact["images"],
+                        "checked": on,
                         "bytes": len(data),
                         "gzip": len(gzip.compress(data, 9)),
                     }
@@ -70,8 +79,8 @@ def files(run_dirs):
 
 
 def time_files(rows, times, turns):
-    """Adds `milliseconds` to each, the median of all its turns."""
-    seconds = {id(row): [] for row in rows}
+    """Adds to each `milliseconds`, the median of its turns' medians, and `deviation`, the standard deviation of these."""
+    medians = {id(row): [] for row in rows}
     for _ in range(turns):
         for row in rows:
             interpreter = Interpreter(str(row["path"]), num_threads=1)
@@ -79,13 +88,16 @@ def time_files(rows, times, turns):
             [taken] = interpreter.get_input_details()
             pixels = np.random.default_rng(0).integers(0, 256, taken["shape"], dtype="uint8")
             interpreter.set_tensor(taken["index"], pixels)
+            seconds = []
             for i in range(WARM_UP + times):
                 started = time.perf_counter()
                 interpreter.invoke()
                 if i >= WARM_UP:
-                    seconds[id(row)].append(time.perf_counter() - started)
+                    seconds.append(time.perf_counter() - started)
+            medians[id(row)].append(1000 * statistics.median(seconds))
     for row in rows:
-        row["milliseconds"] = 1000 * statistics.median(seconds[id(row)])
+        row["milliseconds"] = statistics.median(medians[id(row)])
+        row["deviation"] = statistics.pstdev(medians[id(row)])
 
 
 def table(rows):
@@ -99,7 +111,7 @@ def table(rows):
         lines.append(
             f"| {row['run']} | `{row['file']}` | {row['top1']:.2%} | {100 * (row['top1'] - first['top1']):+.2f} "
             f"| {row['bytes'] / 1e6:.2f} | {row['gzip'] / 1e6:.2f} | {row['gzip'] / first['gzip']:.1%} "
-            f"| {row['milliseconds']:.2f} |"
+            f"| {row['milliseconds']:.2f} ± {row['deviation']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -113,8 +125,10 @@ def main(argv):
     if not rows:
         sys.exit("compression: no .tflite file passed its check in these runs")
     time_files(rows, arguments.times, arguments.turns)
-    print(f"{environment.cpu()}, one thread, LiteRT {importlib.metadata.version('ai-edge-litert')}, ", end="")
-    print(f"median of {arguments.turns} turns of {arguments.times}; top-1 on {rows[0]['images']:,} images\n")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    print(f"{environment.cpu()}, one thread; {versions}.")
+    print(f"ms: the median of {arguments.turns} turns, in each the median of {arguments.times}, ± their standard deviation.")
+    print(f"top-1 on {rows[0]['checked']}, by LiteRT.\n")
     print(table(rows))
     if arguments.plot:
         plots.save(plots.trade(rows), arguments.plot)

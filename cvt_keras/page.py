@@ -79,14 +79,15 @@ def _compression(report):
     if not settings:
         return ""
     said = {"prune": "pruned", "cluster": "clustered", "qat": "trained for quantisation"}
-    steps = []
+    steps, pruned = [], False
     while settings:
         shown = {name: value for name, value in settings.items() if name not in ("method", "after") and value}
         details = ", ".join(f"{name.replace('_', ' ')} {json.dumps(value)}" for name, value in shown.items())
         steps.insert(0, f"{said[settings['method']]}{f' ({details})' if details else ''}")
+        pruned |= settings["method"] == "prune"
         settings = settings.get("after")
-    found = report["compression"]
-    return f"<p>{escape(', then '.join(steps).capitalize())}: {found['sparsity']:.1%} of these weights are zeros.</p>"
+    zeros = f": {report['compression']['sparsity']:.1%} of these weights are zeros" if pruned else ""
+    return f"<p>{escape(', then '.join(steps).capitalize())}{zeros}.</p>"
 
 
 def _tiles(report):

@@ -20,6 +20,7 @@ import keras
 import numpy as np
 
 from cvt_keras import configs, runs, state_dicts
+from cvt_keras.compression.layers import quantized_cvt_of
 from cvt_keras.model import CvT, cvt_of
 from cvt_keras.state_dicts import CheckpointError
 from cvt_keras.variants import VARIANTS, Variant, get_variant
@@ -355,11 +356,15 @@ def _read_keras(file, variant):
     if not zipfile.is_zipfile(file):
         raise CheckpointError(f"it is damaged or no .keras file: {state_dicts.advice(file)}")
     try:
-        model = cvt_of(keras.saving.load_model(file, compile=False))
+        model = keras.saving.load_model(file, compile=False)
+        quantized = quantized_cvt_of(model) is not None
+        model = model if quantized else cvt_of(model)
     except (MemoryError, PermissionError):
         raise
     except Exception as error:
         raise CheckpointError(f"it holds no CvT ({state_dicts.first_line(error)})") from error
+    if quantized:
+        raise CheckpointError("it was trained for quantisation, which is a last step: start from the run before it")
     arrays = {weight.path: keras.ops.convert_to_numpy(weight) for weight in model.weights}
     preprocessing = dict(model.preprocessing)
     if None not in model.input_shape[1:3]:

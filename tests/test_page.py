@@ -119,3 +119,7 @@ def test_a_compressed_run_says_how(run_dir):
     page.write(run_dir)
     said = 'Pruned (sparsity 0.7, pattern "2:4"), then clustered (clusters 16, keep zeros true, layers ["<b>"])'
     assert f"{said}: 70.5% of these weights are zeros." in _Page((run_dir / runs.PAGE).read_text()).text
+    report["recipe"] = {**REPORT["recipe"], "compression": {"method": "qat", "keep_zeros": False}}
+    runs.write_json(run_dir / runs.REPORT, report)
+    page.write(run_dir)
+    assert "Trained for quantisation." in (text := _Page((run_dir / runs.PAGE).read_text()).text) and "are zeros" not in text

@@ -25,6 +25,8 @@ except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that t
 PROGRAM = "python -m cvt_keras.compression"
 # Of the run's own peak: what is learned already is to be kept.
 RATE = 0.25
+# Flags that are fields of the recipe, and where they are not given, the run's own.
+GIVEN = ("peak_learning_rate", "batch_size", "precision", "seed", "data_dir", "train_limit", "test_limit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,10 @@ class Command:
     """Passes over the training images."""
     peak_learning_rate: float | None = None
     """Reached after the warm-up; by default a quarter of the run's own."""
+    batch_size: int | None = None
+    """By default the run's own; qat needs more memory than the training before."""
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] | None = None
+    """By default the run's own, and float32 for qat, which takes no other."""
     seed: int | None = None
     """By default the run's own."""
     data_dir: str | None = None
@@ -57,14 +63,14 @@ class Prune(Command):
     """Share of zeros in each pruned kernel; 0.7, or 0.5 with 2:4."""
     pattern: Literal["unstructured", "2:4", "4x1"] = "unstructured"
     """Where zeros may lie: anywhere; two in each four inputs; or in blocks of four inputs, of Dense layers alone."""
-    schedule: Literal["polynomial", "constant"] = "polynomial"
-    """Over the first half of the training, or from the first step; 2:4 is from the first step."""
+    schedule: Literal["polynomial", "constant"] | None = None
+    """Over the first half of the training, which is the default; or from the first step, as it always is with 2:4."""
     frequency: int | None = None
-    """Steps between updates of the zeros; by default 20 updates."""
+    """Steps between updates of the zeros, with polynomial; by default 20 updates."""
     layers: tuple[str, ...] = ()
     """Which, stage1 or stage1_block0/mlp/fc1 for instance; by default all but stem, depthwise convolutions and head."""
 
-    def compression(self, before):
+    def compression(self, after):
         sparsity = self.sparsity if self.sparsity is not None else 0.5 if self.pattern == "2:4" else 0.7
         return MagnitudePruning(sparsity, self.pattern, self.schedule, self.frequency, self.layers)
 
@@ -78,16 +84,16 @@ class Cluster(Command):
     layers: tuple[str, ...] = ()
     """Which, stage1 or stage1_block0/mlp/fc1 for instance; by default all but stem, depthwise convolutions and head."""
 
-    def compression(self, before):
-        return WeightClustering(self.clusters, keep_zeros=before == "prune", layers=self.layers)
+    def compression(self, after):
+        return WeightClustering(self.clusters, keep_zeros=_method(after) == "prune", layers=self.layers, after=after)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qat(Command):
     """Trains with the roundings of 8-bit integers, so that the int8 file loses less. Zeros of a pruned run stay."""
 
-    def compression(self, before):
-        return QuantizationAwareTraining(keep_zeros=before == "prune")
+    def compression(self, after):
+        return QuantizationAwareTraining(keep_zeros=_method(after) == "prune", after=after)
 
 
 def compress(command):
@@ -105,32 +111,33 @@ def compress(command):
         recipe = Recipe.from_settings(runs.read_json(path))
     except (RecipeError, TypeError) as error:
         raise runs.RunError(f"{path} is broken: {error}") from error
-    before = recipe.compression["method"] if recipe.compression else None
-    compression = command.compression(before)
+    before = _method(recipe.compression)
+    compression = command.compression(recipe.compression)
     if before == compression.settings["method"]:
         raise RecipeError(
             f"`RUN` is compressed the same way already, by {before}: start from the run before it. Received: {command.run}"
         )
-    if before:
-        # What the run before held to, which this one still does.
-        compression.settings["after"] = recipe.compression
-    given = {name: getattr(command, name) for name in ("seed", "data_dir", "train_limit", "test_limit", "peak_learning_rate")}
+    given = {name: getattr(command, name) for name in GIVEN if getattr(command, name) is not None}
     recipe = dataclasses.replace(
         recipe,
         **{
             "peak_learning_rate": RATE * recipe.peak_learning_rate,
-            **{name: value for name, value in given.items() if value is not None},
+            # A network in half precision has nothing left to round.
+            "precision": "float32" if isinstance(command, Qat) else recipe.precision,
+            **given,
             "weights": str(command.run / runs.MODEL),
             "compression": None,
             "epochs": command.epochs,
             "ema": 0.0,
             "layer_decay": 1.0,
-            # A network in half precision has nothing left to round.
-            "precision": "float32" if isinstance(command, Qat) else recipe.precision,
         },
     )
     compression.require(recipe, before)
     return run(recipe, command.run_dir, resume=command.resume, compression=compression)
+
+
+def _method(settings):
+    return settings["method"] if settings else None
 
 
 def main(argv):

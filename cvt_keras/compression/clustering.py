@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import Zeros, all_kernels, kernels, sparsity
+from cvt_keras.compression.kernels import Zeros, all_kernels, describe, kernels, share_of_zeros
 from cvt_keras.training.callbacks import Compression
 from cvt_keras.training.recipes import RecipeError
 
@@ -22,20 +22,23 @@ class WeightClustering(Compression):
     Args:
         clusters: values in each kernel, at least 2.
         keep_zeros: whether zeros stay zeros, and one of the values is 0: of a pruned run.
-        layers: names, see `kernels`.
+        layers: names or a predicate, see `kernels`.
+        after: `settings` of the compression that the weights come from, for recipe.json; or `None`.
 
     Raises:
         RecipeError: for an argument out of its range.
     """
 
-    def __init__(self, clusters=16, keep_zeros=False, layers=()):
+    def __init__(self, clusters=16, keep_zeros=False, layers=(), after=None):
         super().__init__()
         if clusters < 2:
             raise RecipeError(f"`clusters` must be at least 2. Received: clusters={clusters}")
         self.clusters = clusters
         self.keep_zeros = keep_zeros
-        self.layers = tuple(layers)
-        self.settings = {"method": "cluster", "clusters": clusters, "keep_zeros": keep_zeros, "layers": list(layers)}
+        self.layers = layers
+        self.settings = {"method": "cluster", "clusters": clusters, "keep_zeros": keep_zeros, "layers": describe(layers)}
+        if after:
+            self.settings["after"] = after
         self.parts = tfmot.load()
         self._zeros = Zeros({})
 
@@ -83,11 +86,12 @@ class WeightClustering(Compression):
         chosen = kernels(classifier, self.layers)
         found = {path: len(np.unique(np.asarray(kernel))) for path, kernel in chosen.items()}
         for path, values in found.items():
-            if values > self.clusters:
+            if values != self.clusters:
                 raise runs.RunError(
-                    f"{path} has {values} values in place of {self.clusters}: nothing was written. Cluster anew"
+                    f"{path} has {values} values in place of {self.clusters}: nothing was written. "
+                    "Cluster anew, to fewer --clusters"
                 )
-        return {"values": found, "sparsity": float(sparsity(chosen.values()))}
+        return {"values_by_layer": found, "sparsity": float(share_of_zeros(chosen.values()))}
 
 
 class _ClusteredKernel:

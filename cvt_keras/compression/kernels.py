@@ -11,34 +11,44 @@ from cvt_keras.model import cvt_of
 from cvt_keras.training.recipes import RecipeError
 
 
-def kernels(classifier, names=()):
+def kernels(classifier, layers=()):
     """The kernels to prune or to cluster.
 
     Args:
         classifier: a `CvT`, or a classifier around one.
-        names: of layers, as paths in the network: `"stage1_block0/mlp/fc1"`, or `"stage1"` for all whose path starts so.
-            Without any, the default: every convolution and Dense but the stem (where a network has none, the first token
-            embedding), the depthwise convolutions, and the head. These are few weights that cost much accuracy each; norms and
-            biases are no kernels.
+        layers: names, as paths in the network: `"stage1_block0/mlp/fc1"`, or `"stage1"` for all whose path starts so; or a
+            predicate, which takes such a path and says whether its kernel is one of them. Without any, the default: every
+            convolution and Dense but the stem (where a network has none, the first token embedding), the depthwise
+            convolutions, and the head. These are few weights that cost much accuracy each; norms and biases are no kernels.
 
     Returns:
         A dict of path in the network, without the name `kernel` -> `keras.Variable`, in the network's order.
 
     Raises:
-        RecipeError: for a name that no layer with a kernel has, with those that there are.
+        RecipeError: for a name that no layer with a kernel has, or a predicate that none meets, with those that there are.
     """
     network, found = cvt_of(classifier), all_kernels(classifier)
-    if not names:
+    known = ", ".join(found)
+    if callable(layers):
+        chosen = {path: kernel for path, kernel in found.items() if layers(path)}
+        if not chosen:
+            raise RecipeError(f"`layers` must choose at least one of {known}. Received: {describe(layers)}, which chooses none")
+        return chosen
+    if not layers:
         first = "stem" if network.variant.stem else "stage0_embed"
         return {path: kernel for path, kernel in found.items() if not _is_left_out(path, first)}
     chosen = {}
-    for name in names:
+    for name in layers:
         under = [path for path in found if re.match(rf"{re.escape(name)}(?:$|[/_])", path)]
         if not under:
-            known = ", ".join(found)
             raise RecipeError(f"`layers` must name layers with a kernel, or how their names start: {known}. Received: {name}")
         chosen |= dict.fromkeys(under)
     return {path: kernel for path, kernel in found.items() if path in chosen}
+
+
+def describe(layers):
+    """`layers` as recipe.json holds it: the names, or a predicate's own."""
+    return f"{layers.__module__}.{layers.__qualname__}" if callable(layers) else list(layers)
 
 
 def all_kernels(classifier):
@@ -74,7 +84,7 @@ class Zeros:
                 raise runs.RunError(f"{path} has lost zeros that it was pruned to: nothing was written. Compress anew")
 
 
-def sparsity(variables):
+def share_of_zeros(variables):
     """Share of zeros in variables together, a fraction of 1."""
     values = [keras.ops.convert_to_numpy(variable) for variable in variables]
     return 1 - sum(np.count_nonzero(value) for value in values) / sum(value.size for value in values)

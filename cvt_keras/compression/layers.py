@@ -9,7 +9,7 @@ there (fake quantisation, Jacob et al., arXiv 1712.05877), with BatchNorm folded
 import keras
 from keras import layers, ops
 
-from cvt_keras.layers import NORM_EPSILON, DropPath
+from cvt_keras.layers import NORM_EPSILON, ConvStem, ConvTokenEmbedding, CvTBlock, DropPath
 from cvt_keras.model import cvt_of
 from cvt_keras.variants import PROJECTION_KERNEL_SIZE, get_variant, to_dict
 
@@ -659,7 +659,7 @@ def quantize(classifier):
     _set(made.get_layer("normalization"), ops.reshape(1 / std, (1, 1, channels, 1)), -mean / std)
     for layer in network.layers:
         if layer.weights:
-            _FOLDS[type(layer).__name__](layer, made.get_layer(layer.name))
+            _FOLDS[type(layer)](layer, made.get_layer(layer.name))
     return _classifier(made)
 
 
@@ -738,9 +738,9 @@ def _fold_block(block, made):
 
 
 _FOLDS = {
-    "ConvStem": _fold_stem,
-    "ConvTokenEmbedding": _fold_embedding,
-    "CvTBlock": _fold_block,
-    "LayerNormalization": _fold_norm,
-    "Dense": _fold_dense,
+    ConvStem: _fold_stem,
+    ConvTokenEmbedding: _fold_embedding,
+    CvTBlock: _fold_block,
+    layers.LayerNormalization: _fold_norm,
+    layers.Dense: _fold_dense,
 }

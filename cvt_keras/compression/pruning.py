@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import kernels, sparsity
+from cvt_keras.compression.kernels import describe, kernels, share_of_zeros
 from cvt_keras.training.callbacks import Compression
 from cvt_keras.training.recipes import RecipeError
 
@@ -20,43 +20,57 @@ class MagnitudePruning(Compression):
     """Prunes kernels by tfmot's schedules and masks, which are set at the start of a step and held at both of its ends.
 
     Args:
-        target: share of zeros in each kernel, over 0 and under 1; with `"2:4"` it is 0.5.
+        sparsity: share of zeros in each kernel, over 0 and under 1; with `"2:4"` it is 0.5.
         pattern: `"unstructured"`; `"2:4"`, two zeros of each four weights along the input axis; or `"4x1"`, blocks of four
             inputs of one output, which a Dense has.
-        schedule: `"polynomial"`: from none to `target` over the first half of the training; `"constant"`: `target` from the
-            first step. `"2:4"` has none.
-        frequency: steps between updates of the masks; `None` makes it 20 updates.
-        layers: names, see `kernels`.
+        schedule: `"polynomial"`, the default: from none to `sparsity` over the first half of the training; `"constant"`:
+            `sparsity` from the first step. `"2:4"` has none, and is there from the first step too.
+        frequency: steps between updates of the masks, with `"polynomial"`; `None` makes it 20 updates.
+        layers: names or a predicate, see `kernels`.
 
     Raises:
         RecipeError: for an argument out of its range.
     """
 
-    def __init__(self, target=0.7, pattern="unstructured", schedule="polynomial", frequency=None, layers=()):
+    def __init__(self, sparsity=0.7, pattern="unstructured", schedule=None, frequency=None, layers=()):
         super().__init__()
-        if not 0 < target < 1:
-            raise RecipeError(f"`sparsity` must be over 0 and under 1: the share of zeros. Received: sparsity={target}")
-        for name, value, known in (("pattern", pattern, PATTERNS), ("schedule", schedule, SCHEDULES)):
+        if not 0 < sparsity < 1:
+            raise RecipeError(f"`sparsity` must be over 0 and under 1: the share of zeros. Received: sparsity={sparsity}")
+        for name, value, known in (("pattern", pattern, PATTERNS), ("schedule", schedule, (*SCHEDULES, None))):
             if value not in known:
-                raise RecipeError(f"`{name}` must be one of {', '.join(known)}. Received: {name}={value}")
-        if pattern == "2:4" and target != 0.5:
-            raise RecipeError(
-                f"`sparsity` must be 0.5 with the pattern 2:4, which has two zeros in four. Received: sparsity={target}"
-            )
-        if frequency is not None and frequency < 1:
-            raise RecipeError(f"`frequency` must be at least 1 step. Received: frequency={frequency}")
-        self.target = target
+                raise RecipeError(f"`{name}` must be one of {', '.join(filter(None, known))}. Received: {name}={value}")
+        if pattern == "2:4":
+            if sparsity != 0.5:
+                raise RecipeError(
+                    f"`sparsity` must be 0.5 with the pattern 2:4, which has two zeros in four. Received: sparsity={sparsity}"
+                )
+            if schedule:
+                raise RecipeError(
+                    f"`schedule` must be left out with the pattern 2:4, which is there from the first step. "
+                    f"Received: schedule={schedule}"
+                )
+        else:
+            schedule = schedule or "polynomial"
+        if frequency is not None:
+            if frequency < 1:
+                raise RecipeError(f"`frequency` must be at least 1 step. Received: frequency={frequency}")
+            if schedule != "polynomial":
+                raise RecipeError(
+                    "`frequency` must be left out where all zeros are there from the first step: they stay where they are. "
+                    f"Received: frequency={frequency}, with {schedule or pattern}"
+                )
+        self.sparsity = sparsity
         self.pattern = pattern
         self.schedule = schedule
         self.frequency = frequency
-        self.layers = tuple(layers)
+        self.layers = layers
         self.settings = {
             "method": "prune",
-            "sparsity": target,
+            "sparsity": sparsity,
             "pattern": pattern,
             "schedule": schedule,
             "frequency": frequency,
-            "layers": list(layers),
+            "layers": describe(layers),
         }
         self.parts = tfmot.load()
 
@@ -116,6 +130,19 @@ class MagnitudePruning(Compression):
             if self.layers and (others := [path for path in chosen if path not in matrices]):
                 raise RecipeError(f"`layers` must name Dense layers with the pattern 4x1. Received: {others[0]}, a convolution")
             chosen = matrices
+        if self.pattern != "unstructured" and (odd := [path for path in chosen if chosen[path].shape[-2] % 4]):
+            raise RecipeError(
+                f"`layers` must name layers whose inputs come in fours with the pattern {self.pattern}. "
+                f"Received: {odd[0]}, with {chosen[odd[0]].shape[-2]} inputs: name the others by --layers"
+            )
+        group = 4 if self.pattern == "4x1" else 1
+        for path, kernel in chosen.items():
+            groups = kernel.value.shape.num_elements() // group
+            # As tfmot rounds it.
+            if round(groups * (1 - self.sparsity)) == groups:
+                raise RecipeError(
+                    f"`sparsity` must be at least {0.5 / groups:.2g} for {path} to have a zero. Received: {self.sparsity}"
+                )
         return chosen
 
     def _schedule(self, steps):
@@ -125,18 +152,23 @@ class MagnitudePruning(Compression):
             RecipeError: if it would do nothing.
         """
         if self.pattern == "2:4":
-            return self.parts.ConstantSparsity(self.target, begin_step=1), 0
+            return self.parts.ConstantSparsity(self.sparsity, begin_step=1, end_step=1), 0
         if self.schedule == "constant":
-            frequency = self.frequency or max(1, steps // UPDATES)
-            return self.parts.ConstantSparsity(self.target, begin_step=1, frequency=frequency), 0
+            # Once: the zeros would be the least in magnitude ever after.
+            return self.parts.ConstantSparsity(self.sparsity, begin_step=1, end_step=1), 0
+        if steps < 1 / RAMP:
+            raise RecipeError(
+                f"`schedule` must be constant in a training of {steps} step, which has no half for the zeros to come in: "
+                f"give it more --epochs, or --schedule constant. Received: schedule={self.schedule}"
+            )
         frequency = self.frequency or max(1, int(steps * RAMP) // UPDATES)
         ramp = int(steps * RAMP) // frequency * frequency  # its last step must be one of an update
         if ramp == 0:
             raise RecipeError(
-                f"`frequency` must be at most {max(1, int(steps * RAMP))} in a training of {steps} steps, half of which the "
+                f"`frequency` must be at most {int(steps * RAMP)} in a training of {steps} steps, half of which the "
                 f"zeros take to come: nothing would be pruned. Received: frequency={frequency}"
             )
-        schedule = self.parts.PolynomialDecay(0.0, self.target, begin_step=1, end_step=1 + ramp, frequency=frequency)
+        schedule = self.parts.PolynomialDecay(0.0, self.sparsity, begin_step=1, end_step=1 + ramp, frequency=frequency)
         return schedule, ramp
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -147,16 +179,16 @@ class MagnitudePruning(Compression):
 
     def check(self, classifier):
         chosen = self._kernels(classifier)
-        found = {path: float(sparsity([kernel])) for path, kernel in chosen.items()}
+        found = {path: float(share_of_zeros([kernel])) for path, kernel in chosen.items()}
         for path, kernel in chosen.items():
             # A block more or less: tfmot rounds to whole ones.
             tolerance = (4 if self.pattern == "4x1" else 1) / kernel.value.shape.num_elements()
-            if found[path] < self.target - tolerance or not _follows(self.pattern, np.asarray(kernel)):
+            if found[path] < self.sparsity - tolerance or not _follows(self.pattern, np.asarray(kernel)):
                 raise runs.RunError(
-                    f"{path} has {found[path]:.2%} zeros in place of {self.target:.0%} ({self.pattern}): nothing was written. "
-                    "Prune anew, with more --epochs"
+                    f"{path} has {found[path]:.2%} zeros in place of {self.sparsity:.0%} ({self.pattern}): nothing was "
+                    "written. Prune anew, with more --epochs"
                 )
-        return {"sparsity": float(sparsity(chosen.values())), "layers": found}
+        return {"sparsity": float(share_of_zeros(chosen.values())), "sparsity_by_layer": found}
 
 
 def _follows(pattern, kernel):

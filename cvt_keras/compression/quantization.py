@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import Zeros, sparsity
+from cvt_keras.compression.kernels import Zeros, share_of_zeros
 from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, quantize
 from cvt_keras.layers import DropPath
 from cvt_keras.training.callbacks import Compression
@@ -28,12 +28,15 @@ class QuantizationAwareTraining(Compression):
 
     Args:
         keep_zeros: whether a kernel's zeros stay zeros: those of a pruned run.
+        after: `settings` of the compression that the weights come from, for recipe.json; or `None`.
     """
 
-    def __init__(self, keep_zeros=False):
+    def __init__(self, keep_zeros=False, after=None):
         super().__init__()
         self.keep_zeros = keep_zeros
         self.settings = {"method": "qat", "keep_zeros": keep_zeros}
+        if after:
+            self.settings["after"] = after
         self.parts = tfmot.load()
         self._zeros = Zeros({})
 
@@ -119,7 +122,7 @@ class QuantizationAwareTraining(Compression):
             raise runs.RunError(f"no range was found for {broken[0]}: train anew, at a lower --peak-learning-rate")
         kernels = _kernels(classifier)
         self._zeros.check(kernels)
-        return {"sparsity": float(sparsity(kernels.values())), "ranges": limits}
+        return {"sparsity": float(share_of_zeros(kernels.values())), "ranges": limits}
 
 
 @contextlib.contextmanager

@@ -121,9 +121,11 @@ def run(recipe, run_dir, resume=False, evaluate_test=True, compression=None):
         reason = str(error.message).splitlines()[0]
         if not re.search("OOM|memory|allocat", reason, re.IGNORECASE):
             raise OSError(f"{run_dir} can't be written: {reason}") from error
+        # A compressed network's image size is that of the run before.
+        image = "" if recipe.compression else f" or --image-size than {recipe.image_size}"
         raise MemoryError(
-            f"the memory of {device()} is too small: train at a smaller --batch-size than {recipe.batch_size} "
-            f"or --image-size than {recipe.image_size}, into another --run-dir"
+            f"the memory of {device()} is too small: train at a smaller --batch-size than {recipe.batch_size}{image}, "
+            "into another --run-dir"
         ) from error
     if source.fallback:
         _warn(source.fallback)

@@ -1,4 +1,5 @@
 import gzip
+import shutil
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def run_dirs(tmp_path_factory):
             rows.append({"name": kind, "path": path, "top1": top1, "images": 100, "passed": True})
         rows.append({"name": "int8", "path": "export/tflite/int8.tflite", "top1": 0.1, "images": 100, "passed": False})
         rows.append({"name": "saved_model", "path": "export/saved_model/1", "top1": top1, "images": 100, "passed": True})
-        runs.write_json(run_dir / "export" / "report.json", {"artifacts": rows})
+        runs.write_json(run_dir / "export" / "report.json", {"artifacts": rows, "dataset": "cifar10"})
         found.append(run_dir)
     return found
 
@@ -43,12 +44,14 @@ def test_it_measures_the_files_that_passed(run_dirs):
 def test_it_prints_a_row_for_each_and_draws(run_dirs, tmp_path, capsys):
     compression.main([*map(str, run_dirs), "--times", "2", "--turns", "2", "--plot", str(tmp_path / "trade.png")])
     lines = capsys.readouterr().out.splitlines()
-    assert "LiteRT" in lines[0] and "median of 2 turns of 2; top-1 on 100 images" in lines[0]
+    assert "ai-edge-litert 2." in lines[0] and "tensorflow-model-optimization 0.8.1" in lines[0]
+    assert "the median of 2 turns, in each the median of 2" in lines[1]
+    assert lines[2] == "top-1 on 100 images of cifar10, by LiteRT."
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
     assert rows[0][:4] == ["ten", "`float32`", "84.00%", "+0.00"]
     assert rows[3][:4] == ["pruned", "`dynamic_int8`", "83.50%", "-0.50"]
     assert rows[0][6] == "100.0%" and float(rows[1][6].rstrip("%")) < 100
-    assert all(float(row[7]) > 0 for row in rows)
+    assert all(float(row[7].split(" ± ")[0]) > 0 for row in rows)
     assert (tmp_path / "trade.png").exists()
 
 
@@ -59,8 +62,22 @@ def test_a_run_that_is_not_exported_is_told(tmp_path):
 
 def test_times_are_of_all_turns(run_dirs, monkeypatch):
     rows = compression.files(run_dirs)[:1]
-    clock = iter(np.cumsum(np.repeat([0, 0.001, 0, 0.002, 0, 0.004], 1)).tolist())
+    clock = iter(np.cumsum([0, 0.001, 0, 0.002, 0, 0.006]).tolist())
     monkeypatch.setattr(compression, "WARM_UP", 0)
     monkeypatch.setattr(compression.time, "perf_counter", lambda: next(clock))
     compression.time_files(rows, times=1, turns=3)
     assert rows[0]["milliseconds"] == pytest.approx(2)
+    assert rows[0]["deviation"] == pytest.approx(np.std([1, 2, 6]))
+
+
+@pytest.mark.parametrize("change", [{"dataset": "digits"}, {"images": 50}])
+def test_runs_that_were_checked_on_other_images_are_not_compared(run_dirs, tmp_path, change):
+    shutil.copytree(run_dirs[1], tmp_path / "other")
+    path = tmp_path / "other" / "export" / "report.json"
+    report = runs.read_json(path)
+    report["dataset"] = change.get("dataset", "cifar10")
+    for row in report["artifacts"]:
+        row |= {"images": change.get("images", 100)}
+    runs.write_json(path, report)
+    with pytest.raises(SystemExit, match=r"was checked on .*export them with the same --verify-images"):
+        compression.main([str(run_dirs[0]), str(tmp_path / "other")])

@@ -35,7 +35,7 @@ def test_each_kernel_has_so_many_values_and_no_more(classifier, clusters):
     for _ in range(10):
         _step(clustering, classifier, lambda kernel: random.normal(size=kernel.shape, scale=0.02).astype("float32"))
         assert {len(values) for values in _values(classifier).values()} == {clusters}
-    assert set(clustering.check(classifier)["values"].values()) == {clusters}
+    assert set(clustering.check(classifier)["values_by_layer"].values()) == {clusters}
 
 
 def test_the_values_are_near_the_weights_from_the_first_step(classifier):
@@ -111,7 +111,7 @@ def test_weights_that_are_no_numbers_do_not_hang_it(classifier):
 def test_layers_can_be_named(classifier):
     clustering = WeightClustering(4, layers=["head"])
     clustering.start(classifier, None, 10, 1)
-    assert clustering.check(classifier)["values"] == {"head": 4}
+    assert clustering.check(classifier)["values_by_layer"] == {"head": 4}
     assert len(_values(classifier)["stage0_block0/mlp/fc1"]) > 4
 
 

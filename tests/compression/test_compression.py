@@ -4,17 +4,20 @@ import collections
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from tensorflow.lite.python import schema_py_generated as schema
 
 from cvt_keras import runs
 from cvt_keras.compression.__main__ import main
-from cvt_keras.compression.kernels import kernels, sparsity
+from cvt_keras.compression.kernels import kernels, share_of_zeros
 from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, float_form, quantized_cvt_of
+from cvt_keras.pretrained import CheckpointError
 from cvt_keras.training import Recipe, RecipeError, callbacks, run
 
 
@@ -57,7 +60,7 @@ def test_a_pruned_run_is_a_run_with_its_compression_told(compressed):
     report = _report(run_dir)
     assert report["recipe"]["compression"] == settings
     assert report["compression"]["sparsity"] == pytest.approx(0.7, abs=2e-3)
-    assert set(report["compression"]["layers"]) == set(kernels(_classifier(run_dir)))
+    assert set(report["compression"]["sparsity_by_layer"]) == set(kernels(_classifier(run_dir)))
     page = (run_dir / "report.html").read_text()
     assert "Pruned (sparsity 0.7, pattern &quot;unstructured&quot;, schedule &quot;polynomial&quot;): 70.0% of these" in page
 
@@ -66,7 +69,7 @@ def test_the_zeros_are_in_the_files(compressed, exported):
     run_dir = compressed("prune")
     chosen = kernels(_classifier(run_dir))
     zeros = sum(int((np.asarray(kernel) == 0).sum()) for kernel in chosen.values())
-    assert sparsity(chosen.values()) == pytest.approx(0.7, abs=2e-3)
+    assert share_of_zeros(chosen.values()) == pytest.approx(0.7, abs=2e-3)
     for name in ("float32", "dynamic_int8", "int8"):
         found = [values for values, _ in _constants(exported("prune") / f"{name}.tflite")]
         assert sum(int((values == 0).sum()) for values in found if values.dtype in (np.float32, np.int8)) >= zeros, name
@@ -79,7 +82,11 @@ def test_the_few_values_are_in_the_files(compressed, exported):
     # By size: the converter moves a scale or a sign into some of them.
     found = [values.size for values, _ in _constants(exported("cluster") / "float32.tflite") if len(np.unique(values)) == 8]
     assert not collections.Counter(kernel.size for kernel in chosen) - collections.Counter(found)
-    assert set(_report(run_dir)["compression"]["values"].values()) == {8}
+    # In integers each output channel has a scale of its own.
+    for values, scales in _constants(exported("cluster") / "int8.tflite"):
+        if len(scales) > 1 and values.size in {kernel.size for kernel in chosen}:
+            assert all(len(np.unique(channel)) <= 8 for channel in values)
+    assert set(_report(run_dir)["compression"]["values_by_layer"].values()) == {8}
 
 
 def test_a_clustered_run_keeps_the_zeros_that_it_was_pruned_to(compressed):
@@ -186,6 +193,9 @@ def _operations(file):
         (["prune", "--sparsity", "1.5"], "`sparsity` must be over 0 and under 1: the share of zeros. Received: sparsity=1.5"),
         (["prune", "--sparsity", "0"], "sparsity=0"),
         (["prune", "--pattern", "2:4", "--sparsity", "0.7"], "`sparsity` must be 0.5 with the pattern 2:4"),
+        (["prune", "--pattern", "2:4", "--schedule", "constant"], "`schedule` must be left out with the pattern 2:4"),
+        (["prune", "--schedule", "constant", "--frequency", "2"], "`frequency` must be left out"),
+        (["qat", "--precision", "mixed_bfloat16"], "`precision` must be float32 to train for quantisation"),
         (["prune", "--frequency", "10000"], "nothing would be pruned. Received: frequency=10000"),
         (["prune", "--layers", "stage7"], "`layers` must name layers with a kernel"),
         (["cluster", "--layers", "stage7"], "`layers` must name layers with a kernel"),
@@ -256,10 +266,18 @@ def test_flags_reach_the_recipe(trained, compressed, tmp_path):
     assert after["peak_learning_rate"] == before["peak_learning_rate"] / 4
     assert (after["epochs"], after["train_limit"], after["test_limit"]) == (2, 256, 256)
     assert after["weights"] == str(trained / "model.keras")
-    given = {"seed": 7, "epochs": 1, "train_limit": 64, "test_limit": 50, "peak_learning_rate": 0.003}
+    given = {
+        "seed": 7,
+        "epochs": 1,
+        "batch_size": 16,
+        "precision": "mixed_bfloat16",
+        "train_limit": 64,
+        "test_limit": 50,
+        "peak_learning_rate": 0.003,
+    }
     flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     flags += ["--data-dir", before["data_dir"]]
-    pruning = ["--sparsity", "0.4", "--schedule", "constant", "--frequency", "1", "--layers", "stage1"]
+    pruning = ["--sparsity", "0.4", "--schedule", "polynomial", "--frequency", "1", "--layers", "stage1"]
     assert main(["prune", str(trained), "--run-dir", str(tmp_path / "new"), *flags, *pruning]) == 0
     stored = json.loads((tmp_path / "new" / "recipe.json").read_text())
     assert {name: stored[name] for name in given} == given
@@ -267,7 +285,7 @@ def test_flags_reach_the_recipe(trained, compressed, tmp_path):
         "method": "prune",
         "sparsity": 0.4,
         "pattern": "unstructured",
-        "schedule": "constant",
+        "schedule": "polynomial",
         "frequency": 1,
         "layers": ["stage1"],
     }
@@ -299,8 +317,46 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, trained, compressed, 
     assert "epochs was 2 and is 3" in capsys.readouterr().err
 
 
-def test_only_epochs_with_all_zeros_are_kept(compressed):
-    """The first epoch of two, half pruned, is often the better one."""
-    history = (compressed("prune") / "history.csv").read_text().splitlines()
-    assert len(history) == 3
-    assert _report(compressed("prune"))["compression"]["sparsity"] == pytest.approx(0.7, abs=2e-3)
+def test_only_epochs_with_all_zeros_are_kept(trained, tmp_path, monkeypatch):
+    """Though the first epoch of two, half pruned, is the better one."""
+
+    class Best(callbacks.BestWeights):
+        def on_test_end(self, logs=None):
+            super().on_test_end({**logs, "accuracy": 1.0 - self._epoch})
+
+    monkeypatch.setattr("cvt_keras.training.loop.BestWeights", Best)
+    assert main(["prune", str(trained), "--run-dir", str(tmp_path / "run"), "--train-limit", "256"]) == 0
+    assert _report(tmp_path / "run")["compression"]["sparsity"] == pytest.approx(0.7, abs=2e-3)
+
+
+@pytest.mark.parametrize("method, precision", [("prune", "mixed_bfloat16"), ("cluster", "mixed_bfloat16"), ("qat", "float32")])
+def test_what_does_not_go_with_compression_is_off(method, precision, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    recipe = runs.read_json(trained / "recipe.json")
+    recipe |= {"ema": 0.999, "layer_decay": 0.8, "precision": "mixed_bfloat16", "batch_size": 8}
+    runs.write_json(tmp_path / "run" / "recipe.json", recipe)
+    taken = []
+
+    def train(recipe, run_dir, resume, compression):
+        taken.append(recipe)
+        return SimpleNamespace(test={"top1": 0.5, "images": 1})
+
+    monkeypatch.setattr("cvt_keras.compression.__main__.run", train)
+    assert main([method, str(tmp_path / "run"), "--run-dir", str(tmp_path / "new")]) == 0
+    assert [(recipe.ema, recipe.layer_decay, recipe.precision, recipe.batch_size) for recipe in taken] == [(0, 1, precision, 8)]
+
+
+def test_a_quantised_run_is_no_start_for_another_training(compressed, tmp_path):
+    recipe = dataclasses.replace(Recipe.from_settings(runs.read_json(compressed("qat") / "recipe.json")), compression=None)
+    recipe = dataclasses.replace(recipe, weights=str(compressed("qat") / "model.keras"))
+    with pytest.raises(CheckpointError, match="a last step: start from the run before"):
+        run(recipe, tmp_path / "run")
+
+
+def test_too_little_memory_names_flags_that_there_are(trained, tmp_path, monkeypatch, capsys):
+    def exhaust(*args, **kwargs):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")
+
+    monkeypatch.setattr(keras.Model, "fit", exhaust)
+    assert main(["qat", str(trained), "--run-dir", str(tmp_path / "run")]) == 1
+    assert "train at a smaller --batch-size than 32, into another --run-dir" in capsys.readouterr().err

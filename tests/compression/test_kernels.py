@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cvt_keras import build_classifier
-from cvt_keras.compression.kernels import kernels, sparsity
+from cvt_keras.compression.kernels import kernels, share_of_zeros
 from cvt_keras.training.recipes import RecipeError
 
 
@@ -47,5 +47,11 @@ def test_an_unknown_layer_is_refused_with_the_known(name):
         kernels(_classifier(), [name])
 
 
+def test_a_predicate_chooses():
+    assert list(kernels(_classifier(), lambda path: path == "head")) == ["head"]
+    with pytest.raises(RecipeError, match=r"`layers` must choose at least one of .*head. Received: .*lambda"):
+        kernels(_classifier(), lambda path: False)
+
+
 def test_sparsity_is_of_all_together():
-    assert sparsity([np.array([0.0, 1.0, 0.0]), np.array([[2.0]])]) == 0.5
+    assert share_of_zeros([np.array([0.0, 1.0, 0.0]), np.array([[2.0]])]) == 0.5

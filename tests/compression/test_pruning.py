@@ -5,8 +5,8 @@ import keras
 import numpy as np
 import pytest
 
-from cvt_keras import build_classifier
-from cvt_keras.compression.kernels import kernels, sparsity
+from cvt_keras import Stage, Variant, build_classifier
+from cvt_keras.compression.kernels import kernels, share_of_zeros
 from cvt_keras.compression.pruning import MagnitudePruning
 from cvt_keras.runs import RunError
 from cvt_keras.training.recipes import SMOKE, RecipeError
@@ -22,7 +22,7 @@ def _train(pruning, classifier, steps, epochs=1):
         for variable in classifier.trainable_variables:
             variable.assign_add(random.normal(size=variable.shape, scale=1e-3))
         pruning.on_train_batch_end(step)
-        reached.append(sparsity(kernels(classifier).values()))
+        reached.append(share_of_zeros(kernels(classifier).values()))
     return reached
 
 
@@ -80,15 +80,15 @@ def test_the_rest_of_the_network_is_not_pruned(classifier):
     _train(MagnitudePruning(0.9, schedule="constant"), classifier, steps=2)
     chosen = {id(kernel) for kernel in kernels(classifier).values()}
     others = [variable for variable in classifier.trainable_variables if id(variable) not in chosen]
-    assert others and sparsity(others) == 0
+    assert others and share_of_zeros(others) == 0
 
 
 def test_layers_can_be_named(classifier):
     pruning = MagnitudePruning(0.5, schedule="constant", layers=["head", "stage1_block0/mlp"])
     _train(pruning, classifier, steps=2)
-    assert list(pruning.check(classifier)["layers"]) == ["stage1_block0/mlp/fc1", "stage1_block0/mlp/fc2", "head"]
-    assert sparsity([classifier.get_layer("cvt").get_layer("head").kernel]) == 0.5
-    assert sparsity([kernels(classifier)["stage0_block0/mlp/fc1"]]) == 0
+    assert list(pruning.check(classifier)["sparsity_by_layer"]) == ["stage1_block0/mlp/fc1", "stage1_block0/mlp/fc2", "head"]
+    assert share_of_zeros([classifier.get_layer("cvt").get_layer("head").kernel]) == 0.5
+    assert share_of_zeros([kernels(classifier)["stage0_block0/mlp/fc1"]]) == 0
 
 
 def test_updates_come_with_the_frequency(classifier):
@@ -108,6 +108,41 @@ def test_weights_count_from_the_epoch_in_which_the_last_zeros_come(classifier):
     assert pruning.first_epoch == 0
 
 
+def test_layers_can_be_chosen_by_a_predicate(classifier):
+    def is_mlp(path):
+        return "/mlp/" in path
+
+    pruning = MagnitudePruning(0.5, schedule="constant", layers=is_mlp)
+    _train(pruning, classifier, steps=2)
+    assert len(found := pruning.check(classifier)["sparsity_by_layer"]) > 2 and all(map(is_mlp, found))
+    assert pruning.settings["layers"].endswith("is_mlp")
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4x1"])
+def test_inputs_that_do_not_come_in_fours_are_told_before_the_training(pattern):
+    classifier = build_classifier(Variant((Stage(dim=18, depth=1, heads=1),)), 10, (32, 32, 3))
+    with pytest.raises(RecipeError, match=rf"come in fours with the pattern {pattern}.*proj_q, with 18"):
+        MagnitudePruning(0.5, pattern).start(classifier, None, 10, 1)
+    MagnitudePruning(0.5, pattern, layers=["stage0_block0/mlp/fc2"]).start(classifier, None, 10, 1)
+
+
+def test_a_share_of_which_a_kernel_has_no_zero_is_refused(classifier):
+    smallest = min(kernels(classifier).values(), key=lambda kernel: np.prod(kernel.shape))
+    least = 0.5 / np.prod(smallest.shape)
+    with pytest.raises(RecipeError, match=rf"`sparsity` must be at least {least:.2g} for stage0_.* to have a zero"):
+        MagnitudePruning(0.9 * least).start(classifier, None, 10, 1)
+    with pytest.raises(RecipeError, match=rf"`sparsity` must be at least {4 * least:.2g} for stage0_.* to have a zero"):
+        MagnitudePruning(3.9 * least, "4x1").start(classifier, None, 10, 1)
+    MagnitudePruning(1.1 * least).start(classifier, None, 10, 1)
+
+
+def test_a_step_has_no_half(classifier):
+    with pytest.raises(RecipeError, match=r"`schedule` must be constant in a training of 1 step.*--epochs"):
+        MagnitudePruning(0.5).start(classifier, None, 1, 1)
+    _train(pruning := MagnitudePruning(0.5, schedule="constant"), classifier, steps=1)
+    assert pruning.check(classifier)["sparsity"] == pytest.approx(0.5, abs=2e-3)
+
+
 @pytest.mark.parametrize("frequency", [6, 1000])
 def test_a_schedule_that_would_do_nothing_is_refused(classifier, frequency):
     with pytest.raises(RecipeError, match=rf"`frequency` must be at most 5 in a training of 10 steps.*frequency={frequency}"):
@@ -117,11 +152,14 @@ def test_a_schedule_that_would_do_nothing_is_refused(classifier, frequency):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"target": 0}, "`sparsity` must be over 0 and under 1.*sparsity=0"),
-        ({"target": 1.0}, "`sparsity` must be over 0 and under 1.*sparsity=1.0"),
-        ({"target": -0.1}, "sparsity=-0.1"),
-        ({"target": float("nan")}, "sparsity=nan"),
-        ({"target": 0.7, "pattern": "2:4"}, "`sparsity` must be 0.5 with the pattern 2:4.*sparsity=0.7"),
+        ({"sparsity": 0}, "`sparsity` must be over 0 and under 1.*sparsity=0"),
+        ({"sparsity": 1.0}, "`sparsity` must be over 0 and under 1.*sparsity=1.0"),
+        ({"sparsity": -0.1}, "sparsity=-0.1"),
+        ({"sparsity": float("nan")}, "sparsity=nan"),
+        ({"sparsity": 0.7, "pattern": "2:4"}, "`sparsity` must be 0.5 with the pattern 2:4.*sparsity=0.7"),
+        ({"sparsity": 0.5, "pattern": "2:4", "schedule": "constant"}, "`schedule` must be left out with the pattern 2:4"),
+        ({"sparsity": 0.5, "pattern": "2:4", "frequency": 3}, "`frequency` must be left out.*frequency=3, with 2:4"),
+        ({"schedule": "constant", "frequency": 3}, "`frequency` must be left out.*frequency=3, with constant"),
         ({"pattern": "3:4"}, "`pattern` must be one of unstructured, 2:4, 4x1.*3:4"),
         ({"schedule": "cubic"}, "`schedule` must be one of polynomial, constant.*cubic"),
         ({"frequency": 0}, "`frequency` must be at least 1.*frequency=0"),
@@ -182,4 +220,4 @@ def test_it_prunes_in_mixed_precision_too():
     classifier.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
     images, labels = np.zeros((4, 32, 32, 3), "float32"), np.eye(10, dtype="float32")[:4]
     classifier.fit(images, labels, batch_size=2, callbacks=[pruning], verbose=0)
-    assert sparsity(kernels(classifier).values()) == pytest.approx(0.7, abs=2e-3)
+    assert share_of_zeros(kernels(classifier).values()) == pytest.approx(0.7, abs=2e-3)

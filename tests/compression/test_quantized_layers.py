@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from layer_battery import check_layer
 
 from cvt_keras import Stage, Variant, build_classifier
@@ -20,6 +21,8 @@ from cvt_keras.compression.layers import (
     quantize,
     quantized_cvt_of,
 )
+from cvt_keras.compression.quantization import QuantizationAwareTraining
+from export import tflite
 
 # Class, arguments, shapes in and out, trainable values, and values of limits: two of each activation, and of each channel.
 LAYERS = {
@@ -221,3 +224,30 @@ def test_the_scores_scale_is_in_the_querys_projection():
     layer.conv.bias.assign([1.0, 2.0, 3.0])
     expected = 0.5 * (x @ np.asarray(layer.conv.kernel)[0, 0] + np.array([1.0, 2.0, 3.0]))
     np.testing.assert_allclose(layer(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant((Stage(dim=8, depth=1, heads=1, cls_token=True), Stage(dim=8, depth=1, heads=2)), activation="quick_gelu"),
+        Variant((Stage(dim=8, depth=1, heads=1, projection="linear"), Stage(dim=8, depth=1, heads=2, cls_token=True))),
+    ],
+    ids=["quick gelu, cls token before the last stage, pooled head", "linear projection, cls token at the end"],
+)
+def test_the_whole_network_becomes_integers(variant):
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3)).astype("float32")
+    training = QuantizationAwareTraining()
+    made = training.wrap(_trained_classifier(variant))
+    training.start(made, tf.data.Dataset.from_tensors((images, np.zeros((32, 10)))), 1, 1)
+    interpreter = Interpreter(
+        model_content=tflite.convert(made, [str(i) for i in range(10)], "int8"),
+        experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
+    )
+    interpreter.allocate_tensors()
+    assert {tensor["dtype"] for tensor in interpreter.get_tensor_details()} <= {np.uint8, np.int8, np.int32, np.int64}
+    [taken], [given] = interpreter.get_input_details(), interpreter.get_output_details()
+    for image, expected in zip(images[:4], keras.ops.softmax(made(images[:4]))):
+        interpreter.set_tensor(taken["index"], image[None].astype("uint8"))
+        interpreter.invoke()
+        found = interpreter.get_tensor(given["index"])[0] / 256
+        np.testing.assert_allclose(found, expected, atol=0.02)
