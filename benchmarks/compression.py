@@ -45,9 +45,14 @@ def files(run_dirs):
     """A dict for each .tflite file of runs that has passed its check.
 
     Raises:
-        RunError: for a run that is not exported, or one checked on other images than the first.
+        RunError: for a run that is not exported, or one checked on other images than the first; or if the first is compressed,
+            or has no float32 file.
     """
     found, checked = [], None
+    if runs.read_json(run_dirs[0] / runs.RECIPE).get("compression"):
+        raise runs.RunError(
+            f"the first run must not be compressed, as the others are compared with it. Received: {run_dirs[0]}"
+        )
     for run_dir in run_dirs:
         path = run_dir / runs.EXPORT / runs.REPORT
         if not path.exists():
@@ -55,7 +60,11 @@ def files(run_dirs):
         report = runs.read_json(path)
         for artifact in report["artifacts"]:
             file = run_dir / artifact["path"]
-            if artifact["path"].endswith(".tflite") and artifact["passed"]:
+            if not artifact["path"].endswith(".tflite"):
+                continue
+            if not artifact["passed"]:
+                print(f"left out, as it failed its check: {run_dir.name} {artifact['name']}, {artifact['top1']:.2%}")
+            else:
                 on = f"{artifact['images']:,} images of {report['dataset']}"
                 checked = checked or on
                 if on != checked:
@@ -75,6 +84,8 @@ def files(run_dirs):
                         "gzip": len(gzip.compress(data, 9)),
                     }
                 )
+    if not found or (found[0]["run"], found[0]["file"]) != (run_dirs[0].name, "float32"):
+        raise runs.RunError(f"{run_dirs[0]} has no float32.tflite to compare with: python -m export {run_dirs[0]}")
     return found
 
 
@@ -122,8 +133,6 @@ def main(argv):
         rows = files(arguments.runs)
     except runs.RunError as error:
         sys.exit(f"compression: {error}")
-    if not rows:
-        sys.exit("compression: no .tflite file passed its check in these runs")
     time_files(rows, arguments.times, arguments.turns)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     print(f"{environment.cpu()}, one thread; {versions}.")

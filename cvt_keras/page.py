@@ -86,8 +86,11 @@ def _compression(report):
         steps.insert(0, f"{said[settings['method']]}{f' ({details})' if details else ''}")
         pruned |= settings["method"] == "prune"
         settings = settings.get("after")
-    zeros = f": {report['compression']['sparsity']:.1%} of these weights are zeros" if pruned else ""
-    return f"<p>{escape(', then '.join(steps).capitalize())}{zeros}.</p>"
+    said = ", then ".join(steps)
+    if pruned:
+        which = "all its kernels'" if report["recipe"]["compression"]["method"] == "qat" else "these"
+        said += f": {report['compression']['sparsity']:.1%} of {which} weights are zeros"
+    return f"<p>{escape(said[0].upper() + said[1:])}.</p>"
 
 
 def _tiles(report):

@@ -7,6 +7,7 @@ from cvt_keras import evaluation, runs
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 except ImportError as error:
     raise ImportError(f"A run's plots need matplotlib: pip install matplotlib ({error})") from error
@@ -20,6 +21,7 @@ MOST_WRONG = "most_wrong.png"
 TRAINING, VALIDATION, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: apart for every eye
 MOST_LABELS = 40  # as many as can be read along an axis
 MOST_NUMBERS = 20  # and in a matrix
+MOST_POINTS = 0.03  # of accuracy that a picture of trades shows
 MOST_CHARACTERS = 16  # of a class name, where there is little room
 
 
@@ -166,48 +168,49 @@ def most_wrong(images, logits, labels, class_names, n=24):
 def trade(files):
     """Accuracy against the bytes that are sent -> `Figure`: a point for each file, a line along those that none beats in both.
 
+    A colour is a run, a mark a kind of file. Files far below the best one lie on the lower edge, with their accuracy beside
+    them: they would press the others together.
+
     Args:
         files: dicts of `run`, `file` (its kind), `top1` and `gzip` (bytes).
     """
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
+    floor = max(file["top1"] for file in files) - MOST_POINTS
     front = sorted(pareto(files), key=lambda file: file["gzip"])
-    axes.plot(
+    [line] = axes.plot(
         [file["gzip"] / 1e6 for file in front],
-        [file["top1"] for file in front],
+        [max(floor, file["top1"]) for file in front],
         drawstyle="steps-post",
         color=GREY,
         linewidth=1,
         label="no file is both smaller and better",
     )
-    for kind, marker, colour in zip(
-        sorted({file["file"] for file in files}), "osD^", (TRAINING, VALIDATION, "#009E73", "#CC79A7")
-    ):
-        of_kind = [file for file in files if file["file"] == kind]
-        axes.plot(
-            [file["gzip"] / 1e6 for file in of_kind],
-            [file["top1"] for file in of_kind],
-            marker,
-            color=colour,
-            markersize=6,
-            label=kind.replace("_", " "),
-        )
-    for i, file in enumerate(sorted(files, key=lambda file: file["top1"])):
-        axes.annotate(
-            file["run"],
-            (file["gzip"] / 1e6, file["top1"]),
-            xytext=(6, 5 if i % 2 else -9),  # neighbours by turns above and below
-            textcoords="offset points",
-            fontsize=7,
-            color=GREY,
-        )
+    runs_of = list(dict.fromkeys(file["run"] for file in files))
+    colours = {run: f"C{i % 10}" for i, run in enumerate(runs_of)}
+    marks = dict(zip(sorted({file["file"] for file in files}), "osD^"))
+    low = []  # MB of those on the edge
+    for file in files:
+        place = file["gzip"] / 1e6, max(floor, file["top1"])
+        axes.plot(*place, marks[file["file"]], color=colours[file["run"]], markersize=8, alpha=0.8, clip_on=False)
+        if file["top1"] < floor:
+            height = 8 + 10 * sum(0.9 < other / place[0] < 1.1 for other in low)  # of neighbours one above the other
+            axes.annotate(f"{file['top1']:.1%}", place, xytext=(0, height), textcoords="offset points", ha="center", fontsize=8)
+            low.append(place[0])
+    if any(file["top1"] < floor for file in files):
+        axes.set_ylim(bottom=floor)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(ScalarFormatter())
     axes.set_xlabel("MB, as gzip sends them")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.set_title("Top-1 on the test images", loc="left")
-    axes.legend(frameon=False, loc="lower right", fontsize="small")
+    kinds = [
+        Line2D([], [], marker=mark, color=GREY, linestyle="", label=kind.replace("_", " ")) for kind, mark in marks.items()
+    ]
+    axes.legend(handles=[line, *kinds], frameon=False, loc="lower right", fontsize="small")
+    shown = [Line2D([], [], marker="o", color=colour, linestyle="", label=run) for run, colour in colours.items()]
+    figure.legend(handles=shown, frameon=False, loc="outside right upper", fontsize="small")
     _plain(axes)
     return figure
 

@@ -20,7 +20,6 @@ import keras
 import numpy as np
 
 from cvt_keras import configs, runs, state_dicts
-from cvt_keras.compression.layers import quantized_cvt_of
 from cvt_keras.model import CvT, cvt_of
 from cvt_keras.state_dicts import CheckpointError
 from cvt_keras.variants import VARIANTS, Variant, get_variant
@@ -357,7 +356,8 @@ def _read_keras(file, variant):
         raise CheckpointError(f"it is damaged or no .keras file: {state_dicts.advice(file)}")
     try:
         model = keras.saving.load_model(file, compile=False)
-        quantized = quantized_cvt_of(model) is not None
+        # By its name: compression, which knows the class, starts from what is read here.
+        quantized = any(type(layer).__name__ == "QuantizedCvT" for layer in getattr(model, "layers", ()))
         model = model if quantized else cvt_of(model)
     except (MemoryError, PermissionError):
         raise

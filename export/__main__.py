@@ -21,7 +21,7 @@ try:
     from cvt_keras.model import cvt_of
     from cvt_keras.training import Recipe, RecipeError
     from export import saved_model, tflite
-    from export.verify import BOUNDS, batches, verify
+    from export.verify import BOUNDS, QUANTIZED, batches, verify
 except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that there is not
     sys.exit(f"export: {error}. Is all of requirements.txt installed, and KERAS_BACKEND unset?")
 
@@ -77,7 +77,8 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
     # Of a run trained for quantisation only the integer file has its roundings.
     forms = {"int8": classifier, "float": float_form(classifier) if quantized else classifier}
     try:
-        expected = {form: _probabilities(model, images) for form, model in forms.items() if form == "float" or quantized}
+        asked = {_form(name, quantized) for name in formats}
+        expected = {form: _probabilities(forms[form], images) for form in asked}
     except tf.errors.ResourceExhaustedError as error:
         raise MemoryError(f"the memory is too small for {run_dir / runs.MODEL}") from error
     calibration = None
@@ -93,11 +94,13 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
             aside.write_text(tflite.labels_text(class_names), encoding="utf-8")
         for name in formats:
             file, path = scratch / name, _place(folder, name)
-            form = "int8" if name == "int8" and quantized else "float"
+            form = _form(name, quantized)
             print(f"{name}: writing, then checking on {len(images):,} images", flush=True)
             with signals.Held(f"TensorFlow's work on {name}"):
                 _write(forms[form], class_names, name, calibration, file)
-            artifact = verify(name, file, path.relative_to(run_dir).as_posix(), scratch / IMAGES, test.labels, expected[form])
+            bounds = QUANTIZED if form == "int8" else BOUNDS[name]
+            relative = path.relative_to(run_dir).as_posix()
+            artifact = verify(name, file, relative, scratch / IMAGES, test.labels, expected[form], bounds)
             artifacts.append(artifact)
             print(f"  {_line(artifact)}", flush=True)
             if artifact.passed:
@@ -107,6 +110,11 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
             _report(folder, artifact, source, 0 if calibration is None else len(calibration))
             page.write(run_dir)
     return artifacts
+
+
+def _form(name, quantized):
+    """Which form of a network an artifact is made of, and compared with."""
+    return "int8" if name == "int8" and quantized else "float"
 
 
 def _write(classifier, class_names, name, calibration, file):

@@ -77,13 +77,24 @@ def test_the_front_is_of_files_that_none_beats():
 
 
 def test_the_trade_shows_each_file_and_the_front():
-    [axes] = plots.trade(FILES).axes
-    front, floats, integers = axes.lines
+    figure = plots.trade(FILES)
+    [axes] = figure.axes
+    front, *points = axes.lines
     assert (list(front.get_xdata()), list(front.get_ydata())) == ([0.5, 1.0], [0.83, 0.84])
-    assert list(floats.get_xdata()) == [4.0]
-    assert list(integers.get_ydata()) == [0.84, 0.83, 0.82]
-    assert sorted(_texts(axes)) == ["clustered", "pruned", "ten", "ten"]
+    assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in points] == [
+        (file["gzip"] / 1e6, file["top1"]) for file in FILES
+    ]
+    assert len({point.get_color() for point in points}) == len({file["run"] for file in FILES})
     assert [text.get_text() for text in axes.get_legend().get_texts()][1:] == ["float32", "int8"]
+    [runs] = figure.legends
+    assert [text.get_text() for text in runs.get_texts()] == list(dict.fromkeys(file["run"] for file in FILES))
+    assert not axes.texts
+
+
+def test_a_file_far_below_the_best_does_not_press_the_others_together():
+    [axes] = plots.trade([*FILES, {"run": "lost", "file": "int8", "top1": 0.2, "gzip": 100_000}]).axes
+    assert axes.get_ylim()[0] == pytest.approx(0.84 - plots.MOST_POINTS)
+    assert _texts(axes) == ["20.0%"]
 
 
 def test_a_picture_is_saved_whole(tmp_path):

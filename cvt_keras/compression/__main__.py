@@ -41,8 +41,8 @@ class Command:
     """Reached after the warm-up; by default a quarter of the run's own."""
     batch_size: int | None = None
     """By default the run's own; qat needs more memory than the training before."""
-    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] | None = None
-    """By default the run's own, and float32 for qat, which takes no other."""
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] | None = None
+    """By default auto, as in train.py, and float32 for qat, which takes no other."""
     seed: int | None = None
     """By default the run's own."""
     data_dir: str | None = None
@@ -64,15 +64,16 @@ class Prune(Command):
     pattern: Literal["unstructured", "2:4", "4x1"] = "unstructured"
     """Where zeros may lie: anywhere; two in each four inputs; or in blocks of four inputs, of Dense layers alone."""
     schedule: Literal["polynomial", "constant"] | None = None
-    """Over the first half of the training, which is the default; or from the first step, as it always is with 2:4."""
+    """polynomial, the default: more and more over the first half of the training; constant: all at the first step, as with 2:4,
+    which takes neither."""
     frequency: int | None = None
-    """Steps between updates of the zeros, with polynomial; by default 20 updates."""
+    """Steps between polynomial's updates; by default so many that there are at least 20, if the steps allow."""
     layers: tuple[str, ...] = ()
     """Which, stage1 or stage1_block0/mlp/fc1 for instance; by default all but stem, depthwise convolutions and head."""
 
     def compression(self, after):
         sparsity = self.sparsity if self.sparsity is not None else 0.5 if self.pattern == "2:4" else 0.7
-        return MagnitudePruning(sparsity, self.pattern, self.schedule, self.frequency, self.layers)
+        return MagnitudePruning(sparsity, self.pattern, self.schedule, self.frequency, self.layers, after)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,19 +112,15 @@ def compress(command):
         recipe = Recipe.from_settings(runs.read_json(path))
     except (RecipeError, TypeError) as error:
         raise runs.RunError(f"{path} is broken: {error}") from error
-    before = _method(recipe.compression)
     compression = command.compression(recipe.compression)
-    if before == compression.settings["method"]:
-        raise RecipeError(
-            f"`RUN` is compressed the same way already, by {before}: start from the run before it. Received: {command.run}"
-        )
     given = {name: getattr(command, name) for name in GIVEN if getattr(command, name) is not None}
     recipe = dataclasses.replace(
         recipe,
         **{
             "peak_learning_rate": RATE * recipe.peak_learning_rate,
-            # A network in half precision has nothing left to round.
-            "precision": "float32" if isinstance(command, Qat) else recipe.precision,
+            # What suited the machine of the run need not suit this one. A network in half precision has nothing left to round.
+            "precision": "float32" if isinstance(command, Qat) else "auto",
+            "xla": "auto",
             **given,
             "weights": str(command.run / runs.MODEL),
             "compression": None,
@@ -132,7 +129,6 @@ def compress(command):
             "layer_decay": 1.0,
         },
     )
-    compression.require(recipe, before)
     return run(recipe, command.run_dir, resume=command.resume, compression=compression)
 
 

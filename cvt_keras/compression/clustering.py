@@ -5,12 +5,16 @@ import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import Zeros, all_kernels, describe, kernels, share_of_zeros
+from cvt_keras.compression.kernels import Zeros, all_kernels, describe, kernels, require_not_after, settings, share_of_zeros
 from cvt_keras.training.callbacks import Compression
 from cvt_keras.training.recipes import RecipeError
 
 # Of Lloyd's algorithm, after k-means++ has chosen where to begin.
 ITERATIONS = 10
+REFUSED = {
+    "cluster": "start from the run before it",
+    "qat": "the ranges are set. Cluster the run before it",
+}
 
 
 class WeightClustering(Compression):
@@ -36,17 +40,13 @@ class WeightClustering(Compression):
         self.clusters = clusters
         self.keep_zeros = keep_zeros
         self.layers = layers
-        self.settings = {"method": "cluster", "clusters": clusters, "keep_zeros": keep_zeros, "layers": describe(layers)}
-        if after:
-            self.settings["after"] = after
+        self.before = after and after["method"]
+        self.settings = settings("cluster", after, clusters=clusters, keep_zeros=keep_zeros, layers=describe(layers))
         self.parts = tfmot.load()
         self._zeros = Zeros({})
 
-    def require(self, recipe, before):
-        if before == "qat":
-            raise RecipeError(
-                "a run trained for quantisation can't be clustered: its ranges are set. Cluster the run before it"
-            )
+    def require(self, recipe):
+        require_not_after(self.before, REFUSED)
         if recipe.ema:
             raise RecipeError(
                 f"`ema` must be 0 with clustering: an average over steps has more values. Received: ema={recipe.ema}"

@@ -48,7 +48,32 @@ def kernels(classifier, layers=()):
 
 def describe(layers):
     """`layers` as recipe.json holds it: the names, or a predicate's own."""
-    return f"{layers.__module__}.{layers.__qualname__}" if callable(layers) else list(layers)
+    if not callable(layers):
+        return list(layers)
+    return f"{layers.__module__}.{layers.__qualname__}" if hasattr(layers, "__qualname__") else repr(layers)
+
+
+def settings(method, after, **values):
+    """What recipe.json holds of a compression.
+
+    Args:
+        after: `settings` of the one that the weights come from, or `None`.
+    """
+    return {"method": method, **values, **({"after": after} if after else {})}
+
+
+def require_not_after(before, refused):
+    """Whether a compression can follow another.
+
+    Args:
+        before: the method of that, or `None`.
+        refused: method -> why it can't, and what to do.
+
+    Raises:
+        RecipeError: if it can't.
+    """
+    if before in refused:
+        raise RecipeError(f"`RUN` must not be compressed by {before} already: {refused[before]}. Received: {before}")
 
 
 def all_kernels(classifier):

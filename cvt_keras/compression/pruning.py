@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import describe, kernels, share_of_zeros
+from cvt_keras.compression.kernels import describe, kernels, require_not_after, settings, share_of_zeros
 from cvt_keras.training.callbacks import Compression
 from cvt_keras.training.recipes import RecipeError
 
@@ -14,6 +14,11 @@ SCHEDULES = ("polynomial", "constant")
 # Of the training: in the rest the zeros stay where they are, and the other weights make up for them.
 RAMP = 0.5
 UPDATES = 20
+REFUSED = {
+    "prune": "start from the run before it",
+    "cluster": "training would move its values apart. Prune first, then cluster",
+    "qat": "the ranges are set. Prune first, then train for quantisation",
+}
 
 
 class MagnitudePruning(Compression):
@@ -27,12 +32,13 @@ class MagnitudePruning(Compression):
             `sparsity` from the first step. `"2:4"` has none, and is there from the first step too.
         frequency: steps between updates of the masks, with `"polynomial"`; `None` makes it 20 updates.
         layers: names or a predicate, see `kernels`.
+        after: `settings` of the compression that the weights come from, or `None`.
 
     Raises:
         RecipeError: for an argument out of its range.
     """
 
-    def __init__(self, sparsity=0.7, pattern="unstructured", schedule=None, frequency=None, layers=()):
+    def __init__(self, sparsity=0.7, pattern="unstructured", schedule=None, frequency=None, layers=(), after=None):
         super().__init__()
         if not 0 < sparsity < 1:
             raise RecipeError(f"`sparsity` must be over 0 and under 1: the share of zeros. Received: sparsity={sparsity}")
@@ -64,25 +70,20 @@ class MagnitudePruning(Compression):
         self.schedule = schedule
         self.frequency = frequency
         self.layers = layers
-        self.settings = {
-            "method": "prune",
-            "sparsity": sparsity,
-            "pattern": pattern,
-            "schedule": schedule,
-            "frequency": frequency,
-            "layers": describe(layers),
-        }
+        self.before = after and after["method"]
+        self.settings = settings(
+            "prune",
+            after,
+            sparsity=sparsity,
+            pattern=pattern,
+            schedule=schedule,
+            frequency=frequency,
+            layers=describe(layers),
+        )
         self.parts = tfmot.load()
 
-    def require(self, recipe, before):
-        if before == "cluster":
-            raise RecipeError(
-                "a clustered run can't be pruned: training would move its values apart. Prune first, then cluster"
-            )
-        if before == "qat":
-            raise RecipeError(
-                "a run trained for quantisation can't be pruned: its ranges are set. Prune first, then train for it"
-            )
+    def require(self, recipe):
+        require_not_after(self.before, REFUSED)
         if recipe.ema:
             raise RecipeError(
                 "`ema` must be 0 with pruning: an average over steps with other zeros has hardly any. "
@@ -151,9 +152,7 @@ class MagnitudePruning(Compression):
         Raises:
             RecipeError: if it would do nothing.
         """
-        if self.pattern == "2:4":
-            return self.parts.ConstantSparsity(self.sparsity, begin_step=1, end_step=1), 0
-        if self.schedule == "constant":
+        if self.schedule != "polynomial":
             # Once: the zeros would be the least in magnitude ever after.
             return self.parts.ConstantSparsity(self.sparsity, begin_step=1, end_step=1), 0
         if steps < 1 / RAMP:
@@ -183,11 +182,13 @@ class MagnitudePruning(Compression):
         for path, kernel in chosen.items():
             # A block more or less: tfmot rounds to whole ones.
             tolerance = (4 if self.pattern == "4x1" else 1) / kernel.value.shape.num_elements()
-            if found[path] < self.sparsity - tolerance or not _follows(self.pattern, np.asarray(kernel)):
+            if abs(found[path] - self.sparsity) > tolerance + 1e-9:
                 raise runs.RunError(
-                    f"{path} has {found[path]:.2%} zeros in place of {self.sparsity:.0%} ({self.pattern}): nothing was "
-                    "written. Prune anew, with more --epochs"
+                    f"{path} has {found[path]:.2%} zeros in place of {self.sparsity:.0%}: nothing was written. Many of its "
+                    "weights are equal, or all are 0: leave it out by --layers"
                 )
+            if not _follows(self.pattern, np.asarray(kernel)):
+                raise runs.RunError(f"the zeros of {path} do not lie as {self.pattern} has them: nothing was written")
         return {"sparsity": float(share_of_zeros(chosen.values())), "sparsity_by_layer": found}
 
 
@@ -198,4 +199,4 @@ def _follows(pattern, kernel):
     inputs = np.moveaxis(kernel, -2, -1).reshape(-1, kernel.shape[-2])
     groups = inputs[:, : inputs.shape[1] // 4 * 4].reshape(-1, 4)
     zeros = (groups == 0).sum(axis=1)
-    return bool((zeros >= 2).all() if pattern == "2:4" else np.isin(zeros, (0, 4)).all())
+    return bool(np.isin(zeros, (2,) if pattern == "2:4" else (0, 4)).all())

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import Zeros, share_of_zeros
+from cvt_keras.compression.kernels import Zeros, require_not_after, settings, share_of_zeros
 from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, quantize
 from cvt_keras.layers import DropPath
 from cvt_keras.training.callbacks import Compression
@@ -17,6 +17,11 @@ from cvt_keras.training.recipes import RecipeError
 CALIBRATION_IMAGES = 1000
 # Half the width of a range in which there is nothing but 0: a scale of 0 is none.
 _LEAST = 1e-6
+REFUSED = {
+    "cluster": "training would move its values apart. Start from the run that it was clustered from, or export it: its int8 "
+    "file is quantised after training",
+    "qat": "start from the run before it",
+}
 
 
 class QuantizationAwareTraining(Compression):
@@ -34,23 +39,18 @@ class QuantizationAwareTraining(Compression):
     def __init__(self, keep_zeros=False, after=None):
         super().__init__()
         self.keep_zeros = keep_zeros
-        self.settings = {"method": "qat", "keep_zeros": keep_zeros}
-        if after:
-            self.settings["after"] = after
+        self.before = after and after["method"]
+        self.settings = settings("qat", after, keep_zeros=keep_zeros)
         self.parts = tfmot.load()
         self._zeros = Zeros({})
 
-    def require(self, recipe, before):
+    def require(self, recipe):
         if recipe.precision != "float32":
             raise RecipeError(
                 "`precision` must be float32 to train for quantisation: 8 of 16 bits would be lost before the rounding. "
                 f"Received: precision={recipe.precision}"
             )
-        if before == "cluster":
-            raise RecipeError(
-                "a clustered run can't be trained for quantisation: training would move its values apart. "
-                "Start from the run that it was clustered from, or export it: its int8 file is quantised after training"
-            )
+        require_not_after(self.before, REFUSED)
 
     def wrap(self, classifier):
         try:

@@ -71,6 +71,7 @@ def run(recipe, run_dir, resume=False, evaluate_test=True, compression=None):
             print(f"no run to go on with in {run_dir}: training from the first epoch", flush=True)
     auto = recipe.dataset == "auto"
     recipe = resolve(recipe, stored)
+    compression.require(recipe)
     print(f"{device()}, {recipe.precision}, XLA {recipe.xla}", flush=True)
     if stored is not None and (report := _finished_report(run_dir, evaluate_test)) is not None:
         # Its images, which may be gone by now, are not needed; that they can't be mirrored is in its recipe.
@@ -190,6 +191,11 @@ def _fit(recipe, run_dir, source, train, checkpoint, compression):
         # A head of other classes, though as many, would have to be unlearned.
         head = checkpoint.preprocessing["class_names"] == list(source.class_names)
         checkpoint.load_into(classifier.get_layer("cvt"), head=head)
+        if compression.settings is not None and not head:
+            raise RecipeError(
+                f"`data_dir` must lead to the images that {recipe.weights} was trained on, of other classes than these. "
+                f"Received: data_dir={recipe.data_dir}, of {_enumerated(source.class_names)}"
+            )
         print(
             "the head is that of the weights" if head else "the head is new: the weights do not name these classes", flush=True
         )
@@ -401,6 +407,10 @@ def _require_same(recipe, stored, run_dir):
         differences = ", ".join(f"{name} was {_shown(was.get(name))} and is {_shown(is_now.get(name))}" for name in names)
         way_out = "Give it its own settings, or train in another --run-dir"
         raise RecipeError(f"the run in {run_dir} can't go on with other settings: {differences}. {way_out}")
+
+
+def _enumerated(names, most=5):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _shown(value):

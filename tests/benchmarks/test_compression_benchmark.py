@@ -17,6 +17,7 @@ def run_dirs(tmp_path_factory):
     for name, top1 in (("ten", 0.84), ("pruned", 0.835)):
         run_dir = tmp_path_factory.mktemp("runs") / name
         (run_dir / "export" / "tflite").mkdir(parents=True)
+        runs.write_json(run_dir / "recipe.json", {"compression": {"method": "prune"}} if name == "pruned" else {})
         rows = []
         for kind in ("float32", "dynamic_int8"):
             path = f"export/tflite/{kind}.tflite"
@@ -43,7 +44,7 @@ def test_it_measures_the_files_that_passed(run_dirs):
 
 def test_it_prints_a_row_for_each_and_draws(run_dirs, tmp_path, capsys):
     compression.main([*map(str, run_dirs), "--times", "2", "--turns", "2", "--plot", str(tmp_path / "trade.png")])
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("left out")]
     assert "ai-edge-litert 2." in lines[0] and "tensorflow-model-optimization 0.8.1" in lines[0]
     assert "the median of 2 turns, in each the median of 2" in lines[1]
     assert lines[2] == "top-1 on 100 images of cifar10, by LiteRT."
@@ -55,7 +56,25 @@ def test_it_prints_a_row_for_each_and_draws(run_dirs, tmp_path, capsys):
     assert (tmp_path / "trade.png").exists()
 
 
+def test_files_that_failed_are_told(run_dirs, capsys):
+    compression.files(run_dirs)
+    assert "left out, as it failed its check: pruned int8, 10.00%" in capsys.readouterr().out
+
+
+def test_the_first_run_is_the_one_to_compare_with(run_dirs, tmp_path):
+    with pytest.raises(SystemExit, match=r"the first run must not be compressed.*pruned"):
+        compression.main([str(run_dirs[1])])
+    shutil.copytree(run_dirs[0], tmp_path / "ten")
+    path = tmp_path / "ten" / "export" / "report.json"
+    report = runs.read_json(path)
+    del report["artifacts"][0]
+    runs.write_json(path, report)
+    with pytest.raises(SystemExit, match=r"ten has no float32\.tflite to compare with: python -m export"):
+        compression.main([str(tmp_path / "ten")])
+
+
 def test_a_run_that_is_not_exported_is_told(tmp_path):
+    runs.write_json(tmp_path / "recipe.json", {})
     with pytest.raises(SystemExit, match=r"is not exported: python -m export"):
         compression.main([str(tmp_path)])
 

@@ -53,7 +53,8 @@ def exported(compressed):
     def export(name):
         run_dir = compressed(name)
         if not (run_dir / "export").exists():
-            assert main([str(run_dir), "--formats", "float32", "dynamic_int8", "int8", "--verify-images", "100"]) == 0
+            others = ["float16", "saved_model"] if name == "qat" else []
+            assert main([str(run_dir), "--formats", "float32", "dynamic_int8", "int8", *others, "--verify-images", "100"]) == 0
         return run_dir / "export" / "tflite"
 
     return export

@@ -128,10 +128,10 @@ def test_more_values_than_there_are_are_refused(classifier):
 
 def test_what_it_can_not_come_after_is_refused():
     with pytest.raises(RecipeError, match="Cluster the run before it"):
-        WeightClustering().require(SMOKE, "qat")
+        WeightClustering(after={"method": "qat"}).require(SMOKE)
     with pytest.raises(RecipeError, match=r"`ema` must be 0.*ema=0.5"):
-        WeightClustering().require(dataclasses.replace(SMOKE, ema=0.5), None)
-    WeightClustering().require(SMOKE, "prune")
+        WeightClustering().require(dataclasses.replace(SMOKE, ema=0.5))
+    WeightClustering(after={"method": "prune"}).require(SMOKE)
 
 
 def test_a_network_that_is_not_as_it_was_to_be_is_told(classifier):

@@ -17,6 +17,7 @@ from cvt_keras import runs
 from cvt_keras.compression.__main__ import main
 from cvt_keras.compression.kernels import kernels, share_of_zeros
 from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, float_form, quantized_cvt_of
+from cvt_keras.compression.pruning import MagnitudePruning
 from cvt_keras.pretrained import CheckpointError
 from cvt_keras.training import Recipe, RecipeError, callbacks, run
 
@@ -104,9 +105,18 @@ def test_a_clustered_run_keeps_the_zeros_that_it_was_pruned_to(compressed):
     assert "Pruned (" in (page := (compressed("prune-cluster") / "report.html").read_text()) and "then clustered" in page
 
 
+def _has_limits(layer):
+    return isinstance(layer, FakeQuantize) and layer.limits is None
+
+
 def test_a_quantised_run_reloads_to_the_same_answers(compressed):
     run_dir = compressed("qat")
     classifier = _classifier(run_dir)
+    ranges = _report(run_dir)["compression"]["ranges"]  # as they were found, before the file was written
+    found = {layer.minimum.path.removesuffix("/minimum"): layer for layer in classifier._flatten_layers() if _has_limits(layer)}
+    assert set(ranges) == set(found)
+    for path, (least, most) in ranges.items():
+        assert (np.min(found[path].minimum), np.max(found[path].maximum)) == (np.float32(least), np.float32(most))
     assert quantized_cvt_of(classifier).preprocessing["class_names"] == _report(run_dir)["class_names"]
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype("float32")
     again = _classifier(run_dir)
@@ -220,18 +230,22 @@ def test_a_wrong_argument_is_one_line(arguments, said, trained, tmp_path, capsys
 @pytest.mark.parametrize(
     "before, method, said",
     [
-        ("prune", "prune", "`RUN` is compressed the same way already, by prune"),
-        ("cluster", "cluster", "`RUN` is compressed the same way already, by cluster"),
-        ("qat", "qat", "`RUN` is compressed the same way already, by qat"),
-        ("cluster", "prune", "a clustered run can't be pruned"),
-        ("qat", "prune", "a run trained for quantisation can't be pruned"),
-        ("qat", "cluster", "a run trained for quantisation can't be clustered"),
-        ("cluster", "qat", "a clustered run can't be trained for quantisation"),
+        ("prune", "prune", "prune already: start from the run before it"),
+        ("cluster", "cluster", "cluster already: start from the run before it"),
+        ("qat", "qat", "qat already: start from the run before it"),
+        ("cluster", "prune", "cluster already: training would move its values apart. Prune first"),
+        ("qat", "prune", "qat already: the ranges are set. Prune first"),
+        ("qat", "cluster", "qat already: the ranges are set. Cluster the run before it"),
+        (
+            "cluster",
+            "qat",
+            "cluster already: training would move its values apart. Start from the run that it was clustered from",
+        ),
     ],
 )
 def test_what_can_not_come_after_another_is_refused(before, method, said, compressed, tmp_path, capsys):
     assert main([method, str(compressed(before)), "--run-dir", str(tmp_path / "new")]) == 2
-    assert said in capsys.readouterr().err
+    assert f"`RUN` must not be compressed by {said}" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -334,11 +348,11 @@ def test_only_epochs_with_all_zeros_are_kept(trained, tmp_path, monkeypatch):
     assert _report(tmp_path / "run")["compression"]["sparsity"] == pytest.approx(0.7, abs=2e-3)
 
 
-@pytest.mark.parametrize("method, precision", [("prune", "mixed_bfloat16"), ("cluster", "mixed_bfloat16"), ("qat", "float32")])
+@pytest.mark.parametrize("method, precision", [("prune", "auto"), ("cluster", "auto"), ("qat", "float32")])
 def test_what_does_not_go_with_compression_is_off(method, precision, trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "run")
     recipe = runs.read_json(trained / "recipe.json")
-    recipe |= {"ema": 0.999, "layer_decay": 0.8, "precision": "mixed_bfloat16", "batch_size": 8}
+    recipe |= {"ema": 0.999, "layer_decay": 0.8, "precision": "mixed_bfloat16", "xla": "on", "batch_size": 8}
     runs.write_json(tmp_path / "run" / "recipe.json", recipe)
     taken = []
 
@@ -348,7 +362,26 @@ def test_what_does_not_go_with_compression_is_off(method, precision, trained, tm
 
     monkeypatch.setattr("cvt_keras.compression.__main__.run", train)
     assert main([method, str(tmp_path / "run"), "--run-dir", str(tmp_path / "new")]) == 0
-    assert [(recipe.ema, recipe.layer_decay, recipe.precision, recipe.batch_size) for recipe in taken] == [(0, 1, precision, 8)]
+    [recipe] = taken
+    assert (recipe.ema, recipe.layer_decay, recipe.precision, recipe.xla, recipe.batch_size) == (0, 1, precision, "auto", 8)
+
+
+def test_what_can_not_be_combined_is_refused_from_python_too(trained, tmp_path):
+    recipe = dataclasses.replace(Recipe.from_settings(runs.read_json(trained / "recipe.json")), ema=0.9)
+    with pytest.raises(RecipeError, match=r"`ema` must be 0 with pruning"):
+        run(recipe, tmp_path / "run", compression=MagnitudePruning())
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_of_other_classes_are_refused(trained, tmp_path, capsys):
+    """Whose head would be a new one, at the learning rate of a network that is trained already."""
+    recipe = runs.read_json(trained / "recipe.json") | {"dataset": "digits"}
+    shutil.copytree(trained, tmp_path / "run")
+    runs.write_json(tmp_path / "run" / "recipe.json", recipe)
+    assert main(["prune", str(tmp_path / "run"), "--run-dir", str(tmp_path / "new")]) == 2
+    said = capsys.readouterr().err
+    assert "`data_dir` must lead to the images that" in said and "of 0, 1, 2, 3, 4 and 5 more" in said
+    assert not (tmp_path / "new" / "recipe.json").exists()
 
 
 def test_a_quantised_run_is_no_start_for_another_training(compressed, tmp_path):

@@ -1,8 +1,11 @@
+import functools
+import shlex
+
 import numpy as np
 import pytest
 
 from cvt_keras import build_classifier
-from cvt_keras.compression.kernels import kernels, share_of_zeros
+from cvt_keras.compression.kernels import describe, kernels, share_of_zeros
 from cvt_keras.training.recipes import RecipeError
 
 
@@ -51,6 +54,12 @@ def test_a_predicate_chooses():
     assert list(kernels(_classifier(), lambda path: path == "head")) == ["head"]
     with pytest.raises(RecipeError, match=r"`layers` must choose at least one of .*head. Received: .*lambda"):
         kernels(_classifier(), lambda path: False)
+
+
+def test_any_predicate_has_a_name_for_the_recipe():
+    assert describe(("stage1",)) == ["stage1"]
+    assert describe(shlex.quote) == "shlex.quote"
+    assert "partial" in describe(functools.partial(str.startswith, "stage0"))
 
 
 def test_sparsity_is_of_all_together():

@@ -166,15 +166,23 @@ def test_a_range_that_is_no_number_is_told():
         training.check(made)
 
 
+def test_it_comes_back_from_a_file(tmp_path):
+    training, made = _started()
+    _fit(training, made)
+    made.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    np.testing.assert_array_equal(again.predict(IMAGES, verbose=0), made.predict(IMAGES, verbose=0))
+
+
 def test_half_precision_is_refused():
     with pytest.raises(RecipeError, match=r"`precision` must be float32.*mixed_bfloat16"):
-        QuantizationAwareTraining().require(dataclasses.replace(SMOKE, precision="mixed_bfloat16"), None)
-    QuantizationAwareTraining().require(dataclasses.replace(SMOKE, precision="float32"), "prune")
+        QuantizationAwareTraining().require(dataclasses.replace(SMOKE, precision="mixed_bfloat16"))
+    QuantizationAwareTraining(after={"method": "prune"}).require(dataclasses.replace(SMOKE, precision="float32"))
 
 
 def test_a_clustered_run_is_refused():
-    with pytest.raises(RecipeError, match="a clustered run can't be trained for quantisation"):
-        QuantizationAwareTraining().require(dataclasses.replace(SMOKE, precision="float32"), "cluster")
+    with pytest.raises(RecipeError, match="`RUN` must not be compressed by cluster already: training would move its values"):
+        QuantizationAwareTraining(after={"method": "cluster"}).require(dataclasses.replace(SMOKE, precision="float32"))
 
 
 def test_a_network_without_integer_form_is_refused():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from export import verify
-from export.verify import BOUNDS, compare
+from export.verify import BOUNDS, Bounds, compare
 
 LABELS = np.arange(1000) % 10
 
@@ -37,6 +37,14 @@ def test_top1_may_fall_by_so_much(name, lost, passed, file):
     assert artifact.passed == passed
     assert artifact.top1 == artifact.agreement == pytest.approx(1 - lost / 1000)
     assert (artifact.bytes, artifact.images) == (100, 1000)
+
+
+def test_other_bounds_can_be_given(file):
+    bounds = Bounds(0.005, 0.2)
+    assert compare("int8", file, "", LABELS, _sure(LABELS), _found(_wrong(3))).passed
+    assert compare("int8", file, "", LABELS, _sure(LABELS), _found(_wrong(3)), bounds).broken == ["max_abs_diff"]
+    artifact = compare("int8", file, "", LABELS, _sure(LABELS), _found(_wrong(6)), Bounds(0.005))
+    assert artifact.broken == ["top1_drop"] and artifact.bounds["top1_drop"] == 0.005
 
 
 def test_fewer_than_three_images_are_chance(file):
