@@ -45,10 +45,13 @@ def files(run_dirs):
     """A dict for each .tflite file of runs that has passed its check.
 
     Raises:
+        NoRunError: for a folder that is none.
         RunError: for a run that is not exported, or one checked on other images than the first; or if the first is compressed,
             or has no float32 file.
     """
     found, checked = [], None
+    for run_dir in run_dirs:
+        runs.require_run(run_dir)
     if runs.read_json(run_dirs[0] / runs.RECIPE).get("compression"):
         raise runs.RunError(
             f"the first run must not be compressed, as the others are compared with it. Received: {run_dirs[0]}"
@@ -90,7 +93,7 @@ def files(run_dirs):
 
 
 def time_files(rows, times, turns):
-    """Adds to each `milliseconds`, the median of its turns' medians, and `deviation`, the standard deviation of these."""
+    """Adds to each `milliseconds`, the median of its turns' medians, and `deviation`, their population standard deviation."""
     medians = {id(row): [] for row in rows}
     for _ in range(turns):
         for row in rows:
@@ -131,7 +134,7 @@ def main(argv):
     arguments = tyro.cli(Arguments, prog="python benchmarks/compression.py", args=argv)
     try:
         rows = files(arguments.runs)
-    except runs.RunError as error:
+    except (runs.RunError, runs.NoRunError) as error:
         sys.exit(f"compression: {error}")
     time_files(rows, arguments.times, arguments.turns)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)

@@ -5,6 +5,7 @@ from scipy.special import softmax
 from cvt_keras import evaluation, runs
 
 try:
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -187,7 +188,9 @@ def trade(files):
         label="no file is both smaller and better",
     )
     runs_of = list(dict.fromkeys(file["run"] for file in files))
-    colours = {run: f"C{i % 10}" for i, run in enumerate(runs_of)}
+    shades = colormaps["tab20"].colors  # ten strong ones, each followed by its pale one
+    shades = [*shades[::2], *shades[1::2]]
+    colours = {run: shades[i % len(shades)] for i, run in enumerate(runs_of)}
     marks = dict(zip(sorted({file["file"] for file in files}), "osD^"))
     low = []  # MB of those on the edge
     for file in files:

@@ -1,7 +1,7 @@
 """The layers of a network that knows it will run in 8-bit integers: what `model.keras` of a quantisation-aware run holds.
 
 They are on Keras alone, and import nothing of tensorflow-model-optimization, so that such a file opens like any other. Each
-gives what its integer operation in a TFLite file will give: kernels and outputs are rounded to the 256 values that they have
+stands for an integer operation of a TFLite file: kernels and outputs are rounded to the 256 values that they have
 there (fake quantisation, Jacob et al., arXiv 1712.05877), with BatchNorm folded into the convolution before it. Not rounded
 here are biases, which have 32 bits there, and the scale and shift of a LayerNorm, which have 8. Without `quantized` they are
 the same folded network in floats.

@@ -30,7 +30,7 @@ class MagnitudePruning(Compression):
             inputs of one output, which a Dense has.
         schedule: `"polynomial"`, the default: from none to `sparsity` over the first half of the training; `"constant"`:
             `sparsity` from the first step. `"2:4"` has none, and is there from the first step too.
-        frequency: steps between updates of the masks, with `"polynomial"`; `None` makes it 20 updates.
+        frequency: steps between updates of the masks, with `"polynomial"`; `None` makes it at least 20, if the steps do.
         layers: names or a predicate, see `kernels`.
         after: `settings` of the compression that the weights come from, or `None`.
 

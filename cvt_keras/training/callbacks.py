@@ -52,13 +52,11 @@ class Compression(keras.callbacks.Callback):
 
     Attributes:
         settings: what recipe.json holds of it as `compression`; `None` is no compression.
-        before: the `method` of the compression that the weights come from, or `None`.
         variables: what a checkpoint must hold beside the model's and the optimizer's.
         first_epoch: counted from 0; before it the network is not as small yet as it is to be, and no weights are kept.
     """
 
     settings = None
-    before = None
     variables = ()
     first_epoch = 0
 

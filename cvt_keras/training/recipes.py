@@ -14,6 +14,8 @@ from tyro.conf import Suppress
 from cvt_keras.data import sources
 from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
 
+COMPRESSIONS = ("prune", "cluster", "qat")
+
 
 class RecipeError(ValueError):
     """A setting that no run can have. The message is one line that names it."""
@@ -116,6 +118,11 @@ class Recipe:
             sources.check_name(self.dataset)
         except (ValueError, TypeError) as error:
             raise RecipeError(str(error)) from error
+        if self.compression is not None and self.compression.get("method") not in COMPRESSIONS:
+            raise RecipeError(
+                f"`compression` must have a `method`, one of {', '.join(COMPRESSIONS)}. "
+                f"Received: compression={self.compression}"
+            )
         for name in ("epochs", "batch_size", "image_size", "train_limit", "test_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -56,6 +56,11 @@ def test_it_prints_a_row_for_each_and_draws(run_dirs, tmp_path, capsys):
     assert (tmp_path / "trade.png").exists()
 
 
+def test_a_folder_without_a_run_is_told(run_dirs, tmp_path):
+    with pytest.raises(SystemExit, match=r"compression: `RUN` must be a run folder"):
+        compression.main([str(run_dirs[0]), str(tmp_path)])
+
+
 def test_files_that_failed_are_told(run_dirs, capsys):
     compression.files(run_dirs)
     assert "left out, as it failed its check: pruned int8, 10.00%" in capsys.readouterr().out

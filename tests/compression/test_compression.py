@@ -20,6 +20,7 @@ from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, float_form
 from cvt_keras.compression.pruning import MagnitudePruning
 from cvt_keras.pretrained import CheckpointError
 from cvt_keras.training import Recipe, RecipeError, callbacks, run
+from export.verify import BOUNDS, QUANTIZED
 
 
 def _classifier(run_dir):
@@ -189,6 +190,8 @@ def test_float_files_of_a_quantised_run_have_no_rounding(compressed, exported):
     names = [operation["op_name"] for operation in _operations(folder / "float32.tflite")]
     assert not {"FAKE_QUANT", "QUANTIZE"} & set(names)
     assert "FAKE_QUANT" not in [operation["op_name"] for operation in _operations(folder / "int8.tflite")]
+    assert rows["int8"]["bounds"] == dataclasses.asdict(QUANTIZED)
+    assert rows["dynamic_int8"]["bounds"] == dataclasses.asdict(BOUNDS["dynamic_int8"])
     assert rows["int8"]["agreement"] >= 0.95 and rows["int8"]["float_tensors"] == {}
     assert report["calibration_images"] == 0
 
@@ -259,6 +262,15 @@ def test_a_run_without_a_model_is_refused(trained, tmp_path, capsys):
     (tmp_path / "run" / "model.keras").unlink()
     assert main(["qat", str(tmp_path / "run"), "--run-dir", str(tmp_path / "new")]) == 1
     assert "has no model.keras yet: finish its training by --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compression", [{"sparsity": 0.7}, {"method": "zip"}])
+def test_a_broken_recipe_is_told(compression, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    recipe = runs.read_json(trained / "recipe.json") | {"compression": compression}
+    runs.write_json(tmp_path / "run" / "recipe.json", recipe)
+    assert main(["prune", str(tmp_path / "run"), "--run-dir", str(tmp_path / "new")]) == 1
+    assert "recipe.json is broken: `compression` must have a `method`" in capsys.readouterr().err
 
 
 def test_a_run_is_never_overwritten(trained, compressed, capsys):

@@ -197,7 +197,7 @@ def test_weights_before_the_first_epoch_that_counts_are_not_kept():
 def test_a_compression_of_no_kind_changes_nothing():
     classifier = build_classifier("cvt_tiny", 10, (16, 16, 3))
     nothing = Compression()
-    nothing.require(SMOKE, None)
+    nothing.require(SMOKE)
     nothing.start(classifier, None, 1, 1)
     assert nothing.wrap(classifier) is classifier
     assert (nothing.settings, nothing.variables, nothing.first_epoch, nothing.check(classifier)) == (None, (), 0, None)
