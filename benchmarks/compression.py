@@ -67,26 +67,25 @@ def files(run_dirs):
                 continue
             if not artifact["passed"]:
                 print(f"left out, as it failed its check: {run_dir.name} {artifact['name']}, {artifact['top1']:.2%}")
-            else:
-                on = f"{artifact['images']:,} images of {report['dataset']}"
-                checked = checked or on
-                if on != checked:
-                    raise runs.RunError(
-                        f"{run_dir} was checked on {on}, and {run_dirs[0]} on {checked}: "
-                        "export them with the same --verify-images"
-                    )
-                data = file.read_bytes()
-                found.append(
-                    {
-                        "run": run_dir.name,
-                        "file": artifact["name"],
-                        "path": file,
-                        "top1": artifact["top1"],
-                        "checked": on,
-                        "bytes": len(data),
-                        "gzip": len(gzip.compress(data, 9)),
-                    }
+                continue
+            on = f"{artifact['images']:,} images of {report['dataset']}"
+            checked = checked or on
+            if on != checked:
+                raise runs.RunError(
+                    f"{run_dir} was checked on {on}, and {run_dirs[0]} on {checked}: export them with the same --verify-images"
                 )
+            data = file.read_bytes()
+            found.append(
+                {
+                    "run": run_dir.name,
+                    "file": artifact["name"],
+                    "path": file,
+                    "top1": artifact["top1"],
+                    "checked": on,
+                    "bytes": len(data),
+                    "gzip": len(gzip.compress(data, 9)),
+                }
+            )
     if not found or (found[0]["run"], found[0]["file"]) != (run_dirs[0].name, "float32"):
         raise runs.RunError(f"{run_dirs[0]} has no float32.tflite to compare with: python -m export {run_dirs[0]}")
     return found

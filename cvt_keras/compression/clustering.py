@@ -1,20 +1,18 @@
 """Clustering: each kernel keeps to a few values, which training goes on to move (Han et al., arXiv 1510.00149)."""
 
+from typing import ClassVar
+
 import numpy as np
 import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import Zeros, all_kernels, describe, kernels, require_not_after, settings, share_of_zeros
+from cvt_keras.compression.kernels import Zeros, all_kernels, describe, kernels, share_of_zeros
 from cvt_keras.training.callbacks import Compression
 from cvt_keras.training.recipes import RecipeError
 
 # Of Lloyd's algorithm, after k-means++ has chosen where to begin.
 ITERATIONS = 10
-REFUSED = {
-    "cluster": "start from the run before it",
-    "qat": "the ranges are set. Cluster the run before it",
-}
 
 
 class WeightClustering(Compression):
@@ -33,20 +31,24 @@ class WeightClustering(Compression):
         RecipeError: for an argument out of its range.
     """
 
+    refused: ClassVar = {
+        "cluster": "start from the run before it",
+        "qat": "the ranges are set. Cluster the run before it",
+    }
+
     def __init__(self, clusters=16, keep_zeros=False, layers=(), after=None):
-        super().__init__()
+        settings = {"method": "cluster", "clusters": clusters, "keep_zeros": keep_zeros, "layers": describe(layers)}
+        super().__init__(settings, after)
         if clusters < 2:
             raise RecipeError(f"`clusters` must be at least 2. Received: clusters={clusters}")
         self.clusters = clusters
         self.keep_zeros = keep_zeros
         self.layers = layers
-        self.before = after and after["method"]
-        self.settings = settings("cluster", after, clusters=clusters, keep_zeros=keep_zeros, layers=describe(layers))
         self.parts = tfmot.load()
         self._zeros = Zeros({})
 
     def require(self, recipe):
-        require_not_after(self.before, REFUSED)
+        super().require(recipe)
         if recipe.ema:
             raise RecipeError(
                 f"`ema` must be 0 with clustering: an average over steps has more values. Received: ema={recipe.ema}"

@@ -53,29 +53,6 @@ def describe(layers):
     return f"{layers.__module__}.{layers.__qualname__}" if hasattr(layers, "__qualname__") else repr(layers)
 
 
-def settings(method, after, **values):
-    """What recipe.json holds of a compression.
-
-    Args:
-        after: `settings` of the one that the weights come from, or `None`.
-    """
-    return {"method": method, **values, **({"after": after} if after else {})}
-
-
-def require_not_after(before, refused):
-    """Whether a compression can follow another.
-
-    Args:
-        before: the method of that, or `None`.
-        refused: method -> why it can't, and what to do.
-
-    Raises:
-        RecipeError: if it can't.
-    """
-    if before in refused:
-        raise RecipeError(f"`RUN` must not be compressed by {before} already: {refused[before]}. Received: {before}")
-
-
 def all_kernels(classifier):
     """Every trained kernel of a `CvT`, or of a classifier around one, by its path in the network."""
     return {_path(variable): variable for variable in cvt_of(classifier).trainable_variables if variable.name == "kernel"}

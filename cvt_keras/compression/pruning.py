@@ -1,11 +1,13 @@
 """Pruning: the weights of least magnitude become zeros as the network goes on learning (Zhu & Gupta, arXiv 1710.01878)."""
 
+from typing import ClassVar
+
 import numpy as np
 import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import describe, kernels, require_not_after, settings, share_of_zeros
+from cvt_keras.compression.kernels import describe, kernels, share_of_zeros
 from cvt_keras.training.callbacks import Compression
 from cvt_keras.training.recipes import RecipeError
 
@@ -14,11 +16,6 @@ SCHEDULES = ("polynomial", "constant")
 # Of the training: in the rest the zeros stay where they are, and the other weights make up for them.
 RAMP = 0.5
 UPDATES = 20
-REFUSED = {
-    "prune": "start from the run before it",
-    "cluster": "training would move its values apart. Prune first, then cluster",
-    "qat": "the ranges are set. Prune first, then train for quantisation",
-}
 
 
 class MagnitudePruning(Compression):
@@ -38,8 +35,13 @@ class MagnitudePruning(Compression):
         RecipeError: for an argument out of its range.
     """
 
+    refused: ClassVar = {
+        "prune": "start from the run before it",
+        "cluster": "training would move its values apart. Prune first, then cluster",
+        "qat": "the ranges are set. Prune first, then train for quantisation",
+    }
+
     def __init__(self, sparsity=0.7, pattern="unstructured", schedule=None, frequency=None, layers=(), after=None):
-        super().__init__()
         if not 0 < sparsity < 1:
             raise RecipeError(f"`sparsity` must be over 0 and under 1: the share of zeros. Received: sparsity={sparsity}")
         for name, value, known in (("pattern", pattern, PATTERNS), ("schedule", schedule, (*SCHEDULES, None))):
@@ -70,20 +72,19 @@ class MagnitudePruning(Compression):
         self.schedule = schedule
         self.frequency = frequency
         self.layers = layers
-        self.before = after and after["method"]
-        self.settings = settings(
-            "prune",
-            after,
-            sparsity=sparsity,
-            pattern=pattern,
-            schedule=schedule,
-            frequency=frequency,
-            layers=describe(layers),
-        )
+        settings = {
+            "method": "prune",
+            "sparsity": sparsity,
+            "pattern": pattern,
+            "schedule": schedule,
+            "frequency": frequency,
+            "layers": describe(layers),
+        }
+        super().__init__(settings, after)
         self.parts = tfmot.load()
 
     def require(self, recipe):
-        require_not_after(self.before, REFUSED)
+        super().require(recipe)
         if recipe.ema:
             raise RecipeError(
                 "`ema` must be 0 with pruning: an average over steps with other zeros has hardly any. "

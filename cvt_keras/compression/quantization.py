@@ -1,13 +1,14 @@
 """Quantisation-aware training: a network learns with the roundings that its integer file will have."""
 
 import contextlib
+from typing import ClassVar
 
 import numpy as np
 import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import Zeros, require_not_after, settings, share_of_zeros
+from cvt_keras.compression.kernels import Zeros, share_of_zeros
 from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, quantize
 from cvt_keras.layers import DropPath
 from cvt_keras.training.callbacks import Compression
@@ -17,11 +18,6 @@ from cvt_keras.training.recipes import RecipeError
 CALIBRATION_IMAGES = 1000
 # Half the width of a range in which there is nothing but 0: a scale of 0 is none.
 _LEAST = 1e-6
-REFUSED = {
-    "cluster": "training would move its values apart. Start from the run that it was clustered from, or export it: its int8 "
-    "file is quantised after training",
-    "qat": "start from the run before it",
-}
 
 
 class QuantizationAwareTraining(Compression):
@@ -36,11 +32,15 @@ class QuantizationAwareTraining(Compression):
         after: `settings` of the compression that the weights come from, for recipe.json; or `None`.
     """
 
+    refused: ClassVar = {
+        "cluster": "training would move its values apart. Start from the run that it was clustered from, or export it: its "
+        "int8 file is quantised after training",
+        "qat": "start from the run before it",
+    }
+
     def __init__(self, keep_zeros=False, after=None):
-        super().__init__()
+        super().__init__({"method": "qat", "keep_zeros": keep_zeros}, after)
         self.keep_zeros = keep_zeros
-        self.before = after and after["method"]
-        self.settings = settings("qat", after, keep_zeros=keep_zeros)
         self.parts = tfmot.load()
         self._zeros = Zeros({})
 
@@ -50,7 +50,7 @@ class QuantizationAwareTraining(Compression):
                 "`precision` must be float32 to train for quantisation: 8 of 16 bits would be lost before the rounding. "
                 f"Received: precision={recipe.precision}"
             )
-        require_not_after(self.before, REFUSED)
+        super().require(recipe)
 
     def wrap(self, classifier):
         try:

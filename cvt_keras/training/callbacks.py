@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 import zipfile
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -50,15 +51,24 @@ class StopAfterStep(signals.Held, keras.callbacks.Callback):
 class Compression(keras.callbacks.Callback):
     """What makes a network smaller as it trains: this one does nothing, those of `cvt_keras.compression` do.
 
+    Args:
+        settings: what recipe.json holds of it as `compression`, with its `method`; `None` is no compression.
+        after: `settings` of the compression that the weights come from, or `None`.
+
     Attributes:
-        settings: what recipe.json holds of it as `compression`; `None` is no compression.
+        settings: with `after`, if there is one.
+        refused: `method` of a compression that it can't come after -> why, and what to do.
         variables: what a checkpoint must hold beside the model's and the optimizer's.
         first_epoch: counted from 0; before it the network is not as small yet as it is to be, and no weights are kept.
     """
 
-    settings = None
+    refused: ClassVar = {}
     variables = ()
     first_epoch = 0
+
+    def __init__(self, settings=None, after=None):
+        super().__init__()
+        self.settings = {**settings, "after": after} if after else settings
 
     def require(self, recipe):
         """Told before anything is read.
@@ -69,6 +79,9 @@ class Compression(keras.callbacks.Callback):
         Raises:
             RecipeError: if it can't be combined with the recipe, or with what was done before.
         """
+        before = ((self.settings or {}).get("after") or {}).get("method")
+        if before in self.refused:
+            raise RecipeError(f"`RUN` must not be compressed by {before} already: {self.refused[before]}. Received: {before}")
 
     def wrap(self, classifier):
         """The network that is trained and saved in place of a classifier, with its weights."""
