@@ -1,7 +1,6 @@
 """Trains a network: flags in, one call of `cvt_keras.training.run`. See python train.py --help."""
 
 import dataclasses
-import itertools
 import os
 import shlex
 import sys
@@ -10,34 +9,22 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # before TensorFlow is imported: its notes would break the progress bar
 
 try:
-    import tyro
-
     from cvt_keras import runs, signals
     from cvt_keras.data.sources import DataError
     from cvt_keras.pretrained import CheckpointError
-    from cvt_keras.training import RECIPES, Recipe, RecipeError, run
+    from cvt_keras.training import RecipeError, flags, run
 except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that there is not
     sys.exit(f"train.py: {error}. Is all of requirements.txt installed, and KERAS_BACKEND unset?")
 except KeyboardInterrupt:
     sys.exit(130)
 
-PROGRAM = "train.py [RECIPE]"
-DEFAULT = "cifar10"
+PROGRAM = "python train.py"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecipeFile:
-    """The flag that is read first."""
-
-    recipe_file: Path | None = None
-    """A recipe.json, a run's for instance, in place of RECIPE: its values are the flags' defaults."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments(RecipeFile):
+class Arguments(flags.RecipeFlags):
     """All flags."""
 
-    recipe: tyro.conf.OmitArgPrefixes[Recipe]
     run_dir: Path | None = None
     """Where the run is written; without it runs/<recipe>-<dataset>-<variant>."""
     resume: bool = False
@@ -45,47 +32,16 @@ class Arguments(RecipeFile):
 
 
 def parse(argv):
-    """`[RECIPE] [flags]` -> `Arguments` with a run folder. The recipe comes first, as its values are the flags' defaults.
+    """`[RECIPE] [flags]` -> `Arguments` with a run folder.
 
     Raises:
         RecipeError: for an unknown recipe or a value that no run can have.
         SystemExit: for flags that tyro refuses, with 2, and for --help.
     """
-    named = bool(argv) and not argv[0].startswith("-")
-    name, flags = (argv[0], argv[1:]) if named else (DEFAULT, argv)
-    if name not in RECIPES:
-        raise RecipeError(f"`RECIPE` must be one of {', '.join(RECIPES)}. Received: {name}")
-    for before, flag in itertools.pairwise(flags):
-        if flag in RECIPES and (not before.startswith("--") or "=" in before):
-            raise RecipeError(f"`RECIPE` comes before the flags: python train.py {flag} ... Received: it after {before}")
-    # Read before the other flags, whose defaults it holds.
-    given, _ = tyro.cli(RecipeFile, prog=PROGRAM, args=flags, return_unknown_args=True, add_help=False)
-    file, defaults = given.recipe_file, RECIPES[name]
-    if file:
-        if named:
-            raise RecipeError(f"a recipe is named or comes from a file, not both. Received: {name} and --recipe-file {file}")
-        defaults = _read(file)
-        name = file.stem if file.name != runs.RECIPE else file.resolve().parent.name  # every run's is called alike
-    arguments = tyro.cli(
-        Arguments,
-        prog=PROGRAM,
-        description=f"RECIPE, one of {', '.join(RECIPES)}, comes first; {DEFAULT} if left out. "
-        f"The defaults below are those of {name}: {defaults.description}",
-        default=Arguments(recipe=defaults),
-        args=flags,
-    )
+    name, arguments = flags.parse(argv, Arguments, PROGRAM, "Trains a network.")
     recipe = arguments.recipe
     folder = f"{name}-{recipe.dataset}-{recipe.variant_name}".replace(":", "-").replace("/", "-")
     return dataclasses.replace(arguments, run_dir=arguments.run_dir or Path("runs") / folder)
-
-
-def _read(file):
-    try:
-        return Recipe.from_settings(runs.read_json(file))
-    except OSError as error:
-        raise RecipeError(f"`--recipe-file` {file} can't be read: {error.strerror}") from error
-    except (RecipeError, runs.RunError) as error:
-        raise RecipeError(f"`--recipe-file` {file} is no recipe.json: {error}") from error
 
 
 def main(argv, command=("python", "train.py")):
@@ -128,5 +84,5 @@ def _fail(message, code):
 
 
 if __name__ == "__main__":
-    flags = sys.argv[1:]
-    sys.exit(main(flags, sys.orig_argv[: len(sys.orig_argv) - len(flags)]))
+    given = sys.argv[1:]
+    sys.exit(main(given, sys.orig_argv[: len(sys.orig_argv) - len(given)]))
