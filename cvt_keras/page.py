@@ -48,29 +48,34 @@ def write(run_dir):
     export = run_dir / runs.EXPORT / runs.REPORT
     title = f"{report['variant']} on {report['dataset']}"
     parts = [
-        f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">{escape(report["device"])}</p>',
         _compression(report),
         f'<p class="note">{escape(report["data_note"])}</p>' if report["data_note"] else "",
         _tiles(report),
         _splits(report),
-        _picture(run_dir, plots.CURVES),
+        picture(run_dir, plots.CURVES, *CAPTIONS[plots.CURVES]),
         f"<details><summary>Each epoch in numbers</summary>{_history(history)}</details>",
         _artifacts(runs.read_json(export)["artifacts"]) if export.exists() else "",
-        _picture(run_dir, plots.CONFUSION),
+        picture(run_dir, plots.CONFUSION, *CAPTIONS[plots.CONFUSION]),
         _classes(report["per_class"]) if report["per_class"] else "",
-        _picture(run_dir, plots.MOST_WRONG),
-        _picture(run_dir, plots.CALIBRATION),
-        _settings("Settings", report["recipe"]),
-        _settings("Versions", report["versions"]),
+        picture(run_dir, plots.MOST_WRONG, *CAPTIONS[plots.MOST_WRONG]),
+        picture(run_dir, plots.CALIBRATION, *CAPTIONS[plots.CALIBRATION]),
+        settings("Settings", report["recipe"]),
+        settings("Versions", report["versions"]),
     ]
+    write_document(run_dir / runs.PAGE, title, parts)
+
+
+def write_document(path, title, parts):
+    """Writes a page of HTML, whole or not at all: a title, and parts under it, of which the empty ones are left out."""
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
     )
-    with runs.whole(run_dir / runs.PAGE) as aside:
-        aside.write_text("\n".join([head, "<body>", *filter(None, parts), "</body></html>\n"]), encoding="utf-8")
+    body = ["<body>", f"<h1>{escape(title)}</h1>", *filter(None, parts), "</body></html>\n"]
+    with runs.whole(path) as aside:
+        aside.write_text("\n".join([head, *body]), encoding="utf-8")
 
 
 def _compression(report):
@@ -95,17 +100,22 @@ def _compression(report):
 
 def _tiles(report):
     split = "test" if report["test"] else "validation"
-    tiles = {
+    shown = {
         f"top-1, {split}": _percent(report[split]["top1"]),
         f"calibration error, {split}": _percent(report[split]["ece"]),
         "parameters": f"{report['parameters'] / 1e6:.2f} M",
         "multiply-adds an image": f"{report['macs'] / 1e6:,.1f} M",
         "epoch" if report["epochs"] == 1 else "epochs": f"{report['epochs']}",
         "training images": f"{report['train_images']:,}",
-        "training": _duration(report["train_seconds"]),
+        "training": duration(report["train_seconds"]),
         "images a second": f"{report['train_images_per_second']:,.0f}",
     }
-    drawn = [f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in tiles.items()]
+    return tiles(shown)
+
+
+def tiles(shown):
+    """A dict of name -> text, drawn large."""
+    drawn = [f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in shown.items()]
     return f'<div class="tiles">{"".join(drawn)}</div>'
 
 
@@ -115,7 +125,7 @@ def _splits(report):
         for split, of in (("test", report["test"]), ("validation", report["validation"]))
         if of
     ]
-    return _table(["", "top-1", "top-5", "cross-entropy, nats", "calibration error", "images"], rows)
+    return table(["", "top-1", "top-5", "cross-entropy, nats", "calibration error", "images"], rows)
 
 
 def _history(history):
@@ -125,7 +135,7 @@ def _history(history):
         return f"{float(value):.1f}" if name.endswith("seconds") else f"{float(value):.4g}"
 
     names = list(history[0]) if history else []
-    return _table([name.replace("_", " ") for name in names], [[number(*cell) for cell in row.items()] for row in history])
+    return table([name.replace("_", " ") for name in names], [[number(*cell) for cell in row.items()] for row in history])
 
 
 def _classes(per_class):
@@ -134,7 +144,7 @@ def _classes(per_class):
         [row["name"], _percent(row["top1"]), _percent(row["precision"]), _percent(row["f1"]), f"{row['images']:,}"]
         for row in sorted(per_class, key=lambda row: (row["top1"] is None, row["top1"]))
     ]
-    return f"<details open><summary>Classes, the hardest first</summary>{_table(names, rows)}</details>"
+    return f"<details open><summary>Classes, the hardest first</summary>{table(names, rows)}</details>"
 
 
 def _artifacts(artifacts):
@@ -153,25 +163,26 @@ def _artifacts(artifacts):
         ]
         for artifact in artifacts
     ]
-    return f"<h2>Exports</h2>{_table(names, rows, 'exports')}"
+    return f"<h2>Exports</h2>{table(names, rows, 'exports')}"
 
 
-def _settings(title, settings):
-    rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in settings.items()]
-    return f"<details><summary>{title}</summary>{_table(['', ''], rows, 'settings')}</details>"
+def settings(title, values):
+    """A dict of name -> anything that JSON has, folded away under a title."""
+    rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in values.items()]
+    return f"<details><summary>{title}</summary>{table(['', ''], rows, 'settings')}</details>"
 
 
-def _picture(run_dir, name):
+def picture(run_dir, name, title, caption):
+    """A picture of a folder's plots with its title and caption, or nothing where there is none."""
     path = run_dir / runs.PLOTS / name
     if not path.exists():
         return ""
-    title, caption = CAPTIONS[name]
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<h2>{title}</h2><p class="quiet">{caption}</p><img alt="{title}: {caption}" src="data:image/png;base64,{data}">'
 
 
-def _table(names, rows, kind=""):
-    """Cells of any type, escaped."""
+def table(names, rows, kind=""):
+    """Heads and rows of cells of any type, escaped; `kind` is a class of `STYLE`."""
 
     def row(tag, cells):
         return f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
@@ -184,5 +195,6 @@ def _percent(share):
     return "n/a" if share is None else f"{share:.1%}"
 
 
-def _duration(seconds):
+def duration(seconds):
+    """Seconds as people tell them."""
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.1f} s"

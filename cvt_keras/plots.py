@@ -1,4 +1,6 @@
-"""The pictures of a run: its curves, and how it did on the test images."""
+"""The pictures of a run, of files beside each other, and of a search."""
+
+import math
 
 from scipy.special import softmax
 
@@ -230,6 +232,106 @@ def pareto(files):
             for other in files
         )
     ]
+
+
+def parallel_coordinates(trials, space, own=None):
+    """A line for each trial of a search across an axis for each name of its space -> `Figure`.
+
+    Args:
+        trials: dicts of `trial`, `val_accuracy` and a value for each name, the best first.
+        space: name -> `Range` or `Choice`, with `ends`, and `log` where half of the axis is below the geometric mean.
+        own: the trial of the recipe that is varied, or `None`.
+    """
+    names = list(space)
+    accuracies = [trial["val_accuracy"] for trial in trials]
+    low, high = min(accuracies), max(accuracies)
+    spread = high - low or 1.0
+    figure = Figure(figsize=(max(7, 1.6 + 0.62 * (len(names) + 1)), 5), layout="constrained")
+    axes = figure.subplots()
+    shades = colormaps["viridis"]
+    for place, trial in reversed(list(enumerate(trials))):  # the best on top
+        heights = [*(_height(space[name], trial[name]) for name in names), (trial["val_accuracy"] - low) / spread]
+        axes.plot(
+            range(len(names) + 1),
+            heights,
+            "--" if trial["trial"] == own else "-",
+            color=shades((trial["val_accuracy"] - low) / spread),
+            linewidth=3 if place == 0 else 2 if trial["trial"] == own else 1,
+            alpha=1 if place == 0 or trial["trial"] == own else 0.6,
+        )
+    for place, name in enumerate(names):
+        axes.axvline(place, color=GREY, linewidth=0.5, zorder=0)
+        for height, value, side in ((0, space[name].ends[0], "top"), (1, space[name].ends[1], "bottom")):
+            shift = -4 if side == "top" else 4
+            axes.annotate(
+                f"{value:g}", (place, height), xytext=(0, shift), textcoords="offset points", ha="center", va=side, fontsize=7
+            )
+    axes.axvline(len(names), color=GREY, linewidth=0.5, zorder=0)
+    for height, value, side, shift in ((0, low, "top", -4), (1, high, "bottom", 4)):
+        text = {"xytext": (0, shift), "textcoords": "offset points", "ha": "center", "va": side, "fontsize": 7}
+        axes.annotate(f"{value:.1%}", (len(names), height), **text)
+    shown = [name.replace("_", " ") for name in names]
+    axes.set_xticks(range(len(names) + 1), [*shown, "top-1, validation"], rotation=40, ha="right", rotation_mode="anchor")
+    axes.tick_params(axis="x", length=0, pad=12)
+    axes.set_yticks([])
+    axes.set_ylim(-0.03, 1.05)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _height(where, value):
+    low, high = where.ends
+    if getattr(where, "log", False):
+        low, high, value = math.log(low), math.log(high), math.log(value)
+    return (value - low) / (high - low)
+
+
+def best_curves(curves, best, own=None):
+    """Validation accuracy after each epoch -> `Figure`: of the best trials in colour, of the others in grey.
+
+    Args:
+        curves: trial -> a list.
+        best: the trials to name, the best first.
+        own: the trial of the recipe that is varied, or `None`: it is named too.
+    """
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    shades = colormaps["viridis_r"]
+    named = dict.fromkeys([*best, *([own] if own is not None else [])])
+    for trial, curve in curves.items():
+        if trial not in named:
+            axes.plot(range(1, len(curve) + 1), curve, "-", color=GREY, alpha=0.3, linewidth=1)
+    for place, trial in enumerate(named):
+        curve = curves[trial]
+        label = f"{trial}: {max(curve):.1%}" + (", the recipe itself" if trial == own else "")
+        colour = VALIDATION if trial == own else shades(0.15 + 0.7 * place / max(len(best), 1))
+        style = "o--" if trial == own else "o-"
+        axes.plot(range(1, len(curve) + 1), curve, style, color=colour, markersize=3, label=label)
+    axes.legend(frameon=False, loc="lower right", fontsize="small", title="trial")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_title("Top-1 on the validation images", loc="left")
+    _plain(axes)
+    return figure
+
+
+def importance(shares):
+    """A bar for each name with its deviation -> `Figure`.
+
+    Args:
+        shares: name -> (mean, standard deviation), the most important first.
+    """
+    figure = Figure(figsize=(7, 1 + 0.27 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    names = list(shares)[::-1]
+    means, deviations = zip(*(shares[name] for name in names))
+    axes.barh([name.replace("_", " ") for name in names], means, xerr=deviations, color=TRAINING, ecolor=GREY, height=0.7)
+    axes.set_xlabel("R² lost when shuffled")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure
 
 
 def _shortened(name):

@@ -28,6 +28,7 @@ ALLOWED = {
     "data": set(),
     # Its layers, which `cvt_keras` itself registers, know the network alone.
     "compression": {"data", "layers", "model", "pretrained", "runs", "signals", "training", "variants"},
+    "search": {"data", "page", "plots", "pretrained", "runs", "signals", "training", "variants"},
     "training": {"data", "environment", "evaluation", "model", "page", "plots", "pretrained", "runs", "signals", "variants"},
 }
 # Keras and NumPy alone, so that they run on every backend.

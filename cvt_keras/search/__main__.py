@@ -1,0 +1,262 @@
+"""Searches a good recipe for your data and budget: python -m cvt_keras.search [RECIPE] --search-dir S"""
+
+import dataclasses
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported: its notes would break the progress bar
+
+try:
+    import tensorflow as tf
+    import tyro
+
+    from cvt_keras import runs, signals
+    from cvt_keras.data import sources
+    from cvt_keras.data.sources import DataError
+    from cvt_keras.pretrained import CheckpointError
+    from cvt_keras.search import distributed, oracles, results
+    from cvt_keras.search.tuner import RecipeTuner
+    from cvt_keras.training import RecipeError, flags
+    from cvt_keras.training import space as spaces
+except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that there is not
+    sys.exit(f"search: {error}. Is all of requirements.txt installed, and KERAS_BACKEND unset?")
+except KeyboardInterrupt:
+    sys.exit(130)
+
+PROGRAM = "python -m cvt_keras.search"
+SEARCH = "search.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(flags.RecipeFlags):
+    """All flags: the search's own, and those of the recipe that is varied."""
+
+    search_dir: Path
+    """Where the search is written; the same command goes on with the one that is there."""
+    trials: int = 20
+    """How many candidates are trained. A larger number goes on with a finished search."""
+    algorithm: Literal["bayesian", "hyperband", "random"] = "bayesian"
+    """Of keras-tuner. hyperband: many for few epochs, and the best of them anew for more, up to --epochs."""
+    max_macs: Annotated[float | None, tyro.conf.arg(metavar="M")] = None
+    """Multiply-accumulates of one image that a network may take, 55e6 for instance: a larger one is not trained."""
+    space: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A JSON file of what to vary, in place of all: {"warmup": {"low": 0.02, "high": 0.3}, "stage0_depth": [1, 2]}."""
+    chief: bool = False
+    """Train nothing, and hand the trials to workers."""
+    worker: bool = False
+    """Train what the chief at --address hands out."""
+    address: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")] = "127.0.0.1:7171"
+    """Where the chief listens; for workers on other machines one that they reach. There is no password."""
+    worker_timeout: float = 120.0
+    """Seconds without a word of a worker after which its trial goes to another, or the chief ends if there is none."""
+    fresh: bool = False
+    """Delete the search that is in the folder, after asking, and start over."""
+    yes: bool = False
+    """Delete without asking."""
+
+
+def main(argv):
+    """Runs the command line -> its exit code."""
+    kept = [word for word in argv if word not in ("--fresh", "--yes")]
+    again = shlex.join(["python", "-m", "cvt_keras.search", *kept])
+    signals.raise_on_sigterm()
+    try:
+        _, arguments = flags.parse(argv, Arguments, PROGRAM, "Searches a good recipe by keras-tuner.")
+        return search(arguments)
+    except (RecipeError, FileExistsError) as error:
+        return _fail(error, 2)
+    except (distributed.DistributedError, MemoryError, runs.RunError) as error:
+        return _fail(f"{error}. To go on: {again}", 1)
+    except (CheckpointError, DataError) as error:
+        return _fail(error, 1)
+    except OSError as error:
+        return _fail(f"{error}; finished trials and epochs are kept. To go on once that is mended: {again}", 1)
+    except KeyboardInterrupt as stop:
+        return _fail(f"stopped; finished trials and epochs are kept. To go on: {again}", signals.exit_code(stop))
+
+
+def search(arguments):
+    """Runs, or goes on with, a search -> an exit code.
+
+    Args:
+        arguments: an `Arguments`.
+
+    Raises:
+        RecipeError, FileExistsError: for an argument that can't be, or a folder of something else.
+        DistributedError: for a chief without workers, or a worker without a chief.
+        And what `cvt_keras.training.run` raises.
+    """
+    _check(arguments)
+    recipe, search_dir = arguments.recipe, arguments.search_dir
+    space = spaces.read(arguments.space, recipe) if arguments.space else spaces.space_of(recipe)
+    stored = None
+    if not arguments.worker:
+        stored = _stored(search_dir)
+        if stored and arguments.fresh:
+            if not _agreed(arguments, stored):
+                print(f"{search_dir} is left as it is", file=sys.stderr)
+                return 1
+            _clear(search_dir)
+            stored = None
+    if recipe.dataset == "auto" and stored:
+        recipe = dataclasses.replace(recipe, dataset=stored["recipe"]["dataset"])
+    if arguments.chief:
+        tf.config.set_visible_devices([], "GPU")  # which is the workers'
+    # Before any trial: that the images are there, how many classes they have, and what auto is here.
+    source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
+    if recipe.dataset == "auto":
+        recipe = dataclasses.replace(recipe, dataset=source.name)
+    if source.fallback:
+        print(f"WARNING: {source.fallback}", file=sys.stderr, flush=True)
+    budget = None if arguments.max_macs is None else int(arguments.max_macs)
+    candidates = oracles.Candidates(recipe, space, len(source.class_names), budget)
+    del source
+    candidates.require_one()
+    settings = _settings(arguments, recipe, space, budget)
+    oracle = oracles.make(arguments.algorithm, candidates, arguments.trials, settings)
+    if arguments.worker:
+        distributed.Worker(oracle, candidates, search_dir, arguments.address).search()
+        print("no trial is left for this worker")
+        return 0
+    if stored:
+        _require_same(stored, settings, search_dir)
+    runs.require_writable(search_dir)
+    search_dir.mkdir(parents=True, exist_ok=True)
+    with runs.lock(search_dir):
+        runs.sweep(search_dir)
+        if not stored:
+            runs.write_json(search_dir / SEARCH, settings)
+        oracle.open(search_dir / oracles.FOLDER)
+        before = sum(map(oracles.is_over, oracle.trials.values()))
+        if before:
+            print(f"going on with {search_dir}: {before} of {arguments.trials} trials are done", flush=True)
+        oracle.listener = lambda trial: print(oracles.line(oracle, trial), flush=True)
+
+        def refresh():
+            results.write(oracle, search_dir, settings)
+
+        try:
+            if arguments.chief:
+                distributed.lead(oracle, arguments.address, arguments.worker_timeout, refresh)
+            else:
+                RecipeTuner(oracle, candidates, search_dir, refresh).search()
+        finally:
+            if oracle.trials:
+                refresh()
+    return _tell(oracle, search_dir)
+
+
+def _tell(oracle, search_dir):
+    if oracle.exhausted:
+        print(f"WARNING: no more trials: {oracle.exhausted}", file=sys.stderr, flush=True)
+    top = results.best(results.rows(oracle))
+    if top is None:
+        failed = next((oracles.reason(trial) for trial in oracle.trials.values() if trial.message), "")
+        return _fail(f"no trial could be trained{failed and f'. The first: {failed}'}", 1)
+    print(
+        f"best: trial {top['trial']}, {top['val_accuracy']:.2%} top-1 on the validation images; page: {search_dir / runs.PAGE}"
+    )
+    print(f"to train it on all images: python train.py --recipe-file {shlex.quote(str(search_dir / results.BEST))}")
+    return 0
+
+
+def _check(arguments):
+    """Whether the flags go together.
+
+    Raises:
+        RecipeError: if they don't.
+    """
+    if arguments.chief and arguments.worker:
+        raise RecipeError("`--chief` and `--worker` are two processes: give one of them to each")
+    if arguments.worker and arguments.fresh:
+        raise RecipeError("`--fresh` is for the chief: a worker has no search of its own")
+    if arguments.trials < 1:
+        raise RecipeError(f"`--trials` must be at least 1. Received: --trials {arguments.trials}")
+    for name in ("max_macs", "worker_timeout"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise RecipeError(f"`--{name.replace('_', '-')}` must be a finite number over 0. Received: {value}")
+    port = re.fullmatch(r".+:(\d+)", arguments.address)
+    if not port or not 0 < int(port[1]) < 65536:
+        raise RecipeError(f"`--address` must be HOST:PORT, 127.0.0.1:7171 for instance. Received: {arguments.address}")
+    if arguments.recipe.compression is not None:
+        raise RecipeError("`--recipe-file` must not be of a compressed run: search the run that it came from")
+    if arguments.recipe.variant is None and arguments.recipe.weights is None:
+        raise RecipeError("`weights` must say what to start from (--weights SOURCE), or `variant` what to train anew")
+    if arguments.max_macs is not None and arguments.recipe.weights is not None:
+        raise RecipeError("`--max-macs` has nothing to choose: with --weights the network is theirs")
+
+
+def _settings(arguments, recipe, space, budget):
+    return {
+        "recipe": recipe.settings(),
+        "space": spaces.written(space),
+        "algorithm": arguments.algorithm,
+        "max_macs": budget,
+    }
+
+
+def _stored(search_dir):
+    """What a folder's search is, or `None` where there is none yet.
+
+    Raises:
+        FileExistsError: if it holds something else.
+        RunError: if it is broken.
+    """
+    if search_dir.exists() and not search_dir.is_dir():
+        raise FileExistsError(f"`--search-dir` is no folder: {search_dir}")
+    if (search_dir / SEARCH).exists():
+        return runs.read_json(search_dir / SEARCH)
+    if search_dir.exists() and any(search_dir.iterdir()):
+        raise FileExistsError(f"`--search-dir` holds something, but no search: {search_dir}. Name another")
+    return None
+
+
+def _agreed(arguments, stored):
+    """Whether the search in the folder may be deleted.
+
+    Raises:
+        RecipeError: if nobody is there to ask.
+    """
+    if arguments.yes:
+        return True
+    if not sys.stdin.isatty():
+        raise RecipeError(f"`--fresh` deletes {arguments.search_dir}, and there is nobody to ask: give --yes")
+    trials = len(list((arguments.search_dir / "trials").glob("*")))
+    said = input(f"delete the search in {arguments.search_dir}, with the runs of {trials} trials? [y/N] ")
+    return said.strip().lower() in ("y", "yes")
+
+
+def _clear(search_dir):
+    with runs.lock(search_dir):  # nobody deletes what another process is at
+        (search_dir / SEARCH).rename(search_dir / f".{os.getpid()}-{SEARCH}.deleted")
+        for path in search_dir.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _require_same(stored, settings, search_dir):
+    """A search goes on as it began.
+
+    Raises:
+        RecipeError: if it would not, naming what differs.
+    """
+    if differences := oracles.differences(stored, settings):
+        raise RecipeError(
+            f"`--search-dir` {search_dir} holds a different search: {differences}. "
+            "Give it its own settings, name another folder, or start over by --fresh"
+        )
+
+
+def _fail(message, code):
+    print(f"\nsearch: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

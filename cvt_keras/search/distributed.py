@@ -1,0 +1,213 @@
+"""One oracle for workers on many machines: keras-tuner's gRPC service, with an ear for who is still there."""
+
+import _thread
+import contextlib
+import json
+import os
+import threading
+import time
+import uuid
+from concurrent import futures
+
+import grpc
+
+# As keras-tuner's own `search` imports them: there is no public name for them.
+from keras_tuner.src import protos
+from keras_tuner.src.distribute import oracle_chief, oracle_client
+
+from cvt_keras.search.oracles import SETTINGS, differences, is_over, keras_tuner, tried
+from cvt_keras.search.tuner import RecipeTuner
+
+HEARTBEAT_SECONDS = 5.0
+NO_CHIEF_SECONDS = 30.0  # that a worker asks for
+TUNER_ID = "tuner-id"  # gRPC metadata of a heartbeat
+
+
+class DistributedError(Exception):
+    """A chief without workers, or a worker without a chief. The message is one line."""
+
+
+class _Servicer(oracle_chief.OracleServicer):
+    """Notes who was heard when."""
+
+    def __init__(self, oracle):
+        super().__init__(oracle)
+        self.heard = {}
+
+    def CreateTrial(self, request, context):
+        self.heard[request.tuner_id] = time.monotonic()
+        return super().CreateTrial(request, context)
+
+    def UpdateTrial(self, request, context):
+        if is_over(self.oracle.trials[request.trial_id]):  # another worker was faster
+            return protos.get_service().UpdateTrialResponse(trial=self.oracle.trials[request.trial_id].to_proto())
+        return super().UpdateTrial(request, context)
+
+    def GetTrial(self, request, context):
+        """A worker's heartbeat. What it runs may have been given away while it was not heard."""
+        tuner_id = dict(context.invocation_metadata()).get(TUNER_ID)
+        if tuner_id:
+            self.heard[tuner_id] = time.monotonic()
+            if not _claim(self.oracle, request.trial_id, tuner_id):
+                context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the trial was given to another worker")
+        return super().GetTrial(request, context)
+
+
+@keras_tuner.synchronized
+def _claim(oracle, trial_id, tuner_id):
+    """Whether a worker's trial is still its own; after a restart of the chief it is again."""
+    trial = oracle.ongoing_trials.get(tuner_id)
+    if trial is not None:
+        return trial.trial_id == trial_id
+    if trial_id not in oracle._retry_queue:
+        return trial_id in oracle.trials and is_over(oracle.trials[trial_id])  # it was just ended, by itself as a rule
+    oracle._retry_queue.remove(trial_id)
+    oracle.ongoing_trials[tuner_id] = oracle.trials[trial_id]
+    oracle.tuner_ids.add(tuner_id)
+    oracle.save()
+    return True
+
+
+@keras_tuner.synchronized
+def _drop(oracle, tuner_id):
+    """Takes back what a worker that is gone was at -> the trial's name, or `None`."""
+    oracle.tuner_ids.discard(tuner_id)
+    trial = oracle.ongoing_trials.pop(tuner_id, None)
+    if trial is None:
+        return None
+    oracle._retry_queue.append(trial.trial_id)
+    oracle.save()
+    return trial.trial_id
+
+
+def lead(oracle, address, patience, refresh):
+    """Serves an oracle to workers until all trials are done.
+
+    Args:
+        oracle: of `oracles.make`, opened.
+        address: HOST:PORT to listen at.
+        patience: seconds; a worker that is not heard for so long has lost its trial to the others.
+        refresh: called after each trial.
+
+    Raises:
+        DistributedError: if the address can't be listened at, or no worker is heard for `patience`.
+    """
+    # One thread, as keras-tuner's lock is known by its name.
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=1), options=[("grpc.so_reuseport", 0)])
+    servicer = _Servicer(oracle)
+    protos.get_service_grpc().add_OracleServicer_to_server(servicer, server)
+    try:
+        bound = server.add_insecure_port(address)
+    except RuntimeError:
+        bound = 0
+    if not bound:
+        raise DistributedError(f"nothing can listen at --address {address}: it is in use, or not this machine's")
+    server.start()
+    print(f"waiting for workers at {address}: the same command, with --worker in place of --chief", flush=True)
+    began, ended = time.monotonic(), len(oracle.end_order)
+    try:
+        while not (servicer.stop_triggered and oracle_chief.exit_chief(oracle)):
+            time.sleep(0.5)
+            if len(oracle.end_order) > ended:
+                ended = len(oracle.end_order)
+                refresh()
+            now = time.monotonic()
+            for tuner_id, then in list(servicer.heard.items()):
+                if now - then > patience:
+                    del servicer.heard[tuner_id]
+                    if lost := _drop(oracle, tuner_id):
+                        print(f"a worker was not heard for {patience:g} s: trial {lost} goes to another", flush=True)
+            if servicer.heard:
+                began = now
+            elif now - began >= patience and not _is_done(oracle):
+                raise DistributedError(f"no worker was heard for {patience:g} s")
+            elif _is_done(oracle):
+                break  # the last worker went without asking for more
+    finally:
+        server.stop(grace=2).wait()
+
+
+def _is_done(oracle):
+    over = len(oracle.trials) >= oracle.max_trials or oracle.exhausted
+    return bool(over and oracle.trials and all(map(is_over, oracle.trials.values())))
+
+
+def _settings_of(oracle):
+    return json.loads(next(hp.value for hp in oracle.get_space().space if hp.name == SETTINGS))
+
+
+class Worker(RecipeTuner):
+    """Runs the trials of a chief's oracle.
+
+    Args:
+        oracle: as the chief's, to be compared with it.
+        candidates, search_dir: as `RecipeTuner` has them.
+        address: HOST:PORT of the chief.
+
+    Raises:
+        DistributedError: if there is no chief, or it searches something else.
+    """
+
+    def __init__(self, oracle, candidates, search_dir, address):
+        self.address = address
+        self._lost = None
+        host, _, port = address.rpartition(":")
+        os.environ |= {
+            "KERASTUNER_ORACLE_IP": host,
+            "KERASTUNER_ORACLE_PORT": port,
+            "KERASTUNER_TUNER_ID": f"worker-{uuid.uuid4().hex[:8]}",
+        }
+        oracle_client.TIMEOUT = NO_CHIEF_SECONDS  # an hour, by default
+        mine = _settings_of(oracle)
+        super().__init__(oracle, candidates, search_dir)
+        with self._asking():
+            theirs = _settings_of(self.oracle)
+        if found := differences(theirs, mine):
+            raise DistributedError(f"the chief at {address} has a different search: {found}; give the worker the same")
+
+    def search(self):
+        with self._asking():
+            super().search()
+
+    def on_trial_begin(self, trial):
+        print(f"\ntrial {trial.trial_id}: {tried(self.candidates, trial)}", flush=True)
+
+    def run_trial(self, trial):
+        over = threading.Event()
+        beating = threading.Thread(target=self._beat, args=(trial.trial_id, over), daemon=True)
+        beating.start()
+        try:
+            return super().run_trial(trial)
+        except KeyboardInterrupt:
+            if self._lost:
+                raise DistributedError(self._lost) from None
+            raise
+        finally:
+            over.set()
+            beating.join()
+
+    def _beat(self, trial_id, over):
+        request = protos.get_service().GetTrialRequest(trial_id=trial_id)
+        while not over.wait(HEARTBEAT_SECONDS):
+            try:
+                self.oracle.stub.GetTrial(
+                    request, metadata=((TUNER_ID, self.tuner_id),), wait_for_ready=True, timeout=NO_CHIEF_SECONDS
+                )
+            except grpc.RpcError as error:
+                if not over.is_set():
+                    self._lost = self._told(error)
+                    _thread.interrupt_main()  # the training stops after its step
+                return
+
+    @contextlib.contextmanager
+    def _asking(self):
+        """gRPC's errors in the words of the search."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise DistributedError(self._told(error)) from error
+
+    def _told(self, error):
+        if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+            return f"the chief at {self.address} had not heard of this worker for too long: {error.details()}"
+        return f"no chief answers at {self.address}: start it with --chief; finished epochs are kept"

@@ -1,0 +1,320 @@
+"""keras-tuner's three algorithms, within a budget of MACs, and as sure to go on after a kill as a run is."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from cvt_keras import runs
+from cvt_keras.training import space as spaces
+from cvt_keras.training.recipes import RecipeError
+from cvt_keras.variants import get_variant, macs
+
+try:
+    import keras_tuner
+    from keras_tuner.engine.trial import Trial, TrialStatus
+except ImportError as error:
+    raise ImportError(f"A search needs keras-tuner: pip install keras-tuner ({error})") from error
+
+OBJECTIVE = "val_accuracy"
+FOLDER = "oracle"  # in the search's folder
+SETTINGS = "search"  # the name in each trial's values of what the search is, for a worker to compare
+MOST_REFUSED = 5_000  # candidates over the budget in a row: then there are hardly any within it
+SAMPLES = 200  # of those within the budget that the Bayesian search chooses from, where its own choice is over it
+
+
+class Candidates:
+    """What a search may try.
+
+    Args:
+        recipe: the `Recipe` that is varied.
+        space: name -> `Range` or `Choice`, of `cvt_keras.training.space`.
+        num_classes: of the images.
+        max_macs: multiply-accumulates of one image that a network may take, or `None`.
+    """
+
+    def __init__(self, recipe, space, num_classes, max_macs=None):
+        self.recipe, self.space, self.num_classes, self.max_macs = recipe, space, num_classes, max_macs
+        self.own = spaces.values_of(recipe, space)
+
+    def of(self, values):
+        """The recipe of a trial's values: with Hyperband for as many epochs as its round has.
+
+        Raises:
+            RecipeError: for values that no run can have.
+        """
+        recipe = spaces.apply(self.recipe, {name: values[name] for name in self.space})
+        return dataclasses.replace(recipe, epochs=values.get("tuner/epochs", recipe.epochs))
+
+    def macs(self, values):
+        """Multiply-accumulates of one image; `None` for a network that can't be, and where the weights bring it."""
+        try:
+            recipe = self.of(values)
+            if recipe.weights is not None:
+                return None
+            return macs(get_variant(recipe.variant), (recipe.image_size, recipe.image_size, 3), self.num_classes)
+        except ValueError:
+            return None
+
+    def fits(self, values):
+        """Whether it can be trained at all, and within the budget."""
+        cost = self.macs(values)
+        if self.recipe.weights is not None:
+            return True
+        return cost is not None and (self.max_macs is None or cost <= self.max_macs)
+
+    def require_one(self):
+        """Told before anything is tried.
+
+        Raises:
+            RecipeError: if even the smallest network is over the budget.
+        """
+        if self.max_macs is None or self.recipe.weights is not None:
+            return
+        # A stride makes a network smaller, all else larger; where the strides leave no token, the next smaller ones.
+        least = {name: where.ends[name.endswith("_stride")] for name, where in self.space.items()}
+        cost = self.macs(least)
+        if cost is not None and cost > self.max_macs:
+            raise RecipeError(
+                f"`--max-macs` leaves no network: the smallest of the space takes {cost:,} MACs an image. "
+                f"Received: --max-macs {self.max_macs:,}"
+            )
+
+
+def _hyperparameters(candidates, settings):
+    found = keras_tuner.HyperParameters()
+    for name, where in candidates.space.items():
+        if isinstance(where, spaces.Choice):
+            kinds = int if all(isinstance(value, int) for value in where.values) else float
+            found.Choice(name, [kinds(value) for value in where.values], ordered=True)
+        else:
+            found.Float(name, where.low, where.high, sampling="log" if where.log else "linear")
+    found.Fixed(SETTINGS, json.dumps(settings, sort_keys=True))
+    return found
+
+
+def make(algorithm, candidates, trials, settings):
+    """An oracle of keras-tuner.
+
+    Args:
+        algorithm: "hyperband", "bayesian" or "random".
+        candidates: what it may try.
+        trials: how many.
+        settings: of the search, as JSON has them: every trial carries them.
+    """
+    given = {
+        "objective": keras_tuner.Objective(OBJECTIVE, "max"),
+        "hyperparameters": _hyperparameters(candidates, settings),
+        "seed": candidates.recipe.seed + 1,  # keras-tuner takes 0 for none
+    }
+    if algorithm == "hyperband":
+        # Round after round until the trials are used up.
+        oracle = Hyperband(max_epochs=candidates.recipe.epochs, hyperband_iterations=None, **given)
+    elif algorithm == "bayesian":
+        # By default three for each dimension are random, which is all that most searches have.
+        oracle = Bayesian(num_initial_points=max(3, trials // 3), **given)
+    else:
+        oracle = Random(**given)
+    oracle.max_trials = trials
+    oracle.candidates = candidates
+    oracle.verbose = 0
+    return oracle
+
+
+class _Oracle:
+    """What the three share, before keras-tuner's own class.
+
+    Attributes:
+        candidates: what may be tried.
+        refused: candidates over the budget so far.
+        exhausted: why no trial can be had any more, or `None`.
+        listener: called with the oracle when a trial begins or ends, by the thread that asked.
+    """
+
+    candidates = None
+    refused = 0
+    exhausted = None
+
+    def listener(self, trial):
+        """Called with a trial as it begins and as it ends."""
+
+    def open(self, folder):
+        """Keeps its state in a folder, and goes on with what is there: what had begun and not ended comes first."""
+        self._set_project_dir(str(folder.parent), folder.name)
+        if not (folder / "oracle.json").exists():
+            return
+        self.reload()
+        # A trial whose file was written, and not the oracle's that names it, was never handed out.
+        self.trials = {name: self.trials[name] for name in self.start_order if name in self.trials}
+        # keras-tuner would send a trial again that ended just before a kill.
+        self._retry_queue = [name for name, trial in self.trials.items() if not is_over(trial)][::-1]
+
+    # === keras-tuner's methods ===
+
+    def save(self):
+        runs.write_json(Path(self._get_oracle_fname()), self.get_state())
+
+    def _save_trial(self, trial):
+        runs.write_json(Path(self._get_trial_dir(trial.trial_id)) / "trial.json", trial.get_state())
+
+    def get_state(self):
+        return {**super().get_state(), "refused": self.refused}
+
+    def set_state(self, state):
+        super().set_state(state)
+        self.refused = state["refused"]
+
+    def _random_values(self):
+        if not self.start_order and self.candidates.own is not None:
+            values = {hp.name: hp.default for hp in self.hyperparameters.space} | self.candidates.own
+            if self.candidates.fits(values):
+                return values  # the recipe itself comes first, for the others to be seen beside it
+        for _ in range(MOST_REFUSED):
+            values = super()._random_values()
+            if values is None:
+                self.exhausted = "every candidate of the space was tried"
+                return None
+            # To the digits that are trained with, so that those are compared with what was tried.
+            values = {name: value if isinstance(value, str) else spaces.rounded(value) for name, value in values.items()}
+            if self.candidates.fits(values):
+                return values
+            self.refused += 1
+        self.exhausted = f"{MOST_REFUSED:,} candidates in a row were over the budget: a larger --max-macs, or another --space"
+        return None
+
+    @keras_tuner.synchronized
+    def create_trial(self, tuner_id):
+        over = len(self.trials) >= self.max_trials or self.exhausted
+        if over and self.ongoing_trials and not self._retry_queue and tuner_id not in self.ongoing_trials:
+            # Another worker may still be lost, and its trial be left over.
+            self.tuner_ids.add(tuner_id)
+            return Trial(self.hyperparameters.copy(), trial_id="", status=TrialStatus.IDLE)
+        again = tuner_id in self.ongoing_trials
+        trial = super().create_trial(tuner_id)
+        if trial.status == TrialStatus.RUNNING and not again:
+            self.listener(trial)
+        return trial
+
+    @keras_tuner.synchronized
+    def end_trial(self, trial):
+        known = self.trials[trial.trial_id]
+        if trial.trial_id in self.end_order:
+            return  # it was given to another worker too, who was faster
+        trial.hyperparameters = known.hyperparameters
+        super().end_trial(trial)
+        if trial.trial_id in self._retry_queue:
+            self._retry_queue.remove(trial.trial_id)
+        self.save()  # keras-tuner does so before the trial is off the list of those at work
+        self.listener(known)
+
+    def _check_consecutive_failures(self):
+        """Ends the search; keras-tuner's own raises, with its lock held for ever."""
+        failed = [self.trials[name].status == TrialStatus.FAILED for name in self.end_order]
+        if len(failed) >= self.max_consecutive_failed_trials and all(failed[-self.max_consecutive_failed_trials :]):
+            self.exhausted = f"the last {self.max_consecutive_failed_trials} trials failed"
+
+    def populate_space(self, trial_id):
+        if self.exhausted:
+            return {"status": TrialStatus.STOPPED, "values": None}
+        found = super().populate_space(trial_id)
+        if found["status"] == TrialStatus.RUNNING and found["values"] is None:
+            return {"status": TrialStatus.STOPPED, "values": None}
+        return found
+
+
+class Random(_Oracle, keras_tuner.oracles.RandomSearchOracle):
+    """Draws each value by itself."""
+
+
+class Hyperband(_Oracle, keras_tuner.oracles.HyperbandOracle):
+    """Trains many for few epochs, and the best of them anew for more."""
+
+
+class Bayesian(_Oracle, keras_tuner.oracles.BayesianOptimizationOracle):
+    """Chooses by a Gaussian process of what was seen so far."""
+
+    def _vector_to_values(self, vector):
+        values = super()._vector_to_values(vector)
+        values = {name: value if isinstance(value, str) else spaces.rounded(value) for name, value in values.items()}
+        if self.candidates.fits(values) and not self._duplicate(values):
+            return values
+        # What the process likes best is over the budget, or was tried: the best of a sample within it, by the same measure.
+        self.refused += 1
+        sample = [found for found in (self._random_values() for _ in range(SAMPLES)) if found]
+        if not sample:
+            return None
+        points = np.array([[hp.value_to_prob(found[hp.name]) for hp in self._nonfixed_space()] for found in sample])
+        mean, deviation = self.gpr.predict(points, return_std=True)
+        return sample[int(np.argmin(mean - self.beta * deviation))]
+
+
+def differences(stored, settings):
+    """What two searches' settings differ in -> a text, empty if they are the same.
+
+    Where the images lie is no difference, as long as their data set has a name.
+    """
+    found = []
+    for part in ("algorithm", "max_macs"):
+        if stored.get(part) != settings[part]:
+            found.append(f"{part} was {stored.get(part)} and is {settings[part]}")
+    for part in ("recipe", "space"):
+        was, is_now = stored.get(part, {}), settings[part]
+        apart = ("data_dir",) if part == "recipe" and is_now["dataset"] != "folder" else ()
+        for name in was | is_now:
+            if was.get(name) != is_now.get(name) and name not in apart:
+                shown = "" if name == "variant" else f" was {was.get(name)!r} and is {is_now.get(name)!r}"
+                found.append(f"{name}{shown or ' is another'}{' in the space' if part == 'space' else ''}")
+    return ", ".join(found)
+
+
+def line(oracle, trial):
+    """A trial that begins, or has ended, in a line."""
+    place = f"trial {trial.trial_id}, {len(oracle.end_order) + (not is_over(trial))} of {oracle.max_trials}"
+    if not is_over(trial):
+        return f"\n{place}: {tried(oracle.candidates, trial)}"
+    done = [other for other in oracle.trials.values() if other.status == TrialStatus.COMPLETED]
+    best = max(done, key=lambda other: other.score, default=None)
+    so_far = f"; the best so far: trial {best.trial_id}, {best.score:.2%}" if best else ""
+    if trial.status == TrialStatus.FAILED:
+        return f"{place}: failed{f' ({reason(trial)})' if trial.message else ''}{so_far}"
+    return f"{place}: {trial.score:.2%} top-1 on the validation images in {seconds(trial):.0f} s{so_far}"
+
+
+def tried(candidates, trial):
+    """What a trial tries, in a line."""
+    values = trial.hyperparameters.values
+    shown = ", ".join(f"{name} {spaces.rounded(values[name]):g}" for name in candidates.space)
+    cost = candidates.macs(values)
+    own = candidates.own is not None and all(values[name] == value for name, value in candidates.own.items())
+    epochs = candidates.of(values).epochs
+    told = [f"{cost / 1e6:,.1f} M MACs"] if cost is not None else []
+    told.append(f"{epochs} epoch{'s' if epochs > 1 else ''}")
+    return f"{'the recipe itself: ' if own else ''}{shown} ({', '.join(told)})"
+
+
+def is_over(trial):
+    """Whether a trial is not to be run again."""
+    return trial.status in (TrialStatus.COMPLETED, TrialStatus.FAILED)
+
+
+def curve(trial):
+    """Validation accuracy after each epoch of a trial -> a list."""
+    return _series(trial, OBJECTIVE)
+
+
+def seconds(trial):
+    """What a trial's training took, with the validation after each epoch."""
+    return sum(_series(trial, "seconds"))
+
+
+def reason(trial):
+    """The last line of what a failed trial left."""
+    return re.sub(r"\s+", " ", (trial.message or "").strip().rpartition("\n")[2])
+
+
+def _series(trial, name):
+    if not trial.metrics.exists(name):
+        return []
+    return [observation.mean() for observation in sorted(trial.metrics.get_history(name), key=lambda seen: seen.step)]

@@ -1,0 +1,74 @@
+"""What runs the trials, one after the other: each is a run of its own."""
+
+import csv
+import time
+
+import keras
+
+from cvt_keras import runs
+from cvt_keras.search import oracles
+from cvt_keras.search.oracles import TrialStatus, keras_tuner
+from cvt_keras.training import run
+
+IDLE_SECONDS = 1.0  # before the oracle is asked again, when it waits for others
+
+
+class RecipeTuner(keras_tuner.Tuner):
+    """Trains what an oracle asks for.
+
+    Args:
+        oracle: of `oracles.make`.
+        candidates: what it may ask for.
+        search_dir: where the trials' runs are written, in its folder `trials`.
+        refresh: called after each trial.
+    """
+
+    def __init__(self, oracle, candidates, search_dir, refresh=lambda: None):
+        self.candidates, self.trials_dir, self._refresh = candidates, search_dir / "trials", refresh
+        self._pause = 0.0
+        super().__init__(oracle, directory=str(search_dir), project_name=oracles.FOLDER)
+
+    def run_trial(self, trial):
+        """Trains a trial, or goes on with it, as a run; the test images are left alone.
+
+        Returns:
+            A list of `history.csv`'s rows, numbers as text.
+
+        Raises:
+            What `cvt_keras.training.run` raises.
+        """
+        keras.backend.clear_session()  # of the trial before
+        run_dir = self.trials_dir / trial.trial_id
+        recipe = self.candidates.of(trial.hyperparameters.values)
+        run(recipe, run_dir, resume=(run_dir / runs.RECIPE).exists(), evaluate_test=False)
+        with open(run_dir / runs.HISTORY, newline="") as file:
+            return list(csv.DictReader(file))
+
+    # === keras-tuner's methods ===
+
+    def pre_create_trial(self):
+        time.sleep(self._pause)
+        self._pause = IDLE_SECONDS
+
+    def _try_run_and_update_trial(self, trial):
+        """A candidate that can't be trained is a failed trial. Anything else ends the search, and the trial is run again."""
+        try:
+            history = self.run_trial(trial)
+        except (FloatingPointError, MemoryError) as error:
+            trial.status, trial.message = TrialStatus.FAILED, str(error)
+            return
+        for row in history:
+            seen = {oracles.OBJECTIVE: float(row["val_accuracy"]), "seconds": float(row["seconds"])}
+            self.oracle.update_trial(trial.trial_id, seen, step=int(row["epoch"]))
+        trial.status = TrialStatus.COMPLETED
+
+    def on_trial_end(self, trial):
+        self.oracle.end_trial(trial)
+        self._refresh()
+        self._pause = 0.0
+
+    def save(self):
+        """The oracle holds all there is to go on from."""
+
+    def reload(self):
+        """The same."""

@@ -1,0 +1,259 @@
+"""What a search may change in a recipe and in its variant: names, ranges, and the way from values back to a recipe.
+
+A search space is a dict of name -> `Range` or `Choice`. A name is a number field of `Recipe`, or one of the network's:
+`mlp_ratio` and `drop_path` of all stages, and `stage0_depth`, `stage0_dim`, `stage0_kernel_size`, `stage0_stride` of each.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+
+from cvt_keras import runs
+from cvt_keras.training.recipes import Recipe, RecipeError
+from cvt_keras.variants import get_variant, named
+
+DIGITS = 4  # significant, of what is tried: so a recipe can be read, and typed
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers from `low` to `high`; with `log`, as many below the geometric mean as above it.
+
+    Raises:
+        RecipeError: for bounds that hold no number.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self):
+        if not all(_is_number(bound) for bound in (self.low, self.high)):
+            raise RecipeError(f"`low` and `high` must be finite numbers. Received: low={self.low!r}, high={self.high!r}")
+        if not isinstance(self.log, bool):
+            raise RecipeError(f"`log` must be true or false. Received: log={self.log!r}")
+        if self.low >= self.high:
+            raise RecipeError(f"`low` must be under `high`. Received: low={self.low}, high={self.high}")
+        if self.log and self.low <= 0:
+            raise RecipeError(f"`low` must be over 0 with `log`. Received: low={self.low}")
+
+    def __contains__(self, value):
+        return _is_number(value) and self.low <= value <= self.high
+
+    @property
+    def ends(self):
+        return self.low, self.high
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few numbers, kept in rising order.
+
+    Raises:
+        RecipeError: if there are not two to choose from.
+    """
+
+    values: tuple[float, ...]
+
+    def __post_init__(self):
+        if not isinstance(self.values, (tuple, list)) or not all(_is_number(value) for value in self.values):
+            raise RecipeError(f"a choice must be a list of finite numbers. Received: {self.values!r}")
+        object.__setattr__(self, "values", tuple(sorted(set(self.values))))
+        if len(self.values) < 2:
+            raise RecipeError(f"a choice must have two values at least. Received: {list(self.values)}")
+
+    def __contains__(self, value):
+        return _is_number(value) and value in self.values
+
+    @property
+    def ends(self):
+        return self.values[0], self.values[-1]
+
+
+# Wide enough for a good recipe to lie well inside, narrow enough that most candidates learn.
+RECIPE_SPACE = {
+    "peak_learning_rate": Range(5e-4, 8e-3, log=True),
+    "weight_decay": Range(1e-3, 0.2, log=True),
+    "warmup": Range(0.02, 0.3),
+    "label_smoothing": Range(0.0, 0.2),
+    "rand_augment": Choice((0, 1, 2)),
+    "rand_augment_magnitude": Range(2.0, 9.0),
+    "erase": Range(0.0, 0.3),
+    "mixup": Range(0.0, 0.4),
+    "cutmix": Range(0.0, 1.0),
+}
+LAYER_DECAY = Range(0.6, 1.0)  # where the network starts from weights
+DROP_PATH = Range(0.0, 0.2)
+MLP_RATIOS = (1.0, 2.0, 3.0, 4.0)
+WIDTHS = (0.5, 0.75, 1.0, 1.25, 1.5)  # of the stage's own
+KERNEL_SIZES = (3, 5, 7)
+
+
+def space_of(recipe):
+    """The whole space around a recipe -> a dict of name -> `Range` or `Choice`.
+
+    Of the network only where it is trained anew: with `weights` its shape is theirs.
+    """
+    if recipe.weights is not None:
+        return {**RECIPE_SPACE, "layer_decay": LAYER_DECAY}
+    stages = get_variant(recipe.variant).stages
+    space = {
+        **RECIPE_SPACE,
+        "mlp_ratio": Choice((*MLP_RATIOS, *(stage.mlp_ratio for stage in stages))),
+        "drop_path": DROP_PATH,
+    }
+    for i, stage in enumerate(stages):
+        space[f"stage{i}_depth"] = Choice(tuple(max(1, stage.depth + more) for more in (-1, 0, 1, 2)))
+        space[f"stage{i}_dim"] = Choice(tuple(_even(stage.dim * width) for width in WIDTHS))
+        space[f"stage{i}_kernel_size"] = Choice((*KERNEL_SIZES, stage.kernel_size))
+        space[f"stage{i}_stride"] = Choice((max(1, stage.stride // 2), stage.stride) if stage.stride > 1 else (1, 2))
+    return space
+
+
+def values_of(recipe, space):
+    """A recipe's own place in a space -> a dict of name -> number, or `None` where it lies outside."""
+    values = {}
+    stages = get_variant(recipe.variant).stages if recipe.variant is not None else ()
+    for name in space:
+        if name == "mlp_ratio":
+            ratios = {stage.mlp_ratio for stage in stages}
+            value = ratios.pop() if len(ratios) == 1 else None
+        elif name == "drop_path":
+            value = stages[-1].drop_path
+        elif place := _stage_field(name):
+            value = getattr(stages[place[0]], place[1])
+        else:
+            value = getattr(recipe, name)
+        values[name] = value
+    return values if all(values[name] in where for name, where in space.items()) else None
+
+
+def apply(recipe, values):
+    """A recipe with the values of a candidate.
+
+    A stage of another width keeps the width of its heads, as nearly as whole heads allow; one of another kernel has its
+    padding follow; `drop_path` is the last stage's, and the stages before it rise to it from 0.
+
+    Args:
+        recipe: the `Recipe` that is varied.
+        values: a dict of name -> number, of a space of it.
+
+    Returns:
+        A `Recipe`; for the recipe's own values the recipe itself, but for its description.
+
+    Raises:
+        RecipeError: for values that no run can have.
+    """
+    values = {name: rounded(value) for name, value in values.items()}
+    fields = {name: value for name, value in values.items() if not _is_of_network(name)}
+    if len(fields) == len(values):
+        return dataclasses.replace(recipe, description="", **fields)
+    variant = get_variant(recipe.variant)
+    changes = [{} for _ in variant.stages]
+    for name, value in values.items():
+        if place := _stage_field(name):
+            changes[place[0]][place[1]] = value
+    try:
+        stages = []
+        for i, (stage, change) in enumerate(zip(variant.stages, changes)):
+            if change.get("dim", stage.dim) != stage.dim:
+                change["heads"] = _heads(change["dim"], stage.dim / stage.heads)
+            if change.get("kernel_size", stage.kernel_size) != stage.kernel_size:
+                change["padding"] = change["kernel_size"] // 2
+            if "mlp_ratio" in values:
+                change["mlp_ratio"] = float(values["mlp_ratio"])
+            if values.get("drop_path", variant.stages[-1].drop_path) != variant.stages[-1].drop_path:
+                last = len(variant.stages) - 1
+                change["drop_path"] = values["drop_path"] * (i / last if last else 1)
+            stages.append(dataclasses.replace(stage, **change))
+        variant = dataclasses.replace(variant, stages=tuple(stages))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return dataclasses.replace(recipe, description="", variant=named(variant), **fields)
+
+
+def read(path, recipe):
+    """Reads a space of one's own.
+
+    Args:
+        path: of a JSON file: `{"peak_learning_rate": {"low": 1e-3, "high": 4e-3, "log": true}, "stage0_depth": [1, 2]}`.
+        recipe: the `Recipe` that is varied.
+
+    Returns:
+        A dict of name -> `Range` or `Choice`.
+
+    Raises:
+        RecipeError: for an empty space, an unknown name, or values that no run can have, naming them.
+    """
+    try:
+        written = runs.read_json(path)
+    except (OSError, runs.RunError) as error:
+        raise RecipeError(f"`--space` {path} can't be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(written, dict) or not written:
+        raise RecipeError(f"`--space` {path} must hold an object of at least one name. Received: {written!r}")
+    known = space_of(recipe)
+    known |= {name: None for name in _number_fields()}
+    space = {}
+    for name, where in written.items():
+        if name not in known:
+            why = " (the network is that of the weights)" if recipe.weights and _is_of_network(name) else ""
+            raise RecipeError(f"`--space` {path} has an unknown name: {name}{why}. Known: {', '.join(known)}")
+        try:
+            space[name] = _read_one(where)
+            for end in space[name].ends:
+                apply(recipe, {name: end})
+        except RecipeError as error:
+            raise RecipeError(f"`--space` {path}: {name}: {error}") from error
+    return space
+
+
+def _read_one(where):
+    if isinstance(where, list):
+        return Choice(tuple(where))
+    if isinstance(where, dict) and {"low", "high"} <= set(where) <= {"low", "high", "log"}:
+        return Range(**where)
+    raise RecipeError(f'it must be {{"low": .., "high": .., "log": true or false}} or a list of numbers. Received: {where!r}')
+
+
+def written(space):
+    """A space as `read` reads it."""
+    return {
+        name: list(where.values) if isinstance(where, Choice) else dataclasses.asdict(where) for name, where in space.items()
+    }
+
+
+def rounded(value):
+    """A number to `DIGITS` significant digits; whole ones as they are."""
+    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
+
+
+def _number_fields():
+    """The fields of a recipe whose default is a number, but for those that say how much is trained on, and how long."""
+    apart = ("image_size", "epochs", "seed")
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    return [name for name, default in defaults.items() if _is_number(default) and name not in apart]
+
+
+def _is_of_network(name):
+    return name in ("mlp_ratio", "drop_path") or _stage_field(name) is not None
+
+
+def _stage_field(name):
+    """`stage1_depth` -> (1, "depth"); `None` for another name."""
+    found = re.fullmatch(r"stage(\d+)_(depth|dim|kernel_size|stride)", name)
+    return (int(found[1]), found[2]) if found else None
+
+
+def _heads(dim, width):
+    """Heads that divide `dim`, each as near to `width` as can be; of equals the more."""
+    divisors = [heads for heads in range(1, dim + 1) if dim % heads == 0]
+    return min(divisors, key=lambda heads: (abs(math.log(dim / heads / width)), -heads))
+
+
+def _even(dim):
+    return max(8, 8 * round(dim / 8))
