@@ -9,7 +9,7 @@ import pytest
 
 if keras.config.backend() != "tensorflow":
     collect_ignore = [
-        *("benchmarks", "compression", "data", "export", "training", "test_architecture.py"),
+        *("benchmarks", "compression", "data", "export", "search", "training", "test_architecture.py"),
         *("test_environment.py", "test_evaluation.py", "test_page.py", "test_plots.py", "test_runs.py", "test_train.py"),
     ]
 

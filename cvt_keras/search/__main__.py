@@ -133,6 +133,8 @@ def search(arguments):
         if not stored:
             runs.write_json(search_dir / SEARCH, settings)
         oracle.open(search_dir / oracles.FOLDER)
+        if why := candidates.left_out():
+            print(f"the recipe itself is not tried: {why}", flush=True)
         before = sum(map(oracles.is_over, oracle.trials.values()))
         if before:
             print(f"going on with {search_dir}: {before} of {arguments.trials} trials are done", flush=True)

@@ -172,6 +172,11 @@ class Worker(RecipeTuner):
     def on_trial_begin(self, trial):
         print(f"\ntrial {trial.trial_id}: {tried(self.candidates, trial)}", flush=True)
 
+    def on_trial_end(self, trial):
+        if trial.message:
+            print(f"trial {trial.trial_id} failed: {trial.message}", flush=True)
+        super().on_trial_end(trial)
+
     def run_trial(self, trial):
         over = threading.Event()
         beating = threading.Thread(target=self._beat, args=(trial.trial_id, over), daemon=True)

@@ -22,7 +22,7 @@ OBJECTIVE = "val_accuracy"
 FOLDER = "oracle"  # in the search's folder
 SETTINGS = "search"  # the name in each trial's values of what the search is, for a worker to compare
 MOST_REFUSED = 5_000  # candidates over the budget in a row: then there are hardly any within it
-SAMPLES = 200  # of those within the budget that the Bayesian search chooses from, where its own choice is over it
+SAMPLES = 100  # of those within the budget that the Bayesian search chooses from, where its own choice is over it
 
 
 class Candidates:
@@ -33,11 +33,17 @@ class Candidates:
         space: name -> `Range` or `Choice`, of `cvt_keras.training.space`.
         num_classes: of the images.
         max_macs: multiply-accumulates of one image that a network may take, or `None`.
+
+    Attributes:
+        own: the values of the recipe itself, or `None` where it lies outside the space.
+        outside: names of which its value is not in the space.
     """
 
     def __init__(self, recipe, space, num_classes, max_macs=None):
         self.recipe, self.space, self.num_classes, self.max_macs = recipe, space, num_classes, max_macs
-        self.own = spaces.values_of(recipe, space)
+        own = spaces.values_of(recipe, space)
+        self.outside = [name for name, value in own.items() if value is None]
+        self.own = None if self.outside else own
 
     def of(self, values):
         """The recipe of a trial's values: with Hyperband for as many epochs as its round has.
@@ -64,6 +70,12 @@ class Candidates:
         if self.recipe.weights is not None:
             return True
         return cost is not None and (self.max_macs is None or cost <= self.max_macs)
+
+    def left_out(self):
+        """Why the recipe itself is not among the trials, or `None`."""
+        if self.outside:
+            return f"its {', '.join(self.outside)} {'is' if len(self.outside) == 1 else 'are'} not in the space"
+        return None if self.fits(self.own) else f"it takes {self.macs(self.own):,} MACs an image"
 
     def require_one(self):
         """Told before anything is tried.
@@ -130,7 +142,6 @@ class _Oracle:
         candidates: what may be tried.
         refused: candidates over the budget so far.
         exhausted: why no trial can be had any more, or `None`.
-        listener: called with the oracle when a trial begins or ends, by the thread that asked.
     """
 
     candidates = None
@@ -141,11 +152,18 @@ class _Oracle:
         """Called with a trial as it begins and as it ends."""
 
     def open(self, folder):
-        """Keeps its state in a folder, and goes on with what is there: what had begun and not ended comes first."""
+        """Keeps its state in a folder, and goes on with what is there: what had begun and not ended comes first.
+
+        Raises:
+            RunError: if a file of it is broken.
+        """
         self._set_project_dir(str(folder.parent), folder.name)
         if not (folder / "oracle.json").exists():
             return
-        self.reload()
+        try:
+            self.reload()
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise runs.RunError(f"{folder} can't be gone on with ({error}): start over by --fresh") from error
         # A trial whose file was written, and not the oracle's that names it, was never handed out.
         self.trials = {name: self.trials[name] for name in self.start_order if name in self.trials}
         # keras-tuner would send a trial again that ended just before a kill.
@@ -271,7 +289,7 @@ def differences(stored, settings):
 
 def line(oracle, trial):
     """A trial that begins, or has ended, in a line."""
-    place = f"trial {trial.trial_id}, {len(oracle.end_order) + (not is_over(trial))} of {oracle.max_trials}"
+    place = f"trial {trial.trial_id} ({list(oracle.trials).index(trial.trial_id) + 1} of {oracle.max_trials})"
     if not is_over(trial):
         return f"\n{place}: {tried(oracle.candidates, trial)}"
     done = [other for other in oracle.trials.values() if other.status == TrialStatus.COMPLETED]

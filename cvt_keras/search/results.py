@@ -3,13 +3,19 @@
 import dataclasses
 
 import numpy as np
-from sklearn.ensemble import RandomForestRegressor
-from sklearn.inspection import permutation_importance
 
 from cvt_keras import page, plots, runs
 from cvt_keras.search import oracles
 from cvt_keras.search.oracles import TrialStatus
 from cvt_keras.training.space import Range, rounded
+
+try:
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
+except ImportError as error:
+    raise ImportError(
+        f"The importance of what a search tried needs scikit-learn: pip install scikit-learn ({error})"
+    ) from error
 
 TRIALS = "trials.csv"
 BEST = "best.json"
@@ -19,8 +25,8 @@ IMPORTANCE = "importance.png"
 
 MOST_CURVES = 5
 LEAST_TRIALS = 8  # of which an importance is told
-TREES = 300
-REPEATS = 20  # of each shuffle
+TREES = 200
+REPEATS = 10  # of each shuffle
 
 
 def rows(oracle):

@@ -88,7 +88,7 @@ RECIPE_SPACE = {
     "cutmix": Range(0.0, 1.0),
 }
 LAYER_DECAY = Range(0.6, 1.0)  # where the network starts from weights
-DROP_PATH = Range(0.0, 0.2)
+DROP_PATH = Range(0.0, 0.3)
 MLP_RATIOS = (1.0, 2.0, 3.0, 4.0)
 WIDTHS = (0.5, 0.75, 1.0, 1.25, 1.5)  # of the stage's own
 KERNEL_SIZES = (3, 5, 7)
@@ -116,7 +116,7 @@ def space_of(recipe):
 
 
 def values_of(recipe, space):
-    """A recipe's own place in a space -> a dict of name -> number, or `None` where it lies outside."""
+    """A recipe's own place in a space -> a dict of name -> number; `None` for what lies outside."""
     values = {}
     stages = get_variant(recipe.variant).stages if recipe.variant is not None else ()
     for name in space:
@@ -130,7 +130,7 @@ def values_of(recipe, space):
         else:
             value = getattr(recipe, name)
         values[name] = value
-    return values if all(values[name] in where for name, where in space.items()) else None
+    return {name: values[name] if values[name] in where else None for name, where in space.items()}
 
 
 def apply(recipe, values):
@@ -205,6 +205,8 @@ def read(path, recipe):
             raise RecipeError(f"`--space` {path} has an unknown name: {name}{why}. Known: {', '.join(known)}")
         try:
             space[name] = _read_one(where)
+            if isinstance(space[name], Range) and _is_whole(name):
+                raise RecipeError(f"it is a whole number: give a list of them. Received: {where}")
             for end in space[name].ends:
                 apply(recipe, {name: end})
         except RecipeError as error:
@@ -233,10 +235,14 @@ def rounded(value):
 
 
 def _number_fields():
-    """The fields of a recipe whose default is a number, but for those that say how much is trained on, and how long."""
+    """name -> default, of the fields of a recipe that are numbers, but for those that say how much is trained, and how long."""
     apart = ("image_size", "epochs", "seed")
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
-    return [name for name, default in defaults.items() if _is_number(default) and name not in apart]
+    return {name: default for name, default in defaults.items() if _is_number(default) and name not in apart}
+
+
+def _is_whole(name):
+    return _stage_field(name) is not None or isinstance(_number_fields().get(name), int)
 
 
 def _is_of_network(name):

@@ -1,0 +1,75 @@
+import csv
+import dataclasses
+import json
+
+import pytest
+
+from cvt_keras.training import RECIPES
+from cvt_keras.training.space import Choice, Range, space_of
+
+SMOKE = dataclasses.replace(RECIPES["smoke"], dataset="digits", flip=False)
+# Of which 840,928 MACs are the recipe's own.
+SPACE = {"peak_learning_rate": Range(1e-3, 8e-3, log=True), "stage0_depth": Choice((1, 2, 3)), "mixup": Range(0.0, 0.4)}
+
+
+@pytest.fixture
+def make_oracle(tmp_path):
+    """An oracle of 6 trials in `tmp_path / "oracle"`, as a search opens it: called again, it goes on."""
+    from cvt_keras.search import oracles
+
+    def make(algorithm="random", trials=6, max_macs=None, space=SPACE, recipe=SMOKE):
+        candidates = oracles.Candidates(recipe, space or space_of(recipe), 10, max_macs)
+        settings = {"recipe": recipe.settings(), "space": {}, "algorithm": algorithm, "max_macs": max_macs}
+        oracle = oracles.make(algorithm, candidates, trials, settings)
+        oracle.open(tmp_path / oracles.FOLDER)
+        return oracle
+
+    return make
+
+
+@pytest.fixture
+def quick_run(monkeypatch):
+    """A training that is over at once, better the nearer to a learning rate of 4e-3 -> the recipes that were trained."""
+    from cvt_keras import runs
+    from cvt_keras.search import tuner
+
+    trained = []
+
+    def run(recipe, run_dir, resume, evaluate_test):
+        assert not evaluate_test
+        assert resume == (run_dir / runs.RECIPE).exists()
+        trained.append(recipe)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        runs.write_json(run_dir / runs.RECIPE, recipe.settings())
+        best = 0.9 - 50 * abs(recipe.peak_learning_rate - 4e-3)
+        history = [
+            {"epoch": epoch, "val_accuracy": best * (epoch + 1) / recipe.epochs, "seconds": 1.5}
+            for epoch in range(recipe.epochs)
+        ]
+        runs.write_csv(run_dir / runs.HISTORY, history)
+
+    monkeypatch.setattr(tuner, "run", run)
+    return trained
+
+
+@pytest.fixture
+def space_file(tmp_path):
+    file = tmp_path / "space.json"
+    space = {
+        "peak_learning_rate": {"low": 1e-3, "high": 8e-3, "log": True},
+        "stage0_depth": [1, 2, 3],
+        "mixup": {"low": 0.0, "high": 0.4},
+    }
+    file.write_text(json.dumps(space))
+    return file
+
+
+@pytest.fixture
+def table():
+    """Reads a search's trials.csv."""
+
+    def read(search_dir):
+        with open(search_dir / "trials.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    return read

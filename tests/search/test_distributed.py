@@ -1,0 +1,200 @@
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+from keras_tuner.engine.trial import TrialStatus
+from keras_tuner.src import protos
+from keras_tuner.src.distribute import oracle_client
+
+from cvt_keras.search import distributed, oracles, tuner
+from cvt_keras.search.distributed import DistributedError, Worker, lead
+from cvt_keras.training import RECIPES
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture(autouse=True)
+def kept_environment(monkeypatch):
+    """What a worker sets in its process is gone after the test."""
+    monkeypatch.setattr(oracle_client, "TIMEOUT", oracle_client.TIMEOUT)
+    for name in ("KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT", "KERASTUNER_TUNER_ID"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(distributed, "HEARTBEAT_SECONDS", 0.1)
+    yield
+
+
+class _Chief(threading.Thread):
+    def __init__(self, oracle, address, patience=2.0):
+        super().__init__(daemon=True)
+        self.oracle, self.address, self.patience = oracle, address, patience
+        self.error, self.refreshed = None, 0
+        self.start()
+
+    def run(self):
+        try:
+            lead(self.oracle, self.address, self.patience, self._refresh)
+        except DistributedError as error:
+            self.error = error
+
+    def _refresh(self):
+        self.refreshed += 1
+
+
+def _worker(make_oracle, tmp_path, address, **changes):
+    oracle = make_oracle(**changes)
+    return Worker(oracle, oracle.candidates, tmp_path / "search", address)
+
+
+def test_workers_finish_what_a_chief_hands_out(make_oracle, tmp_path, address, quick_run):
+    chief = _Chief(make_oracle(trials=5), address)
+    worker = _worker(make_oracle, tmp_path, address, trials=5)
+    worker.search()
+    chief.join(10)
+    assert not chief.is_alive() and chief.error is None
+    assert [trial.status for trial in chief.oracle.trials.values()] == [TrialStatus.COMPLETED] * 5
+    assert len(quick_run) == 5 and chief.refreshed >= 1
+    assert all(len(oracles.curve(trial)) == 2 for trial in chief.oracle.trials.values())
+
+
+def test_a_chief_without_workers_ends(make_oracle, address):
+    began = time.monotonic()
+    with pytest.raises(DistributedError, match=r"no worker was heard for 1 s"):
+        lead(make_oracle(), address, 1.0, None)
+    assert time.monotonic() - began < 6
+
+
+def test_a_chief_whose_trials_are_done_ends(make_oracle, address):
+    oracle = make_oracle(trials=1)
+    trial = oracle.create_trial("a")
+    oracle.update_trial(trial.trial_id, {oracles.OBJECTIVE: 0.5})
+    trial.status = TrialStatus.COMPLETED
+    oracle.end_trial(trial)
+    lead(make_oracle(trials=1), address, 60.0, None)
+
+
+def test_an_address_in_use_is_told(make_oracle, address):
+    host, port = address.split(":")
+    with socket.socket() as taken:
+        taken.bind((host, int(port)))
+        taken.listen()
+        with pytest.raises(DistributedError, match=f"nothing can listen at --address {address}"):
+            lead(make_oracle(), address, 1.0, None)
+
+
+def test_a_worker_without_a_chief_ends(make_oracle, tmp_path, address, monkeypatch):
+    assert distributed.NO_CHIEF_SECONDS < 45  # a minute, with its start
+    monkeypatch.setattr(distributed, "NO_CHIEF_SECONDS", 0.5)
+    with pytest.raises(DistributedError, match=f"no chief answers at {address}: start it with --chief"):
+        _worker(make_oracle, tmp_path, address)
+
+
+def test_a_worker_of_another_search_is_refused(make_oracle, tmp_path, address):
+    _Chief(make_oracle(), address)
+    other = dataclasses.replace(RECIPES["smoke"], dataset="digits", flip=False, seed=7)
+    with pytest.raises(DistributedError, match="has a different search: seed was 0 and is 7"):
+        _worker(make_oracle, tmp_path, address, recipe=other)
+
+
+def _stub(address):
+    return protos.get_service_grpc().OracleStub(grpc.insecure_channel(address)), protos.get_service()
+
+
+def test_the_trial_of_a_silent_worker_goes_to_another(make_oracle, tmp_path, address, quick_run, capsys):
+    chief = _Chief(make_oracle(trials=2), address, patience=1.0)
+    stub, service = _stub(address)
+    lost = stub.CreateTrial(service.CreateTrialRequest(tuner_id="silent"), wait_for_ready=True, timeout=10).trial.trial_id
+    _worker(make_oracle, tmp_path, address, trials=2).search()
+    chief.join(10)
+    assert chief.error is None and not chief.is_alive()
+    assert [trial.status for trial in chief.oracle.trials.values()] == [TrialStatus.COMPLETED] * 2
+    assert chief.oracle.end_order[-1] == lost and len(quick_run) == 2
+    assert f"trial {lost} goes to another" in capsys.readouterr().out
+
+
+def test_heartbeats_keep_a_trial_and_a_late_one_is_told(make_oracle, address):
+    chief = _Chief(make_oracle(trials=2), address, patience=1.0)
+    stub, service = _stub(address)
+
+    def beat(trial_id, tuner_id):
+        metadata = ((distributed.TUNER_ID, tuner_id),)
+        return stub.GetTrial(service.GetTrialRequest(trial_id=trial_id), metadata=metadata, timeout=5)
+
+    mine = stub.CreateTrial(service.CreateTrialRequest(tuner_id="mine"), wait_for_ready=True, timeout=10).trial.trial_id
+    for _ in range(8):
+        time.sleep(0.25)
+        beat(mine, "mine")
+    assert chief.oracle.ongoing_trials["mine"].trial_id == mine
+    with pytest.raises(grpc.RpcError) as error:
+        beat(mine, "another")
+    assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    # As after a restart of the chief: what is nobody's is the worker's again that is at it.
+    distributed._drop(chief.oracle, "mine")
+    beat(mine, "mine")
+    assert chief.oracle.ongoing_trials["mine"].trial_id == mine and not chief.oracle._retry_queue
+
+
+def test_a_worker_whose_chief_goes_stops_training(make_oracle, tmp_path, address, monkeypatch):
+    monkeypatch.setattr(distributed, "NO_CHIEF_SECONDS", 0.5)
+
+    def endless(*_, **__):
+        server_gone.set()
+        while True:
+            time.sleep(0.05)
+
+    server_gone = threading.Event()
+    monkeypatch.setattr(tuner, "run", endless)
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    protos.get_service_grpc().add_OracleServicer_to_server(distributed._Servicer(make_oracle()), server)
+    server.add_insecure_port(address)
+    server.start()
+    worker = _worker(make_oracle, tmp_path, address)
+    threading.Thread(target=lambda: (server_gone.wait(), server.stop(None)), daemon=True).start()
+    with pytest.raises(DistributedError, match="no chief answers"):
+        worker.search()
+
+
+def test_a_chief_and_two_workers_as_processes(space_file, tmp_path, address, table):
+    """With real trainings: as many trials as asked for, none lost, none run twice."""
+    words = ["smoke", "--dataset", "digits", "--train-limit", "64", "--epochs", "1", "--space", str(space_file)]
+    words += ["--search-dir", str(tmp_path / "search"), "--trials", "4", "--algorithm", "random", "--address", address]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {name: value for name, value in environment.items() if not name.startswith("KERASTUNER")}
+
+    def start(flag):
+        return subprocess.Popen(
+            [sys.executable, "-m", "cvt_keras.search", *words, flag],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+
+    processes = [start(flag) for flag in ("--chief", "--worker", "--worker")]
+    said = [process.communicate(timeout=110)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(said)
+    rows = table(tmp_path / "search")
+    assert len(rows) == 4 and {row["status"] for row in rows} == {"completed"}
+    trained = [line.split()[1].rstrip(":") for text in said[1:] for line in text.splitlines() if line.startswith("trial ")]
+    assert sorted(trained) == ["0", "1", "2", "3"]
+    assert all("trial " in text for text in said[1:])  # each had its share
+    for row in rows:
+        report = json.loads((tmp_path / "search" / "trials" / row["trial"] / "report.json").read_text())
+        assert float(row["val_accuracy"]) == pytest.approx(report["validation"]["top1"], abs=5e-5)
+    assert "best: trial" in said[0] and (tmp_path / "search" / "report.html").exists()

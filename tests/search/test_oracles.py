@@ -1,0 +1,210 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from keras_tuner.engine.trial import TrialStatus
+
+from cvt_keras.runs import RunError
+from cvt_keras.search import oracles
+from cvt_keras.training import RECIPES, RecipeError
+from cvt_keras.training.space import Choice
+
+
+def _finish(oracle, trial, score=0.5, status=TrialStatus.COMPLETED):
+    if status == TrialStatus.COMPLETED:
+        oracle.update_trial(trial.trial_id, {oracles.OBJECTIVE: score, "seconds": 2.0}, step=0)
+    trial.status = status
+    oracle.end_trial(trial)
+
+
+def _all(oracle):
+    """Runs trials to the end -> their values."""
+    values = []
+    while (trial := oracle.create_trial("tuner")).status == TrialStatus.RUNNING:
+        values.append(trial.hyperparameters.values)
+        _finish(oracle, trial, 1 - abs(trial.hyperparameters.values["peak_learning_rate"] - 4e-3))
+    assert trial.status == TrialStatus.STOPPED
+    return values
+
+
+@pytest.mark.parametrize("algorithm", ["random", "bayesian", "hyperband"])
+def test_the_recipe_comes_first_and_no_candidate_is_over_the_budget(algorithm, make_oracle):
+    oracle = make_oracle(algorithm, trials=8, max_macs=1_400_000)
+    values = _all(oracle)
+    assert len(values) == 8
+    own = oracle.candidates.own
+    assert {name: values[0][name] for name in own} == own
+    costs = [oracle.candidates.macs(value) for value in values]
+    assert max(costs) <= 1_400_000 and len(set(costs)) > 1
+    assert oracle.refused > 0
+    if algorithm != "hyperband":  # which trains the best of a round again
+        assert len({json.dumps(value) for value in values}) == 8
+
+
+def test_without_a_budget_larger_ones_are_tried(make_oracle):
+    oracle = make_oracle(trials=14)
+    assert max(oracle.candidates.macs(values) for values in _all(oracle)) > 1_400_000
+    assert oracle.refused == 0
+
+
+def test_hyperband_trains_the_best_anew_for_more_epochs(make_oracle):
+    recipe = dataclasses.replace(RECIPES["smoke"], epochs=9)
+    oracle = make_oracle("hyperband", trials=13, recipe=recipe)
+    values = _all(oracle)
+    epochs = [oracle.candidates.of(value).epochs for value in values]
+    assert epochs == [1] * 9 + [3] * 3 + [9]
+    rate = [value["peak_learning_rate"] for value in values]
+    ranked = sorted(rate[:9], key=lambda rate: abs(rate - 4e-3))
+    assert sorted(rate[9:12]) == sorted(ranked[:3]) and rate[12] == ranked[0]
+
+
+def test_the_bayesian_search_nears_what_is_best(make_oracle):
+    oracle = make_oracle("bayesian", trials=12)
+    values = _all(oracle)
+    distance = [abs(value["peak_learning_rate"] - 4e-3) for value in values]
+    assert min(distance[4:]) < 3e-4
+
+
+def test_the_seed_of_the_recipe_is_that_of_the_search(make_oracle, tmp_path):
+    first = _all(make_oracle())
+    shutil.rmtree(tmp_path / "oracle")
+    assert _all(make_oracle()) == first
+    shutil.rmtree(tmp_path / "oracle")
+    assert _all(make_oracle(recipe=dataclasses.replace(RECIPES["smoke"], seed=1)))[1:] != first[1:]
+
+
+def test_a_search_that_was_killed_goes_on_with_what_had_begun(make_oracle):
+    oracle = make_oracle()
+    _finish(oracle, oracle.create_trial("a"), 0.4)
+    begun = oracle.create_trial("a")
+    again = make_oracle()  # as after a kill
+    assert [trial.score for trial in again.trials.values()] == [0.4, None]
+    trial = again.create_trial("b")
+    assert trial.trial_id == begun.trial_id and trial.hyperparameters.values == begun.hyperparameters.values
+    _finish(again, trial, 0.6)
+    assert len(_all(again)) == 4
+    assert make_oracle().create_trial("c").status == TrialStatus.STOPPED
+    assert len(make_oracle(trials=8).trials) == 6 and len(_all(make_oracle(trials=8))) == 2
+
+
+def test_no_finished_trial_is_run_again_whenever_the_kill_comes(make_oracle, monkeypatch):
+    oracle = make_oracle()
+    trial = oracle.create_trial("a")
+    writes, save = [], type(oracle).save
+
+    def killed(self):
+        writes.append(1)
+        if len(writes) == 2:  # the last of a trial's end
+            raise KeyboardInterrupt
+        save(self)
+
+    monkeypatch.setattr(type(oracle), "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _finish(oracle, trial)
+    monkeypatch.setattr(type(oracle), "save", save)
+    again = make_oracle()
+    assert json.loads(Path(again._get_oracle_fname()).read_text())["ongoing_trials"]  # keras-tuner would run it again
+    assert again.create_trial("a").trial_id != trial.trial_id
+
+
+def test_a_trial_that_was_not_handed_out_before_the_kill_is_made_anew(make_oracle, monkeypatch):
+    oracle = make_oracle()
+    monkeypatch.setattr(type(oracle), "save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        oracle.create_trial("a")
+    monkeypatch.undo()
+    again = make_oracle()
+    assert not again.trials
+    assert len(_all(again)) == 6
+
+
+def test_a_broken_file_is_told(make_oracle, tmp_path):
+    _all(make_oracle())
+    (tmp_path / "oracle" / "oracle.json").write_text("{")
+    with pytest.raises(RunError, match="start over by --fresh"):
+        make_oracle()
+
+
+def test_three_failures_in_a_row_end_the_search(make_oracle):
+    oracle = make_oracle(trials=9)
+    _finish(oracle, oracle.create_trial("a"))
+    for _ in range(3):
+        trial = oracle.create_trial("a")
+        trial.message = "the loss is no number"
+        _finish(oracle, trial, status=TrialStatus.FAILED)
+    assert oracle.create_trial("a").status == TrialStatus.STOPPED
+    assert "last 3 trials failed" in oracle.exhausted
+    assert oracles.line(oracle, trial) == "trial 3 (4 of 9): failed (the loss is no number); the best so far: trial 0, 50.00%"
+
+
+def test_a_small_space_runs_out(make_oracle):
+    oracle = make_oracle(trials=6, space={"stage0_depth": Choice((1, 2)), "peak_learning_rate": Choice((1e-3, 2e-3))})
+    assert len(_all(oracle)) == 4
+    assert "every candidate" in oracle.exhausted
+
+
+def test_a_budget_that_hardly_anything_meets_ends(make_oracle, monkeypatch):
+    monkeypatch.setattr(oracles, "MOST_REFUSED", 3)
+    oracle = make_oracle(max_macs=840_928, trials=50)
+    values = _all(oracle)
+    assert 1 <= len(values) < 50 and "over the budget" in oracle.exhausted
+
+
+def test_a_budget_that_nothing_meets_is_refused(make_oracle):
+    with pytest.raises(
+        RecipeError, match=r"the smallest of the space takes 840,928 MACs an image.*Received: --max-macs 840,927"
+    ):
+        make_oracle(max_macs=840_927).candidates.require_one()
+    make_oracle(max_macs=840_928).candidates.require_one()
+
+
+def test_idle_workers_wait_for_what_others_may_leave(make_oracle):
+    oracle = make_oracle(trials=1)
+    trial = oracle.create_trial("a")
+    assert oracle.create_trial("b").status == TrialStatus.IDLE
+    _finish(oracle, trial)
+    assert oracle.create_trial("b").status == TrialStatus.STOPPED
+
+
+def test_a_trial_ended_twice_counts_once(make_oracle):
+    oracle = make_oracle()
+    trial = oracle.create_trial("a")
+    _finish(oracle, trial, 0.5)
+    trial.status = TrialStatus.FAILED
+    oracle.end_trial(trial)
+    assert oracle.end_order == [trial.trial_id]
+
+
+def test_differences_are_named():
+    settings = {
+        "recipe": {"dataset": "cifar10", "data_dir": "a", "seed": 0},
+        "space": {"mixup": [0, 1]},
+        "algorithm": "random",
+        "max_macs": 1,
+    }
+    moved = {**settings, "recipe": {**settings["recipe"], "data_dir": "b"}}
+    assert oracles.differences(settings, moved) == ""
+    photos = {**settings, "recipe": {"dataset": "folder", "data_dir": "b", "seed": 1}, "max_macs": None, "space": {}}
+    found = oracles.differences(settings, photos)
+    for part in (
+        "max_macs was 1 and is None",
+        "dataset was 'cifar10'",
+        "data_dir was 'a'",
+        "seed was 0 and is 1",
+        "in the space",
+    ):
+        assert part in found
+
+
+def test_what_is_tried_is_told_in_a_line(make_oracle):
+    oracle = make_oracle()
+    trial = oracle.create_trial("a")
+    assert oracles.line(oracle, trial) == (
+        "\ntrial 0 (1 of 6): the recipe itself: peak_learning_rate 0.002, stage0_depth 1, mixup 0 (0.8 M MACs, 2 epochs)"
+    )
+    _finish(oracle, trial, 0.25)
+    assert oracles.line(oracle, trial) == (
+        "trial 0 (1 of 6): 25.00% top-1 on the validation images in 2 s; the best so far: trial 0, 25.00%"
+    )

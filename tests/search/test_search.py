@@ -1,0 +1,264 @@
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from cvt_keras import runs
+from cvt_keras.search import results, tuner
+from cvt_keras.search.__main__ import main
+from cvt_keras.training import RECIPES
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def command(tmp_path, space_file):
+    """The words of a small search in `tmp_path / "search"`."""
+    search_dir = tmp_path / "search"
+    return ["smoke", "--dataset", "digits", "--space", str(space_file), "--search-dir", str(search_dir), "--trials", "4"]
+
+
+@pytest.mark.parametrize("algorithm", ["random", "bayesian", "hyperband"])
+def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_path, quick_run, table, capsys):
+    search_dir = tmp_path / "search"
+    words = [*command, "--algorithm", algorithm, "--train-limit", "100", "--max-macs", "1.3e6", "--trials", "9"]
+    assert main(words) == 0
+    rows = table(search_dir)
+    assert [row["trial"] for row in rows] == [f"{i}" for i in range(9)] and {row["status"] for row in rows} == {"completed"}
+    assert max(int(row["macs"]) for row in rows) <= 1.3e6
+    assert all(float(row["seconds"]) == 1.5 * int(row["epochs"]) and row["epoch"] == row["epochs"] for row in rows)
+    best = max(rows, key=lambda row: float(row["val_accuracy"]))
+    written = json.loads((search_dir / "best.json").read_text())
+    assert written["peak_learning_rate"] == float(best["peak_learning_rate"])
+    assert written["variant"]["stages"][0]["depth"] == int(best["stage0_depth"])
+    # For all images, and the epochs that the search was given.
+    assert written["train_limit"] is None and written["epochs"] == RECIPES["smoke"].epochs
+    assert train.parse(["--recipe-file", str(search_dir / "best.json")]).recipe.settings() == written
+    page = (search_dir / "report.html").read_text()
+    for part in (
+        "Parallel coordinates",
+        "The best curves",
+        "Importance",
+        f"trial {best['trial']}",
+        "over the budget, not tried",
+    ):
+        assert part in page, part
+    assert page.count("data:image/png") == 3
+    said = capsys.readouterr().out
+    assert "trial 0 (1 of 9): the recipe itself: peak_learning_rate 0.002" in said
+    assert f"best: trial {best['trial']}, {float(best['val_accuracy']):.2%} top-1" in said
+    assert "the best so far: trial" in said and "python train.py --recipe-file" in said
+    assert all(recipe.train_limit == 100 for recipe in quick_run)
+
+
+def test_the_same_command_goes_on_and_more_trials_extend_it(command, tmp_path, quick_run, table, capsys):
+    assert main(command) == 0
+    assert main(command) == 0
+    assert len(quick_run) == 4 and "4 of 4 trials are done" in capsys.readouterr().out
+    assert main([*command, "--trials", "6"]) == 0
+    assert len(quick_run) == 6 and len(table(tmp_path / "search")) == 6
+
+
+def test_a_candidate_that_can_not_be_trained_is_a_failed_trial(command, tmp_path, quick_run, table, monkeypatch, capsys):
+    quick = tuner.run
+
+    def run(recipe, run_dir, **flags):
+        if recipe.peak_learning_rate != 0.002:
+            raise FloatingPointError("the loss is no number")
+        quick(recipe, run_dir, **flags)
+
+    monkeypatch.setattr(tuner, "run", run)
+    assert main([*command, "--trials", "9"]) == 0
+    rows = table(tmp_path / "search")
+    assert [row["status"] for row in rows] == ["completed"] + ["failed"] * 3
+    assert rows[1]["val_accuracy"] == ""
+    said = capsys.readouterr()
+    assert "failed (the loss is no number)" in said.out and "no more trials: the last 3 trials failed" in said.err
+    assert ">3</b><span>failed<" in (tmp_path / "search" / "report.html").read_text()
+
+
+def test_where_none_can_be_trained_the_search_fails(command, tmp_path, quick_run, monkeypatch, capsys):
+    def run(*_, **__):
+        raise MemoryError("the memory is too small")
+
+    monkeypatch.setattr(tuner, "run", run)
+    assert main(command) == 1
+    assert "no trial could be trained. The first: the memory is too small" in capsys.readouterr().err
+    assert not (tmp_path / "search" / "best.json").exists()
+
+
+def test_an_error_of_the_machine_loses_no_trial(command, tmp_path, quick_run, table, monkeypatch, capsys):
+    quick = tuner.run
+
+    def run(recipe, run_dir, **flags):
+        if len(quick_run) == 2:
+            raise OSError("No space left on device")
+        quick(recipe, run_dir, **flags)
+
+    monkeypatch.setattr(tuner, "run", run)
+    assert main(command) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0 and error.endswith(shlex.join(["python", "-m", "cvt_keras.search", *command]))
+    assert [row["status"] for row in table(tmp_path / "search")] == ["completed", "completed", "running"]
+    monkeypatch.setattr(tuner, "run", quick)
+    assert main(command) == 0
+    assert len(quick_run) == 4 and len(table(tmp_path / "search")) == 4
+
+
+def test_ctrl_c_says_how_to_go_on(command, quick_run, monkeypatch, capsys):
+    def run(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuner, "run", run)
+    assert main([*command, "--fresh", "--yes"]) == 130
+    error = capsys.readouterr().err
+    assert "To go on: python -m cvt_keras.search smoke" in error and "--fresh" not in error and "--yes" not in error
+
+
+def test_fresh_asks_before_it_deletes(command, tmp_path, quick_run, monkeypatch, capsys):
+    search_dir = tmp_path / "search"
+    assert main(command) == 0
+    assert main([*command, "--seed", "1"]) == 2
+    assert main([*command, "--fresh"]) == 2
+    assert "there is nobody to ask: give --yes" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or "n")
+    (search_dir / "trials" / "0").mkdir(exist_ok=True)
+    assert main([*command, "--fresh"]) == 1
+    assert "the runs of 4 trials" in asked[0] and len(quick_run) == 4
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    assert main([*command, "--seed", "1", "--fresh"]) == 0
+    assert len(quick_run) == 8 and json.loads((search_dir / "search.json").read_text())["recipe"]["seed"] == 1
+    monkeypatch.setattr("builtins.input", None)
+    assert main([*command, "--fresh", "--yes"]) == 0
+    assert len(quick_run) == 12
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--trials", "0"], "`--trials` must be at least 1. Received: --trials 0"),
+        (["--max-macs", "0"], "`--max-macs` must be a finite number over 0"),
+        (["--max-macs", "1e3"], "`--max-macs` leaves no network: the smallest of the space takes 840,928 MACs"),
+        (["--worker-timeout", "-1"], "`--worker-timeout` must be a finite number over 0"),
+        (["--chief", "--worker"], "`--chief` and `--worker` are two processes"),
+        (["--worker", "--fresh"], "`--fresh` is for the chief"),
+        (["--address", "nowhere"], "`--address` must be HOST:PORT"),
+        (["--address", "here:70000"], "`--address` must be HOST:PORT"),
+        (["--weights", "some.keras", "--max-macs", "1e6"], "with --weights the network is theirs"),
+        (["--space", "none.json"], "`--space` none.json can't be read"),
+    ],
+)
+def test_a_wrong_argument_is_told_in_a_line(words, part, command, tmp_path, quick_run, capsys):
+    assert main([*command, *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert part in error and "\n" not in error
+    assert not quick_run and not (tmp_path / "search").exists()
+
+
+def test_a_recipe_that_brings_no_network_is_refused(tmp_path, capsys):
+    assert main(["finetune", "--search-dir", str(tmp_path / "search")]) == 2
+    assert "--weights SOURCE" in capsys.readouterr().err
+
+
+def test_a_search_dir_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["smoke"])
+    assert stop.value.code == 2 and "--search-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        (["--algorithm", "random"], "algorithm was bayesian and is random"),
+        (["--max-macs", "1e6"], "max_macs was None and is 1000000"),
+        (["--epochs", "3"], "epochs was 2 and is 3"),
+        (["--variant", "cvt_cifar"], "variant is another"),
+    ],
+)
+def test_a_different_search_is_refused(change, part, command, tmp_path, quick_run, capsys):
+    assert main([*command, "--trials", "1"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "search").rglob("*") if path.is_file()}
+    assert main([*command, *change]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "holds a different search" in error and part in error and "--fresh" in error
+    assert before == {path: path.read_bytes() for path in (tmp_path / "search").rglob("*") if path.is_file()}
+
+
+def test_a_folder_of_something_else_is_refused(command, tmp_path, capsys):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "thesis.txt").write_text("all of it")
+    for words in ([], ["--fresh", "--yes"]):
+        assert main([*command, *words]) == 2
+        assert "holds something, but no search" in capsys.readouterr().err
+    assert (tmp_path / "search" / "thesis.txt").read_text() == "all of it"
+
+
+def test_two_searches_keep_out_of_each_other_s_way(command, tmp_path, quick_run, capsys):
+    assert main([*command, "--trials", "1"]) == 0
+    with runs.lock(tmp_path / "search"):
+        assert main(command) == 1
+        assert main([*command, "--fresh", "--yes"]) == 1
+    assert "another process is at work" in capsys.readouterr().err and len(quick_run) == 1
+
+
+def test_a_recipe_outside_the_space_is_told(command, quick_run, capsys):
+    assert main([*command, "--peak-learning-rate", "0.5"]) == 0
+    assert "the recipe itself is not tried: its peak_learning_rate is not in the space" in capsys.readouterr().out
+    assert all(recipe.peak_learning_rate <= 8e-3 for recipe in quick_run)
+
+
+def test_the_importance_is_of_what_matters():
+    from conftest import SPACE
+
+    rows = [
+        {"status": "completed", "epochs": 2, "val_accuracy": 0.5 + 0.01 * i, "peak_learning_rate": 1e-3 * 1.1**i}
+        | {"stage0_depth": 1 + i * 7 % 3, "mixup": 0.1 * (i * 5 % 4)}
+        for i in range(20)
+    ]
+    shares, fit = results.importance(rows, SPACE)
+    assert next(iter(shares)) == "peak_learning_rate" and shares["peak_learning_rate"][0] > 10 * shares["mixup"][0]
+    assert 0.5 < fit <= 1
+    assert results.importance(rows[:7], SPACE) == (None, None)
+    assert results.importance([{**row, "val_accuracy": 0.5} for row in rows], SPACE) == (None, None)
+    halves = [{**row, "epochs": 1 + i % 2} for i, row in enumerate(rows)]
+    assert "epochs" in results.importance(halves, SPACE)[0]
+
+
+def test_killed_in_a_trial_it_goes_on_there(command, tmp_path, table, capsys):
+    """With real trainings, and a kill that no process can answer."""
+    search_dir = tmp_path / "search"
+    words = [*command, "--trials", "2", "--epochs", "4", "--train-limit", "320", "--algorithm", "random"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cvt_keras.search", *words],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    second = search_dir / "trials" / "1" / "checkpoints"
+    until = time.monotonic() + 120
+    while not (second.exists() and any(path.name.startswith("epoch-") for path in second.iterdir())):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = (search_dir / "trials" / "0" / "report.json").stat().st_mtime_ns
+    assert not (search_dir / "trials" / "1" / "report.json").exists()
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "1 of 2 trials are done" in said and "going on after epoch" in said
+    assert (search_dir / "trials" / "0" / "report.json").stat().st_mtime_ns == first
+    assert [row["status"] for row in table(search_dir)] == ["completed", "completed"]
+    report = json.loads((search_dir / "trials" / "1" / "report.json").read_text())
+    assert report["test"] is None  # the test images are not touched
+    [row] = [row for row in table(search_dir) if row["trial"] == "1"]
+    assert float(row["val_accuracy"]) == pytest.approx(report["validation"]["top1"], abs=5e-5)

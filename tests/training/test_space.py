@@ -1,0 +1,121 @@
+import dataclasses
+import json
+
+import pytest
+
+from cvt_keras import Stage, Variant
+from cvt_keras.training import RECIPES, RecipeError
+from cvt_keras.training.space import Choice, Range, apply, read, rounded, space_of, values_of, written
+from cvt_keras.variants import VARIANTS, get_variant
+
+CIFAR10 = RECIPES["cifar10"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_recipe_s_own_values_give_the_recipe_back(name):
+    recipe = dataclasses.replace(CIFAR10, variant=name, image_size=224)
+    space = space_of(recipe)
+    values = values_of(recipe, space)
+    assert None not in values.values() and values.keys() == space.keys()
+    assert apply(recipe, values).settings() == recipe.settings()
+
+
+@pytest.mark.parametrize("name", [name for name in space_of(CIFAR10) if not name.startswith("stage") or name[5] == "1"])
+def test_each_name_changes_what_it_says(name):
+    where = space_of(CIFAR10)[name]
+    own = values_of(CIFAR10, {name: where})[name]
+    value = where.ends[0] if own == where.ends[1] else where.ends[1]
+    changed = apply(CIFAR10, {name: value})
+    before, after = CIFAR10.settings(), changed.settings()
+    assert [field for field in after if after[field] != before[field]] == [field if (field := name) in after else "variant"]
+    stages = list(zip(get_variant(CIFAR10.variant).stages, get_variant(changed.variant).stages))
+    if name == "drop_path":
+        assert [stage.drop_path for _, stage in stages] == [0.0, value / 2, value]
+    elif name == "mlp_ratio":
+        assert all(stage.mlp_ratio == value for _, stage in stages)
+    elif name.startswith("stage1_"):
+        field = name.removeprefix("stage1_")
+        expected = {field: value}
+        if field == "dim":
+            expected["heads"] = 3  # 64 wide, as before: 192 / 3
+        elif field == "kernel_size":
+            expected["padding"] = value // 2
+        assert stages[1][1] == dataclasses.replace(stages[1][0], **expected)
+        assert stages[0][0] == stages[0][1] and stages[2][0] == stages[2][1]
+
+
+def test_heads_divide_a_width_that_their_own_does_not():
+    recipe = dataclasses.replace(CIFAR10, variant=Variant((Stage(dim=64, depth=1, heads=1), Stage(dim=96, depth=1, heads=2))))
+    stage = get_variant(apply(recipe, {"stage1_dim": 120}).variant).stages[1]
+    assert (stage.dim, stage.heads) == (120, 3)  # 40 wide; 60 is as far from 48, and fewer
+
+
+def test_a_network_of_one_stage_drops_as_told():
+    recipe = dataclasses.replace(CIFAR10, variant=Variant((Stage(dim=64, depth=2, heads=1),)))
+    assert get_variant(apply(recipe, {"drop_path": 0.1}).variant).stages[0].drop_path == 0.1
+
+
+def test_the_network_of_weights_is_not_varied():
+    recipe = dataclasses.replace(CIFAR10, weights="somewhere.keras")
+    space = space_of(recipe)
+    assert "layer_decay" in space and not any(name.startswith("stage") or name == "mlp_ratio" for name in space)
+    assert apply(recipe, {"layer_decay": 0.7}).layer_decay == 0.7
+
+
+def test_what_lies_outside_is_none():
+    reference = RECIPES["reference"]
+    assert values_of(reference, space_of(reference))["weight_decay"] is None  # it has none, and half of nothing is nothing
+
+
+def test_numbers_are_tried_to_four_digits():
+    assert (rounded(0.00123456), rounded(3), rounded(12345.6)) == (0.001235, 3, 12350.0)
+    assert apply(CIFAR10, {"mixup": 0.123456}).mixup == 0.1235
+
+
+def test_a_space_of_one_s_own(tmp_path):
+    file = tmp_path / "space.json"
+    space = {
+        "peak_learning_rate": Range(1e-3, 4e-3, log=True),
+        "batch_size": Choice((64, 128)),
+        "ema": Range(0.0, 0.9),
+        "stage0_depth": Choice((2, 1)),
+    }
+    file.write_text(json.dumps(written(space)))
+    assert read(file, CIFAR10) == space
+    assert list(read(file, CIFAR10)["stage0_depth"].values) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("{}", "at least one name. Received: {}"),
+        ("[1]", "at least one name"),
+        ("{", "can't be read"),
+        ('{"width": [1, 2]}', "unknown name: width. Known: peak_learning_rate"),
+        ('{"stage7_depth": [1, 2]}', "unknown name: stage7_depth"),
+        ('{"epochs": [1, 2]}', "unknown name: epochs"),
+        ('{"warmup": {"low": 0.3, "high": 0.1}}', "warmup: `low` must be under `high`. Received: low=0.3, high=0.1"),
+        ('{"warmup": {"low": 0.1, "high": 1.5}}', "warmup: `warmup` must be at least 0 and under 1"),
+        ('{"warmup": {"low": 0.0, "high": 0.1, "log": true}}', "`low` must be over 0 with `log`"),
+        ('{"warmup": {"low": "a", "high": 0.1}}', "must be finite numbers"),
+        ('{"warmup": {"low": 0.0, "high": 0.1, "log": 1}}', "`log` must be true or false"),
+        ('{"warmup": {"low": 0.0}}', 'must be {"low": .., "high": ..'),
+        ('{"warmup": []}', "two values at least. Received: []"),
+        ('{"warmup": [0.1, 0.1]}', "two values at least"),
+        ('{"warmup": ["a", "b"]}', "a list of finite numbers"),
+        ('{"batch_size": {"low": 32, "high": 64}}', "batch_size: it is a whole number: give a list of them"),
+        ('{"batch_size": [32.5, 64]}', "`batch_size` must be int"),
+        ('{"stage0_depth": [0, 1]}', "`depth` must be a positive integer"),
+    ],
+)
+def test_a_space_that_can_not_be_is_told_in_a_line(text, part, tmp_path):
+    file = tmp_path / "space.json"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        read(file, CIFAR10)
+    assert part in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_space_that_is_not_there(tmp_path):
+    with pytest.raises(RecipeError, match="No such file"):
+        read(tmp_path / "none.json", CIFAR10)
