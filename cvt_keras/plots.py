@@ -24,6 +24,7 @@ MOST_WRONG = "most_wrong.png"
 TRAINING, VALIDATION, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: apart for every eye
 MOST_LABELS = 40  # as many as can be read along an axis
 MOST_NUMBERS = 20  # and in a matrix
+MOST_AXES = 12  # side by side, of parallel coordinates
 MOST_POINTS = 0.03  # of accuracy that a picture of trades shows
 MOST_CHARACTERS = 16  # of a class name, where there is little room
 
@@ -237,46 +238,52 @@ def pareto(files):
 def parallel_coordinates(trials, space, own=None):
     """A line for each trial of a search across an axis for each name of its space -> `Figure`.
 
+    Rows of axes, as many as can be read, each of which ends with the accuracy.
+
     Args:
         trials: dicts of `trial`, `val_accuracy` and a value for each name, the best first.
         space: name -> `Range` or `Choice`, with `ends`, and `log` where half of the axis is below the geometric mean.
         own: the trial of the recipe that is varied, or `None`.
     """
     names = list(space)
+    count = -(-len(names) // MOST_AXES)
+    width = -(-len(names) // count)
+    figure = Figure(figsize=(max(6, 1.8 + 0.78 * width), 4.4 * count), layout="constrained")
+    for row, axes in enumerate(figure.subplots(count, 1, squeeze=False).flat):
+        _draw_coordinates(axes, trials, space, names[row * width : (row + 1) * width], own)
+        axes.set_xlim(-0.4, width + 0.4)
+    return figure
+
+
+def _draw_coordinates(axes, trials, space, names, own):
     accuracies = [trial["val_accuracy"] for trial in trials]
     low, high = min(accuracies), max(accuracies)
     spread = high - low or 1.0
-    figure = Figure(figsize=(max(7, 1.6 + 0.62 * (len(names) + 1)), 5), layout="constrained")
-    axes = figure.subplots()
     shades = colormaps["viridis"]
     for place, trial in reversed(list(enumerate(trials))):  # the best on top
+        is_own = trial["trial"] == own
         heights = [*(_height(space[name], trial[name]) for name in names), (trial["val_accuracy"] - low) / spread]
         axes.plot(
             range(len(names) + 1),
             heights,
-            "--" if trial["trial"] == own else "-",
-            color=shades((trial["val_accuracy"] - low) / spread),
-            linewidth=3 if place == 0 else 2 if trial["trial"] == own else 1,
-            alpha=1 if place == 0 or trial["trial"] == own else 0.6,
+            "--" if is_own else "-",
+            color=VALIDATION if is_own else shades((trial["val_accuracy"] - low) / spread),
+            linewidth=3.5 if place == 0 else 2 if is_own else 1,
+            alpha=1 if place == 0 or is_own else 0.6,
+            zorder=3 if is_own else 2,
         )
-    for place, name in enumerate(names):
+    ends = [tuple(f"{end:g}" for end in space[name].ends) for name in names] + [(f"{low:.1%}", f"{high:.1%}")]
+    for place, (least, most) in enumerate(ends):
         axes.axvline(place, color=GREY, linewidth=0.5, zorder=0)
-        for height, value, side in ((0, space[name].ends[0], "top"), (1, space[name].ends[1], "bottom")):
-            shift = -4 if side == "top" else 4
-            axes.annotate(
-                f"{value:g}", (place, height), xytext=(0, shift), textcoords="offset points", ha="center", va=side, fontsize=7
-            )
-    axes.axvline(len(names), color=GREY, linewidth=0.5, zorder=0)
-    for height, value, side, shift in ((0, low, "top", -4), (1, high, "bottom", 4)):
-        text = {"xytext": (0, shift), "textcoords": "offset points", "ha": "center", "va": side, "fontsize": 7}
-        axes.annotate(f"{value:.1%}", (len(names), height), **text)
+        for height, text, side, shift in ((0, least, "top", -5), (1, most, "bottom", 5)):
+            at = {"xytext": (0, shift), "textcoords": "offset points", "ha": "center", "va": side, "fontsize": 8}
+            axes.annotate(text, (place, height), **at)
     shown = [name.replace("_", " ") for name in names]
-    axes.set_xticks(range(len(names) + 1), [*shown, "top-1, validation"], rotation=40, ha="right", rotation_mode="anchor")
-    axes.tick_params(axis="x", length=0, pad=12)
+    axes.set_xticks(range(len(names) + 1), [*shown, "top-1, validation"], rotation=35, ha="right", rotation_mode="anchor")
+    axes.tick_params(axis="x", length=0, pad=14)
     axes.set_yticks([])
-    axes.set_ylim(-0.03, 1.05)
+    axes.set_ylim(-0.03, 1.08)
     axes.spines[:].set_visible(False)
-    return figure
 
 
 def _height(where, value):
