@@ -13,13 +13,15 @@ import grpc
 
 # As keras-tuner's own `search` imports them: there is no public name for them.
 from keras_tuner.src import protos
-from keras_tuner.src.distribute import oracle_chief, oracle_client
+from keras_tuner.src.distribute import oracle_chief
+from keras_tuner.src.engine.oracle import LOCKS, THREADS
 
 from cvt_keras.search.oracles import SETTINGS, differences, is_over, keras_tuner, tried
 from cvt_keras.search.tuner import RecipeTuner
 
 HEARTBEAT_SECONDS = 5.0
-NO_CHIEF_SECONDS = 30.0  # that a worker asks for
+NO_CHIEF_SECONDS = 30.0  # without an answer, after which a worker gives up
+THREADS_OF_CHIEF = 64  # more than there are workers: one that waits for a trial keeps a thread
 TUNER_ID = "tuner-id"  # gRPC metadata of a heartbeat
 
 
@@ -28,29 +30,56 @@ class DistributedError(Exception):
 
 
 class _Servicer(oracle_chief.OracleServicer):
-    """Notes who was heard when."""
+    """Notes who was heard when, and what went wrong.
+
+    Attributes:
+        heard: tuner id -> when, by `time.monotonic`.
+        error: the first that a call raised, or `None`.
+    """
 
     def __init__(self, oracle):
         super().__init__(oracle)
-        self.heard = {}
+        self.heard, self.error = {}, None
 
     def CreateTrial(self, request, context):
         self.heard[request.tuner_id] = time.monotonic()
-        return super().CreateTrial(request, context)
+        with self._noted():
+            return super().CreateTrial(request, context)
 
     def UpdateTrial(self, request, context):
-        if is_over(self.oracle.trials[request.trial_id]):  # another worker was faster
-            return protos.get_service().UpdateTrialResponse(trial=self.oracle.trials[request.trial_id].to_proto())
-        return super().UpdateTrial(request, context)
+        trial = self.oracle.trials[request.trial_id]
+        if is_over(trial):  # another worker was faster
+            return protos.get_service().UpdateTrialResponse(trial=trial.to_proto())
+        with self._noted():
+            return super().UpdateTrial(request, context)
+
+    def EndTrial(self, request, context):
+        with self._noted():
+            return super().EndTrial(request, context)
 
     def GetTrial(self, request, context):
-        """A worker's heartbeat. What it runs may have been given away while it was not heard."""
+        """With a worker's name a heartbeat. What it runs may have been given away while it was not heard."""
         tuner_id = dict(context.invocation_metadata()).get(TUNER_ID)
-        if tuner_id:
-            self.heard[tuner_id] = time.monotonic()
-            if not _claim(self.oracle, request.trial_id, tuner_id):
-                context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the trial was given to another worker")
-        return super().GetTrial(request, context)
+        if not tuner_id:
+            return super().GetTrial(request, context)
+        self.heard[tuner_id] = time.monotonic()
+        ongoing = self.oracle.ongoing_trials.get(tuner_id)
+        # Without the lock, as a rule: a worker is not to be lost while a Gaussian process is fitted for another.
+        at_it = not request.trial_id or (ongoing is not None and ongoing.trial_id == request.trial_id)
+        if not at_it and not _claim(self.oracle, request.trial_id, tuner_id):
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "its trial was given to another")
+        return protos.get_service().GetTrialResponse()
+
+    @contextlib.contextmanager
+    def _noted(self):
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
+            if THREADS[self.oracle] == threading.current_thread().name:  # keras-tuner would hold its lock for ever
+                THREADS[self.oracle] = None
+                LOCKS[self.oracle].release()
+            raise
 
 
 @keras_tuner.synchronized
@@ -92,8 +121,7 @@ def lead(oracle, address, patience, refresh):
     Raises:
         DistributedError: if the address can't be listened at, or no worker is heard for `patience`.
     """
-    # One thread, as keras-tuner's lock is known by its name.
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=1), options=[("grpc.so_reuseport", 0)])
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=THREADS_OF_CHIEF), options=[("grpc.so_reuseport", 0)])
     servicer = _Servicer(oracle)
     protos.get_service_grpc().add_OracleServicer_to_server(servicer, server)
     try:
@@ -106,8 +134,10 @@ def lead(oracle, address, patience, refresh):
     print(f"waiting for workers at {address}: the same command, with --worker in place of --chief", flush=True)
     began, ended = time.monotonic(), len(oracle.end_order)
     try:
-        while not (servicer.stop_triggered and oracle_chief.exit_chief(oracle)):
+        while not (servicer.stop_triggered and not oracle.ongoing_trials and not oracle.tuner_ids):
             time.sleep(0.5)
+            if servicer.error:
+                raise servicer.error
             if len(oracle.end_order) > ended:
                 ended = len(oracle.end_order)
                 refresh()
@@ -150,39 +180,39 @@ class Worker(RecipeTuner):
 
     def __init__(self, oracle, candidates, search_dir, address):
         self.address = address
-        self._lost = None
+        self._lost, self._at = None, ""
         host, _, port = address.rpartition(":")
         os.environ |= {
             "KERASTUNER_ORACLE_IP": host,
             "KERASTUNER_ORACLE_PORT": port,
             "KERASTUNER_TUNER_ID": f"worker-{uuid.uuid4().hex[:8]}",
         }
-        oracle_client.TIMEOUT = NO_CHIEF_SECONDS  # an hour, by default
         mine = _settings_of(oracle)
         super().__init__(oracle, candidates, search_dir)
+        channel = grpc.insecure_channel(address)
+        try:
+            grpc.channel_ready_future(channel).result(timeout=NO_CHIEF_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise DistributedError(self._no_chief()) from None
+        self.oracle.stub = protos.get_service_grpc().OracleStub(channel)
         with self._asking():
             theirs = _settings_of(self.oracle)
         if found := differences(theirs, mine):
             raise DistributedError(f"the chief at {address} has a different search: {found}; give the worker the same")
 
     def search(self):
-        with self._asking():
-            super().search()
+        """Runs trials until the chief has no more.
 
-    def on_trial_begin(self, trial):
-        print(f"\ntrial {trial.trial_id}: {tried(self.candidates, trial)}", flush=True)
-
-    def on_trial_end(self, trial):
-        if trial.message:
-            print(f"trial {trial.trial_id} failed: {trial.message}", flush=True)
-        super().on_trial_end(trial)
-
-    def run_trial(self, trial):
+        Raises:
+            DistributedError: if the chief is gone, or has given up this worker.
+            And what `cvt_keras.training.run` raises.
+        """
         over = threading.Event()
-        beating = threading.Thread(target=self._beat, args=(trial.trial_id, over), daemon=True)
+        beating = threading.Thread(target=self._beat, args=(over,), daemon=True)
         beating.start()
         try:
-            return super().run_trial(trial)
+            with self._asking():
+                super().search()
         except KeyboardInterrupt:
             if self._lost:
                 raise DistributedError(self._lost) from None
@@ -191,17 +221,30 @@ class Worker(RecipeTuner):
             over.set()
             beating.join()
 
-    def _beat(self, trial_id, over):
-        request = protos.get_service().GetTrialRequest(trial_id=trial_id)
+    def on_trial_begin(self, trial):
+        self._at = trial.trial_id
+        print(f"\ntrial {trial.trial_id}: {tried(self.candidates, trial)}", flush=True)
+
+    def on_trial_end(self, trial):
+        if trial.message:
+            print(f"trial {trial.trial_id} failed: {trial.message}", flush=True)
+        super().on_trial_end(trial)
+        self._at = ""
+
+    def _beat(self, over):
+        """Tells the chief that this worker is alive, and stops the worker if the chief is not."""
         while not over.wait(HEARTBEAT_SECONDS):
             try:
                 self.oracle.stub.GetTrial(
-                    request, metadata=((TUNER_ID, self.tuner_id),), wait_for_ready=True, timeout=NO_CHIEF_SECONDS
+                    protos.get_service().GetTrialRequest(trial_id=self._at),
+                    metadata=((TUNER_ID, self.tuner_id),),
+                    wait_for_ready=True,
+                    timeout=NO_CHIEF_SECONDS,
                 )
             except grpc.RpcError as error:
                 if not over.is_set():
                     self._lost = self._told(error)
-                    _thread.interrupt_main()  # the training stops after its step
+                    _thread.interrupt_main()  # a training stops after its step
                 return
 
     @contextlib.contextmanager
@@ -215,4 +258,9 @@ class Worker(RecipeTuner):
     def _told(self, error):
         if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
             return f"the chief at {self.address} had not heard of this worker for too long: {error.details()}"
+        if error.code() == grpc.StatusCode.UNKNOWN:
+            return f"the chief at {self.address} failed: {error.details()}"
+        return self._no_chief()
+
+    def _no_chief(self):
         return f"no chief answers at {self.address}: start it with --chief; finished epochs are kept"

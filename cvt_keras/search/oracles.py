@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from cvt_keras.variants import get_variant, macs
 try:
     import keras_tuner
     from keras_tuner.engine.trial import Trial, TrialStatus
+    from sklearn.exceptions import ConvergenceWarning
 except ImportError as error:
-    raise ImportError(f"A search needs keras-tuner: pip install keras-tuner ({error})") from error
+    raise ImportError(f"A search needs keras-tuner and scikit-learn: pip install keras-tuner scikit-learn ({error})") from error
 
 OBJECTIVE = "val_accuracy"
 FOLDER = "oracle"  # in the search's folder
@@ -252,6 +254,11 @@ class Hyperband(_Oracle, keras_tuner.oracles.HyperbandOracle):
 
 class Bayesian(_Oracle, keras_tuner.oracles.BayesianOptimizationOracle):
     """Chooses by a Gaussian process of what was seen so far."""
+
+    def populate_space(self, trial_id):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of its length scales: with few trials the rule
+            return super().populate_space(trial_id)
 
     def _vector_to_values(self, vector):
         values = super()._vector_to_values(vector)

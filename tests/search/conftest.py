@@ -28,6 +28,17 @@ def make_oracle(tmp_path):
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """Draws blanks: after each trial of each test a page with pictures would take most of the time."""
+    from matplotlib.figure import Figure
+
+    from cvt_keras import plots
+
+    for name in ("parallel_coordinates", "best_curves", "importance"):
+        monkeypatch.setattr(plots, name, lambda *_: Figure(figsize=(1, 1)))
+
+
+@pytest.fixture
 def quick_run(monkeypatch):
     """A training that is over at once, better the nearer to a learning rate of 4e-3 -> the recipes that were trained."""
     from cvt_keras import runs

@@ -13,7 +13,6 @@ import grpc
 import pytest
 from keras_tuner.engine.trial import TrialStatus
 from keras_tuner.src import protos
-from keras_tuner.src.distribute import oracle_client
 
 from cvt_keras.search import distributed, oracles, tuner
 from cvt_keras.search.distributed import DistributedError, Worker, lead
@@ -32,7 +31,6 @@ def address():
 @pytest.fixture(autouse=True)
 def kept_environment(monkeypatch):
     """What a worker sets in its process is gone after the test."""
-    monkeypatch.setattr(oracle_client, "TIMEOUT", oracle_client.TIMEOUT)
     for name in ("KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT", "KERASTUNER_TUNER_ID"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(distributed, "HEARTBEAT_SECONDS", 0.1)
@@ -49,7 +47,7 @@ class _Chief(threading.Thread):
     def run(self):
         try:
             lead(self.oracle, self.address, self.patience, self._refresh)
-        except DistributedError as error:
+        except (DistributedError, OSError) as error:
             self.error = error
 
     def _refresh(self):
@@ -167,6 +165,41 @@ def test_a_worker_whose_chief_goes_stops_training(make_oracle, tmp_path, address
     threading.Thread(target=lambda: (server_gone.wait(), server.stop(None)), daemon=True).start()
     with pytest.raises(DistributedError, match="no chief answers"):
         worker.search()
+
+
+def test_a_slow_choice_loses_no_worker(make_oracle, tmp_path, address, quick_run, monkeypatch):
+    """A Gaussian process can take longer than the patience of either side."""
+    monkeypatch.setattr(distributed, "NO_CHIEF_SECONDS", 1.0)
+    oracle = make_oracle(trials=2)
+    populate = oracle.populate_space
+
+    def slow(trial_id):
+        time.sleep(2.5)
+        return populate(trial_id)
+
+    oracle.populate_space = slow
+    chief = _Chief(oracle, address, patience=1.0)
+    _worker(make_oracle, tmp_path, address, trials=2).search()
+    chief.join(10)
+    assert chief.error is None and len(quick_run) == 2
+
+
+def test_a_disk_that_is_full_ends_the_chief_and_its_workers(make_oracle, tmp_path, address, quick_run):
+    oracle = make_oracle(trials=3)
+    save = oracle._save_trial
+
+    def full(trial):
+        if trial.status == TrialStatus.COMPLETED:
+            raise OSError("No space left on device")
+        save(trial)
+
+    oracle._save_trial = full
+    chief = _Chief(oracle, address)
+    with pytest.raises(DistributedError, match=r"the chief at .* failed: .*No space left"):
+        _worker(make_oracle, tmp_path, address, trials=3).search()
+    chief.join(10)
+    assert "No space left" in str(chief.error)
+    assert make_oracle(trials=3).create_trial("again").trial_id == "0"
 
 
 def test_a_chief_and_two_workers_as_processes(space_file, tmp_path, address, table):

@@ -25,7 +25,7 @@ def command(tmp_path, space_file):
     return ["smoke", "--dataset", "digits", "--space", str(space_file), "--search-dir", str(search_dir), "--trials", "4"]
 
 
-@pytest.mark.parametrize("algorithm", ["random", "bayesian", "hyperband"])
+@pytest.mark.parametrize("algorithm", ["bayesian", "hyperband"])
 def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_path, quick_run, table, capsys):
     search_dir = tmp_path / "search"
     words = [*command, "--algorithm", algorithm, "--train-limit", "100", "--max-macs", "1.3e6", "--trials", "9"]
@@ -58,7 +58,7 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
     assert all(recipe.train_limit == 100 for recipe in quick_run)
 
 
-def test_the_same_command_goes_on_and_more_trials_extend_it(command, tmp_path, quick_run, table, capsys):
+def test_the_same_command_goes_on_and_more_trials_extend_it(command, tmp_path, quick_run, no_pictures, table, capsys):
     assert main(command) == 0
     assert main(command) == 0
     assert len(quick_run) == 4 and "4 of 4 trials are done" in capsys.readouterr().out
@@ -66,7 +66,9 @@ def test_the_same_command_goes_on_and_more_trials_extend_it(command, tmp_path, q
     assert len(quick_run) == 6 and len(table(tmp_path / "search")) == 6
 
 
-def test_a_candidate_that_can_not_be_trained_is_a_failed_trial(command, tmp_path, quick_run, table, monkeypatch, capsys):
+def test_a_candidate_that_can_not_be_trained_is_a_failed_trial(
+    command, tmp_path, quick_run, no_pictures, table, monkeypatch, capsys
+):
     quick = tuner.run
 
     def run(recipe, run_dir, **flags):
@@ -84,7 +86,7 @@ def test_a_candidate_that_can_not_be_trained_is_a_failed_trial(command, tmp_path
     assert ">3</b><span>failed<" in (tmp_path / "search" / "report.html").read_text()
 
 
-def test_where_none_can_be_trained_the_search_fails(command, tmp_path, quick_run, monkeypatch, capsys):
+def test_where_none_can_be_trained_the_search_fails(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
     def run(*_, **__):
         raise MemoryError("the memory is too small")
 
@@ -94,7 +96,7 @@ def test_where_none_can_be_trained_the_search_fails(command, tmp_path, quick_run
     assert not (tmp_path / "search" / "best.json").exists()
 
 
-def test_an_error_of_the_machine_loses_no_trial(command, tmp_path, quick_run, table, monkeypatch, capsys):
+def test_an_error_of_the_machine_loses_no_trial(command, tmp_path, quick_run, no_pictures, table, monkeypatch, capsys):
     quick = tuner.run
 
     def run(recipe, run_dir, **flags):
@@ -112,7 +114,7 @@ def test_an_error_of_the_machine_loses_no_trial(command, tmp_path, quick_run, ta
     assert len(quick_run) == 4 and len(table(tmp_path / "search")) == 4
 
 
-def test_ctrl_c_says_how_to_go_on(command, quick_run, monkeypatch, capsys):
+def test_ctrl_c_says_how_to_go_on(command, quick_run, no_pictures, monkeypatch, capsys):
     def run(*_, **__):
         raise KeyboardInterrupt
 
@@ -122,7 +124,7 @@ def test_ctrl_c_says_how_to_go_on(command, quick_run, monkeypatch, capsys):
     assert "To go on: python -m cvt_keras.search smoke" in error and "--fresh" not in error and "--yes" not in error
 
 
-def test_fresh_asks_before_it_deletes(command, tmp_path, quick_run, monkeypatch, capsys):
+def test_fresh_asks_before_it_deletes(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
     search_dir = tmp_path / "search"
     assert main(command) == 0
     assert main([*command, "--seed", "1"]) == 2
@@ -157,7 +159,7 @@ def test_fresh_asks_before_it_deletes(command, tmp_path, quick_run, monkeypatch,
         (["--space", "none.json"], "`--space` none.json can't be read"),
     ],
 )
-def test_a_wrong_argument_is_told_in_a_line(words, part, command, tmp_path, quick_run, capsys):
+def test_a_wrong_argument_is_told_in_a_line(words, part, command, tmp_path, quick_run, no_pictures, capsys):
     assert main([*command, *words]) == 2
     error = capsys.readouterr().err.strip()
     assert part in error and "\n" not in error
@@ -184,7 +186,7 @@ def test_a_search_dir_is_asked_for(capsys):
         (["--variant", "cvt_cifar"], "variant is another"),
     ],
 )
-def test_a_different_search_is_refused(change, part, command, tmp_path, quick_run, capsys):
+def test_a_different_search_is_refused(change, part, command, tmp_path, quick_run, no_pictures, capsys):
     assert main([*command, "--trials", "1"]) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "search").rglob("*") if path.is_file()}
     assert main([*command, *change]) == 2
@@ -202,7 +204,7 @@ def test_a_folder_of_something_else_is_refused(command, tmp_path, capsys):
     assert (tmp_path / "search" / "thesis.txt").read_text() == "all of it"
 
 
-def test_two_searches_keep_out_of_each_other_s_way(command, tmp_path, quick_run, capsys):
+def test_two_searches_keep_out_of_each_other_s_way(command, tmp_path, quick_run, no_pictures, capsys):
     assert main([*command, "--trials", "1"]) == 0
     with runs.lock(tmp_path / "search"):
         assert main(command) == 1
@@ -210,7 +212,7 @@ def test_two_searches_keep_out_of_each_other_s_way(command, tmp_path, quick_run,
     assert "another process is at work" in capsys.readouterr().err and len(quick_run) == 1
 
 
-def test_a_recipe_outside_the_space_is_told(command, quick_run, capsys):
+def test_a_recipe_outside_the_space_is_told(command, quick_run, no_pictures, capsys):
     assert main([*command, "--peak-learning-rate", "0.5"]) == 0
     assert "the recipe itself is not tried: its peak_learning_rate is not in the space" in capsys.readouterr().out
     assert all(recipe.peak_learning_rate <= 8e-3 for recipe in quick_run)
