@@ -28,6 +28,10 @@ class RunError(Exception):
     """A run folder that can't be read or written, or is in use. The message is one line: which file, and the way out."""
 
 
+class BusyError(RunError):
+    """A folder at which another process is at work."""
+
+
 class NoRunError(RunError):
     """A folder that is no run's."""
 
@@ -66,7 +70,7 @@ def require_vacant(run_dir):
         raise FileExistsError(
             f"`run_dir` already holds a run: {run_dir}. Go on with it by --resume, or name another with --run-dir"
         )
-    if run_dir.exists() and not all(_is_aside(path) for path in run_dir.iterdir()):
+    if run_dir.exists() and not all(is_aside(path) for path in run_dir.iterdir()):
         raise FileExistsError(f"`run_dir` holds something, but no run: {run_dir}. Name another with --run-dir")
 
 
@@ -86,7 +90,7 @@ def lock(folder):
     """Keeps other processes out of a folder of a run during the block; one that is killed leaves no lock behind.
 
     Raises:
-        RunError: if another process is in it.
+        BusyError: if another process is in it.
     """
     if fcntl is None:
         yield
@@ -96,7 +100,7 @@ def lock(folder):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(f"another process is at work in {folder}: wait for its end, or work in another folder") from error
+            raise BusyError(f"another process is at work in {folder}: wait for its end, or work in another folder") from error
         except OSError:
             pass  # a file system without locks, as of some networks
         yield
@@ -107,7 +111,7 @@ def lock(folder):
 def sweep(run_dir):
     """Removes what a training that was killed left half-written; an export may be at work in its own folder."""
     for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / PLOTS):
-        _remove_asides(folder)
+        remove_asides(folder)
 
 
 @contextlib.contextmanager
@@ -144,7 +148,7 @@ def scratch(folder):
 
     What a process that was killed left of its own is removed too: enter it with a lock on `folder`.
     """
-    _remove_asides(folder)
+    remove_asides(folder)
     aside = _aside(folder / "scratch")
     try:
         aside.mkdir()
@@ -165,12 +169,14 @@ def _aside(path):
     return path.with_name(f".{os.getpid()}-{path.name}")
 
 
-def _remove_asides(folder):
-    for path in filter(_is_aside, folder.glob(".*")):
+def remove_asides(folder):
+    """Removes what a process that was killed left half-written in a folder; not in the folders of it."""
+    for path in filter(is_aside, folder.glob(".*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _is_aside(path):
+def is_aside(path):
+    """Whether it is something half-written."""
     return re.match(r"\.\d+-", path.name) is not None
 
 

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +21,7 @@ try:
     from cvt_keras.pretrained import CheckpointError
     from cvt_keras.search import distributed, oracles, results
     from cvt_keras.search.tuner import RecipeTuner
-    from cvt_keras.training import RecipeError, flags
+    from cvt_keras.training import RecipeError, flags, loop
     from cvt_keras.training import space as spaces
 except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that there is not
     sys.exit(f"search: {error}. Is all of requirements.txt installed, and KERAS_BACKEND unset?")
@@ -93,65 +92,85 @@ def search(arguments):
         And what `cvt_keras.training.run` raises.
     """
     _check(arguments)
+    if not arguments.worker:
+        for name in [name for name in os.environ if name.startswith("KERASTUNER_")]:
+            del os.environ[name]  # which would make keras-tuner a worker of its own
     recipe, search_dir = arguments.recipe, arguments.search_dir
     space = spaces.read(arguments.space, recipe) if arguments.space else spaces.space_of(recipe)
-    stored = None
-    if not arguments.worker:
-        stored = _stored(search_dir)
-        if stored and arguments.fresh:
-            if not _agreed(arguments, stored):
-                print(f"{search_dir} is left as it is", file=sys.stderr)
-                return 1
-            _clear(search_dir)
-            stored = None
-    if recipe.dataset == "auto" and stored:
+    stored = None if arguments.worker else _stored(search_dir, arguments.fresh)
+    deletes = stored is not None and arguments.fresh
+    if deletes and not _agreed(arguments):
+        print(f"{search_dir} is left as it is", file=sys.stderr)
+        return 1
+    if recipe.dataset == "auto" and stored and not deletes:
         recipe = dataclasses.replace(recipe, dataset=stored["recipe"]["dataset"])
     if arguments.chief:
         tf.config.set_visible_devices([], "GPU")  # which is the workers'
-    # Before any trial: that the images are there, how many classes they have, and what auto is here.
+    # Before any trial: that the images are there and enough, how many classes they have, and what auto is here.
     source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
     if recipe.dataset == "auto":
         recipe = dataclasses.replace(recipe, dataset=source.name)
     if source.fallback:
         print(f"WARNING: {source.fallback}", file=sys.stderr, flush=True)
+    if recipe.variant is not None:
+        loop.check(recipe, source.train.limit(recipe.train_limit))
     budget = None if arguments.max_macs is None else int(arguments.max_macs)
     candidates = oracles.Candidates(recipe, space, len(source.class_names), budget)
+    settings = {
+        "recipe": recipe.settings(),
+        "space": spaces.written(space),
+        "algorithm": arguments.algorithm,
+        "max_macs": budget,
+        "data": {
+            "class_names": list(source.class_names),
+            "training_images": len(source.train),
+            "validation_images": len(source.validation),
+        },
+    }
     del source
-    candidates.require_one()
-    settings = _settings(arguments, recipe, space, budget)
     oracle = oracles.make(arguments.algorithm, candidates, arguments.trials, settings)
+    oracle.require_one()
     if arguments.worker:
         distributed.Worker(oracle, candidates, search_dir, arguments.address).search()
-        print("no trial is left for this worker")
+        print("nothing is left for this worker")
         return 0
-    if stored:
+    if stored and not deletes:
         _require_same(stored, settings, search_dir)
     runs.require_writable(search_dir)
     search_dir.mkdir(parents=True, exist_ok=True)
     with runs.lock(search_dir):
+        if deletes:
+            _clear(search_dir)
         runs.sweep(search_dir)
-        if not stored:
+        if stored := _stored(search_dir, False):  # once more: another process may have begun there meanwhile
+            _require_same(stored, settings, search_dir)
+        else:
             runs.write_json(search_dir / SEARCH, settings)
-        oracle.open(search_dir / oracles.FOLDER)
-        if why := candidates.left_out():
-            print(f"the recipe itself is not tried: {why}", flush=True)
-        before = sum(map(oracles.is_over, oracle.trials.values()))
-        if before:
-            print(f"going on with {search_dir}: {before} of {arguments.trials} trials are done", flush=True)
-        oracle.listener = lambda trial: print(oracles.line(oracle, trial), flush=True)
-
-        def refresh():
-            results.write(oracle, search_dir, settings)
-
-        try:
-            if arguments.chief:
-                distributed.lead(oracle, arguments.address, arguments.worker_timeout, refresh)
-            else:
-                RecipeTuner(oracle, candidates, search_dir, refresh).search()
-        finally:
-            if oracle.trials:
-                refresh()
+        _go_on(arguments, oracle, settings)
     return _tell(oracle, search_dir)
+
+
+def _go_on(arguments, oracle, settings):
+    """Runs what is left of the trials, or hands it to workers; the search's folder tells of each as it ends."""
+    search_dir = arguments.search_dir
+    oracle.open(search_dir / oracles.FOLDER)
+    if why := oracle.candidates.left_out():
+        print(f"the recipe itself is not tried: {why}", flush=True)
+    if before := sum(map(oracles.is_over, oracle.trials.values())):
+        print(f"going on with {search_dir}: {before} trial{'s are' if before > 1 else ' is'} done", flush=True)
+    oracle.listener = lambda trial: print(oracles.line(oracle, trial), flush=True)
+
+    def refresh():
+        results.write(oracle, search_dir, settings)
+
+    try:
+        if arguments.chief:
+            distributed.lead(oracle, arguments.address, arguments.worker_timeout, refresh)
+        else:
+            RecipeTuner(oracle, oracle.candidates, search_dir, refresh).search()
+    finally:
+        if oracle.trials:
+            refresh()
 
 
 def _tell(oracle, search_dir):
@@ -180,10 +199,14 @@ def _check(arguments):
         raise RecipeError("`--fresh` is for the chief: a worker has no search of its own")
     if arguments.trials < 1:
         raise RecipeError(f"`--trials` must be at least 1. Received: --trials {arguments.trials}")
-    for name in ("max_macs", "worker_timeout"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < math.inf:
-            raise RecipeError(f"`--{name.replace('_', '-')}` must be a finite number over 0. Received: {value}")
+    if arguments.max_macs is not None and not 0 < arguments.max_macs < math.inf:
+        raise RecipeError(f"`--max-macs` must be a finite number over 0. Received: --max-macs {arguments.max_macs}")
+    least = distributed.MISSED_HEARTBEATS * distributed.HEARTBEAT_SECONDS
+    if not least <= arguments.worker_timeout < math.inf:
+        raise RecipeError(
+            f"`--worker-timeout` must be at least {least:g} seconds, as workers are heard every "
+            f"{distributed.HEARTBEAT_SECONDS:g}. Received: --worker-timeout {arguments.worker_timeout:g}"
+        )
     port = re.fullmatch(r".+:(\d+)", arguments.address)
     if not port or not 0 < int(port[1]) < 65536:
         raise RecipeError(f"`--address` must be HOST:PORT, 127.0.0.1:7171 for instance. Received: {arguments.address}")
@@ -195,17 +218,8 @@ def _check(arguments):
         raise RecipeError("`--max-macs` has nothing to choose: with --weights the network is theirs")
 
 
-def _settings(arguments, recipe, space, budget):
-    return {
-        "recipe": recipe.settings(),
-        "space": spaces.written(space),
-        "algorithm": arguments.algorithm,
-        "max_macs": budget,
-    }
-
-
-def _stored(search_dir):
-    """What a folder's search is, or `None` where there is none yet.
+def _stored(search_dir, fresh):
+    """What a folder's search is, or `None` where there is none yet; `{}` for one that is to be deleted anyhow.
 
     Raises:
         FileExistsError: if it holds something else.
@@ -213,14 +227,20 @@ def _stored(search_dir):
     """
     if search_dir.exists() and not search_dir.is_dir():
         raise FileExistsError(f"`--search-dir` is no folder: {search_dir}")
-    if (search_dir / SEARCH).exists():
-        return runs.read_json(search_dir / SEARCH)
-    if search_dir.exists() and any(search_dir.iterdir()):
+    path = search_dir / SEARCH
+    if path.exists():
+        if fresh:
+            return {}
+        stored = runs.read_json(path)
+        if not isinstance(stored, dict) or not all(isinstance(stored.get(part), dict) for part in ("recipe", "space")):
+            raise runs.RunError(f"{path} is broken: start over by --fresh")
+        return stored
+    if search_dir.exists() and not all(map(runs.is_aside, search_dir.iterdir())):
         raise FileExistsError(f"`--search-dir` holds something, but no search: {search_dir}. Name another")
     return None
 
 
-def _agreed(arguments, stored):
+def _agreed(arguments):
     """Whether the search in the folder may be deleted.
 
     Raises:
@@ -236,10 +256,11 @@ def _agreed(arguments, stored):
 
 
 def _clear(search_dir):
-    with runs.lock(search_dir):  # nobody deletes what another process is at
-        (search_dir / SEARCH).rename(search_dir / f".{os.getpid()}-{SEARCH}.deleted")
-        for path in search_dir.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Deletes the search and nothing else; killed on its way, the folder holds a search still, or none."""
+    for name in (*results.FILES, oracles.TRIALS, oracles.FOLDER, SEARCH):
+        if (path := search_dir / name).exists():
+            path.rename(search_dir / f".{os.getpid()}-{name}")
+    runs.remove_asides(search_dir)
 
 
 def _require_same(stored, settings, search_dir):

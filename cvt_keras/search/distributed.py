@@ -4,25 +4,33 @@ import _thread
 import contextlib
 import json
 import os
+import signal
+import tempfile
 import threading
 import time
 import uuid
 from concurrent import futures
 
 import grpc
+from keras_tuner.engine.trial import Trial
 
 # As keras-tuner's own `search` imports them: there is no public name for them.
 from keras_tuner.src import protos
 from keras_tuner.src.distribute import oracle_chief
 from keras_tuner.src.engine.oracle import LOCKS, THREADS
 
+from cvt_keras import runs, signals
 from cvt_keras.search.oracles import SETTINGS, differences, is_over, keras_tuner, tried
 from cvt_keras.search.tuner import RecipeTuner
+from cvt_keras.training import RecipeError
 
 HEARTBEAT_SECONDS = 5.0
+MISSED_HEARTBEATS = 3  # that are no sign yet
 NO_CHIEF_SECONDS = 30.0  # without an answer, after which a worker gives up
 THREADS_OF_CHIEF = 64  # more than there are workers: one that waits for a trial keeps a thread
 TUNER_ID = "tuner-id"  # gRPC metadata of a heartbeat
+REASON = "reason-bin"  # and of the end of a trial that failed: keras-tuner's own message has no room for it
+BUSY_SECONDS = 2.0  # before a worker looks again whether a trial's folder is free
 
 
 class DistributedError(Exception):
@@ -47,15 +55,19 @@ class _Servicer(oracle_chief.OracleServicer):
             return super().CreateTrial(request, context)
 
     def UpdateTrial(self, request, context):
-        trial = self.oracle.trials[request.trial_id]
+        trial = self._known(request.trial_id, context)
         if is_over(trial):  # another worker was faster
             return protos.get_service().UpdateTrialResponse(trial=trial.to_proto())
         with self._noted():
             return super().UpdateTrial(request, context)
 
     def EndTrial(self, request, context):
+        self._known(request.trial.trial_id, context)
+        trial = Trial.from_proto(request.trial)
+        trial.message = dict(context.invocation_metadata()).get(REASON, b"").decode() or None
         with self._noted():
-            return super().EndTrial(request, context)
+            self.oracle.end_trial(trial)
+        return protos.get_service().EndTrialResponse()
 
     def GetTrial(self, request, context):
         """With a worker's name a heartbeat. What it runs may have been given away while it was not heard."""
@@ -63,12 +75,18 @@ class _Servicer(oracle_chief.OracleServicer):
         if not tuner_id:
             return super().GetTrial(request, context)
         self.heard[tuner_id] = time.monotonic()
-        ongoing = self.oracle.ongoing_trials.get(tuner_id)
-        # Without the lock, as a rule: a worker is not to be lost while a Gaussian process is fitted for another.
-        at_it = not request.trial_id or (ongoing is not None and ongoing.trial_id == request.trial_id)
-        if not at_it and not _claim(self.oracle, request.trial_id, tuner_id):
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "its trial was given to another")
+        if request.trial_id:
+            self._known(request.trial_id, context)
+            with self._noted():
+                its_own = _claim(self.oracle, request.trial_id, tuner_id)
+            if not its_own:
+                context.abort(grpc.StatusCode.FAILED_PRECONDITION, "its trial was given to another")
         return protos.get_service().GetTrialResponse()
+
+    def _known(self, trial_id, context):
+        if trial_id not in self.oracle.trials:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"there is no trial {trial_id}")
+        return self.oracle.trials[trial_id]
 
     @contextlib.contextmanager
     def _noted(self):
@@ -82,14 +100,23 @@ class _Servicer(oracle_chief.OracleServicer):
             raise
 
 
-@keras_tuner.synchronized
 def _claim(oracle, trial_id, tuner_id):
-    """Whether a worker's trial is still its own; after a restart of the chief it is again."""
+    """Whether a worker's trial is still its own; after a restart of the chief it is again.
+
+    Without the lock, as a rule: a worker is not to be lost while a Gaussian process is fitted for another.
+    """
     trial = oracle.ongoing_trials.get(tuner_id)
-    if trial is not None:
-        return trial.trial_id == trial_id
-    if trial_id not in oracle._retry_queue:
-        return trial_id in oracle.trials and is_over(oracle.trials[trial_id])  # it was just ended, by itself as a rule
+    if trial is not None and trial.trial_id == trial_id:
+        return True
+    return _claim_again(oracle, trial_id, tuner_id)
+
+
+@keras_tuner.synchronized
+def _claim_again(oracle, trial_id, tuner_id):
+    if is_over(oracle.trials[trial_id]):
+        return True  # it has just ended it, as a rule
+    if tuner_id in oracle.ongoing_trials or trial_id not in oracle._retry_queue:
+        return tuner_id in oracle.ongoing_trials and oracle.ongoing_trials[tuner_id].trial_id == trial_id
     oracle._retry_queue.remove(trial_id)
     oracle.ongoing_trials[tuner_id] = oracle.trials[trial_id]
     oracle.tuner_ids.add(tuner_id)
@@ -130,14 +157,18 @@ def lead(oracle, address, patience, refresh):
         bound = 0
     if not bound:
         raise DistributedError(f"nothing can listen at --address {address}: it is in use, or not this machine's")
+    # Of a chief before this one workers may still be at their trials: they say so.
+    oracle.hold = time.monotonic() + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
     server.start()
     print(f"waiting for workers at {address}: the same command, with --worker in place of --chief", flush=True)
     began, ended = time.monotonic(), len(oracle.end_order)
     try:
         while not (servicer.stop_triggered and not oracle.ongoing_trials and not oracle.tuner_ids):
             time.sleep(0.5)
-            if servicer.error:
+            if isinstance(servicer.error, OSError):
                 raise servicer.error
+            if servicer.error:
+                raise DistributedError(f"the chief failed: {servicer.error!r}") from servicer.error
             if len(oracle.end_order) > ended:
                 ended = len(oracle.end_order)
                 refresh()
@@ -162,8 +193,8 @@ def _is_done(oracle):
     return bool(over and oracle.trials and all(map(is_over, oracle.trials.values())))
 
 
-def _settings_of(oracle):
-    return json.loads(next(hp.value for hp in oracle.get_space().space if hp.name == SETTINGS))
+def _settings_of(hyperparameters):
+    return json.loads(next(hp.value for hp in hyperparameters.space if hp.name == SETTINGS))
 
 
 class Worker(RecipeTuner):
@@ -175,7 +206,8 @@ class Worker(RecipeTuner):
         address: HOST:PORT of the chief.
 
     Raises:
-        DistributedError: if there is no chief, or it searches something else.
+        DistributedError: if there is no chief.
+        RecipeError: if it has a different search.
     """
 
     def __init__(self, oracle, candidates, search_dir, address):
@@ -187,26 +219,30 @@ class Worker(RecipeTuner):
             "KERASTUNER_ORACLE_PORT": port,
             "KERASTUNER_TUNER_ID": f"worker-{uuid.uuid4().hex[:8]}",
         }
-        mine = _settings_of(oracle)
-        super().__init__(oracle, candidates, search_dir)
-        channel = grpc.insecure_channel(address)
+        self._settings = _settings_of(oracle.get_space())
+        # The search's folder is the chief's; keras-tuner makes one for each worker too.
+        self._aside = tempfile.TemporaryDirectory(prefix="cvt_keras-worker-")
+        super().__init__(oracle, candidates, search_dir, directory=self._aside.name)
+        channel = grpc.insecure_channel(address, options=[("grpc.max_reconnect_backoff_ms", 2000)])
         try:
             grpc.channel_ready_future(channel).result(timeout=NO_CHIEF_SECONDS)
         except grpc.FutureTimeoutError:
             raise DistributedError(self._no_chief()) from None
         self.oracle.stub = protos.get_service_grpc().OracleStub(channel)
         with self._asking():
-            theirs = _settings_of(self.oracle)
-        if found := differences(theirs, mine):
-            raise DistributedError(f"the chief at {address} has a different search: {found}; give the worker the same")
+            request = protos.get_service().GetSpaceRequest()
+            theirs = self.oracle.stub.GetSpace(request, wait_for_ready=True, timeout=NO_CHIEF_SECONDS)
+        self._compare(_settings_of(keras_tuner.HyperParameters.from_proto(theirs.hyperparameters)))
 
     def search(self):
-        """Runs trials until the chief has no more.
+        """Runs trials until the chief has no more; in the main thread, which alone can be stopped.
 
         Raises:
             DistributedError: if the chief is gone, or has given up this worker.
             And what `cvt_keras.training.run` raises.
         """
+        before = signal.getsignal(signal.SIGTERM)
+        signals.raise_on_sigterm()
         over = threading.Event()
         beating = threading.Thread(target=self._beat, args=(over,), daemon=True)
         beating.start()
@@ -220,16 +256,33 @@ class Worker(RecipeTuner):
         finally:
             over.set()
             beating.join()
+            signal.signal(signal.SIGTERM, before)
+
+    def _compare(self, theirs):
+        if found := differences(theirs, self._settings):
+            raise RecipeError(f"the chief at {self.address} has a different search: {found}. Give the worker the same")
 
     def on_trial_begin(self, trial):
+        self._compare(json.loads(trial.hyperparameters.values[SETTINGS]))  # it may be another chief by now
         self._at = trial.trial_id
         print(f"\ntrial {trial.trial_id}: {tried(self.candidates, trial)}", flush=True)
+
+    def run_trial(self, trial):
+        while True:
+            try:
+                return super().run_trial(trial)
+            except runs.BusyError as error:  # a worker that was given up, and has not noticed yet
+                print(f"{error}: waiting for it", flush=True)
+                time.sleep(BUSY_SECONDS)
 
     def on_trial_end(self, trial):
         if trial.message:
             print(f"trial {trial.trial_id} failed: {trial.message}", flush=True)
-        super().on_trial_end(trial)
+        metadata = ((REASON, (trial.message or "").encode()),)
+        request = protos.get_service().EndTrialRequest(trial=trial.to_proto())
+        self.oracle.stub.EndTrial(request, metadata=metadata, wait_for_ready=True, timeout=NO_CHIEF_SECONDS)
         self._at = ""
+        self.go_on()
 
     def _beat(self, over):
         """Tells the chief that this worker is alive, and stops the worker if the chief is not."""
@@ -244,7 +297,8 @@ class Worker(RecipeTuner):
             except grpc.RpcError as error:
                 if not over.is_set():
                     self._lost = self._told(error)
-                    _thread.interrupt_main()  # a training stops after its step
+                    # SIGTERM, as a shell has its background processes ignore SIGINT; a training stops after its step.
+                    _thread.interrupt_main(signal.SIGTERM)
                 return
 
     @contextlib.contextmanager
@@ -257,7 +311,7 @@ class Worker(RecipeTuner):
 
     def _told(self, error):
         if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-            return f"the chief at {self.address} had not heard of this worker for too long: {error.details()}"
+            return f"the chief at {self.address} gave this worker up: {error.details()}"
         if error.code() == grpc.StatusCode.UNKNOWN:
             return f"the chief at {self.address} failed: {error.details()}"
         return self._no_chief()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 import warnings
 from pathlib import Path
 
@@ -22,8 +23,10 @@ except ImportError as error:
 
 OBJECTIVE = "val_accuracy"
 FOLDER = "oracle"  # in the search's folder
+TRIALS = "trials"  # likewise: the runs
 SETTINGS = "search"  # the name in each trial's values of what the search is, for a worker to compare
-MOST_REFUSED = 5_000  # candidates over the budget in a row: then there are hardly any within it
+MOST_REFUSED = 20_000  # candidates over the budget in a row: then there are hardly any within it
+MOST_COLLISIONS = 20  # with what was tried, as keras-tuner has it: then the space is as good as used up
 SAMPLES = 100  # of those within the budget that the Bayesian search chooses from, where its own choice is over it
 
 
@@ -73,28 +76,15 @@ class Candidates:
             return True
         return cost is not None and (self.max_macs is None or cost <= self.max_macs)
 
+    def is_own(self, values):
+        """Whether these are the recipe's."""
+        return self.own is not None and all(values[name] == value for name, value in self.own.items())
+
     def left_out(self):
         """Why the recipe itself is not among the trials, or `None`."""
         if self.outside:
             return f"its {', '.join(self.outside)} {'is' if len(self.outside) == 1 else 'are'} not in the space"
         return None if self.fits(self.own) else f"it takes {self.macs(self.own):,} MACs an image"
-
-    def require_one(self):
-        """Told before anything is tried.
-
-        Raises:
-            RecipeError: if even the smallest network is over the budget.
-        """
-        if self.max_macs is None or self.recipe.weights is not None:
-            return
-        # A stride makes a network smaller, all else larger; where the strides leave no token, the next smaller ones.
-        least = {name: where.ends[name.endswith("_stride")] for name, where in self.space.items()}
-        cost = self.macs(least)
-        if cost is not None and cost > self.max_macs:
-            raise RecipeError(
-                f"`--max-macs` leaves no network: the smallest of the space takes {cost:,} MACs an image. "
-                f"Received: --max-macs {self.max_macs:,}"
-            )
 
 
 def _hyperparameters(candidates, settings):
@@ -142,13 +132,14 @@ class _Oracle:
 
     Attributes:
         candidates: what may be tried.
-        refused: candidates over the budget so far.
         exhausted: why no trial can be had any more, or `None`.
+        hold: until when, by `time.monotonic`, what had begun before is kept for the workers that are still at it.
     """
 
     candidates = None
-    refused = 0
     exhausted = None
+    hold = 0.0
+    _why = None  # the last draw gave nothing
 
     def listener(self, trial):
         """Called with a trial as it begins and as it ends."""
@@ -162,14 +153,36 @@ class _Oracle:
         self._set_project_dir(str(folder.parent), folder.name)
         if not (folder / "oracle.json").exists():
             return
+        for part in (folder, *folder.glob("trial_*")):
+            runs.remove_asides(part)
         try:
             self.reload()
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (KeyError, OSError, TypeError, ValueError, runs.RunError) as error:
             raise runs.RunError(f"{folder} can't be gone on with ({error}): start over by --fresh") from error
-        # A trial whose file was written, and not the oracle's that names it, was never handed out.
-        self.trials = {name: self.trials[name] for name in self.start_order if name in self.trials}
-        # keras-tuner would send a trial again that ended just before a kill.
+        # keras-tuner would also send a trial again that ended just before a kill.
         self._retry_queue = [name for name, trial in self.trials.items() if not is_over(trial)][::-1]
+
+    def require_one(self):
+        """Told before anything is tried.
+
+        Raises:
+            RecipeError: if hardly any candidate is within the budget, or none.
+        """
+        candidates = self.candidates
+        if candidates.own is not None and candidates.fits(candidates.own):
+            return
+        # A stride makes a network smaller, all else larger.
+        least = {name: where.ends[name.endswith("_stride")] for name, where in candidates.space.items()}
+        cost = candidates.macs(least)
+        if cost is not None and candidates.max_macs is not None and cost > candidates.max_macs:
+            raise RecipeError(
+                f"`--max-macs` leaves no network: the smallest of the space takes {cost:,} MACs an image. "
+                f"Received: --max-macs {candidates.max_macs:,}"
+            )
+        state = self._seed_state
+        if self._random_values() is None:
+            raise RecipeError(f"the space leaves nothing to try: {self._why}. Received: --max-macs {candidates.max_macs}")
+        self._seed_state = state
 
     # === keras-tuner's methods ===
 
@@ -179,55 +192,75 @@ class _Oracle:
     def _save_trial(self, trial):
         runs.write_json(Path(self._get_trial_dir(trial.trial_id)) / "trial.json", trial.get_state())
 
-    def get_state(self):
-        return {**super().get_state(), "refused": self.refused}
-
-    def set_state(self, state):
-        super().set_state(state)
-        self.refused = state["refused"]
+    def reload(self):
+        """Without keras-tuner's search of the folder: a trial whose file alone was written was never handed out."""
+        state = runs.read_json(Path(self._get_oracle_fname()))
+        folder = Path(self._get_oracle_fname()).parent
+        names = state["start_order"]
+        self.trials = {name: Trial.from_state(runs.read_json(folder / f"trial_{name}" / "trial.json")) for name in names}
+        self.set_state(state)
+        self.ongoing_trials = {}
 
     def _random_values(self):
+        """As keras-tuner's, of a space without conditions, but within the budget, and much faster."""
         if not self.start_order and self.candidates.own is not None:
             values = {hp.name: hp.default for hp in self.hyperparameters.space} | self.candidates.own
             if self.candidates.fits(values):
                 return values  # the recipe itself comes first, for the others to be seen beside it
+        collisions = 0
         for _ in range(MOST_REFUSED):
-            values = super()._random_values()
-            if values is None:
-                self.exhausted = "every candidate of the space was tried"
-                return None
-            # To the digits that are trained with, so that those are compared with what was tried.
-            values = {name: value if isinstance(value, str) else spaces.rounded(value) for name, value in values.items()}
-            if self.candidates.fits(values):
+            values = {}
+            for hp in self.hyperparameters.space:
+                values[hp.name] = hp.random_sample(self._seed_state)
+                self._seed_state += 1
+            values = self._rounded(values)
+            if self._duplicate(values):
+                collisions += 1
+                if collisions > MOST_COLLISIONS:
+                    self._why = f"of the last candidates {collisions} had been tried before"
+                    return None
+            elif self.candidates.fits(values):
                 return values
-            self.refused += 1
-        self.exhausted = f"{MOST_REFUSED:,} candidates in a row were over the budget: a larger --max-macs, or another --space"
+        self._why = f"{MOST_REFUSED:,} candidates in a row were over the budget, or no networks"
         return None
+
+    def _rounded(self, values):
+        """As they are trained, so that they are compared with what was."""
+        space = self.candidates.space
+        return {name: spaces.rounded(value, space[name]) if name in space else value for name, value in values.items()}
 
     @keras_tuner.synchronized
     def create_trial(self, tuner_id):
+        held = self._retry_queue and time.monotonic() < self.hold
         over = len(self.trials) >= self.max_trials or self.exhausted
-        if over and self.ongoing_trials and not self._retry_queue and tuner_id not in self.ongoing_trials:
+        waits = held or (over and self.ongoing_trials and not self._retry_queue)
+        if waits and tuner_id not in self.ongoing_trials:
             # Another worker may still be lost, and its trial be left over.
             self.tuner_ids.add(tuner_id)
             return Trial(self.hyperparameters.copy(), trial_id="", status=TrialStatus.IDLE)
         again = tuner_id in self.ongoing_trials
         trial = super().create_trial(tuner_id)
         if trial.status == TrialStatus.RUNNING and not again:
+            trial.metrics = type(trial.metrics)()  # of a worker that was lost on its way
             self.listener(trial)
         return trial
 
     @keras_tuner.synchronized
     def end_trial(self, trial):
         known = self.trials[trial.trial_id]
-        if trial.trial_id in self.end_order:
-            return  # it was given to another worker too, who was faster
+        if trial.trial_id in self.end_order:  # it was given to another worker too, who was faster
+            self._release(trial)
+            return
         trial.hyperparameters = known.hyperparameters
         super().end_trial(trial)
-        if trial.trial_id in self._retry_queue:
-            self._retry_queue.remove(trial.trial_id)
+        self._release(trial)
         self.save()  # keras-tuner does so before the trial is off the list of those at work
         self.listener(known)
+
+    def _release(self, trial):
+        """Nobody is at it any more, nor is to be."""
+        self.ongoing_trials = {who: other for who, other in self.ongoing_trials.items() if other.trial_id != trial.trial_id}
+        self._retry_queue = [name for name in self._retry_queue if name != trial.trial_id]
 
     def _check_consecutive_failures(self):
         """Ends the search; keras-tuner's own raises, with its lock held for ever."""
@@ -240,7 +273,9 @@ class _Oracle:
             return {"status": TrialStatus.STOPPED, "values": None}
         found = super().populate_space(trial_id)
         if found["status"] == TrialStatus.RUNNING and found["values"] is None:
-            return {"status": TrialStatus.STOPPED, "values": None}
+            found["status"] = TrialStatus.STOPPED
+        if found["status"] == TrialStatus.STOPPED:
+            self.exhausted = self._why
         return found
 
 
@@ -261,12 +296,10 @@ class Bayesian(_Oracle, keras_tuner.oracles.BayesianOptimizationOracle):
             return super().populate_space(trial_id)
 
     def _vector_to_values(self, vector):
-        values = super()._vector_to_values(vector)
-        values = {name: value if isinstance(value, str) else spaces.rounded(value) for name, value in values.items()}
+        values = self._rounded(super()._vector_to_values(vector))
         if self.candidates.fits(values) and not self._duplicate(values):
             return values
         # What the process likes best is over the budget, or was tried: the best of a sample within it, by the same measure.
-        self.refused += 1
         sample = [found for found in (self._random_values() for _ in range(SAMPLES)) if found]
         if not sample:
             return None
@@ -278,19 +311,22 @@ class Bayesian(_Oracle, keras_tuner.oracles.BayesianOptimizationOracle):
 def differences(stored, settings):
     """What two searches' settings differ in -> a text, empty if they are the same.
 
-    Where the images lie is no difference, as long as their data set has a name.
+    Where images and weights lie is no difference; other classes, or other numbers of images, are.
     """
     found = []
-    for part in ("algorithm", "max_macs"):
-        if stored.get(part) != settings[part]:
-            found.append(f"{part} was {stored.get(part)} and is {settings[part]}")
+    for part in ("algorithm", "max_macs", "data"):
+        if stored.get(part) != settings.get(part):
+            found.append(f"{part} was {stored.get(part)} and is {settings.get(part)}")
     for part in ("recipe", "space"):
-        was, is_now = stored.get(part, {}), settings[part]
-        apart = ("data_dir",) if part == "recipe" and is_now["dataset"] != "folder" else ()
+        was, is_now = stored[part], settings[part]
         for name in was | is_now:
-            if was.get(name) != is_now.get(name) and name not in apart:
-                shown = "" if name == "variant" else f" was {was.get(name)!r} and is {is_now.get(name)!r}"
-                found.append(f"{name}{shown or ' is another'}{' in the space' if part == 'space' else ''}")
+            before, after = was.get(name), is_now.get(name)
+            if name == "data_dir" or before == after:
+                continue
+            if name == "weights" and before and after and Path(before).name == Path(after).name:
+                continue
+            shown = "is another" if name == "variant" else f"was {before!r} and is {after!r}"
+            found.append(f"{name} {shown}{' in the space' if part == 'space' else ''}")
     return ", ".join(found)
 
 
@@ -310,9 +346,9 @@ def line(oracle, trial):
 def tried(candidates, trial):
     """What a trial tries, in a line."""
     values = trial.hyperparameters.values
-    shown = ", ".join(f"{name} {spaces.rounded(values[name]):g}" for name in candidates.space)
+    shown = ", ".join(f"{name} {values[name]:g}" for name in candidates.space)
     cost = candidates.macs(values)
-    own = candidates.own is not None and all(values[name] == value for name, value in candidates.own.items())
+    own = candidates.is_own(values)
     epochs = candidates.of(values).epochs
     told = [f"{cost / 1e6:,.1f} M MACs"] if cost is not None else []
     told.append(f"{epochs} epoch{'s' if epochs > 1 else ''}")

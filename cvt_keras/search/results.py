@@ -7,7 +7,7 @@ import numpy as np
 from cvt_keras import page, plots, runs
 from cvt_keras.search import oracles
 from cvt_keras.search.oracles import TrialStatus
-from cvt_keras.training.space import Range, rounded
+from cvt_keras.training.space import Range
 
 try:
     from sklearn.ensemble import RandomForestRegressor
@@ -22,6 +22,7 @@ BEST = "best.json"
 COORDINATES = "parallel_coordinates.png"
 CURVES = "best_curves.png"
 IMPORTANCE = "importance.png"
+FILES = (TRIALS, BEST, runs.PAGE, runs.PLOTS)  # in the search's folder
 
 MOST_CURVES = 5
 LEAST_TRIALS = 8  # of which an importance is told
@@ -41,12 +42,12 @@ def rows(oracle):
             {
                 "trial": trial.trial_id,
                 "status": trial.status.lower(),
-                "val_accuracy": rounded(max(curve)) if done else None,
+                "val_accuracy": round(max(curve), 6) if done else None,
                 "epoch": int(np.argmax(curve)) + 1 if done else None,
                 "epochs": candidates.of(values).epochs,
                 "macs": candidates.macs(values),
                 "seconds": round(oracles.seconds(trial), 1) if curve else None,
-                **{name: rounded(values[name]) for name in candidates.space},
+                **{name: values[name] for name in candidates.space},
             }
         )
     return found
@@ -106,7 +107,7 @@ def write(oracle, search_dir, settings):
         runs.write_json(search_dir / BEST, best_recipe(oracle, top).settings())
         space = oracle.candidates.space
         done = sorted((row for row in found if row["status"] == "completed"), key=lambda row: -row["val_accuracy"])
-        own = found[0]["trial"] if found[0]["status"] == "completed" and _is_own(oracle, found[0]) else None
+        own = next((row["trial"] for row in done if oracle.candidates.is_own(row)), None)
         figures[COORDINATES] = plots.parallel_coordinates(done, space, own)
         curves = {row["trial"]: oracles.curve(oracle.trials[row["trial"]]) for row in done}
         shown = [row["trial"] for row in done[:MOST_CURVES]]
@@ -122,64 +123,81 @@ def write(oracle, search_dir, settings):
     _write_page(oracle, search_dir, settings, found, top, own, fit)
 
 
-def _is_own(oracle, row):
-    own = oracle.candidates.own
-    return own is not None and all(row[name] == rounded(value) for name, value in own.items())
-
-
 def _write_page(oracle, search_dir, settings, found, top, own, fit):
-    counted = {status: sum(row["status"] == status for row in found) for status in ("completed", "failed")}
-    base = next((row for row in found if row["trial"] == own), None)
     recipe = oracle.candidates.recipe
-    tiles = {
-        "best top-1, validation": f"{top['val_accuracy']:.2%}" if top else "none yet",
-        **({"of the recipe itself": f"{base['val_accuracy']:.2%}"} if base else {}),
-        "trials done": f"{counted['completed']} of {oracle.max_trials}",
-        **({"failed": f"{counted['failed']}"} if counted["failed"] else {}),
-        **({"over the budget, not tried": f"{oracle.refused:,}"} if settings["max_macs"] else {}),
-        "epochs each, at most": f"{recipe.epochs}",
-        "of training": page.duration(sum(row["seconds"] or 0 for row in found)),
-    }
-    captions = {
-        COORDINATES: (
+    lead = f"python train.py --recipe-file {search_dir / BEST} trains the best one on all images."
+    page.write_document(
+        search_dir / runs.PAGE,
+        f"Search: {recipe.variant_name} on {settings['recipe']['dataset']}, {settings['algorithm']}",
+        [
+            f'<p class="quiet">{page.escape(lead)}</p>' if top else "",
+            _tiles(oracle, found, top, own),
+            *(_pictures(search_dir, fit) if top else ()),
+            _chosen(oracle.candidates, top) if top else "",
+            _table(oracle.candidates, found),
+            page.settings("Settings", settings),
+        ],
+    )
+
+
+def _tiles(oracle, found, top, own):
+    candidates = oracle.candidates
+    base = next((row for row in found if row["trial"] == own), None)
+    failed = sum(row["status"] == "failed" for row in found)
+    tiles = {"best top-1, validation": f"{top['val_accuracy']:.2%}" if top else "none yet"}
+    if base:
+        epochs = "" if base["epochs"] == top["epochs"] else f" in {base['epochs']} of {top['epochs']} epochs"
+        tiles[f"of the recipe itself{epochs}"] = f"{base['val_accuracy']:.2%}"
+    tiles["trials done"] = f"{sum(row['status'] == 'completed' for row in found)} of {oracle.max_trials}"
+    if failed:
+        tiles["failed"] = f"{failed}"
+    if candidates.max_macs is not None:
+        tiles["multiply-adds an image, at most"] = f"{candidates.max_macs / 1e6:,.1f} M"
+    tiles["epochs each, at most"] = f"{candidates.recipe.epochs}"
+    tiles["of training"] = page.duration(sum(row["seconds"] or 0 for row in found))
+    return page.tiles(tiles)
+
+
+def _pictures(search_dir, fit):
+    shown = [
+        page.picture(
+            search_dir,
+            COORDINATES,
             "Parallel coordinates",
             "A line for each trial, across what it tried; the colour and the last axis are its top-1 on the validation images. "
             "The best is thick, the recipe itself dashed.",
         ),
-        CURVES: ("The best curves", "Top-1 on the validation images after each epoch; the other trials in grey."),
-        IMPORTANCE: (
-            "Importance",
-            "What a random forest, fitted to the trials, loses of its R² when the values of one name are shuffled: the mean of "
-            f"{REPEATS} shuffles and their standard deviation, by scikit-learn.",
+        page.picture(
+            search_dir,
+            CURVES,
+            "The best curves",
+            "Top-1 on the validation images after each epoch; the other trials in grey.",
         ),
-    }
-    pictures = [page.picture(search_dir, name, *captions[name]) for name in (COORDINATES, CURVES)]
-    if fit is not None:
-        doubt = f"On trials that its trees had not seen the forest's R² is {fit:.2f}" + (
-            ": it predicts them no better than their mean does, so this picture says little."
-            if fit <= 0.1
-            else "; 1 would be a perfect prediction, 0 none."
-        )
-        pictures += [page.picture(search_dir, IMPORTANCE, *captions[IMPORTANCE]), f'<p class="quiet">{doubt}</p>']
-    elif top:
-        pictures.append(f'<p class="quiet">The importance of each name is drawn from {LEAST_TRIALS} trials on.</p>')
-    names = list(oracle.candidates.space)
-    chosen = ""
-    if top:
-        own_values = oracle.candidates.own or {}
-        cells = [[name, _shown(own_values.get(name)), _shown(top[name])] for name in names]
-        chosen = f"<h2>The best, trial {top['trial']}</h2>" + page.table(["", "the recipe", "the best"], cells)
-    ranked = sorted(found, key=lambda row: -(row["val_accuracy"] or -1))
-    heads = [
-        "trial",
-        "status",
-        "top-1",
-        "best epoch",
-        "epochs",
-        "MACs, M",
-        "seconds",
-        *(name.replace("_", " ") for name in names),
     ]
+    if fit is None:
+        said = f"What mattered is told from {LEAST_TRIALS} trials on, if they came to different accuracies."
+        return [*shown, f'<p class="quiet">{said}</p>']
+    caption = (
+        "What a random forest, fitted to the trials, loses of its R² when the values of one name are shuffled: the mean of "
+        f"{REPEATS} shuffles and their standard deviation, by scikit-learn."
+    )
+    doubt = f"On trials that its trees had not seen the forest's R² is {fit:.2f}" + (
+        ": it predicts them hardly better than their mean does, so this picture says little."
+        if fit <= 0.1
+        else "; 1 would be a perfect prediction, 0 none."
+    )
+    return [*shown, page.picture(search_dir, IMPORTANCE, "Importance", caption), f'<p class="quiet">{doubt}</p>']
+
+
+def _chosen(candidates, top):
+    own = candidates.own or {}
+    cells = [[name, _shown(own.get(name)), _shown(top[name])] for name in candidates.space]
+    return f"<h2>The best, trial {top['trial']}</h2>{page.table(['', 'the recipe', 'the best'], cells)}"
+
+
+def _table(candidates, found):
+    names = [name.replace("_", " ") for name in candidates.space]
+    heads = ["trial", "status", "top-1", "best epoch", "epochs", "MACs, M", "seconds", *names]
     cells = [
         [
             row["trial"],
@@ -189,24 +207,11 @@ def _write_page(oracle, search_dir, settings, found, top, own, fit):
             row["epochs"],
             "" if row["macs"] is None else f"{row['macs'] / 1e6:,.1f}",
             "" if row["seconds"] is None else f"{row['seconds']:,.0f}",
-            *(_shown(row[name]) for name in names),
+            *(_shown(row[name]) for name in candidates.space),
         ]
-        for row in ranked
+        for row in sorted(found, key=lambda row: -(row["val_accuracy"] or -1))
     ]
-    title = f"Search: {recipe.variant_name} on {settings['recipe']['dataset']}, {settings['algorithm']}"
-    lead = f"python train.py --recipe-file {search_dir / BEST} trains the best one on all images."
-    page.write_document(
-        search_dir / runs.PAGE,
-        title,
-        [
-            f'<p class="quiet">{page.escape(lead)}</p>' if top else "",
-            page.tiles(tiles),
-            *pictures,
-            chosen,
-            f"<h2>Trials, the best first</h2>{page.table(heads, cells, 'exports')}",
-            page.settings("Settings", settings),
-        ],
-    )
+    return f"<h2>Trials, the best first</h2>{page.table(heads, cells, 'exports')}"
 
 
 def _shown(value):

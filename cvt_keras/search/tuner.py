@@ -8,7 +8,7 @@ import keras
 from cvt_keras import runs
 from cvt_keras.search import oracles
 from cvt_keras.search.oracles import TrialStatus, keras_tuner
-from cvt_keras.training import run
+from cvt_keras.training import RecipeError, run
 
 IDLE_SECONDS = 1.0  # before the oracle is asked again, when it waits for others
 
@@ -19,14 +19,15 @@ class RecipeTuner(keras_tuner.Tuner):
     Args:
         oracle: of `oracles.make`.
         candidates: what it may ask for.
-        search_dir: where the trials' runs are written, in its folder `trials`.
+        search_dir: where the trials' runs are written, in its folder `TRIALS`.
         refresh: called after each trial.
+        directory: where the oracle's folder lies, if not in `search_dir`.
     """
 
-    def __init__(self, oracle, candidates, search_dir, refresh=lambda: None):
-        self.candidates, self.trials_dir, self._refresh = candidates, search_dir / "trials", refresh
+    def __init__(self, oracle, candidates, search_dir, refresh=lambda: None, directory=None):
+        self.candidates, self.trials_dir, self._refresh = candidates, search_dir / oracles.TRIALS, refresh
         self._pause = 0.0
-        super().__init__(oracle, directory=str(search_dir), project_name=oracles.FOLDER)
+        super().__init__(oracle, directory=str(directory or search_dir), project_name=oracles.FOLDER)
 
     def run_trial(self, trial):
         """Trains a trial, or goes on with it, as a run; the test images are left alone.
@@ -54,7 +55,9 @@ class RecipeTuner(keras_tuner.Tuner):
         """A candidate that can't be trained is a failed trial. Anything else ends the search, and the trial is run again."""
         try:
             history = self.run_trial(trial)
-        except (FloatingPointError, MemoryError) as error:
+        except (FloatingPointError, MemoryError, RecipeError) as error:
+            if isinstance(error, RecipeError) and self.candidates.is_own(trial.hyperparameters.values):
+                raise  # then it is none of a candidate's
             trial.status, trial.message = TrialStatus.FAILED, str(error)
             return
         for row in history:
@@ -65,6 +68,10 @@ class RecipeTuner(keras_tuner.Tuner):
     def on_trial_end(self, trial):
         self.oracle.end_trial(trial)
         self._refresh()
+        self.go_on()
+
+    def go_on(self):
+        """Asks for the next trial at once: this worker was not the one that waits."""
         self._pause = 0.0
 
     def save(self):

@@ -103,7 +103,7 @@ def run(recipe, run_dir, resume=False, evaluate_test=True, compression=None):
     dataset = source.name if recipe.dataset == "auto" else recipe.dataset
     recipe = dataclasses.replace(recipe, dataset=dataset, flip=recipe.flip and source.mirror)
     train, test = source.train.limit(recipe.train_limit), source.test.limit(recipe.test_limit)
-    _check(recipe, train)
+    check(recipe, train)
     if stored is not None:
         _require_same(recipe, stored, run_dir)
         recipe = dataclasses.replace(recipe, weights=stored.weights)  # as recipe.json spells them
@@ -268,8 +268,12 @@ def _build(recipe, source, dtype):
     )
 
 
-def _check(recipe, train):
+def check(recipe, train):
     """Whether the recipe fits the images.
+
+    Args:
+        recipe: a `Recipe`, with its variant settled.
+        train: the training `Split`, of as many images as are trained on.
 
     Raises:
         RecipeError: if it does not.

@@ -7,17 +7,19 @@ A search space is a dict of name -> `Range` or `Choice`. A name is a number fiel
 import dataclasses
 import math
 import re
+import sys
 from dataclasses import dataclass
 
 from cvt_keras import runs
 from cvt_keras.training.recipes import Recipe, RecipeError
 from cvt_keras.variants import get_variant, named
 
-DIGITS = 4  # significant, of what is tried: so a recipe can be read, and typed
+DIGITS = 4  # significant, of what is drawn from a range: so a recipe can be read, and typed
 
 
 def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    most = sys.float_info.max  # also of whole numbers, which Python lets grow
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -most <= value <= most
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def space_of(recipe):
     }
     for i, stage in enumerate(stages):
         space[f"stage{i}_depth"] = Choice(tuple(max(1, stage.depth + more) for more in (-1, 0, 1, 2)))
-        space[f"stage{i}_dim"] = Choice(tuple(_even(stage.dim * width) for width in WIDTHS))
+        space[f"stage{i}_dim"] = Choice((stage.dim, *(_even(stage.dim * width) for width in WIDTHS)))
         space[f"stage{i}_kernel_size"] = Choice((*KERNEL_SIZES, stage.kernel_size))
         space[f"stage{i}_stride"] = Choice((max(1, stage.stride // 2), stage.stride) if stage.stride > 1 else (1, 2))
     return space
@@ -137,7 +139,7 @@ def apply(recipe, values):
     """A recipe with the values of a candidate.
 
     A stage of another width keeps the width of its heads, as nearly as whole heads allow; one of another kernel has its
-    padding follow; `drop_path` is the last stage's, and the stages before it rise to it from 0.
+    padding follow; `drop_path` is the last stage's, and a stage before has a share of it, the first none.
 
     Args:
         recipe: the `Recipe` that is varied.
@@ -149,7 +151,6 @@ def apply(recipe, values):
     Raises:
         RecipeError: for values that no run can have.
     """
-    values = {name: rounded(value) for name, value in values.items()}
     fields = {name: value for name, value in values.items() if not _is_of_network(name)}
     if len(fields) == len(values):
         return dataclasses.replace(recipe, description="", **fields)
@@ -207,8 +208,8 @@ def read(path, recipe):
             space[name] = _read_one(where)
             if isinstance(space[name], Range) and _is_whole(name):
                 raise RecipeError(f"it is a whole number: give a list of them. Received: {where}")
-            for end in space[name].ends:
-                apply(recipe, {name: end})
+            for value in getattr(space[name], "values", space[name].ends):
+                apply(recipe, {name: value})
         except RecipeError as error:
             raise RecipeError(f"`--space` {path}: {name}: {error}") from error
     return space
@@ -229,9 +230,11 @@ def written(space):
     }
 
 
-def rounded(value):
-    """A number to `DIGITS` significant digits; whole ones as they are."""
-    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
+def rounded(value, where):
+    """A number of a `Range` to `DIGITS` significant digits, still within it; one of a `Choice` as it is."""
+    if isinstance(where, Choice):
+        return value
+    return min(max(float(f"{value:.{DIGITS}g}"), where.low), where.high)
 
 
 def _number_fields():

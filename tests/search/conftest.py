@@ -19,7 +19,7 @@ def make_oracle(tmp_path):
 
     def make(algorithm="random", trials=6, max_macs=None, space=SPACE, recipe=SMOKE):
         candidates = oracles.Candidates(recipe, space or space_of(recipe), 10, max_macs)
-        settings = {"recipe": recipe.settings(), "space": {}, "algorithm": algorithm, "max_macs": max_macs}
+        settings = {"recipe": recipe.settings(), "space": {}, "algorithm": algorithm, "max_macs": max_macs, "data": {}}
         oracle = oracles.make(algorithm, candidates, trials, settings)
         oracle.open(tmp_path / oracles.FOLDER)
         return oracle

@@ -47,7 +47,7 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
         "The best curves",
         "Importance",
         f"trial {best['trial']}",
-        "over the budget, not tried",
+        "multiply-adds an image, at most",
     ):
         assert part in page, part
     assert page.count("data:image/png") == 3
@@ -61,7 +61,7 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
 def test_the_same_command_goes_on_and_more_trials_extend_it(command, tmp_path, quick_run, no_pictures, table, capsys):
     assert main(command) == 0
     assert main(command) == 0
-    assert len(quick_run) == 4 and "4 of 4 trials are done" in capsys.readouterr().out
+    assert len(quick_run) == 4 and "4 trials are done" in capsys.readouterr().out
     assert main([*command, "--trials", "6"]) == 0
     assert len(quick_run) == 6 and len(table(tmp_path / "search")) == 6
 
@@ -150,7 +150,8 @@ def test_fresh_asks_before_it_deletes(command, tmp_path, quick_run, no_pictures,
         (["--trials", "0"], "`--trials` must be at least 1. Received: --trials 0"),
         (["--max-macs", "0"], "`--max-macs` must be a finite number over 0"),
         (["--max-macs", "1e3"], "`--max-macs` leaves no network: the smallest of the space takes 840,928 MACs"),
-        (["--worker-timeout", "-1"], "`--worker-timeout` must be a finite number over 0"),
+        (["--worker-timeout", "14"], "`--worker-timeout` must be at least 15 seconds"),
+        (["--fresh", "--yes", "--batch-size", "5000"], "`batch_size` must not exceed the"),
         (["--chief", "--worker"], "`--chief` and `--worker` are two processes"),
         (["--worker", "--fresh"], "`--fresh` is for the chief"),
         (["--address", "nowhere"], "`--address` must be HOST:PORT"),
@@ -202,6 +203,80 @@ def test_a_folder_of_something_else_is_refused(command, tmp_path, capsys):
         assert main([*command, *words]) == 2
         assert "holds something, but no search" in capsys.readouterr().err
     assert (tmp_path / "search" / "thesis.txt").read_text() == "all of it"
+
+
+def test_fresh_deletes_the_search_alone_and_only_if_there_is_a_new_one(command, tmp_path, quick_run, no_pictures, table):
+    search_dir = tmp_path / "search"
+    assert main(command) == 0
+    (search_dir / "final").mkdir()
+    assert main([*command, "--fresh", "--yes", "--max-macs", "1e3"]) == 2
+    assert main([*command, "--fresh", "--yes", "--batch-size", "5000"]) == 2
+    assert main([*command, "--fresh", "--yes", "--dataset", "folder", "--data-dir", "nowhere"]) == 1
+    assert len(table(search_dir)) == 4
+    assert main([*command, "--fresh", "--yes", "--trials", "1"]) == 0
+    assert len(table(search_dir)) == 1 and (search_dir / "final").exists()
+    assert [path.name for path in (search_dir / "trials").iterdir()] == ["0"]
+
+
+def test_killed_while_it_begins_or_deletes_it_begins_anew(command, tmp_path, quick_run, no_pictures, table, monkeypatch):
+    search_dir = tmp_path / "search"
+    search_dir.mkdir()
+    (search_dir / ".7-search.json").write_text("{")
+    assert main(command) == 0
+    rename, count = Path.rename, [0]
+
+    def killed(self, target):
+        count[0] -= 1
+        if count[0] < 0:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    for renames in range(7):
+        count[0] = renames
+        monkeypatch.setattr(Path, "rename", killed)
+        assert main([*command, "--fresh", "--yes"]) == 130
+        monkeypatch.setattr(Path, "rename", rename)
+        assert main(command) == 0
+        assert len(table(search_dir)) == 4
+
+
+def test_a_broken_search_is_told_and_fresh_is_the_way_out(command, tmp_path, quick_run, no_pictures, capsys):
+    assert main(command) == 0
+    for text in ("[]", "{}", "{"):
+        (tmp_path / "search" / "search.json").write_text(text)
+        assert main(command) == 1
+        assert "search.json is broken" in capsys.readouterr().err
+    assert main([*command, "--fresh", "--yes"]) == 0
+
+
+def test_what_auto_was_it_stays(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
+    from cvt_keras.data import sources
+
+    monkeypatch.setattr(sources, "cifar10", lambda *_: (_ for _ in ()).throw(sources._UnavailableError("no network")))
+    words = [word if word != "digits" else "auto" for word in command]
+    assert main(words) == 0
+    assert "WARNING" in capsys.readouterr().err
+    monkeypatch.setattr(sources, "cifar10", None)  # as if it could be had by now: it is not asked for
+    assert main([*words, "--trials", "5"]) == 0
+    assert {recipe.dataset for recipe in quick_run} == {"digits"} and len(quick_run) == 5
+
+
+def test_the_network_of_weights_is_kept(tmp_path, quick_run, no_pictures):
+    words = ["finetune", "--weights", "some.keras", "--image-size", "32", "--crop-padding", "4", "--dataset", "digits"]
+    assert main([*words, "--search-dir", str(tmp_path / "search"), "--trials", "2"]) == 0
+    assert {recipe.variant for recipe in quick_run} == {None} and len({recipe.layer_decay for recipe in quick_run}) == 2
+
+
+def test_a_chief_hears_at_the_address_and_has_no_gpu(command, monkeypatch, quick_run):
+    from cvt_keras.search import __main__ as command_line
+
+    called, hidden = [], []
+    monkeypatch.setattr(command_line.distributed, "lead", lambda oracle, *flags: called.append(flags[:2]))
+    monkeypatch.setattr(command_line.tf.config, "set_visible_devices", lambda *given: hidden.append(given))
+    monkeypatch.setenv("KERASTUNER_ORACLE_IP", "nowhere")
+    assert main([*command, "--chief", "--address", "127.0.0.1:9", "--worker-timeout", "77"]) == 1  # no trial was run
+    assert called == [("127.0.0.1:9", 77.0)] and hidden == [([], "GPU")]
+    assert "KERASTUNER_ORACLE_IP" not in os.environ
 
 
 def test_two_searches_keep_out_of_each_other_s_way(command, tmp_path, quick_run, no_pictures, capsys):
@@ -257,7 +332,7 @@ def test_killed_in_a_trial_it_goes_on_there(command, tmp_path, table, capsys):
     assert not (search_dir / "trials" / "1" / "report.json").exists()
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "1 of 2 trials are done" in said and "going on after epoch" in said
+    assert "1 trial is done" in said and "going on after epoch" in said
     assert (search_dir / "trials" / "0" / "report.json").stat().st_mtime_ns == first
     assert [row["status"] for row in table(search_dir)] == ["completed", "completed"]
     report = json.loads((search_dir / "trials" / "1" / "report.json").read_text())

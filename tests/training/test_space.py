@@ -67,9 +67,15 @@ def test_what_lies_outside_is_none():
     assert values_of(reference, space_of(reference))["weight_decay"] is None  # it has none, and half of nothing is nothing
 
 
-def test_numbers_are_tried_to_four_digits():
-    assert (rounded(0.00123456), rounded(3), rounded(12345.6)) == (0.001235, 3, 12350.0)
-    assert apply(CIFAR10, {"mixup": 0.123456}).mixup == 0.1235
+def test_numbers_of_a_range_have_four_digits_and_stay_within_it():
+    assert rounded(0.00123456, Range(1e-4, 1.0)) == 0.001235
+    assert rounded(0.1234501, Range(0.12345, 1.0)) == 0.12345
+    assert rounded(0.123456, Choice((0.123456, 1))) == 0.123456
+
+
+def test_a_width_of_its_own_is_among_the_choices():
+    recipe = dataclasses.replace(CIFAR10, variant=Variant((Stage(dim=100, depth=2, heads=1),)))
+    assert 100 in space_of(recipe)["stage0_dim"]
 
 
 def test_a_space_of_one_s_own(tmp_path):
@@ -104,7 +110,9 @@ def test_a_space_of_one_s_own(tmp_path):
         ('{"warmup": [0.1, 0.1]}', "two values at least"),
         ('{"warmup": ["a", "b"]}', "a list of finite numbers"),
         ('{"batch_size": {"low": 32, "high": 64}}', "batch_size: it is a whole number: give a list of them"),
-        ('{"batch_size": [32.5, 64]}', "`batch_size` must be int"),
+        ('{"batch_size": [32, 64.5, 128]}', "`batch_size` must be int"),
+        ('{"stage0_dim": [32, 64.0]}', "`dim` must be a positive integer"),
+        ('{"warmup": {"low": 0, "high": 1' + "0" * 400 + "}}", "must be finite numbers"),
         ('{"stage0_depth": [0, 1]}', "`depth` must be a positive integer"),
     ],
 )
