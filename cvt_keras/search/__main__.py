@@ -139,12 +139,12 @@ def search(arguments):
     runs.require_writable(search_dir)
     search_dir.mkdir(parents=True, exist_ok=True)
     with runs.lock(search_dir):
+        runs.sweep(search_dir)
         if deletes:
             _clear(search_dir)
-        runs.sweep(search_dir)
-        if stored := _stored(search_dir, False):  # once more: another process may have begun there meanwhile
+        elif stored := _stored(search_dir, False):  # once more: another process may have begun there meanwhile
             _require_same(stored, settings, search_dir)
-        else:
+        if not stored or deletes:
             runs.write_json(search_dir / SEARCH, settings)
         _go_on(arguments, oracle, settings)
     return _tell(oracle, search_dir)

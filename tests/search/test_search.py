@@ -231,7 +231,7 @@ def test_killed_while_it_begins_or_deletes_it_begins_anew(command, tmp_path, qui
             raise KeyboardInterrupt
         return rename(self, target)
 
-    for renames in range(7):
+    for renames in range(6):  # the runs may be gone before the rest is
         count[0] = renames
         monkeypatch.setattr(Path, "rename", killed)
         assert main([*command, "--fresh", "--yes"]) == 130

@@ -69,7 +69,7 @@ def test_what_lies_outside_is_none():
 
 def test_numbers_of_a_range_have_four_digits_and_stay_within_it():
     assert rounded(0.00123456, Range(1e-4, 1.0)) == 0.001235
-    assert rounded(0.1234501, Range(0.12345, 1.0)) == 0.12345
+    assert rounded(0.29998, Range(0.1, 0.29999)) == 0.29999
     assert rounded(0.123456, Choice((0.123456, 1))) == 0.123456
 
 
