@@ -131,6 +131,7 @@ def search(arguments):
     oracle = oracles.make(arguments.algorithm, candidates, arguments.trials, settings)
     oracle.require_one()
     if arguments.worker:
+        print(f"asking the chief at {arguments.address} for trials", flush=True)
         distributed.Worker(oracle, candidates, search_dir, arguments.address).search()
         print("nothing is left for this worker")
         return 0
@@ -183,7 +184,8 @@ def _tell(oracle, search_dir):
     print(
         f"best: trial {top['trial']}, {top['val_accuracy']:.2%} top-1 on the validation images; page: {search_dir / runs.PAGE}"
     )
-    print(f"to train it on all images: python train.py --recipe-file {shlex.quote(str(search_dir / results.BEST))}")
+    file = shlex.quote(str(search_dir / results.BEST))
+    print(f"to train it on all images, as long as you like: python train.py --recipe-file {file} --epochs N")
     return 0
 
 

@@ -54,8 +54,9 @@ def rows(oracle):
 
 
 def best(found):
-    """The row of the best trial, the earliest of equals; `None` before one is done."""
-    return max((row for row in found if row["status"] == "completed"), key=lambda row: row["val_accuracy"], default=None)
+    """The row of the best trial, of equals the longest trained, then the earliest; `None` before one is done."""
+    done = [row for row in found if row["status"] == "completed"]
+    return max(done, key=lambda row: (row["val_accuracy"], row["epochs"]), default=None)
 
 
 def best_recipe(oracle, row):
@@ -106,7 +107,9 @@ def write(oracle, search_dir, settings):
     if top is not None:
         runs.write_json(search_dir / BEST, best_recipe(oracle, top).settings())
         space = oracle.candidates.space
-        done = sorted((row for row in found if row["status"] == "completed"), key=lambda row: -row["val_accuracy"])
+        done = sorted(
+            (row for row in found if row["status"] == "completed"), key=lambda row: (-row["val_accuracy"], -row["epochs"])
+        )
         own = next((row["trial"] for row in done if oracle.candidates.is_own(row)), None)
         figures[COORDINATES] = plots.parallel_coordinates(done, space, own)
         curves = {row["trial"]: oracles.curve(oracle.trials[row["trial"]]) for row in done}

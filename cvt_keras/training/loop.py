@@ -107,7 +107,8 @@ def run(recipe, run_dir, resume=False, evaluate_test=True, compression=None):
     if stored is not None:
         _require_same(recipe, stored, run_dir)
         recipe = dataclasses.replace(recipe, weights=stored.weights)  # as recipe.json spells them
-    counts = f"{len(train)} training, {len(source.validation)} validation, {len(test)} test images"
+    tested = f", {len(test)} test" if evaluate_test else ""
+    counts = f"{len(train)} training, {len(source.validation)} validation{tested} images"
     print(f"{source.name}: {counts}{f' ({source.note})' if source.note else ''}", flush=True)
     # Not before everything is known to be there: a folder in the way would make the next try harder.
     run_dir.mkdir(parents=True, exist_ok=True)
