@@ -31,6 +31,18 @@ THREADS_OF_CHIEF = 64  # more than there are workers: one that waits for a trial
 TUNER_ID = "tuner-id"  # gRPC metadata of a heartbeat
 REASON = "reason-bin"  # and of the end of a trial that failed: keras-tuner's own message has no room for it
 BUSY_SECONDS = 2.0  # before a worker looks again whether a trial's folder is free
+# A call that was on its way as the chief went is sent again to the next: each may come twice.
+RETRIES = {
+    "maxAttempts": 5,
+    "initialBackoff": "0.5s",
+    "maxBackoff": "2s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+CHANNEL_OPTIONS = [
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": RETRIES}]})),
+]
 
 
 class DistributedError(Exception):
@@ -223,7 +235,7 @@ class Worker(RecipeTuner):
         # The search's folder is the chief's; keras-tuner makes one for each worker too.
         self._aside = tempfile.TemporaryDirectory(prefix="cvt_keras-worker-")
         super().__init__(oracle, candidates, search_dir, directory=self._aside.name)
-        channel = grpc.insecure_channel(address, options=[("grpc.max_reconnect_backoff_ms", 2000)])
+        channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         try:
             grpc.channel_ready_future(channel).result(timeout=NO_CHIEF_SECONDS)
         except grpc.FutureTimeoutError:

@@ -240,15 +240,24 @@ def test_a_chief_that_starts_again_leaves_workers_their_trials(make_oracle, tmp_
 
     monkeypatch.setattr(tuner, "run", run)
     monkeypatch.setattr(distributed, "NO_CHIEF_SECONDS", 10.0)
+
+    class Slow(distributed._Servicer):
+        def GetTrial(self, request, context):
+            asked.set()
+            go_on.wait(20)
+            return super().GetTrial(request, context)
+
+    asked = threading.Event()
     server = grpc.server(futures.ThreadPoolExecutor(4))
-    protos.get_service_grpc().add_OracleServicer_to_server(distributed._Servicer(make_oracle(trials=2)), server)
+    protos.get_service_grpc().add_OracleServicer_to_server(Slow(make_oracle(trials=2)), server)
     server.add_insecure_port(address)
     server.start()
     worker = _worker(make_oracle, tmp_path, address, trials=2)
 
     def again():
         at_it.wait(20)
-        server.stop(None).wait()
+        asked.wait(20)  # so that a heartbeat is on its way
+        server.stop(None).wait(0.5)
         started.append(_Chief(make_oracle(trials=2), address, patience=5.0))
         until = time.monotonic() + 10
         while not started[0].oracle.ongoing_trials and time.monotonic() < until:
