@@ -282,10 +282,14 @@ class Worker(RecipeTuner):
     def run_trial(self, trial):
         while True:
             try:
-                return super().run_trial(trial)
+                history = super().run_trial(trial)
             except runs.BusyError as error:  # a worker that was given up, and has not noticed yet
                 print(f"{error}: waiting for it", flush=True)
                 time.sleep(BUSY_SECONDS)
+            else:
+                best = max(float(row["val_accuracy"]) for row in history)
+                print(f"trial {trial.trial_id}: {best:.2%} top-1 on the validation images", flush=True)
+                return history
 
     def on_trial_end(self, trial):
         if trial.message:
@@ -329,4 +333,5 @@ class Worker(RecipeTuner):
         return self._no_chief()
 
     def _no_chief(self):
-        return f"no chief answers at {self.address}: start it with --chief; finished epochs are kept"
+        kept = "; finished epochs are kept" if self._at else ""
+        return f"no chief answers at {self.address}: start it with --chief{kept}"

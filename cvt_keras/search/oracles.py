@@ -352,7 +352,14 @@ def tried(candidates, trial):
     epochs = candidates.of(values).epochs
     told = [f"{cost / 1e6:,.1f} M MACs"] if cost is not None else []
     told.append(f"{epochs} epoch{'s' if epochs > 1 else ''}")
+    if again := repeated(trial):
+        told.append(f"trial {again} anew")
     return f"{'the recipe itself: ' if own else ''}{shown} ({', '.join(told)})"
+
+
+def repeated(trial):
+    """The trial of an earlier round of Hyperband that is trained anew for longer, or `None`."""
+    return trial.hyperparameters.values.get("tuner/trial_id")
 
 
 def is_over(trial):

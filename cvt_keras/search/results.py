@@ -45,6 +45,7 @@ def rows(oracle):
                 "val_accuracy": round(max(curve), 6) if done else None,
                 "epoch": int(np.argmax(curve)) + 1 if done else None,
                 "epochs": candidates.of(values).epochs,
+                "repeats": oracles.repeated(trial),
                 "macs": candidates.macs(values),
                 "seconds": round(oracles.seconds(trial), 1) if curve else None,
                 **{name: values[name] for name in candidates.space},
@@ -135,7 +136,7 @@ def _write_page(oracle, search_dir, settings, found, top, own, fit):
         [
             f'<p class="quiet">{page.escape(lead)}</p>' if top else "",
             _tiles(oracle, found, top, own),
-            *(_pictures(search_dir, fit) if top else ()),
+            *(_pictures(search_dir, found, fit) if top else ()),
             _chosen(oracle.candidates, top) if top else "",
             _table(oracle.candidates, found),
             page.settings("Settings", settings),
@@ -161,7 +162,8 @@ def _tiles(oracle, found, top, own):
     return page.tiles(tiles)
 
 
-def _pictures(search_dir, fit):
+def _pictures(search_dir, found, fit):
+    others = sum(row["status"] == "completed" for row in found) > MOST_CURVES
     shown = [
         page.picture(
             search_dir,
@@ -174,7 +176,7 @@ def _pictures(search_dir, fit):
             search_dir,
             CURVES,
             "The best curves",
-            "Top-1 on the validation images after each epoch; the other trials in grey.",
+            f"Top-1 on the validation images after each epoch{'; the other trials in grey' if others else ''}.",
         ),
     ]
     if fit is None:
@@ -200,7 +202,8 @@ def _chosen(candidates, top):
 
 def _table(candidates, found):
     names = [name.replace("_", " ") for name in candidates.space]
-    heads = ["trial", "status", "top-1", "best epoch", "epochs", "MACs, M", "seconds", *names]
+    anew = any(row["repeats"] for row in found)
+    heads = ["trial", "status", "top-1", "best epoch", "epochs", *(["repeats"] if anew else []), "MACs, M", "seconds", *names]
     cells = [
         [
             row["trial"],
@@ -208,6 +211,7 @@ def _table(candidates, found):
             "" if row["val_accuracy"] is None else f"{row['val_accuracy']:.2%}",
             row["epoch"] or "",
             row["epochs"],
+            *([row["repeats"] or ""] if anew else []),
             "" if row["macs"] is None else f"{row['macs'] / 1e6:,.1f}",
             "" if row["seconds"] is None else f"{row['seconds']:,.0f}",
             *(_shown(row[name]) for name in candidates.space),

@@ -9,6 +9,7 @@ from cvt_keras import runs
 from cvt_keras.search import oracles
 from cvt_keras.search.oracles import TrialStatus, keras_tuner
 from cvt_keras.training import RecipeError, run
+from cvt_keras.training.loop import DifferentRunError
 
 IDLE_SECONDS = 1.0  # before the oracle is asked again, when it waits for others
 
@@ -55,6 +56,9 @@ class RecipeTuner(keras_tuner.Tuner):
         """A candidate that can't be trained is a failed trial. Anything else ends the search, and the trial is run again."""
         try:
             history = self.run_trial(trial)
+        except DifferentRunError as error:  # a worker's own disk, with the runs of an earlier search
+            way_out = "Name another folder, or remove its trials"
+            raise RecipeError(f"`--search-dir` holds runs of a different search: {error.differences}. {way_out}") from error
         except (FloatingPointError, MemoryError, RecipeError) as error:
             if isinstance(error, RecipeError) and self.candidates.is_own(trial.hyperparameters.values):
                 raise  # then it is none of a candidate's

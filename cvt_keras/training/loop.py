@@ -28,6 +28,19 @@ from cvt_keras.training.recipes import Recipe, RecipeError
 from cvt_keras.variants import Variant, get_variant, macs, named
 
 
+class DifferentRunError(RecipeError):
+    """A run that was to go on began with other settings.
+
+    Attributes:
+        differences: what they are, as text.
+    """
+
+    def __init__(self, run_dir, differences):
+        self.differences = differences
+        way_out = "Give it its own settings, or train in another --run-dir"
+        super().__init__(f"the run in {run_dir} can't go on with other settings: {differences}. {way_out}")
+
+
 def run(recipe, run_dir, resume=False, evaluate_test=True, compression=None):
     """Trains by `recipe` and writes a run folder.
 
@@ -394,7 +407,7 @@ def _require_same(recipe, stored, run_dir):
     """A run goes on with the settings it began with.
 
     Raises:
-        RecipeError: if `recipe` has others, naming them.
+        DifferentRunError: if `recipe` has others, naming them.
     """
     was, is_now = stored.settings(), recipe.settings()
     for settings in (was, is_now):
@@ -410,8 +423,7 @@ def _require_same(recipe, stored, run_dir):
         names = ["weights", *(name for name in names if name not in ("weights", "variant"))]
     if names:
         differences = ", ".join(f"{name} was {_shown(was.get(name))} and is {_shown(is_now.get(name))}" for name in names)
-        way_out = "Give it its own settings, or train in another --run-dir"
-        raise RecipeError(f"the run in {run_dir} can't go on with other settings: {differences}. {way_out}")
+        raise DifferentRunError(run_dir, differences)
 
 
 def _enumerated(names, most=5):

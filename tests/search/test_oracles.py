@@ -9,7 +9,7 @@ from conftest import SPACE
 from keras_tuner.engine.trial import TrialStatus
 
 from cvt_keras.runs import RunError
-from cvt_keras.search import oracles
+from cvt_keras.search import oracles, results
 from cvt_keras.training import RECIPES, RecipeError
 from cvt_keras.training.space import Choice, Range
 
@@ -58,6 +58,11 @@ def test_hyperband_trains_the_best_anew_for_more_epochs(make_oracle):
     rate = [value["peak_learning_rate"] for value in values]
     ranked = sorted(rate[:9], key=lambda rate: abs(rate - 4e-3))
     assert sorted(rate[9:12]) == sorted(ranked[:3]) and rate[12] == ranked[0]
+    trials = list(oracle.trials.values())
+    repeats = [row["repeats"] for row in results.rows(oracle)]
+    assert repeats[:9] == [None] * 9 and repeats[9] in [trial.trial_id for trial in trials[:9]]
+    assert rate[12] == oracle.trials[repeats[12]].hyperparameters.values["peak_learning_rate"]
+    assert oracles.tried(oracle.candidates, trials[9]).endswith(f"3 epochs, trial {repeats[9]} anew)")
 
 
 def test_the_bayesian_search_nears_what_is_best(make_oracle):

@@ -13,7 +13,6 @@ import train
 from cvt_keras import runs
 from cvt_keras.search import results, tuner
 from cvt_keras.search.__main__ import main
-from cvt_keras.training import RECIPES
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -29,6 +28,7 @@ def command(tmp_path, space_file):
 def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_path, quick_run, table, capsys):
     search_dir = tmp_path / "search"
     words = [*command, "--algorithm", algorithm, "--train-limit", "100", "--max-macs", "1.3e6", "--trials", "9"]
+    words += ["--epochs", "3"]
     assert main(words) == 0
     rows = table(search_dir)
     assert [row["trial"] for row in rows] == [f"{i}" for i in range(9)] and {row["status"] for row in rows} == {"completed"}
@@ -39,7 +39,7 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
     assert written["peak_learning_rate"] == float(best["peak_learning_rate"])
     assert written["variant"]["stages"][0]["depth"] == int(best["stage0_depth"])
     # For all images, and the epochs that the search was given.
-    assert written["train_limit"] is None and written["epochs"] == RECIPES["smoke"].epochs
+    assert written["train_limit"] is None and written["epochs"] == 3
     assert train.parse(["--recipe-file", str(search_dir / "best.json")]).recipe.settings() == written
     page = (search_dir / "report.html").read_text()
     for part in (
@@ -50,7 +50,8 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
         "multiply-adds an image, at most",
     ):
         assert part in page, part
-    assert page.count("data:image/png") == 3
+    assert page.count("data:image/png") == 3 and "; the other trials in grey" in page
+    assert (">repeats<" in page) == (algorithm == "hyperband")
     said = capsys.readouterr().out
     assert "trial 0 (1 of 9): the recipe itself: peak_learning_rate 0.002" in said
     assert f"best: trial {best['trial']}, {float(best['val_accuracy']):.2%} top-1" in said
@@ -62,6 +63,7 @@ def test_the_same_command_goes_on_and_more_trials_extend_it(command, tmp_path, q
     assert main(command) == 0
     assert main(command) == 0
     assert len(quick_run) == 4 and "4 trials are done" in capsys.readouterr().out
+    assert "in grey" not in (tmp_path / "search" / "report.html").read_text()
     assert main([*command, "--trials", "6"]) == 0
     assert len(quick_run) == 6 and len(table(tmp_path / "search")) == 6
 
