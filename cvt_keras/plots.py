@@ -272,12 +272,16 @@ def _draw_coordinates(axes, trials, space, names, own):
             alpha=1 if place == 0 or is_own else 0.6,
             zorder=3 if is_own else 2,
         )
-    ends = [tuple(f"{end:g}" for end in space[name].ends) for name in names] + [(f"{low:.1%}", f"{high:.1%}")]
+    ends = [tuple(map(_told, space[name].ends)) for name in names] + [(f"{low:.1%}", f"{high:.1%}")]
     for place, (least, most) in enumerate(ends):
         axes.axvline(place, color=GREY, linewidth=0.5, zorder=0)
         for height, text, side, shift in ((0, least, "top", -5), (1, most, "bottom", 5)):
             at = {"xytext": (0, shift), "textcoords": "offset points", "ha": "center", "va": side, "fontsize": 8}
             axes.annotate(text, (place, height), **at)
+    for place, name in enumerate(names):
+        for word in _words(space[name])[1:-1]:
+            at = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(word, (place, _height(space[name], word)), **at)
     shown = [name.replace("_", " ") for name in names]
     axes.set_xticks(range(len(names) + 1), [*shown, "top-1, validation"], rotation=35, ha="right", rotation_mode="anchor")
     axes.tick_params(axis="x", length=0, pad=14)
@@ -286,7 +290,18 @@ def _draw_coordinates(axes, trials, space, names, own):
     axes.spines[:].set_visible(False)
 
 
+def _told(value):
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _words(where):
+    """What can be chosen, where that is words: a place on the axis says nothing of them."""
+    return where.values if isinstance(where.ends[0], str) else ()
+
+
 def _height(where, value):
+    if words := _words(where):
+        return words.index(value) / (len(words) - 1)
     low, high = where.ends
     if getattr(where, "log", False):
         low, high, value = math.log(low), math.log(high), math.log(value)
@@ -314,7 +329,7 @@ def best_curves(curves, best, own=None):
         colour = VALIDATION if trial == own else shades(0.15 + 0.7 * place / max(len(best), 1))
         style = "o--" if trial == own else "o-"
         axes.plot(range(1, len(curve) + 1), curve, style, color=colour, markersize=3, label=label)
-    axes.legend(frameon=False, loc="lower right", fontsize="small", title="trial")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", title="trial")  # over no curve
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))

@@ -74,15 +74,16 @@ def require_vacant(run_dir):
         raise FileExistsError(f"`run_dir` holds something, but no run: {run_dir}. Name another with --run-dir")
 
 
-def require_writable(run_dir):
+def require_writable(folder, flag="--run-dir"):
     """Told before data is downloaded for a run.
 
     Raises:
-        RunError: if `run_dir` can't be made or written to.
+        RunError: if `folder`, as `flag` named it, can't be made or written to.
     """
-    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"`run_dir` can't be {run_dir}: nothing may be written to {nearest}. Name another with --run-dir")
+        name = flag.strip("-").replace("-", "_")
+        raise RunError(f"`{name}` can't be {folder}: nothing may be written to {nearest}. Name another with {flag}")
 
 
 @contextlib.contextmanager

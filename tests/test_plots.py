@@ -189,6 +189,16 @@ def test_parallel_coordinates_have_an_axis_for_each_name_and_a_line_for_each_tri
     assert {text.get_text() for text in axes.texts} == {"0.001", "0.004", "1", "3", "20.0%", "60.0%"}
 
 
+def test_words_have_a_place_each_on_their_axis(searched):
+    trials, _ = searched
+    space = {"decay": Choice(("linear", "cosine", "constant"))}
+    words = [{**trial, "decay": word} for trial, word in zip(trials, ("constant", "cosine", "linear"))]
+    [axes] = plots.parallel_coordinates(words, space).axes
+    heights = [line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 2 and list(line.get_xdata()) == [0, 1]]
+    assert sorted(heights) == [0, 0.5, 1][: len(words)]
+    assert {"linear", "cosine", "constant"} <= {text.get_text() for text in axes.texts}
+
+
 def test_many_names_take_several_rows(searched):
     trials, _ = searched
     names = [f"name{i}" for i in range(23)]

@@ -1,4 +1,4 @@
-"""Searches a good recipe for your data and budget: python -m cvt_keras.search [RECIPE] --search-dir S"""
+"""Searches for a good recipe for your data and budget: python -m cvt_keras.search [RECIPE] --search-dir S"""
 
 import dataclasses
 import math
@@ -45,7 +45,8 @@ class Arguments(flags.RecipeFlags):
     max_macs: Annotated[float | None, tyro.conf.arg(metavar="M")] = None
     """Multiply-accumulates of one image that a network may take, 55e6 for instance: a larger one is not trained."""
     space: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """A JSON file of what to vary, in place of all: {"warmup": {"low": 0.02, "high": 0.3}, "stage0_depth": [1, 2]}."""
+    """A JSON file of what to vary, in place of all: {"warmup": {"low": 0.02, "high": 0.3}, "stage0_depth": [1, 2]}.
+    docs/search.md has the names."""
     chief: bool = False
     """Train nothing, and hand the trials to workers."""
     worker: bool = False
@@ -66,7 +67,7 @@ def main(argv):
     again = shlex.join(["python", "-m", "cvt_keras.search", *kept])
     signals.raise_on_sigterm()
     try:
-        _, arguments = flags.parse(argv, Arguments, PROGRAM, "Searches a good recipe by keras-tuner.")
+        _, arguments = flags.parse(argv, Arguments, PROGRAM, "Searches for a good recipe by keras-tuner.")
         return search(arguments)
     except (RecipeError, FileExistsError) as error:
         return _fail(error, 2)
@@ -92,11 +93,16 @@ def search(arguments):
         And what `cvt_keras.training.run` raises.
     """
     _check(arguments)
+    tf.get_logger().setLevel("ERROR")  # that each trial traces functions of its own is no news
     if not arguments.worker:
         for name in [name for name in os.environ if name.startswith("KERASTUNER_")]:
             del os.environ[name]  # which would make keras-tuner a worker of its own
     recipe, search_dir = arguments.recipe, arguments.search_dir
     space = spaces.read(arguments.space, recipe) if arguments.space else spaces.space_of(recipe)
+    if arguments.worker:
+        patience = f"for {distributed.NO_CHIEF_SECONDS:g} s at most"
+        print(f"asking the chief at {arguments.address} for trials, {patience}", flush=True)
+        distributed.require_chief(arguments.address)
     stored = None if arguments.worker else _stored(search_dir, arguments.fresh)
     deletes = stored is not None and arguments.fresh
     if deletes and not _agreed(arguments):
@@ -112,8 +118,7 @@ def search(arguments):
         recipe = dataclasses.replace(recipe, dataset=source.name)
     if source.fallback:
         print(f"WARNING: {source.fallback}", file=sys.stderr, flush=True)
-    if recipe.variant is not None:
-        loop.check(recipe, source.train.limit(recipe.train_limit))
+    _require_trainable(_with_network(recipe, arguments.chief), space, source.train.limit(recipe.train_limit))
     budget = None if arguments.max_macs is None else int(arguments.max_macs)
     candidates = oracles.Candidates(recipe, space, len(source.class_names), budget)
     settings = {
@@ -121,23 +126,17 @@ def search(arguments):
         "space": spaces.written(space),
         "algorithm": arguments.algorithm,
         "max_macs": budget,
-        "data": {
-            "class_names": list(source.class_names),
-            "training_images": len(source.train),
-            "validation_images": len(source.validation),
-        },
+        "data": source.fingerprint(),
     }
     del source
     oracle = oracles.make(arguments.algorithm, candidates, arguments.trials, settings)
-    oracle.require_one()
     if arguments.worker:
-        print(f"asking the chief at {arguments.address} for trials", flush=True)
         distributed.Worker(oracle, candidates, search_dir, arguments.address).search()
         print("nothing is left for this worker")
         return 0
+    oracle.require_one()
     if stored and not deletes:
         _require_same(stored, settings, search_dir)
-    runs.require_writable(search_dir)
     search_dir.mkdir(parents=True, exist_ok=True)
     with runs.lock(search_dir):
         runs.sweep(search_dir)
@@ -177,16 +176,45 @@ def _go_on(arguments, oracle, settings):
 def _tell(oracle, search_dir):
     if oracle.exhausted:
         print(f"WARNING: no more trials: {oracle.exhausted}", file=sys.stderr, flush=True)
-    top = results.best(results.rows(oracle))
+    top = results.best(oracle, results.rows(oracle))
     if top is None:
         failed = next((oracles.reason(trial) for trial in oracle.trials.values() if trial.message), "")
         return _fail(f"no trial could be trained{failed and f'. The first: {failed}'}", 1)
-    print(
-        f"best: trial {top['trial']}, {top['val_accuracy']:.2%} top-1 on the validation images; page: {search_dir / runs.PAGE}"
-    )
+    epochs = oracle.candidates.recipe.epochs
+    short = f" after {top['epochs']} of {epochs} epochs" if top["epochs"] < epochs else ""
+    found = f"best: trial {top['trial']}, {top['val_accuracy']:.2%} top-1 on the validation images{short}"
+    print(f"{found}; page: {search_dir / runs.PAGE}")
     file = shlex.quote(str(search_dir / results.BEST))
     print(f"to train it on all images, as long as you like: python train.py --recipe-file {file} --epochs N")
-    return 0
+    return 1 if oracle.failing else 0
+
+
+def _with_network(recipe, chief):
+    """The recipe with the variant of its weights; a chief, which trains nothing, need not have them.
+
+    Raises:
+        RecipeError, CheckpointError: as `loop.read_weights` does.
+    """
+    if recipe.weights is None or chief:
+        return recipe
+    return dataclasses.replace(recipe, variant=loop.read_weights(recipe).variant)
+
+
+def _require_trainable(recipe, space, train):
+    """Whether the recipe, and each value of the space by itself, fits the images.
+
+    Raises:
+        RecipeError: if one does not.
+    """
+    if recipe.variant is None:
+        return
+    loop.check(recipe, train)
+    for name, where in space.items():
+        for value in getattr(where, "values", where.ends):
+            try:
+                loop.check(spaces.apply(recipe, {name: value}), train)
+            except RecipeError as error:
+                raise RecipeError(f"`--space`: {name} {value}: {error}") from error
 
 
 def _check(arguments):
@@ -225,10 +253,15 @@ def _stored(search_dir, fresh):
 
     Raises:
         FileExistsError: if it holds something else.
+        RecipeError: if it can't be written to.
         RunError: if it is broken.
     """
     if search_dir.exists() and not search_dir.is_dir():
         raise FileExistsError(f"`--search-dir` is no folder: {search_dir}")
+    try:
+        runs.require_writable(search_dir, "--search-dir")
+    except runs.RunError as error:
+        raise RecipeError(str(error)) from error
     path = search_dir / SEARCH
     if path.exists():
         if fresh:
@@ -251,9 +284,13 @@ def _agreed(arguments):
     if arguments.yes:
         return True
     if not sys.stdin.isatty():
-        raise RecipeError(f"`--fresh` deletes {arguments.search_dir}, and there is nobody to ask: give --yes")
+        raise RecipeError(f"`--fresh` deletes the search in {arguments.search_dir}, and there is nobody to ask: give --yes")
     trials = len(list((arguments.search_dir / "trials").glob("*")))
-    said = input(f"delete the search in {arguments.search_dir}, with the runs of {trials} trials? [y/N] ")
+    try:
+        said = input(f"delete the search in {arguments.search_dir}, with the runs of {trials} trials? [y/N] ")
+    except EOFError:  # Ctrl-D
+        print(file=sys.stderr)
+        return False
     return said.strip().lower() in ("y", "yes")
 
 

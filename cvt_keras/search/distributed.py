@@ -17,6 +17,7 @@ from keras_tuner.engine.trial import Trial
 # As keras-tuner's own `search` imports them: there is no public name for them.
 from keras_tuner.src import protos
 from keras_tuner.src.distribute import oracle_chief
+from keras_tuner.src.distribute.oracle_client import TIMEOUT
 from keras_tuner.src.engine.oracle import LOCKS, THREADS
 
 from cvt_keras import runs, signals
@@ -64,7 +65,9 @@ class _Servicer(oracle_chief.OracleServicer):
     def CreateTrial(self, request, context):
         self.heard[request.tuner_id] = time.monotonic()
         with self._noted():
-            return super().CreateTrial(request, context)
+            response = super().CreateTrial(request, context)
+        self.heard[request.tuner_id] = time.monotonic()  # once more: a choice may take longer than it is waited for
+        return response
 
     def UpdateTrial(self, request, context):
         trial = self._known(request.trial_id, context)
@@ -115,11 +118,13 @@ class _Servicer(oracle_chief.OracleServicer):
 def _claim(oracle, trial_id, tuner_id):
     """Whether a worker's trial is still its own; after a restart of the chief it is again.
 
-    Without the lock, as a rule: a worker is not to be lost while a Gaussian process is fitted for another.
+    Without the lock: a worker is not to be lost while a Gaussian process is fitted for another.
     """
     trial = oracle.ongoing_trials.get(tuner_id)
     if trial is not None and trial.trial_id == trial_id:
         return True
+    if LOCKS[oracle].locked():
+        return True  # for now: the next heartbeat asks again
     return _claim_again(oracle, trial_id, tuner_id)
 
 
@@ -175,7 +180,7 @@ def lead(oracle, address, patience, refresh):
     print(f"waiting for workers at {address}: the same command, with --worker in place of --chief", flush=True)
     began, ended = time.monotonic(), len(oracle.end_order)
     try:
-        while not (servicer.stop_triggered and not oracle.ongoing_trials and not oracle.tuner_ids):
+        while not (servicer.stop_triggered and not oracle.ongoing_trials and not oracle.tuner_ids and not oracle._retry_queue):
             time.sleep(0.5)
             if isinstance(servicer.error, OSError):
                 raise servicer.error
@@ -205,6 +210,23 @@ def _is_done(oracle):
     return bool(over and oracle.trials and all(map(is_over, oracle.trials.values())))
 
 
+def require_chief(address):
+    """Told before a worker downloads data: where it would begin.
+
+    Raises:
+        DistributedError: if none answers in `NO_CHIEF_SECONDS`.
+    """
+    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=NO_CHIEF_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise DistributedError(_no_chief(address)) from None
+
+
+def _no_chief(address):
+    return f"no chief answers at {address}: start it with --chief"
+
+
 def _settings_of(hyperparameters):
     return json.loads(next(hp.value for hp in hyperparameters.space if hp.name == SETTINGS))
 
@@ -224,7 +246,7 @@ class Worker(RecipeTuner):
 
     def __init__(self, oracle, candidates, search_dir, address):
         self.address = address
-        self._lost, self._at = None, ""
+        self._lost, self._at, self._call = None, "", None
         host, _, port = address.rpartition(":")
         os.environ |= {
             "KERASTUNER_ORACLE_IP": host,
@@ -235,11 +257,8 @@ class Worker(RecipeTuner):
         # The search's folder is the chief's; keras-tuner makes one for each worker too.
         self._aside = tempfile.TemporaryDirectory(prefix="cvt_keras-worker-")
         super().__init__(oracle, candidates, search_dir, directory=self._aside.name)
+        require_chief(address)
         channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        try:
-            grpc.channel_ready_future(channel).result(timeout=NO_CHIEF_SECONDS)
-        except grpc.FutureTimeoutError:
-            raise DistributedError(self._no_chief()) from None
         self.oracle.stub = protos.get_service_grpc().OracleStub(channel)
         with self._asking():
             request = protos.get_service().GetSpaceRequest()
@@ -267,7 +286,10 @@ class Worker(RecipeTuner):
             raise
         finally:
             over.set()
-            beating.join()
+            while beating.is_alive():
+                if self._call is not None:
+                    self._call.cancel()  # which would wait for a chief that is gone
+                beating.join(0.1)
             signal.signal(signal.SIGTERM, before)
 
     def _compare(self, theirs):
@@ -296,7 +318,8 @@ class Worker(RecipeTuner):
             print(f"trial {trial.trial_id} failed: {trial.message}", flush=True)
         metadata = ((REASON, (trial.message or "").encode()),)
         request = protos.get_service().EndTrialRequest(trial=trial.to_proto())
-        self.oracle.stub.EndTrial(request, metadata=metadata, wait_for_ready=True, timeout=NO_CHIEF_SECONDS)
+        # As long as keras-tuner: the chief may be choosing for another. That there is one the heartbeat knows.
+        self.oracle.stub.EndTrial(request, metadata=metadata, wait_for_ready=True, timeout=TIMEOUT)
         self._at = ""
         self.go_on()
 
@@ -304,12 +327,15 @@ class Worker(RecipeTuner):
         """Tells the chief that this worker is alive, and stops the worker if the chief is not."""
         while not over.wait(HEARTBEAT_SECONDS):
             try:
-                self.oracle.stub.GetTrial(
+                self._call = self.oracle.stub.GetTrial.future(
                     protos.get_service().GetTrialRequest(trial_id=self._at),
                     metadata=((TUNER_ID, self.tuner_id),),
                     wait_for_ready=True,
                     timeout=NO_CHIEF_SECONDS,
                 )
+                self._call.result()
+            except grpc.FutureCancelledError:
+                return
             except grpc.RpcError as error:
                 if not over.is_set():
                     self._lost = self._told(error)
@@ -330,8 +356,4 @@ class Worker(RecipeTuner):
             return f"the chief at {self.address} gave this worker up: {error.details()}"
         if error.code() == grpc.StatusCode.UNKNOWN:
             return f"the chief at {self.address} failed: {error.details()}"
-        return self._no_chief()
-
-    def _no_chief(self):
-        kept = "; finished epochs are kept" if self._at else ""
-        return f"no chief answers at {self.address}: start it with --chief{kept}"
+        return _no_chief(self.address) + ("; finished epochs are kept" if self._at else "")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import re
 import time
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cvt_keras import runs
+from cvt_keras.training import loop
 from cvt_keras.training import space as spaces
 from cvt_keras.training.recipes import RecipeError
 from cvt_keras.variants import get_variant, macs
@@ -18,6 +20,7 @@ try:
     import keras_tuner
     from keras_tuner.engine.trial import Trial, TrialStatus
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 except ImportError as error:
     raise ImportError(f"A search needs keras-tuner and scikit-learn: pip install keras-tuner scikit-learn ({error})") from error
 
@@ -25,7 +28,9 @@ OBJECTIVE = "val_accuracy"
 FOLDER = "oracle"  # in the search's folder
 TRIALS = "trials"  # likewise: the runs
 SETTINGS = "search"  # the name in each trial's values of what the search is, for a worker to compare
-MOST_REFUSED = 20_000  # candidates over the budget in a row: then there are hardly any within it
+DRAWS = 100  # over the budget in a row: the next ones are shrunk until they are within it
+SAMPLE_DRAWS = 10  # likewise, of the many that the Bayesian search chooses from
+MOST_REFUSED = 1_000  # in a row, shrunk or not: then nothing can be trained
 MOST_COLLISIONS = 20  # with what was tried, as keras-tuner has it: then the space is as good as used up
 SAMPLES = 100  # of those within the budget that the Bayesian search chooses from, where its own choice is over it
 
@@ -42,6 +47,7 @@ class Candidates:
     Attributes:
         own: the values of the recipe itself, or `None` where it lies outside the space.
         outside: names of which its value is not in the space.
+        least: name -> value, of the smallest network.
     """
 
     def __init__(self, recipe, space, num_classes, max_macs=None):
@@ -49,6 +55,7 @@ class Candidates:
         own = spaces.values_of(recipe, space)
         self.outside = [name for name, value in own.items() if value is None]
         self.own = None if self.outside else own
+        self.least = spaces.sizes(space)
 
     def of(self, values):
         """The recipe of a trial's values: with Hyperband for as many epochs as its round has.
@@ -61,20 +68,48 @@ class Candidates:
 
     def macs(self, values):
         """Multiply-accumulates of one image; `None` for a network that can't be, and where the weights bring it."""
+        if self.recipe.weights is not None:
+            return None
         try:
-            recipe = self.of(values)
-            if recipe.weights is not None:
-                return None
-            return macs(get_variant(recipe.variant), (recipe.image_size, recipe.image_size, 3), self.num_classes)
+            # Without the recipe around it, of which most of the time would go into its checks.
+            variant = get_variant(spaces.network(self.recipe, {name: values[name] for name in self.space}))
+            return macs(variant, (self.recipe.image_size, self.recipe.image_size, 3), self.num_classes)
         except ValueError:
             return None
 
     def fits(self, values):
-        """Whether it can be trained at all, and within the budget."""
+        """Whether its network can be, and is within the budget."""
         cost = self.macs(values)
         if self.recipe.weights is not None:
             return True
         return cost is not None and (self.max_macs is None or cost <= self.max_macs)
+
+    def shrunk(self, values, seed):
+        """The same within the budget: what makes a network large is drawn anew below what it is, one after the other.
+
+        Returns:
+            A dict; one that does not fit where even the smallest network of the space does not.
+        """
+        draw, values = random.Random(seed), dict(values)
+        while not self.fits(values) and (larger := [name for name, least in self.least.items() if values[name] != least]):
+            name = draw.choice(larger)
+            where, least = self.space[name], self.least[name]
+            if isinstance(where, spaces.Choice):
+                place = where.values.index(values[name])
+                cheaper = where.values[:place] if least == where.values[0] else where.values[place + 1 :]
+                values[name] = where.kind(draw.choice(cheaper))
+            else:
+                values[name] = spaces.rounded(draw.uniform(least, values[name]), where)
+        return values
+
+    def settled(self, values):
+        """The values as they are trained, so that they are compared with what was."""
+        space = self.space
+        settled = {name: spaces.rounded(value, space[name]) if name in space else value for name, value in values.items()}
+        if "rand_augment_magnitude" in space and settled.get("rand_augment") == 0:  # of nothing: all are the same
+            own, where = self.recipe.rand_augment_magnitude, space["rand_augment_magnitude"]
+            settled["rand_augment_magnitude"] = own if own in where else where.ends[0]
+        return settled
 
     def is_own(self, values):
         """Whether these are the recipe's."""
@@ -91,8 +126,7 @@ def _hyperparameters(candidates, settings):
     found = keras_tuner.HyperParameters()
     for name, where in candidates.space.items():
         if isinstance(where, spaces.Choice):
-            kinds = int if all(isinstance(value, int) for value in where.values) else float
-            found.Choice(name, [kinds(value) for value in where.values], ordered=True)
+            found.Choice(name, [where.kind(value) for value in where.values], ordered=where.kind is not str)
         else:
             found.Float(name, where.low, where.high, sampling="log" if where.log else "linear")
     found.Fixed(SETTINGS, json.dumps(settings, sort_keys=True))
@@ -133,11 +167,13 @@ class _Oracle:
     Attributes:
         candidates: what may be tried.
         exhausted: why no trial can be had any more, or `None`.
+        failing: whether that is because trials failed.
         hold: until when, by `time.monotonic`, what had begun before is kept for the workers that are still at it.
     """
 
     candidates = None
     exhausted = None
+    failing = False
     hold = 0.0
     _why = None  # the last draw gave nothing
 
@@ -166,14 +202,12 @@ class _Oracle:
         """Told before anything is tried.
 
         Raises:
-            RecipeError: if hardly any candidate is within the budget, or none.
+            RecipeError: if no candidate is within the budget, or none can be trained.
         """
         candidates = self.candidates
         if candidates.own is not None and candidates.fits(candidates.own):
             return
-        # A stride makes a network smaller, all else larger.
-        least = {name: where.ends[name.endswith("_stride")] for name, where in candidates.space.items()}
-        cost = candidates.macs(least)
+        cost = candidates.macs({name: where.ends[0] for name, where in candidates.space.items()} | candidates.least)
         if cost is not None and candidates.max_macs is not None and cost > candidates.max_macs:
             raise RecipeError(
                 f"`--max-macs` leaves no network: the smallest of the space takes {cost:,} MACs an image. "
@@ -181,7 +215,7 @@ class _Oracle:
             )
         state = self._seed_state
         if self._random_values() is None:
-            raise RecipeError(f"the space leaves nothing to try: {self._why}. Received: --max-macs {candidates.max_macs}")
+            raise RecipeError(f"the space leaves nothing to try: {self._why}")
         self._seed_state = state
 
     # === keras-tuner's methods ===
@@ -201,33 +235,35 @@ class _Oracle:
         self.set_state(state)
         self.ongoing_trials = {}
 
-    def _random_values(self):
-        """As keras-tuner's, of a space without conditions, but within the budget, and much faster."""
+    def _random_values(self, draws=DRAWS):
+        """As keras-tuner's, of a space without conditions, but within the budget.
+
+        Uniform over what is within it, as long as that can be met by chance: after `draws` that were over it candidates are
+        shrunk, of which more are just within it.
+        """
         if not self.start_order and self.candidates.own is not None:
             values = {hp.name: hp.default for hp in self.hyperparameters.space} | self.candidates.own
             if self.candidates.fits(values):
                 return values  # the recipe itself comes first, for the others to be seen beside it
         collisions = 0
-        for _ in range(MOST_REFUSED):
+        for refused in range(MOST_REFUSED):
             values = {}
             for hp in self.hyperparameters.space:
                 values[hp.name] = hp.random_sample(self._seed_state)
                 self._seed_state += 1
-            values = self._rounded(values)
-            if self._duplicate(values):
-                collisions += 1
-                if collisions > MOST_COLLISIONS:
-                    self._why = f"of the last candidates {collisions} had been tried before"
-                    return None
-            elif self.candidates.fits(values):
+            values = self.candidates.settled(values)
+            if refused >= draws:
+                values = self.candidates.shrunk(values, self._seed_state)
+            if not self.candidates.fits(values):
+                continue
+            if not self._duplicate(values):
                 return values
-        self._why = f"{MOST_REFUSED:,} candidates in a row were over the budget, or no networks"
+            collisions += 1
+            if collisions > MOST_COLLISIONS:
+                self._why = "the space holds hardly any other candidate"
+                return None
+        self._why = f"{MOST_REFUSED:,} candidates in a row were no networks for {self.candidates.recipe.image_size} pixels"
         return None
-
-    def _rounded(self, values):
-        """As they are trained, so that they are compared with what was."""
-        space = self.candidates.space
-        return {name: spaces.rounded(value, space[name]) if name in space else value for name, value in values.items()}
 
     @keras_tuner.synchronized
     def create_trial(self, tuner_id):
@@ -240,6 +276,9 @@ class _Oracle:
             return Trial(self.hyperparameters.copy(), trial_id="", status=TrialStatus.IDLE)
         again = tuner_id in self.ongoing_trials
         trial = super().create_trial(tuner_id)
+        if trial.status == TrialStatus.STOPPED and self.ongoing_trials:
+            self.tuner_ids.add(tuner_id)
+            trial.status = TrialStatus.IDLE  # for the same
         if trial.status == TrialStatus.RUNNING and not again:
             trial.metrics = type(trial.metrics)()  # of a worker that was lost on its way
             self.listener(trial)
@@ -266,7 +305,7 @@ class _Oracle:
         """Ends the search; keras-tuner's own raises, with its lock held for ever."""
         failed = [self.trials[name].status == TrialStatus.FAILED for name in self.end_order]
         if len(failed) >= self.max_consecutive_failed_trials and all(failed[-self.max_consecutive_failed_trials :]):
-            self.exhausted = f"the last {self.max_consecutive_failed_trials} trials failed"
+            self.exhausted, self.failing = f"the last {self.max_consecutive_failed_trials} trials failed", True
 
     def populate_space(self, trial_id):
         if self.exhausted:
@@ -291,16 +330,17 @@ class Bayesian(_Oracle, keras_tuner.oracles.BayesianOptimizationOracle):
     """Chooses by a Gaussian process of what was seen so far."""
 
     def populate_space(self, trial_id):
-        with warnings.catch_warnings():
+        # Its matrices are small: more threads are no faster, and slow the workers on the same machine.
+        with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("ignore", ConvergenceWarning)  # of its length scales: with few trials the rule
             return super().populate_space(trial_id)
 
     def _vector_to_values(self, vector):
-        values = self._rounded(super()._vector_to_values(vector))
+        values = self.candidates.settled(super()._vector_to_values(vector))
         if self.candidates.fits(values) and not self._duplicate(values):
             return values
         # What the process likes best is over the budget, or was tried: the best of a sample within it, by the same measure.
-        sample = [found for found in (self._random_values() for _ in range(SAMPLES)) if found]
+        sample = [found for found in (self._random_values(SAMPLE_DRAWS) for _ in range(SAMPLES)) if found]
         if not sample:
             return None
         points = np.array([[hp.value_to_prob(found[hp.name]) for hp in self._nonfixed_space()] for found in sample])
@@ -311,21 +351,19 @@ class Bayesian(_Oracle, keras_tuner.oracles.BayesianOptimizationOracle):
 def differences(stored, settings):
     """What two searches' settings differ in -> a text, empty if they are the same.
 
-    Where images and weights lie is no difference; other classes, or other numbers of images, are.
+    Where images lie is no difference, nor where weights were moved to.
     """
     found = []
-    for part in ("algorithm", "max_macs", "data"):
+    for part in ("algorithm", "max_macs"):
         if stored.get(part) != settings.get(part):
             found.append(f"{part} was {stored.get(part)} and is {settings.get(part)}")
-    for part in ("recipe", "space"):
+    for part in ("data", "recipe", "space"):
         was, is_now = stored[part], settings[part]
         for name in was | is_now:
             before, after = was.get(name), is_now.get(name)
-            if name == "data_dir" or before == after:
+            if name == "data_dir" or before == after or (name == "weights" and loop.same_weights(before, after)):
                 continue
-            if name == "weights" and before and after and Path(before).name == Path(after).name:
-                continue
-            shown = "is another" if name == "variant" else f"was {before!r} and is {after!r}"
+            shown = {"variant": "is another", "class names": "are others"}.get(name) or f"was {before!r} and is {after!r}"
             found.append(f"{name} {shown}{' in the space' if part == 'space' else ''}")
     return ", ".join(found)
 
@@ -335,9 +373,8 @@ def line(oracle, trial):
     place = f"trial {trial.trial_id} ({list(oracle.trials).index(trial.trial_id) + 1} of {oracle.max_trials})"
     if not is_over(trial):
         return f"\n{place}: {tried(oracle.candidates, trial)}"
-    done = [other for other in oracle.trials.values() if other.status == TrialStatus.COMPLETED]
-    best = max(done, key=lambda other: other.score, default=None)
-    so_far = f"; the best so far: trial {best.trial_id}, {best.score:.2%}" if best else ""
+    top = best(oracle)
+    so_far = f"; the best so far: trial {top.trial_id}, {top.score:.2%}" if top else ""
     if trial.status == TrialStatus.FAILED:
         return f"{place}: failed{f' ({reason(trial)})' if trial.message else ''}{so_far}"
     return f"{place}: {trial.score:.2%} top-1 on the validation images in {seconds(trial):.0f} s{so_far}"
@@ -346,7 +383,7 @@ def line(oracle, trial):
 def tried(candidates, trial):
     """What a trial tries, in a line."""
     values = trial.hyperparameters.values
-    shown = ", ".join(f"{name} {values[name]:g}" for name in candidates.space)
+    shown = ", ".join(f"{name} {spaces.shown(values[name])}" for name in candidates.space)
     cost = candidates.macs(values)
     own = candidates.is_own(values)
     epochs = candidates.of(values).epochs
@@ -360,6 +397,16 @@ def tried(candidates, trial):
 def repeated(trial):
     """The trial of an earlier round of Hyperband that is trained anew for longer, or `None`."""
     return trial.hyperparameters.values.get("tuner/trial_id")
+
+
+def best(oracle):
+    """The best trial, of equals the longest trained, then the earliest; `None` before one is done."""
+    done = [trial for trial in list(oracle.trials.values()) if trial.status == TrialStatus.COMPLETED]
+    return max(done, key=lambda trial: (trial.score, _epochs(oracle, trial)), default=None)
+
+
+def _epochs(oracle, trial):
+    return oracle.candidates.of(trial.hyperparameters.values).epochs
 
 
 def is_over(trial):

@@ -7,6 +7,7 @@ import numpy as np
 from cvt_keras import page, plots, runs
 from cvt_keras.search import oracles
 from cvt_keras.search.oracles import TrialStatus
+from cvt_keras.training import space as spaces
 from cvt_keras.training.space import Range
 
 try:
@@ -48,23 +49,24 @@ def rows(oracle):
                 "repeats": oracles.repeated(trial),
                 "macs": candidates.macs(values),
                 "seconds": round(oracles.seconds(trial), 1) if curve else None,
+                "reason": oracles.reason(trial) or None,
                 **{name: values[name] for name in candidates.space},
             }
         )
     return found
 
 
-def best(found):
-    """The row of the best trial, of equals the longest trained, then the earliest; `None` before one is done."""
-    done = [row for row in found if row["status"] == "completed"]
-    return max(done, key=lambda row: (row["val_accuracy"], row["epochs"]), default=None)
+def best(oracle, found):
+    """The row of the best trial, or `None` before one is done."""
+    top = oracles.best(oracle)
+    return next((row for row in found if top is not None and row["trial"] == top.trial_id), None)
 
 
 def best_recipe(oracle, row):
-    """The recipe of a row, for all training images and as many epochs as the search was given."""
+    """The recipe of a row, for all images and as many epochs as the search was given."""
     candidates = oracle.candidates
     recipe = candidates.of({name: row[name] for name in candidates.space})
-    return dataclasses.replace(recipe, train_limit=None)
+    return dataclasses.replace(recipe, train_limit=None, test_limit=None)
 
 
 def importance(found, space):
@@ -81,9 +83,9 @@ def importance(found, space):
     done = [row for row in found if row["status"] == "completed"]
     if len(done) < LEAST_TRIALS or len({row["val_accuracy"] for row in done}) == 1:
         return None, None
-    names = [*space, *(["epochs"] if len({row["epochs"] for row in done}) > 1 else [])]
-    logarithmic = {name for name, where in space.items() if isinstance(where, Range) and where.log}
-    values = np.array([[np.log(row[name]) if name in logarithmic else row[name] for name in names] for row in done], float)
+    axes = _axes(done, space)
+    names = list(axes)
+    values = np.array([[_number(where, row[name]) for name, where in axes.items()] for row in done], float)
     scores = np.array([row["val_accuracy"] for row in done])
     forest = RandomForestRegressor(TREES, oob_score=True, random_state=0).fit(values, scores)
     lost = permutation_importance(forest, values, scores, n_repeats=REPEATS, random_state=0)
@@ -91,6 +93,18 @@ def importance(found, space):
     return {names[i]: (float(lost.importances_mean[i]), float(lost.importances_std[i])) for i in order}, float(
         forest.oob_score_
     )
+
+
+def _axes(done, space):
+    """The space, with the epochs where they differ, as Hyperband's do."""
+    epochs = [row["epochs"] for row in done]
+    return space if len(set(epochs)) == 1 else {**space, "epochs": Range(min(epochs), max(epochs), log=True)}
+
+
+def _number(where, value):
+    if isinstance(value, str):
+        return where.values.index(value)
+    return np.log(value) if isinstance(where, Range) and where.log else value
 
 
 def write(oracle, search_dir, settings):
@@ -103,7 +117,7 @@ def write(oracle, search_dir, settings):
     """
     found = rows(oracle)
     runs.write_csv(search_dir / TRIALS, found)
-    top = best(found)
+    top = best(oracle, found)
     figures = {}
     if top is not None:
         runs.write_json(search_dir / BEST, best_recipe(oracle, top).settings())
@@ -112,7 +126,7 @@ def write(oracle, search_dir, settings):
             (row for row in found if row["status"] == "completed"), key=lambda row: (-row["val_accuracy"], -row["epochs"])
         )
         own = next((row["trial"] for row in done if oracle.candidates.is_own(row)), None)
-        figures[COORDINATES] = plots.parallel_coordinates(done, space, own)
+        figures[COORDINATES] = plots.parallel_coordinates(done, _axes(done, space), own)
         curves = {row["trial"]: oracles.curve(oracle.trials[row["trial"]]) for row in done}
         shown = [row["trial"] for row in done[:MOST_CURVES]]
         figures[CURVES] = plots.best_curves(curves, shown, own)
@@ -128,7 +142,7 @@ def write(oracle, search_dir, settings):
 
 
 def _write_page(oracle, search_dir, settings, found, top, own, fit):
-    recipe = oracle.candidates.recipe
+    recipe, why = oracle.candidates.recipe, oracle.candidates.left_out()
     lead = f"python train.py --recipe-file {search_dir / BEST} trains the best one on all images."
     page.write_document(
         search_dir / runs.PAGE,
@@ -136,6 +150,7 @@ def _write_page(oracle, search_dir, settings, found, top, own, fit):
         [
             f'<p class="quiet">{page.escape(lead)}</p>' if top else "",
             _tiles(oracle, found, top, own),
+            f'<p class="quiet">The recipe itself is not among the trials: {page.escape(why)}.</p>' if why else "",
             *(_pictures(search_dir, found, fit) if top else ()),
             _chosen(oracle.candidates, top) if top else "",
             _table(oracle.candidates, found),
@@ -207,7 +222,7 @@ def _table(candidates, found):
     cells = [
         [
             row["trial"],
-            row["status"],
+            f"{row['status']}: {row['reason']}" if row["reason"] else row["status"],
             "" if row["val_accuracy"] is None else f"{row['val_accuracy']:.2%}",
             row["epoch"] or "",
             row["epochs"],
@@ -222,4 +237,4 @@ def _table(candidates, found):
 
 
 def _shown(value):
-    return "" if value is None else f"{value:g}"
+    return "" if value is None else spaces.shown(value)

@@ -62,7 +62,9 @@ class RecipeTuner(keras_tuner.Tuner):
         except (FloatingPointError, MemoryError, RecipeError) as error:
             if isinstance(error, RecipeError) and self.candidates.is_own(trial.hyperparameters.values):
                 raise  # then it is none of a candidate's
-            trial.status, trial.message = TrialStatus.FAILED, str(error)
+            # What an exception of the training says after the colon is for one who trains by hand.
+            said = str(error) if isinstance(error, RecipeError) else str(error).partition(": ")[0]
+            trial.status, trial.message = TrialStatus.FAILED, said
             return
         for row in history:
             seen = {oracles.OBJECTIVE: float(row["val_accuracy"]), "seconds": float(row["seconds"])}

@@ -100,7 +100,7 @@ def run(recipe, run_dir, resume=False, evaluate_test=True, compression=None):
         _require_same(dataclasses.replace(recipe, flip=recipe.flip and stored.flip), stored, run_dir)
         checkpoint, look = None, begun
     else:
-        checkpoint = _read_weights(recipe)
+        checkpoint = read_weights(recipe)
         look = checkpoint.preprocessing if checkpoint else {}
     if checkpoint:
         recipe = dataclasses.replace(recipe, variant=named(checkpoint.variant))
@@ -323,7 +323,7 @@ def resolve(recipe, stored=None):
         left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
         if (
             recipe.weights
-            and _same_weights(stored.weights, recipe.weights)
+            and same_weights(stored.weights, recipe.weights)
             and _leaves_open(recipe.variant, get_variant(stored.variant))
         ):
             left_open.append("variant")
@@ -337,7 +337,15 @@ def resolve(recipe, stored=None):
     return dataclasses.replace(recipe, precision=precision, xla=xla)
 
 
-def _read_weights(recipe):
+def same_weights(was, is_now):
+    """Whether these are the weights that a run began with: also where they were moved, or told from another folder."""
+    if was == is_now or was is None or is_now is None:
+        return was == is_now
+    before, after = Path(was).expanduser(), Path(is_now).expanduser()
+    return _same_place(was, is_now) or (before.name == after.name and after.exists() and not before.exists())
+
+
+def read_weights(recipe):
     """The checkpoint that a recipe starts from, or `None`.
 
     Raises:
@@ -417,7 +425,7 @@ def _require_same(recipe, stored, run_dir):
     # the checkpoint's.
     if recipe.dataset != "folder" or _same_place(was["data_dir"], is_now["data_dir"]):
         names = [name for name in names if name != "data_dir"]
-    if _same_weights(was["weights"], is_now["weights"]):
+    if same_weights(was["weights"], is_now["weights"]):
         names = [name for name in names if name != "weights"]
     elif "variant" in names:  # which comes from the weights
         names = ["weights", *(name for name in names if name not in ("weights", "variant"))]
@@ -432,14 +440,6 @@ def _enumerated(names, most=5):
 
 def _shown(value):
     return "a Variant of its own" if isinstance(value, Variant) else repr(value)
-
-
-def _same_weights(was, is_now):
-    """Whether these are the weights that a run began with: also where they were moved, or told from another folder."""
-    if was == is_now or was is None or is_now is None:
-        return was == is_now
-    before, after = Path(was).expanduser(), Path(is_now).expanduser()
-    return _same_place(was, is_now) or (before.name == after.name and after.exists() and not before.exists())
 
 
 def _same_place(*paths):

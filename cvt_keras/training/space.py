@@ -1,7 +1,8 @@
 """What a search may change in a recipe and in its variant: names, ranges, and the way from values back to a recipe.
 
-A search space is a dict of name -> `Range` or `Choice`. A name is a number field of `Recipe`, or one of the network's:
-`mlp_ratio` and `drop_path` of all stages, and `stage0_depth`, `stage0_dim`, `stage0_kernel_size`, `stage0_stride` of each.
+A search space is a dict of name -> `Range` or `Choice`. A name is a field of `Recipe` that holds a number or one of a few
+words, or one of the network's: `mlp_ratio` and `drop_path` of all stages, and `stage0_depth`, `stage0_dim`,
+`stage0_kernel_size`, `stage0_stride` of each.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from cvt_keras import runs
 from cvt_keras.training.recipes import Recipe, RecipeError
@@ -51,35 +53,50 @@ class Range:
     def ends(self):
         return self.low, self.high
 
+    @property
+    def kind(self):
+        """Of all its values."""
+        return float
+
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few numbers, kept in rising order.
+    """One of a few numbers, kept in rising order, or of a few words.
 
     Raises:
         RecipeError: if there are not two to choose from.
     """
 
-    values: tuple[float, ...]
+    values: tuple[float | str, ...]
 
     def __post_init__(self):
-        if not isinstance(self.values, (tuple, list)) or not all(_is_number(value) for value in self.values):
-            raise RecipeError(f"a choice must be a list of finite numbers. Received: {self.values!r}")
-        object.__setattr__(self, "values", tuple(sorted(set(self.values))))
+        values = self.values if isinstance(self.values, (tuple, list)) else ()
+        words = bool(values) and all(isinstance(value, str) for value in values)
+        if values is not self.values or not (words or all(_is_number(value) for value in values)):
+            raise RecipeError(f"a choice must be a list of finite numbers, or of words. Received: {self.values!r}")
+        object.__setattr__(self, "values", tuple(dict.fromkeys(values if words else sorted(values))))
         if len(self.values) < 2:
             raise RecipeError(f"a choice must have two values at least. Received: {list(self.values)}")
 
     def __contains__(self, value):
-        return _is_number(value) and value in self.values
+        return isinstance(value, str) == (self.kind is str) and value in self.values
 
     @property
     def ends(self):
         return self.values[0], self.values[-1]
 
+    @property
+    def kind(self):
+        """Of all its values."""
+        if isinstance(self.values[0], str):
+            return str
+        return int if all(isinstance(value, int) for value in self.values) else float
 
-# Wide enough for a good recipe to lie well inside, narrow enough that most candidates learn.
+
+RATES = 4.0  # the learning rate from a quarter of the recipe's own to four times it
+# Wide enough for a good recipe to lie well inside, narrow enough that most candidates learn; widened to hold the recipe's own.
 RECIPE_SPACE = {
-    "peak_learning_rate": Range(5e-4, 8e-3, log=True),
+    "decay": Choice(("linear", "cosine")),
     "weight_decay": Range(1e-3, 0.2, log=True),
     "warmup": Range(0.02, 0.3),
     "label_smoothing": Range(0.0, 0.2),
@@ -101,14 +118,15 @@ def space_of(recipe):
 
     Of the network only where it is trained anew: with `weights` its shape is theirs.
     """
+    space = {}
+    if (rate := recipe.peak_learning_rate) > 0:
+        space["peak_learning_rate"] = Range(*(float(f"{end:.{DIGITS}g}") for end in (rate / RATES, rate * RATES)), log=True)
+    space |= {name: _around(where, getattr(recipe, name)) for name, where in RECIPE_SPACE.items()}
     if recipe.weights is not None:
-        return {**RECIPE_SPACE, "layer_decay": LAYER_DECAY}
+        return {**space, "layer_decay": _around(LAYER_DECAY, recipe.layer_decay)}
     stages = get_variant(recipe.variant).stages
-    space = {
-        **RECIPE_SPACE,
-        "mlp_ratio": Choice((*MLP_RATIOS, *(stage.mlp_ratio for stage in stages))),
-        "drop_path": DROP_PATH,
-    }
+    space["mlp_ratio"] = Choice((*MLP_RATIOS, *(stage.mlp_ratio for stage in stages)))
+    space["drop_path"] = _around(DROP_PATH, stages[-1].drop_path)
     for i, stage in enumerate(stages):
         space[f"stage{i}_depth"] = Choice(tuple(max(1, stage.depth + more) for more in (-1, 0, 1, 2)))
         space[f"stage{i}_dim"] = Choice((stage.dim, *(_even(stage.dim * width) for width in WIDTHS)))
@@ -118,7 +136,7 @@ def space_of(recipe):
 
 
 def values_of(recipe, space):
-    """A recipe's own place in a space -> a dict of name -> number; `None` for what lies outside."""
+    """A recipe's own place in a space -> a dict of name -> value; `None` for what lies outside."""
     values = {}
     stages = get_variant(recipe.variant).stages if recipe.variant is not None else ()
     for name in space:
@@ -132,18 +150,15 @@ def values_of(recipe, space):
         else:
             value = getattr(recipe, name)
         values[name] = value
-    return {name: values[name] if values[name] in where else None for name, where in space.items()}
+    return {name: where.kind(values[name]) if values[name] in where else None for name, where in space.items()}
 
 
 def apply(recipe, values):
     """A recipe with the values of a candidate.
 
-    A stage of another width keeps the width of its heads, as nearly as whole heads allow; one of another kernel has its
-    padding follow; `drop_path` is the last stage's, and a stage before has a share of it, the first none.
-
     Args:
         recipe: the `Recipe` that is varied.
-        values: a dict of name -> number, of a space of it.
+        values: a dict of name -> value, of a space of it.
 
     Returns:
         A `Recipe`; for the recipe's own values the recipe itself, but for its description.
@@ -152,8 +167,23 @@ def apply(recipe, values):
         RecipeError: for values that no run can have.
     """
     fields = {name: value for name, value in values.items() if not _is_of_network(name)}
-    if len(fields) == len(values):
-        return dataclasses.replace(recipe, description="", **fields)
+    if len(fields) < len(values):
+        fields["variant"] = network(recipe, values)
+    return dataclasses.replace(recipe, description="", **fields)
+
+
+def network(recipe, values):
+    """The network of a candidate -> a name of `VARIANTS`, or a `Variant`.
+
+    A stage of another width keeps the width of its heads, as nearly as whole heads allow; one of another kernel has its
+    padding follow; `drop_path` is the last stage's, and a stage before has a share of it, the first none.
+
+    Args:
+        recipe, values: as `apply` has them; what is not the network's is passed over.
+
+    Raises:
+        RecipeError: for values that no network can have.
+    """
     variant = get_variant(recipe.variant)
     changes = [{} for _ in variant.stages]
     for name, value in values.items():
@@ -175,7 +205,7 @@ def apply(recipe, values):
         variant = dataclasses.replace(variant, stages=tuple(stages))
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    return dataclasses.replace(recipe, description="", variant=named(variant), **fields)
+    return named(variant)
 
 
 def read(path, recipe):
@@ -198,7 +228,7 @@ def read(path, recipe):
     if not isinstance(written, dict) or not written:
         raise RecipeError(f"`--space` {path} must hold an object of at least one name. Received: {written!r}")
     known = space_of(recipe)
-    known |= {name: None for name in _number_fields()}
+    known |= {name: None for name in (*_number_fields(), *_word_fields())}
     space = {}
     for name, where in written.items():
         if name not in known:
@@ -208,6 +238,9 @@ def read(path, recipe):
             space[name] = _read_one(where)
             if isinstance(space[name], Range) and _is_whole(name):
                 raise RecipeError(f"it is a whole number: give a list of them. Received: {where}")
+            if (space[name].kind is str) != (name in _word_fields()):
+                few = _word_fields().get(name)
+                raise RecipeError(f"it must be a list of {', '.join(few) if few else 'finite numbers'}. Received: {where}")
             for value in getattr(space[name], "values", space[name].ends):
                 apply(recipe, {name: value})
         except RecipeError as error:
@@ -220,7 +253,7 @@ def _read_one(where):
         return Choice(tuple(where))
     if isinstance(where, dict) and {"low", "high"} <= set(where) <= {"low", "high", "log"}:
         return Range(**where)
-    raise RecipeError(f'it must be {{"low": .., "high": .., "log": true or false}} or a list of numbers. Received: {where!r}')
+    raise RecipeError(f'it must be {{"low": .., "high": .., "log": true or false}} or a list. Received: {where!r}')
 
 
 def written(space):
@@ -237,11 +270,39 @@ def rounded(value, where):
     return min(max(float(f"{value:.{DIGITS}g}"), where.low), where.high)
 
 
+def sizes(space):
+    """The least of each name that a network's multiply-accumulates depend on: a stride makes it smaller, all else larger."""
+    names = [name for name in space if _is_of_network(name) and name != "drop_path"]
+    return {name: space[name].ends[name.endswith("_stride")] for name in names}
+
+
+def shown(value):
+    """A value as it is told: a number without needless digits."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def _number_fields():
     """name -> default, of the fields of a recipe that are numbers, but for those that say how much is trained, and how long."""
     apart = ("image_size", "epochs", "seed")
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     return {name: default for name, default in defaults.items() if _is_number(default) and name not in apart}
+
+
+def _word_fields():
+    """name -> what it can be, of the fields of a recipe that are one of a few words, but for those of the machine."""
+    hints = get_type_hints(Recipe)
+    return {
+        name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal and name not in ("precision", "xla")
+    }
+
+
+def _around(where, own):
+    """A part of the space, wide enough for the recipe's own value; a logarithmic one can't hold 0."""
+    if isinstance(where, Choice):
+        return Choice((*where.values, own))
+    if where.log and own <= 0:
+        return where
+    return Range(min(where.low, own), max(where.high, own), where.log)
 
 
 def _is_whole(name):

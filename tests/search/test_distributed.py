@@ -20,6 +20,7 @@ from cvt_keras import runs
 from cvt_keras.search import distributed, oracles, tuner
 from cvt_keras.search.distributed import DistributedError, Worker, lead
 from cvt_keras.training import RECIPES, RecipeError
+from cvt_keras.training.space import Choice
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -203,14 +204,14 @@ def test_a_worker_that_waits_for_an_answer_can_be_stopped(make_oracle, tmp_path,
 
 def test_the_chief_knows_why_a_trial_failed(make_oracle, tmp_path, address, monkeypatch):
     def run(*_, **__):
-        raise FloatingPointError("the loss is no number: größer")
+        raise FloatingPointError("the loss is no number, but größer")
 
     monkeypatch.setattr(tuner, "run", run)
     chief = _Chief(make_oracle(trials=5), address)
     _worker(make_oracle, tmp_path, address, trials=5).search()
     chief.join(10)
     assert [trial.status for trial in chief.oracle.trials.values()] == [TrialStatus.FAILED] * 3
-    assert oracles.reason(chief.oracle.trials["0"]) == "the loss is no number: größer"
+    assert oracles.reason(chief.oracle.trials["0"]) == "the loss is no number, but größer"
 
 
 def test_a_worker_whose_disk_has_another_search_ends(make_oracle, tmp_path, address):
@@ -314,6 +315,81 @@ def test_a_slow_choice_loses_no_worker(make_oracle, tmp_path, address, quick_run
     assert chief.error is None and len(quick_run) == 1
 
 
+def test_the_end_of_a_trial_waits_for_a_slow_choice(make_oracle, tmp_path, address, quick_run, monkeypatch):
+    """Which the chief makes for another worker."""
+    monkeypatch.setattr(distributed, "NO_CHIEF_SECONDS", 2.0)
+    quick, oracle = tuner.run, make_oracle(trials=3)
+    populate, choosing = oracle.populate_space, threading.Event()
+
+    def slow(trial_id):
+        if trial_id == "1":
+            choosing.set()
+            time.sleep(5)
+        return populate(trial_id)
+
+    def run(*given, **flags):
+        if not quick_run:  # the end of a trial that failed is all that a worker tells of it
+            threading.Thread(target=ask, daemon=True).start()
+            choosing.wait(20)
+            quick_run.append(None)
+            raise FloatingPointError("the loss is no number")
+        quick(*given, **flags)
+
+    def ask():
+        stub, service = _stub(address)
+        stub.CreateTrial(service.CreateTrialRequest(tuner_id="another"), wait_for_ready=True, timeout=20)
+
+    oracle.populate_space = slow
+    monkeypatch.setattr(tuner, "run", run)
+    chief = _Chief(oracle, address, patience=7.0)
+    _worker(make_oracle, tmp_path, address, trials=3).search()
+    chief.join(15)
+    assert chief.error is None
+    statuses = [trial.status for trial in oracle.trials.values()]
+    assert statuses == [TrialStatus.FAILED, TrialStatus.COMPLETED, TrialStatus.COMPLETED]
+
+
+def test_a_slow_choice_answers_the_heartbeat_of_a_worker_that_is_known_no_more(make_oracle):
+    oracle = make_oracle()
+    trial = oracle.create_trial("a")
+    distributed._drop(oracle, "a")
+    with distributed.LOCKS[oracle]:
+        assert distributed._claim(oracle, trial.trial_id, "a")
+        assert not oracle.ongoing_trials
+    assert distributed._claim(oracle, trial.trial_id, "a")
+    assert oracle.ongoing_trials["a"] is trial
+
+
+def test_a_chief_does_not_end_with_trials_that_lost_their_workers(make_oracle, address):
+    """Also where the space is used up, and one worker was told so."""
+    oracle = make_oracle(trials=9, space={"stage0_depth": Choice((1, 2))})
+    chief = _Chief(oracle, address, patience=2.0)
+    stub, service = _stub(address)
+    for tuner_id in ("a", "b", "c"):
+        stub.CreateTrial(service.CreateTrialRequest(tuner_id=tuner_id), wait_for_ready=True, timeout=10)
+    chief.join(15)
+    assert "no worker was heard for 2 s" in str(chief.error)
+    assert len(oracle._retry_queue) == 2
+
+
+def test_ctrl_c_does_not_wait_for_a_chief_that_is_gone(make_oracle, tmp_path, address, monkeypatch):
+    def stopped(*_, **__):
+        server.stop(None).wait()
+        time.sleep(0.5)  # for a heartbeat that nobody answers
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuner, "run", stopped)
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    protos.get_service_grpc().add_OracleServicer_to_server(distributed._Servicer(make_oracle()), server)
+    server.add_insecure_port(address)
+    server.start()
+    worker = _worker(make_oracle, tmp_path, address)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        worker.search()
+    assert time.monotonic() - began < 10 < distributed.NO_CHIEF_SECONDS
+
+
 def test_a_disk_that_is_full_ends_the_chief_and_its_workers(make_oracle, tmp_path, address, quick_run):
     oracle = make_oracle(trials=3)
     save = oracle._save_trial
@@ -362,7 +438,7 @@ def test_a_chief_and_two_workers_as_processes(space_file, tmp_path, address, tab
     trained = [line.split()[1].rstrip(":") for text in said[1:] for line in text.splitlines() if "% top-1" in line]
     assert sorted(begun) == sorted(trained)
     assert sorted(trained) == ["0", "1", "2", "3"]
-    assert all("\ntrial " in text for text in said[1:])  # each had its share
+    assert all("nothing is left for this worker" in text for text in said[1:])
     for row in rows:
         report = json.loads((tmp_path / "search" / "trials" / row["trial"] / "report.json").read_text())
         assert float(row["val_accuracy"]) == pytest.approx(report["validation"]["top1"], abs=5e-5)

@@ -26,7 +26,7 @@ def _all(oracle):
     values = []
     while (trial := oracle.create_trial("tuner")).status == TrialStatus.RUNNING:
         values.append(trial.hyperparameters.values)
-        _finish(oracle, trial, 1 - abs(trial.hyperparameters.values["peak_learning_rate"] - 4e-3))
+        _finish(oracle, trial, 1 - abs(trial.hyperparameters.values.get("peak_learning_rate", 0) - 4e-3))
     assert trial.status == TrialStatus.STOPPED
     return values
 
@@ -140,27 +140,86 @@ def test_three_failures_in_a_row_end_the_search(make_oracle):
         trial.message = "the loss is no number"
         _finish(oracle, trial, status=TrialStatus.FAILED)
     assert oracle.create_trial("a").status == TrialStatus.STOPPED
-    assert "last 3 trials failed" in oracle.exhausted
+    assert "last 3 trials failed" in oracle.exhausted and oracle.failing
     assert oracles.line(oracle, trial) == "trial 3 (4 of 9): failed (the loss is no number); the best so far: trial 0, 50.00%"
 
 
 def test_a_small_space_runs_out(make_oracle):
     oracle = make_oracle(trials=6, space={"stage0_depth": Choice((1, 2)), "peak_learning_rate": Choice((1e-3, 2e-3))})
     assert len(_all(oracle)) == 4
-    assert "had been tried before" in oracle.exhausted
+    assert oracle.exhausted == "the space holds hardly any other candidate" and not oracle.failing
 
 
-def test_a_budget_that_hardly_anything_meets_ends(make_oracle, monkeypatch):
-    monkeypatch.setattr(oracles, "MOST_REFUSED", 3)
-    oracle = make_oracle(max_macs=840_928, trials=50)
-    values = _all(oracle)
-    assert 1 <= len(values) < 50 and "3 candidates in a row were over the budget" in oracle.exhausted
-    # Where not even the recipe itself is within it, it is told before there is a search.
-    large = dataclasses.replace(oracle.candidates.recipe, variant="cvt_cifar")
-    oracle = make_oracle("random", max_macs=54_000_000, recipe=large, space=SPACE | {"mlp_ratio": Choice((1.0, 2.0))})
-    monkeypatch.setattr(oracles, "MOST_REFUSED", 0)
-    with pytest.raises(RecipeError, match="the space leaves nothing to try: 0 candidates in a row"):
+@pytest.mark.parametrize("algorithm", ["random", "bayesian"])
+def test_a_budget_that_hardly_anything_meets_is_met(algorithm, make_oracle):
+    """Of the whole space by chance one in many thousands is within it."""
+    recipe = dataclasses.replace(RECIPES["smoke"], variant="cvt_cifar")
+    oracle = make_oracle(algorithm, trials=9, max_macs=22_000_000, recipe=recipe, space=None)
+    began = time.monotonic()
+    oracle.require_one()
+    costs = [oracle.candidates.macs(values) for values in _all(oracle)]
+    assert len(costs) == 9 and max(costs) <= 22_000_000 and len(set(costs)) > 1
+    assert time.monotonic() - began < 100  # a second or two, but for the Gaussian process
+
+
+def test_a_candidate_shrinks_until_it_is_within_the_budget(make_oracle):
+    space = {"mlp_ratio": Range(1.0, 4.0), "stage1_depth": Choice((1, 2, 9)), "stage0_stride": Choice((1, 2)), **SPACE}
+    recipe = dataclasses.replace(RECIPES["smoke"], variant="cvt_cifar")
+    candidates = make_oracle(max_macs=50_000_000, recipe=recipe, space=space).candidates
+    large = {
+        "mlp_ratio": 4.0,
+        "stage1_depth": 9,
+        "stage0_stride": 1,
+        "stage0_depth": 3,
+        "peak_learning_rate": 2e-3,
+        "mixup": 0.2,
+    }
+    assert candidates.least == {"mlp_ratio": 1.0, "stage1_depth": 1, "stage0_stride": 2, "stage0_depth": 1}
+    found = [candidates.shrunk(large, seed) for seed in range(20)]
+    assert all(candidates.fits(values) for values in found) and len({json.dumps(values) for values in found}) > 5
+    assert all(values["peak_learning_rate"] == 2e-3 and values["mixup"] == 0.2 for values in found)
+    assert candidates.shrunk(large, 3) == found[3] and large["stage1_depth"] == 9
+    within = {**large, **candidates.least}
+    assert candidates.shrunk(within, 0) == within
+    candidates.max_macs = 1
+    assert candidates.shrunk(large, 0) == within  # as small as can be
+
+
+def test_a_space_of_no_networks_is_told(make_oracle, monkeypatch):
+    monkeypatch.setattr(oracles, "MOST_REFUSED", 30)
+    oracle = make_oracle(space={"stage0_depth": Choice((1, 2))})
+    oracle.candidates.own = None
+    oracle.candidates.fits = lambda values: False
+    with pytest.raises(
+        RecipeError, match="the space leaves nothing to try: 30 candidates in a row were no networks for 32 pixels"
+    ):
         oracle.require_one()
+
+
+def test_how_strong_no_augmentation_is_makes_no_candidate(make_oracle):
+    space = {"rand_augment": Choice((0, 1)), "rand_augment_magnitude": Range(2.0, 9.0)}
+    for algorithm in ("random", "bayesian"):
+        oracle = make_oracle(algorithm, trials=12, space=space)
+        values = _all(oracle)
+        assert [value["rand_augment_magnitude"] for value in values if value["rand_augment"] == 0] == [5.0]
+        assert len({value["rand_augment_magnitude"] for value in values}) == 12
+        shutil.rmtree(Path(oracle._get_oracle_fname()).parent)
+    oracle = make_oracle(space={"rand_augment": Choice((0, 1)), "rand_augment_magnitude": Range(6.0, 9.0)})
+    assert oracle.candidates.settled({"rand_augment": 0, "rand_augment_magnitude": 7.0})["rand_augment_magnitude"] == 6.0
+
+
+@pytest.mark.parametrize("algorithm", ["random", "bayesian", "hyperband"])
+def test_words_are_tried(algorithm, make_oracle):
+    oracle = make_oracle(algorithm, trials=9, space={"decay": Choice(("linear", "cosine")), **SPACE})
+    assert {oracle.candidates.of(values).decay for values in _all(oracle)} == {"linear", "cosine"}
+    assert "decay linear, " in oracles.tried(oracle.candidates, oracle.trials["0"])
+    assert {row["decay"] for row in results.rows(oracle)} == {"linear", "cosine"}
+
+
+def test_the_recipe_itself_is_not_tried_twice(make_oracle):
+    """Whole numbers stand for it too."""
+    values = _all(make_oracle(space={"gradient_clip": Choice((0, 1))}))
+    assert [value["gradient_clip"] for value in values] == [1, 0]
 
 
 def test_a_budget_that_nothing_meets_is_refused(make_oracle):
@@ -179,6 +238,24 @@ def test_idle_workers_wait_for_what_others_may_leave(make_oracle):
     assert oracle.create_trial("b").status == TrialStatus.STOPPED
 
 
+def test_where_nothing_is_left_to_try_idle_workers_wait_too(make_oracle):
+    oracle = make_oracle(trials=9, space={"stage0_depth": Choice((1, 2))})
+    trials = [oracle.create_trial(name) for name in ("a", "b")]
+    assert [oracle.create_trial("c").status for _ in range(2)] == [TrialStatus.IDLE] * 2
+    assert "c" in oracle.tuner_ids and oracle.exhausted
+    for trial in trials:
+        _finish(oracle, trial)
+    assert oracle.create_trial("c").status == TrialStatus.STOPPED and "c" not in oracle.tuner_ids
+
+
+def test_of_equals_the_longest_trained_is_the_best(make_oracle):
+    oracle = make_oracle("hyperband", trials=13, recipe=dataclasses.replace(RECIPES["smoke"], epochs=9))
+    while (trial := oracle.create_trial("tuner")).status == TrialStatus.RUNNING:
+        _finish(oracle, trial, 0.5)
+    assert oracles.best(oracle).trial_id == results.best(oracle, results.rows(oracle))["trial"] == "12"
+    assert oracles.line(oracle, oracle.trials["12"]).endswith("the best so far: trial 12, 50.00%")
+
+
 def test_a_trial_ended_twice_counts_once(make_oracle):
     oracle = make_oracle()
     trial = oracle.create_trial("a")
@@ -190,22 +267,36 @@ def test_a_trial_ended_twice_counts_once(make_oracle):
 
 def test_differences_are_named():
     recipe = {"dataset": "cifar10", "data_dir": "a", "seed": 0, "weights": "a/model.keras", "variant": {"stem": []}}
-    data = {"training_images": 45_000}
+    data = {"class names": "a, b", "number of train images": 45_000}
     settings = {"recipe": recipe, "space": {"mixup": [0, 1]}, "algorithm": "random", "max_macs": 1, "data": data}
-    moved = {**settings, "recipe": {**recipe, "data_dir": "b", "weights": "b/model.keras"}}
+    moved = {**settings, "recipe": {**recipe, "data_dir": "b"}}
     assert oracles.differences(settings, moved) == ""
     changed = {
         **settings,
         "recipe": {**recipe, "dataset": "folder", "seed": 1, "weights": None, "variant": {"stem": [8]}},
         "max_macs": None,
         "space": {},
-        "data": {"training_images": 100},
+        "data": {"class names": "a, c", "number of train images": 100},
     }
     assert oracles.differences(settings, changed) == (
-        "max_macs was 1 and is None, data was {'training_images': 45000} and is {'training_images': 100}, "
+        "max_macs was 1 and is None, class names are others, number of train images was 45000 and is 100, "
         "dataset was 'cifar10' and is 'folder', seed was 0 and is 1, weights was 'a/model.keras' and is None, "
         "variant is another, mixup was [0, 1] and is None in the space"
     )
+
+
+def test_weights_may_be_moved_but_not_be_others(tmp_path):
+    here, there = tmp_path / "a" / "model.keras", tmp_path / "b" / "model.keras"
+    settings, other = [
+        {"recipe": {"weights": str(path)}, "space": {}, "data": {}, "algorithm": "random", "max_macs": None}
+        for path in (here, there)
+    ]
+    for path in (here, there):
+        path.parent.mkdir()
+        path.write_text("")
+    assert "weights was" in oracles.differences(settings, other)
+    here.unlink()
+    assert oracles.differences(settings, other) == ""
 
 
 def test_numbers_of_a_range_are_tried_to_four_digits_and_those_of_a_choice_as_they_are(make_oracle):

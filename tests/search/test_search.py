@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ import train
 from cvt_keras import runs
 from cvt_keras.search import results, tuner
 from cvt_keras.search.__main__ import main
+from cvt_keras.training.space import Choice
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -28,7 +30,7 @@ def command(tmp_path, space_file):
 def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_path, quick_run, table, capsys):
     search_dir = tmp_path / "search"
     words = [*command, "--algorithm", algorithm, "--train-limit", "100", "--max-macs", "1.3e6", "--trials", "9"]
-    words += ["--epochs", "3"]
+    words += ["--epochs", "3", "--test-limit", "50"]
     assert main(words) == 0
     rows = table(search_dir)
     assert [row["trial"] for row in rows] == [f"{i}" for i in range(9)] and {row["status"] for row in rows} == {"completed"}
@@ -39,7 +41,7 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
     assert written["peak_learning_rate"] == float(best["peak_learning_rate"])
     assert written["variant"]["stages"][0]["depth"] == int(best["stage0_depth"])
     # For all images, and the epochs that the search was given.
-    assert written["train_limit"] is None and written["epochs"] == 3
+    assert written["train_limit"] is None and written["test_limit"] is None and written["epochs"] == 3
     assert train.parse(["--recipe-file", str(search_dir / "best.json")]).recipe.settings() == written
     page = (search_dir / "report.html").read_text()
     for part in (
@@ -51,7 +53,7 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
     ):
         assert part in page, part
     assert page.count("data:image/png") == 3 and "; the other trials in grey" in page
-    assert (">repeats<" in page) == (algorithm == "hyperband")
+    assert (">repeats<" in page) == (algorithm == "hyperband") and "not among the trials" not in page
     said = capsys.readouterr().out
     assert "trial 0 (1 of 9): the recipe itself: peak_learning_rate 0.002" in said
     assert f"best: trial {best['trial']}, {float(best['val_accuracy']):.2%} top-1" in said
@@ -75,17 +77,19 @@ def test_a_candidate_that_can_not_be_trained_is_a_failed_trial(
 
     def run(recipe, run_dir, **flags):
         if recipe.peak_learning_rate != 0.002:
-            raise FloatingPointError("the loss is no number")
+            raise FloatingPointError("the loss is no number: train anew, into another --run-dir")
         quick(recipe, run_dir, **flags)
 
     monkeypatch.setattr(tuner, "run", run)
-    assert main([*command, "--trials", "9"]) == 0
+    assert main([*command, "--trials", "9"]) == 1
     rows = table(tmp_path / "search")
     assert [row["status"] for row in rows] == ["completed"] + ["failed"] * 3
-    assert rows[1]["val_accuracy"] == ""
+    assert rows[1]["val_accuracy"] == "" and [row["reason"] for row in rows] == [""] + ["the loss is no number"] * 3
     said = capsys.readouterr()
     assert "failed (the loss is no number)" in said.out and "no more trials: the last 3 trials failed" in said.err
-    assert ">3</b><span>failed<" in (tmp_path / "search" / "report.html").read_text()
+    assert "best: trial 0" in said.out
+    page = (tmp_path / "search" / "report.html").read_text()
+    assert ">3</b><span>failed<" in page and page.count("failed: the loss is no number<") == 3
 
 
 def test_where_none_can_be_trained_the_search_fails(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
@@ -138,6 +142,8 @@ def test_fresh_asks_before_it_deletes(command, tmp_path, quick_run, no_pictures,
     (search_dir / "trials" / "0").mkdir(exist_ok=True)
     assert main([*command, "--fresh"]) == 1
     assert "the runs of 4 trials" in asked[0] and len(quick_run) == 4
+    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))  # Ctrl-D
+    assert main([*command, "--fresh"]) == 1 and "is left as it is" in capsys.readouterr().err
     monkeypatch.setattr("builtins.input", lambda prompt: "y")
     assert main([*command, "--seed", "1", "--fresh"]) == 0
     assert len(quick_run) == 8 and json.loads((search_dir / "search.json").read_text())["recipe"]["seed"] == 1
@@ -263,7 +269,52 @@ def test_what_auto_was_it_stays(command, tmp_path, quick_run, no_pictures, monke
     assert {recipe.dataset for recipe in quick_run} == {"digits"} and len(quick_run) == 5
 
 
-def test_the_network_of_weights_is_kept(tmp_path, quick_run, no_pictures):
+def test_an_own_space_of_what_no_training_can_have_is_told(command, tmp_path, quick_run, capsys):
+    (tmp_path / "space.json").write_text('{"batch_size": [32, 4096]}')
+    assert main([*command, "--train-limit", "64"]) == 2
+    assert "`--space`: batch_size 4096: `batch_size` must not exceed the 64 training images" in capsys.readouterr().err
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_search_dir_that_can_not_be_written_is_told(command, tmp_path, quick_run, capsys):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    assert main([*command, "--search-dir", str(tmp_path / "thesis.txt" / "search")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("search: `search_dir` can't be") and error.endswith("Name another with --search-dir")
+
+
+def test_a_worker_asks_for_its_chief_before_it_loads_data(command, monkeypatch, capsys):
+    from cvt_keras.search import __main__ as command_line
+
+    monkeypatch.setattr(command_line.distributed, "NO_CHIEF_SECONDS", 0.2)
+    monkeypatch.setattr(command_line.sources, "load", None)
+    assert main([*command, "--worker", "--address", "127.0.0.1:9"]) == 1
+    assert "no chief answers at 127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_hyperband_tells_the_epochs_of_the_best(command, quick_run, no_pictures, capsys):
+    assert main([*command, "--algorithm", "hyperband", "--epochs", "9", "--trials", "3"]) == 0
+    assert "top-1 on the validation images after 1 of 9 epochs; page" in capsys.readouterr().out
+
+
+def test_epochs_have_an_axis_where_they_differ():
+    from conftest import SPACE
+
+    assert results._axes([{"epochs": 3}, {"epochs": 3}], SPACE) == SPACE
+    axes = results._axes([{"epochs": 1}, {"epochs": 9}], SPACE)
+    assert list(axes) == [*SPACE, "epochs"] and axes["epochs"].ends == (1, 9)
+
+
+def test_weights_that_are_not_there_are_told_before_there_is_a_search(command, tmp_path, quick_run, capsys):
+    words = ["finetune", "--weights", "none.keras", "--dataset", "digits", "--search-dir", str(tmp_path / "search")]
+    assert main(words) == 2
+    assert "`weights` can't be started from" in capsys.readouterr().err and not (tmp_path / "search").exists()
+
+
+def test_the_network_of_weights_is_kept(tmp_path, quick_run, no_pictures, monkeypatch):
+    from cvt_keras.search import __main__ as command_line
+
+    monkeypatch.setattr(command_line.loop, "read_weights", lambda recipe: SimpleNamespace(variant="cvt_tiny"))
     words = ["finetune", "--weights", "some.keras", "--image-size", "32", "--crop-padding", "4", "--dataset", "digits"]
     assert main([*words, "--search-dir", str(tmp_path / "search"), "--trials", "2"]) == 0
     assert {recipe.variant for recipe in quick_run} == {None} and len({recipe.layer_decay for recipe in quick_run}) == 2
@@ -289,9 +340,10 @@ def test_two_searches_keep_out_of_each_other_s_way(command, tmp_path, quick_run,
     assert "another process is at work" in capsys.readouterr().err and len(quick_run) == 1
 
 
-def test_a_recipe_outside_the_space_is_told(command, quick_run, no_pictures, capsys):
+def test_a_recipe_outside_the_space_is_told(command, tmp_path, quick_run, no_pictures, capsys):
     assert main([*command, "--peak-learning-rate", "0.5"]) == 0
     assert "the recipe itself is not tried: its peak_learning_rate is not in the space" in capsys.readouterr().out
+    assert "not among the trials: its peak_learning_rate" in (tmp_path / "search" / "report.html").read_text()
     assert all(recipe.peak_learning_rate <= 8e-3 for recipe in quick_run)
 
 
@@ -300,10 +352,12 @@ def test_the_importance_is_of_what_matters():
 
     rows = [
         {"status": "completed", "epochs": 2, "val_accuracy": 0.5 + 0.01 * i, "peak_learning_rate": 1e-3 * 1.1**i}
+        | {"decay": ("linear", "cosine")[i % 2]}
         | {"stage0_depth": 1 + i * 7 % 3, "mixup": 0.1 * (i * 5 % 4)}
         for i in range(20)
     ]
-    shares, fit = results.importance(rows, SPACE)
+    shares, fit = results.importance(rows, SPACE | {"decay": Choice(("linear", "cosine"))})
+    assert set(shares) == {*SPACE, "decay"}
     assert next(iter(shares)) == "peak_learning_rate" and shares["peak_learning_rate"][0] > 10 * shares["mixup"][0]
     assert 0.5 < fit <= 1
     assert results.importance(rows[:7], SPACE) == (None, None)

@@ -576,16 +576,16 @@ def test_the_weights_of_a_run_are_the_same_where_they_were_moved(tmp_path):
     here, there = tmp_path / "a" / "model.keras", tmp_path / "b" / "model.keras"
     there.parent.mkdir()
     there.touch()
-    assert loop._same_weights(str(here), str(there))  # from where there is nothing
-    assert not loop._same_weights(str(there), str(here))
-    assert not loop._same_weights(str(here), str(there.with_name("other.keras")))
+    assert loop.same_weights(str(here), str(there))  # from where there is nothing
+    assert not loop.same_weights(str(there), str(here))
+    assert not loop.same_weights(str(here), str(there.with_name("other.keras")))
     here.parent.mkdir()
     here.touch()
-    assert not loop._same_weights(str(here), str(there))
-    assert not loop._same_weights("microsoft/cvt-13", "me/cvt-13")
-    assert loop._same_weights("microsoft/cvt-13", "microsoft/cvt-13")
-    assert loop._same_weights(str(here), f"{tmp_path}/b/../a/model.keras")
-    assert not loop._same_weights(None, str(here))
+    assert not loop.same_weights(str(here), str(there))
+    assert not loop.same_weights("microsoft/cvt-13", "me/cvt-13")
+    assert loop.same_weights("microsoft/cvt-13", "microsoft/cvt-13")
+    assert loop.same_weights(str(here), f"{tmp_path}/b/../a/model.keras")
+    assert not loop.same_weights(None, str(here))
 
 
 def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):

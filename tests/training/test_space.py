@@ -62,6 +62,44 @@ def test_the_network_of_weights_is_not_varied():
     assert apply(recipe, {"layer_decay": 0.7}).layer_decay == 0.7
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_space_is_around_the_recipe(name):
+    recipe = dataclasses.replace(RECIPES[name], weights=None, variant=RECIPES[name].variant or "cvt_cifar")
+    space = space_of(recipe)
+    rate = space["peak_learning_rate"]
+    assert rate.low == pytest.approx(recipe.peak_learning_rate / 4) and rate.high == pytest.approx(
+        recipe.peak_learning_rate * 4
+    )
+    outside = [field for field, value in values_of(recipe, space).items() if value is None]
+    assert outside == ([] if recipe.weight_decay else ["weight_decay"])
+    far = dataclasses.replace(recipe, label_smoothing=0.5, rand_augment=5, decay="constant")
+    assert None not in {**values_of(far, space_of(far)), "weight_decay": 0}.values()
+
+
+def test_without_a_learning_rate_none_is_varied():
+    assert "peak_learning_rate" not in space_of(dataclasses.replace(CIFAR10, peak_learning_rate=0.0))
+
+
+def test_words_can_be_chosen_from(tmp_path):
+    file = tmp_path / "space.json"
+    file.write_text('{"decay": ["linear", "constant"], "optimizer": ["muon", "adamw"]}')
+    space = read(file, CIFAR10)
+    assert space == {"decay": Choice(("linear", "constant")), "optimizer": Choice(("muon", "adamw"))}
+    assert json.loads(json.dumps(written(space))) == {"decay": ["linear", "constant"], "optimizer": ["muon", "adamw"]}
+    assert values_of(CIFAR10, space) == {"decay": "linear", "optimizer": "muon"}
+    assert apply(CIFAR10, {"decay": "constant"}).decay == "constant"
+    assert "linear" in space["decay"] and "cosine" not in space["decay"] and 1 not in space["decay"]
+    assert "linear" not in Choice((1, 2))
+
+
+def test_a_value_is_of_the_kind_of_its_choice():
+    """keras-tuner would take 1 and 1.0 for two candidates."""
+    for values, kind in (((0, 1), int), ((0.0, 1), float), ((0.5, 1), float)):
+        own = values_of(CIFAR10, {"gradient_clip": Choice(values)})["gradient_clip"]
+        assert own == 1 and type(own) is kind
+    assert type(values_of(CIFAR10, {"mixup": Range(0, 1)})["mixup"]) is float
+
+
 def test_what_lies_outside_is_none():
     reference = RECIPES["reference"]
     assert values_of(reference, space_of(reference))["weight_decay"] is None  # it has none, and half of nothing is nothing
@@ -108,7 +146,13 @@ def test_a_space_of_one_s_own(tmp_path):
         ('{"warmup": {"low": 0.0}}', 'must be {"low": .., "high": ..'),
         ('{"warmup": []}', "two values at least. Received: []"),
         ('{"warmup": [0.1, 0.1]}', "two values at least"),
-        ('{"warmup": ["a", "b"]}', "a list of finite numbers"),
+        ('{"warmup": ["a", "b"]}', "it must be a list of finite numbers"),
+        ('{"mlp_ratio": ["a", "b"]}', "it must be a list of finite numbers"),
+        ('{"warmup": ["a", 0.1]}', "a list of finite numbers, or of words"),
+        ('{"decay": [0, 1]}', "decay: it must be a list of linear, cosine, constant. Received: [0, 1]"),
+        ('{"decay": {"low": 0, "high": 1}}', "decay: it must be a list of linear, cosine, constant"),
+        ('{"decay": ["linear", "steep"]}', "decay: `decay` must be"),
+        ('{"precision": ["float32", "mixed_bfloat16"]}', "unknown name: precision"),
         ('{"batch_size": {"low": 32, "high": 64}}', "batch_size: it is a whole number: give a list of them"),
         ('{"batch_size": [32, 64.5, 128]}', "`batch_size` must be int"),
         ('{"stage0_dim": [32, 64.0]}', "`dim` must be a positive integer"),
