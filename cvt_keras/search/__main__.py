@@ -176,7 +176,7 @@ def _go_on(arguments, oracle, settings):
 def _tell(oracle, search_dir):
     if oracle.exhausted:
         print(f"WARNING: no more trials: {oracle.exhausted}", file=sys.stderr, flush=True)
-    top = results.best(oracle, results.rows(oracle))
+    top = results.best(results.rows(oracle))
     if top is None:
         failed = next((oracles.reason(trial) for trial in oracle.trials.values() if trial.message), "")
         return _fail(f"no trial could be trained{failed and f'. The first: {failed}'}", 1)
@@ -214,7 +214,7 @@ def _require_trainable(recipe, space, train):
             try:
                 loop.check(spaces.apply(recipe, {name: value}), train)
             except RecipeError as error:
-                raise RecipeError(f"`--space`: {name} {value}: {error}") from error
+                raise RecipeError(f"the space must not hold {name} {value}: {error}") from error
 
 
 def _check(arguments):
@@ -267,7 +267,7 @@ def _stored(search_dir, fresh):
         if fresh:
             return {}
         stored = runs.read_json(path)
-        if not isinstance(stored, dict) or not all(isinstance(stored.get(part), dict) for part in ("recipe", "space")):
+        if not isinstance(stored, dict) or not all(isinstance(stored.get(part), dict) for part in ("recipe", "space", "data")):
             raise runs.RunError(f"{path} is broken: start over by --fresh")
         return stored
     if search_dir.exists() and not all(map(runs.is_aside, search_dir.iterdir())):

@@ -123,12 +123,16 @@ def _claim(oracle, trial_id, tuner_id):
     trial = oracle.ongoing_trials.get(tuner_id)
     if trial is not None and trial.trial_id == trial_id:
         return True
-    if LOCKS[oracle].locked():
+    if not LOCKS[oracle].acquire(blocking=False):
         return True  # for now: the next heartbeat asks again
-    return _claim_again(oracle, trial_id, tuner_id)
+    try:
+        THREADS[oracle] = threading.current_thread().name
+        return _claim_again(oracle, trial_id, tuner_id)
+    finally:
+        THREADS[oracle] = None
+        LOCKS[oracle].release()
 
 
-@keras_tuner.synchronized
 def _claim_again(oracle, trial_id, tuner_id):
     if is_over(oracle.trials[trial_id]):
         return True  # it has just ended it, as a rule

@@ -28,9 +28,9 @@ OBJECTIVE = "val_accuracy"
 FOLDER = "oracle"  # in the search's folder
 TRIALS = "trials"  # likewise: the runs
 SETTINGS = "search"  # the name in each trial's values of what the search is, for a worker to compare
-DRAWS = 100  # over the budget in a row: the next ones are shrunk until they are within it
+DRAWS = 1_000  # over the budget in a row: the next ones are shrunk until they are within it
 SAMPLE_DRAWS = 10  # likewise, of the many that the Bayesian search chooses from
-MOST_REFUSED = 1_000  # in a row, shrunk or not: then nothing can be trained
+MOST_REFUSED = 2_000  # in a row, shrunk or not: then nothing can be trained
 MOST_COLLISIONS = 20  # with what was tried, as keras-tuner has it: then the space is as good as used up
 SAMPLES = 100  # of those within the budget that the Bayesian search chooses from, where its own choice is over it
 
@@ -108,7 +108,7 @@ class Candidates:
         settled = {name: spaces.rounded(value, space[name]) if name in space else value for name, value in values.items()}
         if "rand_augment_magnitude" in space and settled.get("rand_augment") == 0:  # of nothing: all are the same
             own, where = self.recipe.rand_augment_magnitude, space["rand_augment_magnitude"]
-            settled["rand_augment_magnitude"] = own if own in where else where.ends[0]
+            settled["rand_augment_magnitude"] = where.kind(own if own in where else where.ends[0])
         return settled
 
     def is_own(self, values):
@@ -252,7 +252,7 @@ class _Oracle:
                 values[hp.name] = hp.random_sample(self._seed_state)
                 self._seed_state += 1
             values = self.candidates.settled(values)
-            if refused >= draws:
+            if refused >= draws and self.candidates.max_macs is not None:
                 values = self.candidates.shrunk(values, self._seed_state)
             if not self.candidates.fits(values):
                 continue
@@ -262,7 +262,8 @@ class _Oracle:
             if collisions > MOST_COLLISIONS:
                 self._why = "the space holds hardly any other candidate"
                 return None
-        self._why = f"{MOST_REFUSED:,} candidates in a row were no networks for {self.candidates.recipe.image_size} pixels"
+        size, over = self.candidates.recipe.image_size, ", or over the budget" if self.candidates.max_macs is not None else ""
+        self._why = f"{MOST_REFUSED:,} candidates in a row were no networks for {size} pixels{over}"
         return None
 
     @keras_tuner.synchronized
@@ -304,7 +305,12 @@ class _Oracle:
     def _check_consecutive_failures(self):
         """Ends the search; keras-tuner's own raises, with its lock held for ever."""
         failed = [self.trials[name].status == TrialStatus.FAILED for name in self.end_order]
-        if len(failed) >= self.max_consecutive_failed_trials and all(failed[-self.max_consecutive_failed_trials :]):
+        over = len(self.end_order) >= self.max_trials
+        if (
+            not over
+            and len(failed) >= self.max_consecutive_failed_trials
+            and all(failed[-self.max_consecutive_failed_trials :])
+        ):
             self.exhausted, self.failing = f"the last {self.max_consecutive_failed_trials} trials failed", True
 
     def populate_space(self, trial_id):

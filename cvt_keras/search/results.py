@@ -56,10 +56,15 @@ def rows(oracle):
     return found
 
 
-def best(oracle, found):
+def ranked(found):
+    """The rows of the trials that are done, the best first; of equals the longest trained, then the earliest."""
+    done = [row for row in found if row["status"] == "completed"]
+    return sorted(done, key=lambda row: (-row["val_accuracy"], -row["epochs"]))
+
+
+def best(found):
     """The row of the best trial, or `None` before one is done."""
-    top = oracles.best(oracle)
-    return next((row for row in found if top is not None and row["trial"] == top.trial_id), None)
+    return next(iter(ranked(found)), None)
 
 
 def best_recipe(oracle, row):
@@ -117,14 +122,12 @@ def write(oracle, search_dir, settings):
     """
     found = rows(oracle)
     runs.write_csv(search_dir / TRIALS, found)
-    top = best(oracle, found)
+    top = best(found)
     figures = {}
     if top is not None:
         runs.write_json(search_dir / BEST, best_recipe(oracle, top).settings())
         space = oracle.candidates.space
-        done = sorted(
-            (row for row in found if row["status"] == "completed"), key=lambda row: (-row["val_accuracy"], -row["epochs"])
-        )
+        done = ranked(found)
         own = next((row["trial"] for row in done if oracle.candidates.is_own(row)), None)
         figures[COORDINATES] = plots.parallel_coordinates(done, _axes(done, space), own)
         curves = {row["trial"]: oracles.curve(oracle.trials[row["trial"]]) for row in done}
@@ -231,7 +234,7 @@ def _table(candidates, found):
             "" if row["seconds"] is None else f"{row['seconds']:,.0f}",
             *(_shown(row[name]) for name in candidates.space),
         ]
-        for row in sorted(found, key=lambda row: -(row["val_accuracy"] or -1))
+        for row in [*ranked(found), *(row for row in found if row["status"] != "completed")]
     ]
     return f"<h2>Trials, the best first</h2>{page.table(heads, cells, 'exports')}"
 

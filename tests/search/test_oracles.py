@@ -154,12 +154,12 @@ def test_a_small_space_runs_out(make_oracle):
 def test_a_budget_that_hardly_anything_meets_is_met(algorithm, make_oracle):
     """Of the whole space by chance one in many thousands is within it."""
     recipe = dataclasses.replace(RECIPES["smoke"], variant="cvt_cifar")
-    oracle = make_oracle(algorithm, trials=9, max_macs=22_000_000, recipe=recipe, space=None)
+    oracle = make_oracle(algorithm, trials=5, max_macs=22_000_000, recipe=recipe, space=None)
     began = time.monotonic()
     oracle.require_one()
     costs = [oracle.candidates.macs(values) for values in _all(oracle)]
-    assert len(costs) == 9 and max(costs) <= 22_000_000 and len(set(costs)) > 1
-    assert time.monotonic() - began < 100  # a second or two, but for the Gaussian process
+    assert len(costs) == 5 and max(costs) <= 22_000_000 and len(set(costs)) > 1
+    assert time.monotonic() - began < 60  # a second or two, where nothing else runs
 
 
 def test_a_candidate_shrinks_until_it_is_within_the_budget(make_oracle):
