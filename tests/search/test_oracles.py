@@ -144,6 +144,13 @@ def test_three_failures_in_a_row_end_the_search(make_oracle):
     assert oracles.line(oracle, trial) == "trial 3 (4 of 9): failed (the loss is no number); the best so far: trial 0, 50.00%"
 
 
+def test_failures_at_the_end_of_all_trials_end_nothing(make_oracle):
+    oracle = make_oracle(trials=3)
+    for _ in range(3):
+        _finish(oracle, oracle.create_trial("a"), status=TrialStatus.FAILED)
+    assert not oracle.failing and oracle.exhausted is None
+
+
 def test_a_small_space_runs_out(make_oracle):
     oracle = make_oracle(trials=6, space={"stage0_depth": Choice((1, 2)), "peak_learning_rate": Choice((1e-3, 2e-3))})
     assert len(_all(oracle)) == 4
@@ -190,9 +197,10 @@ def test_a_space_of_no_networks_is_told(make_oracle, monkeypatch):
     oracle = make_oracle(space={"stage0_depth": Choice((1, 2))})
     oracle.candidates.own = None
     oracle.candidates.fits = lambda values: False
-    with pytest.raises(
-        RecipeError, match="the space leaves nothing to try: 30 candidates in a row were no networks for 32 pixels"
-    ):
+    with pytest.raises(RecipeError, match=r"nothing to try: 30 candidates in a row were no networks for 32 pixels$"):
+        oracle.require_one()
+    oracle.candidates.max_macs = 10**9
+    with pytest.raises(RecipeError, match=r"for 32 pixels, or over the budget$"):
         oracle.require_one()
 
 
@@ -206,6 +214,8 @@ def test_how_strong_no_augmentation_is_makes_no_candidate(make_oracle):
         shutil.rmtree(Path(oracle._get_oracle_fname()).parent)
     oracle = make_oracle(space={"rand_augment": Choice((0, 1)), "rand_augment_magnitude": Range(6.0, 9.0)})
     assert oracle.candidates.settled({"rand_augment": 0, "rand_augment_magnitude": 7.0})["rand_augment_magnitude"] == 6.0
+    shutil.rmtree(Path(oracle._get_oracle_fname()).parent, ignore_errors=True)
+    assert len(_all(make_oracle(space={"rand_augment": Choice((0, 1)), "rand_augment_magnitude": Choice((5, 9))}))) == 3
 
 
 @pytest.mark.parametrize("algorithm", ["random", "bayesian", "hyperband"])
@@ -252,7 +262,7 @@ def test_of_equals_the_longest_trained_is_the_best(make_oracle):
     oracle = make_oracle("hyperband", trials=13, recipe=dataclasses.replace(RECIPES["smoke"], epochs=9))
     while (trial := oracle.create_trial("tuner")).status == TrialStatus.RUNNING:
         _finish(oracle, trial, 0.5)
-    assert oracles.best(oracle).trial_id == results.best(oracle, results.rows(oracle))["trial"] == "12"
+    assert oracles.best(oracle).trial_id == results.best(results.rows(oracle))["trial"] == "12"
     assert oracles.line(oracle, oracle.trials["12"]).endswith("the best so far: trial 12, 50.00%")
 
 

@@ -272,7 +272,10 @@ def test_what_auto_was_it_stays(command, tmp_path, quick_run, no_pictures, monke
 def test_an_own_space_of_what_no_training_can_have_is_told(command, tmp_path, quick_run, capsys):
     (tmp_path / "space.json").write_text('{"batch_size": [32, 4096]}')
     assert main([*command, "--train-limit", "64"]) == 2
-    assert "`--space`: batch_size 4096: `batch_size` must not exceed the 64 training images" in capsys.readouterr().err
+    assert (
+        "the space must not hold batch_size 4096: `batch_size` must not exceed the 64 training images"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "search").exists()
 
 
@@ -345,6 +348,23 @@ def test_a_recipe_outside_the_space_is_told(command, tmp_path, quick_run, no_pic
     assert "the recipe itself is not tried: its peak_learning_rate is not in the space" in capsys.readouterr().out
     assert "not among the trials: its peak_learning_rate" in (tmp_path / "search" / "report.html").read_text()
     assert all(recipe.peak_learning_rate <= 8e-3 for recipe in quick_run)
+
+
+def test_a_trial_that_ends_while_the_page_is_written_waits_for_the_next(command, tmp_path, quick_run, monkeypatch):
+    """On a chief, whose workers do not wait for it."""
+    assert main([*command, "--trials", "3"]) == 0
+    pages, write_csv = [], runs.write_csv
+
+    def late(path, rows):
+        if path.name == results.TRIALS:
+            [row] = [row for row in rows if row["trial"] == "2"]
+            row |= {"status": "running", "val_accuracy": None, "epoch": None, "seconds": None}
+            pages.append(row)
+        write_csv(path, rows)
+
+    monkeypatch.setattr(runs, "write_csv", late)
+    assert main([*command, "--trials", "3"]) == 0
+    assert pages and ">running<" in (tmp_path / "search" / "report.html").read_text()
 
 
 def test_the_importance_is_of_what_matters():
