@@ -20,7 +20,6 @@ try:
     import keras_tuner
     from keras_tuner.engine.trial import Trial, TrialStatus
     from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
 except ImportError as error:
     raise ImportError(f"A search needs keras-tuner and scikit-learn: pip install keras-tuner scikit-learn ({error})") from error
 
@@ -336,8 +335,7 @@ class Bayesian(_Oracle, keras_tuner.oracles.BayesianOptimizationOracle):
     """Chooses by a Gaussian process of what was seen so far."""
 
     def populate_space(self, trial_id):
-        # Its matrices are small: more threads are no faster, and slow the workers on the same machine.
-        with warnings.catch_warnings(), threadpool_limits(1):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of its length scales: with few trials the rule
             return super().populate_space(trial_id)
 
