@@ -1,6 +1,5 @@
 """The pictures of a run, of files beside each other, and of a search."""
 
-import math
 
 from scipy.special import softmax
 
@@ -242,7 +241,7 @@ def parallel_coordinates(trials, space, own=None):
 
     Args:
         trials: dicts of `trial`, `val_accuracy` and a value for each name, the best first.
-        space: name -> `Range` or `Choice`, with `ends`, and `log` where half of the axis is below the geometric mean.
+        space: name -> `Range` or `Choice`, with `marks` and their `place`.
         own: the trial of the recipe that is varied, or `None`.
     """
     names = list(space)
@@ -262,7 +261,7 @@ def _draw_coordinates(axes, trials, space, names, own):
     shades = colormaps["viridis"]
     for place, trial in reversed(list(enumerate(trials))):  # the best on top
         is_own = trial["trial"] == own
-        heights = [*(_height(space[name], trial[name]) for name in names), (trial["val_accuracy"] - low) / spread]
+        heights = [*(space[name].place(trial[name]) for name in names), (trial["val_accuracy"] - low) / spread]
         axes.plot(
             range(len(names) + 1),
             heights,
@@ -272,40 +271,26 @@ def _draw_coordinates(axes, trials, space, names, own):
             alpha=1 if place == 0 or is_own else 0.6,
             zorder=3 if is_own else 2,
         )
-    ends = [tuple(map(_told, space[name].ends)) for name in names] + [(f"{low:.1%}", f"{high:.1%}")]
-    for place, (least, most) in enumerate(ends):
+    marks = [[(where.place(value), shown(value)) for value in where.marks] for where in map(space.get, names)]
+    for place, column in enumerate([*marks, [(0.0, f"{low:.1%}"), (1.0, f"{high:.1%}")]]):
         axes.axvline(place, color=GREY, linewidth=0.5, zorder=0)
-        for height, text, side, shift in ((0, least, "top", -5), (1, most, "bottom", 5)):
-            at = {"xytext": (0, shift), "textcoords": "offset points", "ha": "center", "va": side, "fontsize": 8}
+        for height, text in column:
+            shift, across, up = {0: ((0, -5), "center", "top"), 1: ((0, 5), "center", "bottom")}.get(
+                height, ((4, 0), "left", "center")
+            )
+            at = {"xytext": shift, "textcoords": "offset points", "ha": across, "va": up, "fontsize": 8}
             axes.annotate(text, (place, height), **at)
-    for place, name in enumerate(names):
-        for word in _words(space[name])[1:-1]:
-            at = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-            axes.annotate(word, (place, _height(space[name], word)), **at)
-    shown = [name.replace("_", " ") for name in names]
-    axes.set_xticks(range(len(names) + 1), [*shown, "top-1, validation"], rotation=35, ha="right", rotation_mode="anchor")
+    titles = [name.replace("_", " ") for name in names]
+    axes.set_xticks(range(len(names) + 1), [*titles, "top-1, validation"], rotation=35, ha="right", rotation_mode="anchor")
     axes.tick_params(axis="x", length=0, pad=14)
     axes.set_yticks([])
     axes.set_ylim(-0.03, 1.08)
     axes.spines[:].set_visible(False)
 
 
-def _told(value):
+def shown(value):
+    """A value of a recipe as it is told: a number without needless digits."""
     return value if isinstance(value, str) else f"{value:g}"
-
-
-def _words(where):
-    """What can be chosen, where that is words: a place on the axis says nothing of them."""
-    return where.values if isinstance(where.ends[0], str) else ()
-
-
-def _height(where, value):
-    if words := _words(where):
-        return words.index(value) / (len(words) - 1)
-    low, high = where.ends
-    if getattr(where, "log", False):
-        low, high, value = math.log(low), math.log(high), math.log(value)
-    return (value - low) / (high - low)
 
 
 def best_curves(curves, best, own=None):

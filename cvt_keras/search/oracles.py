@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cvt_keras import runs
+from cvt_keras import plots, runs
 from cvt_keras.training import loop
 from cvt_keras.training import space as spaces
 from cvt_keras.training.recipes import RecipeError
@@ -267,18 +267,15 @@ class _Oracle:
 
     @keras_tuner.synchronized
     def create_trial(self, tuner_id):
-        held = self._retry_queue and time.monotonic() < self.hold
-        over = len(self.trials) >= self.max_trials or self.exhausted
-        waits = held or (over and self.ongoing_trials and not self._retry_queue)
-        if waits and tuner_id not in self.ongoing_trials:
-            # Another worker may still be lost, and its trial be left over.
+        again = tuner_id in self.ongoing_trials
+        if self._retry_queue and time.monotonic() < self.hold and not again:
             self.tuner_ids.add(tuner_id)
             return Trial(self.hyperparameters.copy(), trial_id="", status=TrialStatus.IDLE)
-        again = tuner_id in self.ongoing_trials
         trial = super().create_trial(tuner_id)
         if trial.status == TrialStatus.STOPPED and self.ongoing_trials:
+            # Another worker may still be lost, and its trial be left over.
             self.tuner_ids.add(tuner_id)
-            trial.status = TrialStatus.IDLE  # for the same
+            trial.status = TrialStatus.IDLE
         if trial.status == TrialStatus.RUNNING and not again:
             trial.metrics = type(trial.metrics)()  # of a worker that was lost on its way
             self.listener(trial)
@@ -387,7 +384,7 @@ def line(oracle, trial):
 def tried(candidates, trial):
     """What a trial tries, in a line."""
     values = trial.hyperparameters.values
-    shown = ", ".join(f"{name} {spaces.shown(values[name])}" for name in candidates.space)
+    shown = ", ".join(f"{name} {plots.shown(values[name])}" for name in candidates.space)
     cost = candidates.macs(values)
     own = candidates.is_own(values)
     epochs = candidates.of(values).epochs
@@ -403,14 +400,16 @@ def repeated(trial):
     return trial.hyperparameters.values.get("tuner/trial_id")
 
 
+def order(accuracy, epochs):
+    """Sorts the best first; of equals the longest trained."""
+    return -accuracy, -epochs
+
+
 def best(oracle):
-    """The best trial, of equals the longest trained, then the earliest; `None` before one is done."""
+    """The best trial by `order`, of equals the earliest; `None` before one is done."""
     done = [trial for trial in list(oracle.trials.values()) if trial.status == TrialStatus.COMPLETED]
-    return max(done, key=lambda trial: (trial.score, _epochs(oracle, trial)), default=None)
-
-
-def _epochs(oracle, trial):
-    return oracle.candidates.of(trial.hyperparameters.values).epochs
+    epochs = {trial.trial_id: oracle.candidates.of(trial.hyperparameters.values).epochs for trial in done}
+    return min(done, key=lambda trial: order(trial.score, epochs[trial.trial_id]), default=None)
 
 
 def is_over(trial):

@@ -7,7 +7,6 @@ import numpy as np
 from cvt_keras import page, plots, runs
 from cvt_keras.search import oracles
 from cvt_keras.search.oracles import TrialStatus
-from cvt_keras.training import space as spaces
 from cvt_keras.training.space import Range
 
 try:
@@ -57,9 +56,9 @@ def rows(oracle):
 
 
 def ranked(found):
-    """The rows of the trials that are done, the best first; of equals the longest trained, then the earliest."""
+    """The rows of the trials that are done, by `oracles.order`, of equals the earliest first."""
     done = [row for row in found if row["status"] == "completed"]
-    return sorted(done, key=lambda row: (-row["val_accuracy"], -row["epochs"]))
+    return sorted(done, key=lambda row: oracles.order(row["val_accuracy"], row["epochs"]))
 
 
 def best(found):
@@ -90,7 +89,7 @@ def importance(found, space):
         return None, None
     axes = _axes(done, space)
     names = list(axes)
-    values = np.array([[_number(where, row[name]) for name, where in axes.items()] for row in done], float)
+    values = np.array([[where.place(row[name]) for name, where in axes.items()] for row in done])
     scores = np.array([row["val_accuracy"] for row in done])
     forest = RandomForestRegressor(TREES, oob_score=True, random_state=0).fit(values, scores)
     lost = permutation_importance(forest, values, scores, n_repeats=REPEATS, random_state=0)
@@ -104,12 +103,6 @@ def _axes(done, space):
     """The space, with the epochs where they differ, as Hyperband's do."""
     epochs = [row["epochs"] for row in done]
     return space if len(set(epochs)) == 1 else {**space, "epochs": Range(min(epochs), max(epochs), log=True)}
-
-
-def _number(where, value):
-    if isinstance(value, str):
-        return where.values.index(value)
-    return np.log(value) if isinstance(where, Range) and where.log else value
 
 
 def write(oracle, search_dir, settings):
@@ -181,7 +174,7 @@ def _tiles(oracle, found, top, own):
 
 
 def _pictures(search_dir, found, fit):
-    others = sum(row["status"] == "completed" for row in found) > MOST_CURVES
+    others = len(ranked(found)) > MOST_CURVES
     shown = [
         page.picture(
             search_dir,
@@ -240,4 +233,4 @@ def _table(candidates, found):
 
 
 def _shown(value):
-    return "" if value is None else spaces.shown(value)
+    return "" if value is None else plots.shown(value)

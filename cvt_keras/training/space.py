@@ -58,6 +58,18 @@ class Range:
         """Of all its values."""
         return float
 
+    @property
+    def marks(self):
+        """What names an axis of it: the ends."""
+        return self.ends
+
+    def place(self, value):
+        """Where a value is on the way from one end, 0, to the other, 1."""
+        low, high = self.ends
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return (value - low) / (high - low)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -91,6 +103,18 @@ class Choice:
         if isinstance(self.values[0], str):
             return str
         return int if all(isinstance(value, int) for value in self.values) else float
+
+    @property
+    def marks(self):
+        """What names an axis of it: the ends, or all words, as a place says nothing of them."""
+        return self.values if self.kind is str else self.ends
+
+    def place(self, value):
+        """Where a value is on the way from one end, 0, to the other, 1; words are as far from each other."""
+        if self.kind is str:
+            return self.values.index(value) / (len(self.values) - 1)
+        low, high = self.ends
+        return (value - low) / (high - low)
 
 
 RATES = 4.0  # the learning rate from a quarter of the recipe's own to four times it
@@ -274,11 +298,6 @@ def sizes(space):
     """The least of each name that a network's multiply-accumulates depend on: a stride makes it smaller, all else larger."""
     names = [name for name in space if _is_of_network(name) and name != "drop_path"]
     return {name: space[name].ends[name.endswith("_stride")] for name in names}
-
-
-def shown(value):
-    """A value as it is told: a number without needless digits."""
-    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _number_fields():

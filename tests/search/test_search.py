@@ -357,7 +357,7 @@ def test_a_trial_that_ends_while_the_page_is_written_waits_for_the_next(command,
 
     def late(path, rows):
         if path.name == results.TRIALS:
-            [row] = [row for row in rows if row["trial"] == "2"]
+            row = max(rows, key=lambda row: row["val_accuracy"])
             row |= {"status": "running", "val_accuracy": None, "epoch": None, "seconds": None}
             pages.append(row)
         write_csv(path, rows)
