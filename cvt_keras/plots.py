@@ -1,6 +1,5 @@
 """The pictures of a run, of files beside each other, and of a search."""
 
-
 from scipy.special import softmax
 
 from cvt_keras import evaluation, runs
