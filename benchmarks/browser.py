@@ -24,8 +24,9 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from cvt_keras.export.web.server import RUNTIME, WEB, Server, artifacts
+
 from cvt_keras import environment
-from export.web.server import RUNTIME, WEB, Server, artifacts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # It asks Google's hosts for this and that of its own accord.

@@ -21,7 +21,9 @@ from ai_edge_litert.interpreter import Interpreter
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cvt_keras import environment, plots, runs
+from cvt_keras import environment, runs
+from cvt_keras.errors import NoRunError, RunError
+from cvt_keras.report import figures
 
 WARM_UP = 20
 PACKAGES = ("ai-edge-litert", "tensorflow", "keras", "tensorflow-model-optimization")
@@ -53,13 +55,11 @@ def files(run_dirs):
     for run_dir in run_dirs:
         runs.require_run(run_dir)
     if runs.read_json(run_dirs[0] / runs.RECIPE).get("compression"):
-        raise runs.RunError(
-            f"the first run must not be compressed, as the others are compared with it. Received: {run_dirs[0]}"
-        )
+        raise RunError(f"the first run must not be compressed, as the others are compared with it. Received: {run_dirs[0]}")
     for run_dir in run_dirs:
         path = run_dir / runs.EXPORT / runs.REPORT
         if not path.exists():
-            raise runs.RunError(f"{run_dir} is not exported: python -m export {run_dir}")
+            raise RunError(f"{run_dir} is not exported: python -m export {run_dir}")
         report = runs.read_json(path)
         for artifact in report["artifacts"]:
             file = run_dir / artifact["path"]
@@ -71,7 +71,7 @@ def files(run_dirs):
             on = f"{artifact['images']:,} images of {report['dataset']}"
             checked = checked or on
             if on != checked:
-                raise runs.RunError(
+                raise RunError(
                     f"{run_dir} was checked on {on}, and {run_dirs[0]} on {checked}: export them with the same --verify-images"
                 )
             data = file.read_bytes()
@@ -87,7 +87,7 @@ def files(run_dirs):
                 }
             )
     if not found or (found[0]["run"], found[0]["file"]) != (run_dirs[0].name, "float32"):
-        raise runs.RunError(f"{run_dirs[0]} has no float32.tflite to compare with: python -m export {run_dirs[0]}")
+        raise RunError(f"{run_dirs[0]} has no float32.tflite to compare with: python -m export {run_dirs[0]}")
     return found
 
 
@@ -133,7 +133,7 @@ def main(argv):
     arguments = tyro.cli(Arguments, prog="python benchmarks/compression.py", args=argv)
     try:
         rows = files(arguments.runs)
-    except (runs.RunError, runs.NoRunError) as error:
+    except (RunError, NoRunError) as error:
         sys.exit(f"compression: {error}")
     time_files(rows, arguments.times, arguments.turns)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
@@ -142,7 +142,7 @@ def main(argv):
     print(f"top-1 on {rows[0]['checked']}, by LiteRT.\n")
     print(table(rows))
     if arguments.plot:
-        plots.save(plots.trade(rows), arguments.plot)
+        figures.save(figures.trade(rows), arguments.plot)
         print(f"\n{arguments.plot}")
 
 

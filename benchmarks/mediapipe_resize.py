@@ -21,10 +21,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from cvt_keras.export.verify import why_ended
+
 from cvt_keras import environment, runs
 from cvt_keras.data import sources
 from cvt_keras.training import Recipe
-from export.verify import why_ended
 
 ROOT = Path(__file__).parent.parent
 PYTHON = Path(os.environ.get("CVT_MEDIAPIPE_PYTHON") or ROOT / ".venv-mediapipe" / "bin" / "python")

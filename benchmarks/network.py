@@ -16,8 +16,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cvt_keras import VARIANTS, CvT, environment, macs
-from cvt_keras.configs import variant_from_microsoft, variant_from_transformers
-from cvt_keras.pretrained import load_state_dict, microsoft_weights, transformers_weights
+from cvt_keras.conversion.checkpoint import load_state_dict
+from cvt_keras.conversion.configs import variant_from_microsoft, variant_from_transformers
+from cvt_keras.conversion.layouts import microsoft_weights, transformers_weights
 
 # Where each network is at home: side of the image and classes.
 HOME = {"cvt_13": (224, 1000), "cvt_21": (224, 1000), "cvt_w24": (384, 1000)}

@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 import keras
 
 from cvt_keras import CvT, environment
-from cvt_keras.configs import transformers_config
-from cvt_keras.pretrained import microsoft_weights, to_torch_state_dict
+from cvt_keras.conversion.layouts import microsoft_weights
+from cvt_keras.pretrained import to_torch_state_dict, transformers_config
 
 CASES = [("cvt_13", (224, 224)), ("cvt_13", (192, 256)), ("cvt_13", (384, 384)), ("cvt_21", (224, 224)), ("cvt_21", (384, 384))]
 

@@ -1,20 +1,31 @@
-"""CvT, the convolutional vision transformer (arXiv 2103.15808), for Keras 3."""
+"""CvT, the convolutional vision transformer (arXiv 2103.15808), for Keras 3.
 
-from cvt_keras.compression import layers as _compressed  # noqa: F401 - registers what a compressed run's model.keras holds
-from cvt_keras.layers import (
-    MLP,
-    AverageProjection,
-    ConvAttention,
-    ConvProjection,
-    ConvStem,
-    ConvTokenEmbedding,
-    CvTBlock,
-    DropPath,
-)
-from cvt_keras.model import CvT, build_classifier
-from cvt_keras.variants import VARIANTS, Stage, Variant, macs
+The public names are imported when they are first used, so that `import cvt_keras` takes no more time than `import keras`, and
+commands answer `--help` without either.
+"""
 
-__version__ = "0.1.0"
+import importlib
+from typing import TYPE_CHECKING
+
+from cvt_keras import registration as _registration  # noqa: F401 - for its effect
+
+if TYPE_CHECKING:
+    from cvt_keras.layers import (
+        MLP,
+        AverageProjection,
+        ConvAttention,
+        ConvProjection,
+        ConvStem,
+        ConvTokenEmbedding,
+        CvTBlock,
+        DropPath,
+        PixelNormalization,
+    )
+    from cvt_keras.model import CvT, build_classifier, preprocessing_of
+    from cvt_keras.preprocessing import Preprocessing
+    from cvt_keras.variants import VARIANTS, Stage, Variant, macs
+
+__version__ = "0.2.0"
 
 __all__ = [
     "MLP",
@@ -27,8 +38,29 @@ __all__ = [
     "CvT",
     "CvTBlock",
     "DropPath",
+    "PixelNormalization",
+    "Preprocessing",
     "Stage",
     "Variant",
     "build_classifier",
     "macs",
+    "preprocessing_of",
 ]
+
+_MODULES = {
+    **dict.fromkeys(("VARIANTS", "Stage", "Variant", "macs"), "variants"),
+    **dict.fromkeys(("CvT", "build_classifier", "preprocessing_of"), "model"),
+    "Preprocessing": "preprocessing",
+}  # of the other names: layers
+
+
+def __getattr__(name):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'layers')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

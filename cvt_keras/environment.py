@@ -1,10 +1,92 @@
-"""What a figure was measured on: device and versions."""
+"""The machine and what runs on it: its device, its packages, and a quiet start of TensorFlow."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
+
+from cvt_keras.errors import ArgumentError, MissingPackageError
+
+# What TensorFlow writes to standard error as it starts, whatever happens. Everything else is shown.
+_GREETINGS = re.compile(
+    r"WARNING: All log messages before absl::InitializeLog\(\) is called are written to STDERR"
+    r"|[IWE]\d{4} .*(?:"
+    r"port\.cc:\d+\] oneDNN custom operations are on"
+    r"|cudart_stub\.cc:\d+\] Could not find cuda drivers on your machine"
+    r"|cuda_platform\.cc:\d+\] failed call to cuInit"
+    r"|cpu_feature_guard\.cc:\d+\] This TensorFlow binary is optimized"
+    r"|Unable to register cu\w+ factory"
+    r"|computation placer already registered)"
+    r"|.*oneDNN custom operations are on\."
+    r"|To enable the following instructions: .* rebuild TensorFlow"
+)
+
+
+def start(backend="tensorflow"):
+    """Imports Keras and its backend, for a command, without the lines that TensorFlow greets with.
+
+    Args:
+        backend: the Keras backend that the command needs; `None` means any.
+
+    Raises:
+        MissingPackageError: if Keras or its backend is not installed.
+        ArgumentError: if `KERAS_BACKEND` names another backend, or one that does not exist.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # its INFO lines would break the progress bar
+    try:
+        with _without_greetings():
+            import keras
+
+            if keras.config.backend() == "tensorflow":
+                import tensorflow as tf
+
+                tf.config.list_physical_devices()
+    except ImportError as error:
+        raise MissingPackageError(
+            f"Keras can't be imported: {error}", hint="Install what it needs: pip install 'cvt-keras[train]'"
+        ) from error
+    except ValueError as error:  # Keras', for an unknown backend
+        raise ArgumentError(f"Keras can't start: {error}", hint="Unset KERAS_BACKEND") from error
+    if backend is not None and keras.config.backend() != backend:
+        raise ArgumentError(
+            f"Keras must run on its {backend} backend. Received: {keras.config.backend()}, from KERAS_BACKEND or keras.json",
+            hint=f"Set KERAS_BACKEND={backend}",
+        )
+
+
+@contextlib.contextmanager
+def _without_greetings():
+    """Holds back what is written to file descriptor 2 during the block, and then writes what is no greeting of TensorFlow's.
+
+    By descriptor, as TensorFlow's own code writes there and not to `sys.stderr`. If the block raises, all of it is written.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is no standard error
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+        os.dup2(held.fileno(), 2)
+        shown = re.compile("")  # all of it
+        try:
+            yield
+            shown = re.compile(rf"(?!{_GREETINGS.pattern})")
+        finally:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if shown.match(line.decode(errors="replace")):
+                    os.write(2, line)
 
 
 def cpu():
@@ -18,11 +100,21 @@ def cpu():
     return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
+def device():
+    """The name of the device that TensorFlow trains on."""
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        return cpu()
+    return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+
+
 def has_nvidia_device(dev=Path("/dev")):
-    """Whether this machine has an NVIDIA device, seen by a framework or not."""
+    """Whether this machine has an NVIDIA device, whether a framework sees it or not."""
     if any(dev.glob("nvidia[0-9]*")):
         return True
-    try:  # Windows' Linux has no such file, but the driver's tool
+    try:  # WSL has no such file, but the driver's tool
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return False
@@ -30,11 +122,11 @@ def has_nvidia_device(dev=Path("/dev")):
 
 
 def versions():
-    """The versions of Python and of what computes, where it is installed."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of the packages that compute, where they are installed."""
+    installed = {"python": platform.python_version()}
     for package in ("keras", "tensorflow", "jax", "jaxlib", "tensorflow-datasets", "scikit-learn", "numpy"):
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             pass
-    return found
+    return installed

@@ -7,6 +7,7 @@ not square needs nothing more. A cls token travels beside the grid, as the paper
 import keras
 from keras import layers, ops
 
+from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.variants import ACTIVATIONS, PROJECTION_KERNEL_SIZE, PROJECTIONS, pooled
 
 # The authors' code; Keras' own defaults are 1e-3 and 0.99. Keras' momentum is 1 - PyTorch's.
@@ -52,6 +53,38 @@ def _activate(x, activation):
     if activation == "quick_gelu":
         return x * ops.sigmoid(1.702 * x)
     return ops.gelu(x, approximate=False)
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class PixelNormalization(layers.Normalization):
+    """Normalizes raw pixels, and holds the `Preprocessing` of the classifier whose first layer it is.
+
+    It computes in float32 whatever the global policy: bfloat16 keeps 8 bits of a pixel, and the mean would take most of them.
+
+    Args:
+        preprocessing: a `Preprocessing` with mean and std, or its config.
+
+    Input shape: `(batch, height, width, channels)`, pixels in 0..255.
+    Output shape: the same, `(pixel / 255 - mean) / std`.
+
+    Raises:
+        ValueError: if mean or std is missing.
+    """
+
+    def __init__(self, preprocessing, **kwargs):
+        self.preprocessing = Preprocessing.from_config(preprocessing)
+        self.preprocessing.require_channels(len(self.preprocessing.mean or ()))
+        super().__init__(
+            mean=[255 * value for value in self.preprocessing.mean],
+            variance=[(255 * value) ** 2 for value in self.preprocessing.std],
+            **{**kwargs, "dtype": "float32"},
+        )
+
+    def get_config(self):
+        config = super().get_config()
+        for name in ("axis", "mean", "variance", "invert"):
+            config.pop(name, None)
+        return {**config, "preprocessing": self.preprocessing.get_config()}
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")

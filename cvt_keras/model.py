@@ -1,13 +1,20 @@
 """CvT as a `keras.Model`, and the classifier that takes raw pixels."""
 
-import math
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 from keras import layers
 
-from cvt_keras.layers import NORM_EPSILON, ConvStem, ConvTokenEmbedding, CvTBlock, linear_initializer
-from cvt_keras.variants import get_variant, is_integer, to_dict
+from cvt_keras.conversion import checkpoint as checkpoints
+from cvt_keras.errors import ArgumentError
+from cvt_keras.layers import NORM_EPSILON, ConvStem, ConvTokenEmbedding, CvTBlock, PixelNormalization, linear_initializer
+from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.variants import Variant, get_variant, is_integer, to_dict
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
@@ -19,14 +26,14 @@ class CvT(keras.Model):
 
     Args:
         variant: a `Variant`, its dict, or a name in `VARIANTS`.
-        num_classes: outputs of the head.
+        num_classes: outputs of the head; 0 leaves the head out, and the output is the pooled features that it would read.
         input_shape: `(height, width, channels)` of the normalised images; height and width may be `None`.
-        preprocessing: what raw pixels need before they come here, saved with the model: a dict of `mean` and `std` (of pixels
-            in 0..1, one number a channel), `class_names` and `image_size` (height, width). What it leaves out is `None`.
+        preprocessing: what raw pixels need before they come here, saved with the model: a `Preprocessing` or its dict.
         dtype: a dtype policy, `"mixed_bfloat16"` for instance. The head is float32 whatever the policy.
 
     Input shape: `(batch, height, width, channels)`, normalised floats.
-    Output shape: `(batch, num_classes)`, float32 logits.
+    Output shape: `(batch, num_classes)`, float32 logits; without a head `(batch, channels of the last stage)`, in the policy's
+        compute dtype.
 
     Raises:
         ValueError: for an unknown variant, an image smaller than the strides, or an unknown key in `preprocessing`.
@@ -35,13 +42,20 @@ class CvT(keras.Model):
 
     ```python
     model = CvT.from_variant("cvt_13", num_classes=1000, input_shape=(224, 224, 3))
-    tokens = keras.Model(model.input, model.get_layer("stage1").output)  # (batch, 28, 28, 192)
+    tokens = model.features(images)["stage1"]  # (batch, 28, 28, 192)
     ```
     """
 
     def __init__(
-        self, variant, num_classes, input_shape=(224, 224, 3), preprocessing=None, dtype=None, name="cvt", trainable=True
-    ):
+        self,
+        variant: Variant | str | Mapping[str, Any],
+        num_classes: int,
+        input_shape: Sequence[int | None] = (224, 224, 3),
+        preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+        dtype: Any = None,
+        name: str = "cvt",
+        trainable: bool = True,
+    ) -> None:
         variant = get_variant(variant)
         num_classes, input_shape = _plain(num_classes), _plain(input_shape)
         _check_sizes(variant, num_classes, input_shape)
@@ -61,18 +75,26 @@ class CvT(keras.Model):
             x = layers.GlobalAveragePooling2D(data_format="channels_last", dtype=dtype, name="pool")(norm(x))
         else:
             x = layers.Flatten(data_format="channels_last", dtype=dtype, name="pool")(norm(cls_token))  # -> (B, C)
-        # Logits of many classes lie close together: in half precision they would round to ties.
-        head = layers.Dense(num_classes, kernel_initializer=linear_initializer(), dtype="float32", name="head")
-        super().__init__(images, head(x), name=name, trainable=trainable)
+        if num_classes:
+            # Logits of many classes lie close together: in half precision they would round to ties.
+            x = layers.Dense(num_classes, kernel_initializer=linear_initializer(), dtype="float32", name="head")(x)
+        super().__init__(images, x, name=name, trainable=trainable)
 
         # === Config ===
         self.dtype_policy = dtype
         self.variant = variant
         self.num_classes = num_classes
-        self.preprocessing = _preprocessing(preprocessing)
+        self.preprocessing = Preprocessing.from_config(preprocessing)
+        self._features = None
 
     @classmethod
-    def from_variant(cls, variant, num_classes=1000, input_shape=(224, 224, 3), **kwargs):
+    def from_variant(
+        cls,
+        variant: Variant | str,
+        num_classes: int = 1000,
+        input_shape: Sequence[int | None] = (224, 224, 3),
+        **kwargs: Any,
+    ) -> CvT:
         """A network with random weights.
 
         Args:
@@ -85,7 +107,14 @@ class CvT(keras.Model):
         return cls(variant, num_classes, input_shape, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, source, num_classes=None, input_shape=None, variant=None, **kwargs):
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        num_classes: int | None = None,
+        input_shape: Sequence[int | None] | None = None,
+        variant: Variant | str | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> CvT:
         """A network with published weights, or your own.
 
         Each array of the checkpoint is used exactly once, but those of a head that is replaced, or the checkpoint is refused.
@@ -98,7 +127,7 @@ class CvT(keras.Model):
                 beside it; a hub id (`"microsoft/cvt-13"`), through huggingface_hub and its cache; or a `.keras` file with a
                 CvT in it.
             num_classes: outputs; where the checkpoint has another number, the head is a new one with random weights. `None`
-                keeps the checkpoint's.
+                keeps the checkpoint's, 0 leaves the head out.
             input_shape: `(height, width, channels)`; any size will do, as there is no position embedding. `None` means the
                 checkpoint's resolution, which for the authors' files is in their name.
             variant: a name, a `Variant` or its dict; `None` finds it in the config, or in the weights' shapes, which show no
@@ -107,29 +136,52 @@ class CvT(keras.Model):
             kwargs: as in `CvT`; what `preprocessing` holds takes the place of the checkpoint's.
 
         Raises:
-            ValueError: `cvt_keras.pretrained.CheckpointError` for a damaged file and for missing, unused, mis-shaped or integer
+            ValueError: `cvt_keras.CheckpointError` for a damaged file and for missing, unused, mis-shaped or integer
                 arrays, each named; else for an argument that does not fit.
             ImportError: if the package that reads the file is missing: PyTorch for `.pth` and `.bin`, safetensors,
                 huggingface_hub.
         """
-        from cvt_keras import pretrained  # not above: that module imports this one
-
         if input_shape is not None and (not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3):
-            raise ValueError(f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape!r}")
-        checkpoint = pretrained.read(source, variant)
-        preprocessing = checkpoint.preprocessing | (kwargs.pop("preprocessing", None) or {})
+            raise ArgumentError(
+                f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape!r}",
+                argument="input_shape",
+            )
+        checkpoint = checkpoints.read(source, variant)
+        own = kwargs.pop("preprocessing", None)
+        own = own.get_config() if isinstance(own, Preprocessing) else own or {}
+        preprocessing = Preprocessing.from_config({**checkpoint.preprocessing.get_config(), **own})
         if num_classes is None:
             num_classes = checkpoint.num_classes
         elif num_classes != checkpoint.num_classes:
-            preprocessing["class_names"] = None
-        input_shape = tuple(input_shape or (*(preprocessing["image_size"] or (None, None)), checkpoint.channels))
+            preprocessing = Preprocessing.from_config({**preprocessing.get_config(), "class_names": None})
+        input_shape = tuple(input_shape or (*(preprocessing.image_size or (None, None)), checkpoint.channels))
         if input_shape[-1] != checkpoint.channels:
-            raise ValueError(
-                f"`input_shape` must have the {checkpoint.channels} channels of {source}. Received: input_shape={input_shape}"
+            raise ArgumentError(
+                f"`input_shape` must have the {checkpoint.channels} channels of {source}. Received: input_shape={input_shape}",
+                argument="input_shape",
             )
         model = cls(checkpoint.variant, num_classes, input_shape, preprocessing=preprocessing, **kwargs)
         checkpoint.load_into(model, head=num_classes == checkpoint.num_classes)
         return model
+
+    def features(self, images: Any, training: bool = False) -> dict[str, Any]:
+        """The tokens that each stage gives.
+
+        Args:
+            images: normalised floats `(batch, height, width, channels)`.
+            training: whether stochastic depth and BatchNorm act as in training.
+
+        Returns:
+            A dict from `"stage0"`, `"stage1"`, ... to the stage's grid of tokens `(batch, height, width, dim)`; for a stage
+            with a cls token to a pair, of that and `(batch, 1, dim)`.
+        """
+        if self._features is None:
+            names = [f"stage{i}" for i in range(len(self.variant.stages))]
+            outputs = {name: self.get_layer(name).output for name in names}
+            # Past Keras, which would track the layers a second time.
+            object.__setattr__(self, "_features", keras.Model(self.inputs, outputs, name="features"))
+        features = self._features(images, training=training)
+        return {name: tuple(tokens) if isinstance(tokens, list) else tokens for name, tokens in features.items()}
 
     def call(self, inputs, training=None, mask=None):
         height, width = inputs.shape[1:3]
@@ -143,7 +195,7 @@ class CvT(keras.Model):
             "variant": to_dict(self.variant),
             "num_classes": self.num_classes,
             "input_shape": list(self.input_shape[1:]),
-            "preprocessing": dict(self.preprocessing),
+            "preprocessing": self.preprocessing.get_config(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
             "trainable": self.trainable,
@@ -186,8 +238,8 @@ def _stage(x, stage, activation, dtype, name):
 
 
 def _check_sizes(variant, num_classes, input_shape):
-    if not is_integer(num_classes) or num_classes < 1:
-        raise ValueError(f"`num_classes` must be a positive integer. Received: num_classes={num_classes!r}")
+    if not is_integer(num_classes) or num_classes < 0:
+        raise ValueError(f"`num_classes` must be a positive integer, or 0 for no head. Received: num_classes={num_classes!r}")
     *sides, channels = input_shape if isinstance(input_shape, list) and len(input_shape) == 3 else (0, 0, 0)
     if not all(side is None or is_integer(side) for side in sides) or not is_integer(channels) or channels < 1:
         raise ValueError(
@@ -199,112 +251,112 @@ def _check_sizes(variant, num_classes, input_shape):
     variant.grids(height, width)
 
 
-def _preprocessing(given):
-    known = {"mean": None, "std": None, "class_names": None, "image_size": None}
-    if unknown := set(given or {}) - set(known):
-        raise ValueError(f"`preprocessing` has the keys {', '.join(known)}. Received: {', '.join(sorted(unknown))}")
-    return {**known, **{key: _plain(value) for key, value in (given or {}).items()}}
-
-
-def build_classifier(model_or_variant, num_classes=None, input_shape=None, mean=None, std=None, class_names=None, **kwargs):
+def build_classifier(
+    model_or_variant: CvT | Variant | str | Mapping[str, Any],
+    num_classes: int | None = None,
+    input_shape: Sequence[int | None] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> keras.Model:
     """A classifier of raw pixels: normalisation, then CvT.
 
     Args:
-        model_or_variant: what `CvT.from_variant` takes, or a `CvT`, which is used as it is: it shares its weights, and its
-            `preprocessing` becomes what is settled here, for one classifier at a time.
+        model_or_variant: what `CvT.from_variant` takes, or a `CvT`, which is used as it is: the classifier shares its weights.
         num_classes: outputs; with a variant it defaults to the number of `class_names`.
         input_shape: `(height, width, channels)`; defaults to the model's, or `(32, 32, 3)` for a variant.
-        mean, std: of the pixels in 0..1, one number a channel; default to the model's `preprocessing`, else to 0.5, which maps
-            pixels to -1..1.
+        mean, std: of the pixels in 0..1, one number per channel; default to the model's `preprocessing`, else to 0.5, which
+            maps pixels to -1..1.
         class_names: in the order of the outputs; default to the model's.
         kwargs: for `CvT`, when it is made here.
 
     Returns:
         A `keras.Model` from float pixels in 0..255, `(batch, height, width, channels)`, to float32 logits
-        `(batch, num_classes)`. Its CvT is the layer named as the model is, `cvt` by default, and its `preprocessing` says what
-        was settled here. Under mixed_float16, `compile` scales the loss; after reloading a `.keras` file it does so only if you
-        wrap the optimizer in a `LossScaleOptimizer`, as Keras keeps the policies of layers there but not of a whole graph.
+        `(batch, num_classes)`. Its CvT is the layer named as the model is, `cvt` by default. `preprocessing_of(classifier)`
+        returns what was settled here. Under mixed_float16, `compile` scales the loss; after reloading a `.keras` file it does
+        so only if you wrap the optimizer in a `LossScaleOptimizer`, as Keras keeps the policies of layers there, but not the
+        policy of a whole graph.
 
     Raises:
         ValueError: if the arguments disagree with each other or with the model.
     """
-    if isinstance(model_or_variant, CvT):
-        model = model_or_variant
-        fixed = {"num_classes": model.num_classes, "input_shape": model.input_shape[1:]}
-        for name, given in {"num_classes": num_classes, "input_shape": input_shape}.items():
-            if given is not None and not _agree(given, fixed[name]):
-                raise ValueError(f"`{name}` must be the model's, {fixed[name]}. Received: {name}={given}")
-        if kwargs:
-            raise ValueError(f"The model is there already and takes no more arguments. Received: {', '.join(kwargs)}")
-        input_shape = tuple(input_shape or model.input_shape[1:])
-    else:
-        if num_classes is None:
-            if class_names is None or isinstance(class_names, str):
-                raise ValueError(
-                    "`num_classes` or `class_names` is needed with a variant. "
-                    f"Received: num_classes=None, class_names={class_names!r}"
-                )
-            num_classes = len(class_names)
-        input_shape = tuple(input_shape or (32, 32, 3))
-        model = CvT(model_or_variant, num_classes, input_shape, **kwargs)
-
-    channels = input_shape[2]
-    given = {"mean": mean, "std": std, "class_names": class_names}
-    settled = {**model.preprocessing, **{key: _plain(value) for key, value in given.items() if value is not None}}
-    for key in ("mean", "std"):
-        if settled[key] is None:
-            settled[key] = [0.5] * channels
-    check_statistics(settled["mean"], settled["std"], channels)
     if isinstance(class_names, str):
         raise ValueError(f"`class_names` must be a list of names. Received: class_names={class_names!r}")
+    if isinstance(model_or_variant, CvT):
+        model = _require_agreement(model_or_variant, num_classes, input_shape, kwargs)
+        input_shape = tuple(input_shape or model.input_shape[1:])
+    else:
+        if num_classes is None and class_names is None:
+            raise ValueError("`num_classes` or `class_names` is needed with a variant. Received: num_classes=None")
+        num_classes = len(class_names) if num_classes is None else num_classes
+        input_shape = tuple(input_shape or (32, 32, 3))
+        model = CvT(model_or_variant, num_classes, input_shape, **kwargs)
+    if not model.num_classes:
+        raise ValueError("`model_or_variant` must have a head. Received: num_classes=0")
+
+    channels = input_shape[2]
+    preprocessing = Preprocessing(mean=(0.5,) * channels, std=(0.5,) * channels)
+    for known in (model.preprocessing, Preprocessing(mean=mean, std=std, class_names=class_names)):
+        preprocessing = preprocessing.replace(**known.get_config())
+    preprocessing.require_channels(channels)
     if None not in input_shape[:2]:
-        settled["image_size"] = list(input_shape[:2])
-    names = settled["class_names"]
+        preprocessing = preprocessing.replace(image_size=input_shape[:2])
+    names = preprocessing.class_names
     if names is not None and len(names) != model.num_classes:
         raise ValueError(f"`class_names` must name {model.num_classes} classes. Received: {len(names)} names")
-    model.preprocessing = settled
 
     pixels = keras.Input(input_shape, name="images", dtype="float32")
-    # float32 whatever the policy: bfloat16 keeps 8 bits of a pixel, and the mean would take most of them.
-    normalize = layers.Normalization(
-        mean=[255 * value for value in settled["mean"]],
-        variance=[(255 * value) ** 2 for value in settled["std"]],
-        dtype="float32",
-        name="normalization",
-    )
+    normalize = PixelNormalization(preprocessing, name="normalization")
     classifier = keras.Model(pixels, model(normalize(pixels)), name="classifier")
     classifier.dtype_policy = model.dtype_policy  # `compile` reads it, and scales the loss of float16
     return classifier
 
 
-def check_statistics(mean, std, channels):
-    """Raises ValueError unless these can be mean and std of pixels in 0..1: a list each, one number a channel."""
-    for name, values in {"mean": mean, "std": std}.items():
-        if not isinstance(values, list) or len(values) != channels or not all(map(math.isfinite, values)):
-            raise ValueError(f"`{name}` must have one number for each of {channels} channels. Received: {name}={values}")
-        if max(map(abs, values)) > 1.01:  # a little more than 1 may come of rounding
-            raise ValueError(f"`{name}` is of pixels in 0..1: divide by 255. Received: {name}={values}")
-    if min(std) <= 0:
-        raise ValueError(f"`std` must be positive. Received: std={std}")
+def _require_agreement(model, num_classes, input_shape, kwargs):
+    """Returns the model, unless the arguments of `build_classifier` ask for another one."""
+    fixed = {"num_classes": model.num_classes, "input_shape": model.input_shape[1:]}
+    for name, value in {"num_classes": num_classes, "input_shape": input_shape}.items():
+        if value is not None and not _agree(value, fixed[name]):
+            raise ValueError(f"`{name}` must be the model's, {fixed[name]}. Received: {name}={value}")
+    if kwargs:
+        raise ValueError(f"a model that exists takes no further arguments. Received: {', '.join(kwargs)}")
+    return model
 
 
-def cvt_of(model):
+def preprocessing_of(model: keras.Model) -> Preprocessing:
+    """The `Preprocessing` that a model holds.
+
+    Args:
+        model: a classifier of raw pixels, quantised or not, or a `CvT`.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    # A classifier's first layer before its network: in files of version 0.1 only the network has one.
+    holders = [part for part in (*getattr(model, "layers", ()), model) if hasattr(part, "preprocessing")]
+    if not holders:
+        raise ValueError(f"`model` must be a `CvT` or a classifier around one. Received: {type(model).__name__}")
+    return holders[0].preprocessing
+
+
+def cvt_of(model: keras.Model) -> CvT:
     """The `CvT` in a model: itself, or a layer of a classifier.
 
     Raises:
         ValueError: if there is none.
     """
-    found = [layer for layer in (model, *getattr(model, "layers", ())) if isinstance(layer, CvT)]
-    if not found:
-        raise ValueError(f"`model` must be a `CvT` or a classifier around one. Received: {type(model).__name__}")
-    return found[0]
+    for part in (model, *getattr(model, "layers", ())):
+        if isinstance(part, CvT):
+            return part
+    raise ValueError(f"`model` must be a `CvT` or a classifier around one. Received: {type(model).__name__}")
 
 
-def _agree(given, fixed):
+def _agree(value, fixed):
     """Whether two sizes are the same, where `None` in the model's stands for any."""
     if isinstance(fixed, tuple):
-        return len(given) == len(fixed) and all(b is None or a == b for a, b in zip(given, fixed))
-    return given == fixed
+        return len(value) == len(fixed) and all(b is None or a == b for a, b in zip(value, fixed))
+    return value == fixed
 
 
 def _plain(value):

@@ -8,6 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
+from cvt_keras.errors import BusyError, NoRunError, OccupiedError, RunError
+
 try:
     import fcntl
 except ImportError:  # Windows has none
@@ -24,74 +26,82 @@ CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 
 
-class RunError(Exception):
-    """A run folder that can't be read or written, or is in use. The message is one line: which file, and the way out."""
-
-
-class BusyError(RunError):
-    """A folder at which another process is at work."""
-
-
-class NoRunError(RunError):
-    """A folder that is no run's."""
-
-
 def require_run(run_dir):
-    """Told before a run is read.
+    """Raises unless `run_dir` holds a run.
 
     Raises:
-        NoRunError: if there is no run in `run_dir`.
+        NoRunError: if it does not.
     """
     if not (run_dir / RECIPE).exists():
-        raise NoRunError(f"`RUN` must be a run folder, which train.py writes. Received: {run_dir}")
+        raise NoRunError(
+            f"`run_dir` must be a run folder. Received: {run_dir}",
+            argument="run_dir",
+            hint="RUN is a folder that cvt-keras train has written",
+        )
 
 
 def require_finished(run_dir):
-    """Told before a run's model is used.
+    """Raises unless `run_dir` holds a run that was trained to its end.
 
     Raises:
-        NoRunError: if there is no run in `run_dir`.
-        RunError: if it was not trained to its end.
+        NoRunError: if it holds no run.
+        RunError: if its training is not finished.
     """
     require_run(run_dir)
     if missing := [name for name in (MODEL, REPORT, HISTORY) if not (run_dir / name).exists()]:
-        raise RunError(f"{run_dir} has no {missing[0]} yet: finish its training by --resume")
+        raise RunError(
+            f"the run in {run_dir} is not finished: it has no {missing[0]}",
+            argument="run_dir",
+            hint="Finish its training with --resume",
+        )
 
 
 def require_vacant(run_dir):
-    """A run is never overwritten.
+    """Raises unless a new run can be written to `run_dir`.
 
     Raises:
-        FileExistsError: if `run_dir` is there and anything but an empty folder.
+        OccupiedError: if `run_dir` exists and is not an empty folder.
     """
+    another = "Name another with --run-dir"
     if run_dir.exists() and not run_dir.is_dir():
-        raise FileExistsError(f"`run_dir` is no folder: {run_dir}. Name another with --run-dir")
+        raise OccupiedError(f"`run_dir` is not a folder: {run_dir}", argument="run_dir", hint=another)
     if (run_dir / RECIPE).exists():
-        raise FileExistsError(
-            f"`run_dir` already holds a run: {run_dir}. Go on with it by --resume, or name another with --run-dir"
+        raise OccupiedError(
+            f"`run_dir` already holds a run: {run_dir}",
+            argument="run_dir",
+            hint="Continue it with --resume, or name another with --run-dir",
         )
     if run_dir.exists() and not all(is_aside(path) for path in run_dir.iterdir()):
-        raise FileExistsError(f"`run_dir` holds something, but no run: {run_dir}. Name another with --run-dir")
+        raise OccupiedError(f"`run_dir` holds something that is not a run: {run_dir}", argument="run_dir", hint=another)
 
 
-def require_writable(folder, flag="--run-dir"):
-    """Told before data is downloaded for a run.
+def require_writable(folder, argument="run_dir"):
+    """Raises unless `folder` can be created and written to. Called before data is downloaded for it.
+
+    Args:
+        folder: a path.
+        argument: the name of the argument that it came from.
 
     Raises:
-        RunError: if `folder`, as `flag` named it, can't be made or written to.
+        RunError: if it can't be.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        name = flag.strip("-").replace("-", "_")
-        raise RunError(f"`{name}` can't be {folder}: nothing may be written to {nearest}. Name another with {flag}")
+        raise RunError(
+            f"`{argument}` can't be written: {folder}, as nothing may be written to {nearest}",
+            argument=argument,
+            hint=f"Name another with --{argument.replace('_', '-')}",
+        )
 
 
 @contextlib.contextmanager
 def lock(folder):
-    """Keeps other processes out of a folder of a run during the block; one that is killed leaves no lock behind.
+    """Keeps other processes out of a folder during the block. A process that is killed leaves no lock behind.
+
+    By hand, as `filelock` locks a file, which would stay in the run folder; this locks the folder itself.
 
     Raises:
-        BusyError: if another process is in it.
+        BusyError: if another process holds the lock.
     """
     if fcntl is None:
         yield
@@ -101,7 +111,9 @@ def lock(folder):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BusyError(f"another process is at work in {folder}: wait for its end, or work in another folder") from error
+            raise BusyError(
+                f"another process is writing to {folder}", hint="Wait until it ends, or work in another folder"
+            ) from error
         except OSError:
             pass  # a file system without locks, as of some networks
         yield
@@ -182,7 +194,7 @@ def is_aside(path):
 
 
 def _sync(path):
-    """Waits until a file, or a folder's list of files, is on the disk: a power cut takes it no more."""
+    """Calls fsync on a file, or on a folder's list of files, so that it survives a power cut."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
         return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -200,6 +212,30 @@ def write_csv(path, rows):
         table.writerows(rows)
 
 
+def read_history(run_dir):
+    """The epochs of a run, from its history.csv.
+
+    Returns:
+        A dict per epoch: `"epoch"`, an int from 1, and floats.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    path = Path(run_dir) / HISTORY
+    try:
+        with open(path, newline="") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return from_one([{**row, "epoch": int(row["epoch"])} for row in rows])
+    except (ValueError, TypeError, LookupError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+
+
+def from_one(history):
+    """A history with epochs that count from 1; version 0.1 counted from 0."""
+    first = history[0]["epoch"] if history else 1
+    return [{**row, "epoch": row["epoch"] + 1 - first} for row in history]
+
+
 def write_json(path, value):
     """Writes `value` whole or not at all."""
     with whole(path) as aside:
@@ -215,4 +251,4 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except ValueError as error:
-        raise RunError(f"{path} is broken ({error})") from error
+        raise RunError(f"{path} is damaged: {error}") from error

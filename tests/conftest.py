@@ -9,8 +9,8 @@ import pytest
 
 if keras.config.backend() != "tensorflow":
     collect_ignore = [
-        *("benchmarks", "compression", "data", "export", "search", "training", "test_architecture.py"),
-        *("test_environment.py", "test_evaluation.py", "test_page.py", "test_plots.py", "test_runs.py", "test_train.py"),
+        *("benchmarks", "compression", "data", "export", "report", "search", "training", "test_architecture.py"),
+        *("test_environment.py", "test_runs.py"),
     ]
 
 

@@ -17,16 +17,12 @@ from transformers import AutoImageProcessor, CvtConfig, CvtForImageClassificatio
 from benchmarks.network import differences, golden_model
 from benchmarks.pretrained import CASES, logits, peak_memory, reference_model
 from benchmarks.pretrained import differences as live_differences
-from cvt_keras import VARIANTS, CvT, Stage, Variant, build_classifier, configs, pretrained
-from cvt_keras.configs import transformers_config, transformers_processor
-from cvt_keras.pretrained import (
-    LAYOUTS,
-    CheckpointError,
-    load_state_dict,
-    microsoft_weights,
-    to_torch_state_dict,
-    transformers_weights,
-)
+from cvt_keras import VARIANTS, CvT, Stage, Variant, build_classifier, pretrained
+from cvt_keras.conversion import configs
+from cvt_keras.conversion.checkpoint import load_state_dict
+from cvt_keras.conversion.layouts import LAYOUTS, microsoft_weights, transformers_weights
+from cvt_keras.errors import CheckpointError
+from cvt_keras.pretrained import to_torch_state_dict, transformers_config, transformers_processor
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))

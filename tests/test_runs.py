@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from cvt_keras import runs
+from cvt_keras.errors import RunError
 
 
 def test_json_comes_back(tmp_path):
@@ -47,7 +48,7 @@ def test_a_vacant_folder_is_absent_or_empty(tmp_path):
 def test_a_run_folder_is_for_one_process_at_a_time(tmp_path):
     with (
         runs.lock(tmp_path),
-        pytest.raises(runs.RunError, match=f"another process is at work in {tmp_path}: "),
+        pytest.raises(RunError, match=f"another process is at work in {tmp_path}: "),
         runs.lock(tmp_path),
     ):
         pass
@@ -80,7 +81,7 @@ def test_what_was_half_written_is_swept_away(tmp_path):
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
 def test_broken_json_is_named(tmp_path, content):
     (tmp_path / "report.json").write_bytes(content)
-    with pytest.raises(runs.RunError, match=f"^{tmp_path}/report.json is broken"):
+    with pytest.raises(RunError, match=f"^{tmp_path}/report.json is broken"):
         runs.read_json(tmp_path / "report.json")
 
 

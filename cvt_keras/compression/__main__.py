@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+from cvt_keras.errors import NoRunError, RunError
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported: its notes would break the progress bar
 
 try:
@@ -16,9 +18,8 @@ try:
     from cvt_keras.compression.clustering import WeightClustering
     from cvt_keras.compression.pruning import MagnitudePruning
     from cvt_keras.compression.quantization import QuantizationAwareTraining
-    from cvt_keras.data.sources import DataError
-    from cvt_keras.pretrained import CheckpointError
-    from cvt_keras.training import Recipe, RecipeError, run
+    from cvt_keras.errors import CheckpointError, DataError, RecipeError
+    from cvt_keras.training import Recipe, run
 except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that there is not
     sys.exit(f"compression: {error}. Is all of requirements.txt installed, and KERAS_BACKEND unset?")
 
@@ -111,7 +112,7 @@ def compress(command):
     try:
         recipe = Recipe.from_settings(runs.read_json(path))
     except (RecipeError, TypeError) as error:
-        raise runs.RunError(f"{path} is broken: {error}") from error
+        raise RunError(f"{path} is broken: {error}") from error
     compression = command.compression(recipe.compression)
     given = {name: getattr(command, name) for name in GIVEN if getattr(command, name) is not None}
     recipe = dataclasses.replace(
@@ -143,9 +144,9 @@ def main(argv):
     try:
         command = tyro.cli(Prune | Cluster | Qat, prog=PROGRAM, description=__doc__.partition(":")[0], args=argv)
         report = compress(command)
-    except (RecipeError, FileExistsError, runs.NoRunError) as error:
+    except (RecipeError, FileExistsError, NoRunError) as error:
         return _fail(error, 2)
-    except (CheckpointError, DataError, runs.RunError, FloatingPointError, MemoryError, ImportError) as error:
+    except (CheckpointError, DataError, RunError, FloatingPointError, MemoryError, ImportError) as error:
         return _fail(error, 1)
     except OSError as error:
         return _fail(f"{error}; finished epochs are kept. To go on once that is mended: {resuming}", 1)

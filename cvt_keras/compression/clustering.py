@@ -5,17 +5,16 @@ from typing import ClassVar
 import numpy as np
 import tensorflow as tf
 
-from cvt_keras import runs
 from cvt_keras.compression import tfmot
 from cvt_keras.compression.kernels import Zeros, all_kernels, describe, kernels, share_of_zeros
-from cvt_keras.training.callbacks import Compression
-from cvt_keras.training.recipes import RecipeError
+from cvt_keras.errors import RecipeError, RunError
+from cvt_keras.training.compressor import Compressor
 
 # Of Lloyd's algorithm, after k-means++ has chosen where to begin.
 ITERATIONS = 10
 
 
-class WeightClustering(Compression):
+class WeightClustering(Compressor):
     """Clusters kernels by tfmot's centroids and assignment.
 
     A kernel has a float weight behind each of its own. After each step these take the step's change, the centroids take the
@@ -89,7 +88,7 @@ class WeightClustering(Compression):
         found = {path: len(np.unique(np.asarray(kernel))) for path, kernel in chosen.items()}
         for path, values in found.items():
             if values != self.clusters:
-                raise runs.RunError(
+                raise RunError(
                     f"{path} has {values} values in place of {self.clusters}: nothing was written. "
                     "Cluster anew, to fewer --clusters"
                 )

@@ -6,9 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from cvt_keras import runs
+from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.model import cvt_of
-from cvt_keras.training.recipes import RecipeError
 
 
 def kernels(classifier, layers=()):
@@ -83,7 +82,7 @@ class Zeros:
         """Raises RunError if one of them is no zero any more."""
         for path, mask in self.masks.items():
             if np.any(np.asarray(kernels[path])[mask.numpy() == 0] != 0):
-                raise runs.RunError(f"{path} has lost zeros that it was pruned to: nothing was written. Compress anew")
+                raise RunError(f"{path} has lost zeros that it was pruned to: nothing was written. Compress anew")
 
 
 def share_of_zeros(variables):

@@ -5,11 +5,10 @@ from typing import ClassVar
 import numpy as np
 import tensorflow as tf
 
-from cvt_keras import runs
 from cvt_keras.compression import tfmot
 from cvt_keras.compression.kernels import describe, kernels, share_of_zeros
-from cvt_keras.training.callbacks import Compression
-from cvt_keras.training.recipes import RecipeError
+from cvt_keras.errors import RecipeError, RunError
+from cvt_keras.training.compressor import Compressor
 
 PATTERNS = ("unstructured", "2:4", "4x1")
 SCHEDULES = ("polynomial", "constant")
@@ -18,7 +17,7 @@ RAMP = 0.5
 UPDATES = 20
 
 
-class MagnitudePruning(Compression):
+class MagnitudePruning(Compressor):
     """Prunes kernels by tfmot's schedules and masks, which are set at the start of a step and held at both of its ends.
 
     Args:
@@ -184,12 +183,12 @@ class MagnitudePruning(Compression):
             # A block more or less: tfmot rounds to whole ones.
             tolerance = (4 if self.pattern == "4x1" else 1) / kernel.value.shape.num_elements()
             if abs(found[path] - self.sparsity) > tolerance + 1e-9:
-                raise runs.RunError(
+                raise RunError(
                     f"{path} has {found[path]:.2%} zeros in place of {self.sparsity:.0%}: nothing was written. Many of its "
                     "weights are equal, or all are 0: leave it out by --layers"
                 )
             if not _follows(self.pattern, np.asarray(kernel)):
-                raise runs.RunError(f"the zeros of {path} do not lie as {self.pattern} has them: nothing was written")
+                raise RunError(f"the zeros of {path} do not lie as {self.pattern} has them: nothing was written")
         return {"sparsity": float(share_of_zeros(chosen.values())), "sparsity_by_layer": found}
 
 

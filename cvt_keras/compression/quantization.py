@@ -6,13 +6,13 @@ from typing import ClassVar
 import numpy as np
 import tensorflow as tf
 
-from cvt_keras import runs
 from cvt_keras.compression import tfmot
 from cvt_keras.compression.kernels import Zeros, share_of_zeros
-from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, quantize
+from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.layers import DropPath
-from cvt_keras.training.callbacks import Compression
-from cvt_keras.training.recipes import RecipeError
+from cvt_keras.quantized.layers import FakeQuantize, QuantizedConv
+from cvt_keras.quantized.model import quantize
+from cvt_keras.training.compressor import Compressor
 
 # For the first limits of the activations; training then follows what its batches have.
 CALIBRATION_IMAGES = 1000
@@ -20,7 +20,7 @@ CALIBRATION_IMAGES = 1000
 _LEAST = 1e-6
 
 
-class QuantizationAwareTraining(Compression):
+class QuantizationAwareTraining(Compressor):
     """Trains a classifier's `quantize` form, and lets its files have the ranges that training found.
 
     The ranges are found by tfmot's quantizers: of activations first by `AllValuesQuantizer` on training images, then by
@@ -119,7 +119,7 @@ class QuantizationAwareTraining(Compression):
         if broken := [
             path for path, (least, most) in limits.items() if not (np.isfinite([least, most]).all() and least < most)
         ]:
-            raise runs.RunError(f"no range was found for {broken[0]}: train anew, at a lower --peak-learning-rate")
+            raise RunError(f"no range was found for {broken[0]}: train anew, at a lower --peak-learning-rate")
         kernels = _kernels(classifier)
         self._zeros.check(kernels)
         return {"sparsity": float(share_of_zeros(kernels.values())), "ranges": limits}

@@ -13,12 +13,13 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from cvt_keras.data.split import Source, Split
+from cvt_keras.errors import DataError, UnavailableError
 
 NAMES = ("auto", "cifar10", "cifar100", "tfds:NAME", "folder", "digits")
 # Of the 50,000 training images, their original pixels in 0..1.
@@ -44,69 +45,6 @@ CHARACTERS = {"binary_alpha_digits", "cmaterdb", "emnist", "kmnist", "mnist", "m
 
 _PORTS = {"http": 80, "ftp": 21, "https": 443}
 _READ_BATCH = 256  # images; reading one by one takes four times as long
-
-
-class DataError(Exception):
-    """Data that is missing or broken. The message is one line: what is wrong, and the way out."""
-
-
-class _UnavailableError(DataError):
-    """Data that is not on disk and can't be fetched: what `auto` falls back from, unlike a broken copy."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images and their labels.
-
-    Args:
-        images: uint8 `(n, height, width, 3)`: as small as they came, or stretched to the size asked for; see `load`.
-        labels: int64 `(n,)`.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self):
-        return len(self.labels)
-
-    def limit(self, n):
-        """The first `n`, or all if `n` is `None`."""
-        return Split(self.images[:n], self.labels[:n])
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set, whole in memory.
-
-    Args:
-        name: the real one, never `auto`.
-        train, validation, test: disjoint `Split`s, the same whatever a run's seed; the first images of each are a fair sample.
-        class_names: in the order of the labels.
-        mean, std: of the training pixels in 0..1, a number a channel; CIFAR-10's, the usual ones, of those held out too.
-        note: what a reader of a figure must know about the data; empty if nothing.
-        mirror: whether a mirrored image keeps its label.
-        fallback: if this stands in for what was asked for: why, and how to get that; else empty.
-    """
-
-    name: str
-    train: Split
-    validation: Split
-    test: Split
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    note: str = ""
-    mirror: bool = True
-    fallback: str = ""
-
-    def fingerprint(self):
-        """What tells these images and labels from others: a dict of numbers and strings, as JSON keeps them."""
-        parts = {"class names": ", ".join(self.class_names), "note": self.note}
-        for name in ("train", "validation", "test"):
-            split = getattr(self, name)
-            parts[f"number of {name} images"] = len(split)
-            parts[f"checksum of {name} images"] = zlib.crc32(split.labels, zlib.crc32(split.images))
-        return parts
 
 
 def check_name(dataset):
@@ -154,7 +92,7 @@ def auto(data_dir=None, image_size=32):
     """
     try:
         return cifar10(data_dir, image_size)
-    except _UnavailableError as error:
+    except UnavailableError as error:
         try:
             return dataclasses.replace(digits(image_size), fallback=f"scikit-learn's digits stand in for CIFAR-10: {error}")
         except DataError as second:
@@ -298,7 +236,7 @@ def _prepare(builder, title, hosts=None):
         builder.download_and_prepare()
     except Exception as error:
         where = Path(builder.data_dir_root)
-        raise _UnavailableError(
+        raise UnavailableError(
             f"{title} is not in {where} (as {folder.relative_to(where)}/dataset_info.json and its records), and the download "
             f"failed: {_reason(error)}. Name the folder that holds {builder.name}/ with --data-dir or TFDS_DATA_DIR, or connect"
         ) from error
@@ -645,7 +583,7 @@ def _import(module, packages=None):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise _UnavailableError(f"{module} can't be imported ({error}): pip install {packages or module}") from error
+        raise UnavailableError(f"{module} can't be imported ({error}): pip install {packages or module}") from error
 
 
 def _out_of_memory(error):

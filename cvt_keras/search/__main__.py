@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+from cvt_keras.errors import DistributedError, RunError
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported: its notes would break the progress bar
 
 try:
@@ -17,12 +19,11 @@ try:
 
     from cvt_keras import runs, signals
     from cvt_keras.data import sources
-    from cvt_keras.data.sources import DataError
-    from cvt_keras.pretrained import CheckpointError
+    from cvt_keras.errors import CheckpointError, DataError, RecipeError
     from cvt_keras.search import distributed, oracles, results
+    from cvt_keras.search import space as spaces
     from cvt_keras.search.tuner import RecipeTuner
-    from cvt_keras.training import RecipeError, flags, loop
-    from cvt_keras.training import space as spaces
+    from cvt_keras.training import flags, loop
 except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that there is not
     sys.exit(f"search: {error}. Is all of requirements.txt installed, and KERAS_BACKEND unset?")
 except KeyboardInterrupt:
@@ -71,7 +72,7 @@ def main(argv):
         return search(arguments)
     except (RecipeError, FileExistsError) as error:
         return _fail(error, 2)
-    except (distributed.DistributedError, MemoryError, runs.RunError) as error:
+    except (DistributedError, MemoryError, RunError) as error:
         return _fail(f"{error}. To go on: {again}", 1)
     except (CheckpointError, DataError) as error:
         return _fail(error, 1)
@@ -260,7 +261,7 @@ def _stored(search_dir, fresh):
         raise FileExistsError(f"`--search-dir` is no folder: {search_dir}")
     try:
         runs.require_writable(search_dir, "--search-dir")
-    except runs.RunError as error:
+    except RunError as error:
         raise RecipeError(str(error)) from error
     path = search_dir / SEARCH
     if path.exists():
@@ -268,7 +269,7 @@ def _stored(search_dir, fresh):
             return {}
         stored = runs.read_json(path)
         if not isinstance(stored, dict) or not all(isinstance(stored.get(part), dict) for part in ("recipe", "space", "data")):
-            raise runs.RunError(f"{path} is broken: start over by --fresh")
+            raise RunError(f"{path} is broken: start over by --fresh")
         return stored
     if search_dir.exists() and not all(map(runs.is_aside, search_dir.iterdir())):
         raise FileExistsError(f"`--search-dir` holds something, but no search: {search_dir}. Name another")

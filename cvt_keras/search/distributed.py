@@ -20,10 +20,10 @@ from keras_tuner.src.distribute import oracle_chief
 from keras_tuner.src.distribute.oracle_client import TIMEOUT
 from keras_tuner.src.engine.oracle import LOCKS, THREADS
 
-from cvt_keras import runs, signals
+from cvt_keras import signals
+from cvt_keras.errors import BusyError, DistributedError, RecipeError
 from cvt_keras.search.oracles import SETTINGS, differences, is_over, keras_tuner, tried
 from cvt_keras.search.tuner import RecipeTuner
-from cvt_keras.training import RecipeError
 
 HEARTBEAT_SECONDS = 5.0
 MISSED_HEARTBEATS = 3  # that are no sign yet
@@ -44,10 +44,6 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": RETRIES}]})),
 ]
-
-
-class DistributedError(Exception):
-    """A chief without workers, or a worker without a chief. The message is one line."""
 
 
 class _Servicer(oracle_chief.OracleServicer):
@@ -309,7 +305,7 @@ class Worker(RecipeTuner):
         while True:
             try:
                 history = super().run_trial(trial)
-            except runs.BusyError as error:  # a worker that was given up, and has not noticed yet
+            except BusyError as error:  # a worker that was given up, and has not noticed yet
                 print(f"{error}: waiting for it", flush=True)
                 time.sleep(BUSY_SECONDS)
             else:

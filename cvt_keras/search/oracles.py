@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cvt_keras import plots, runs
+from cvt_keras import runs
+from cvt_keras.errors import RecipeError, RunError
+from cvt_keras.report import figures
+from cvt_keras.search import space as spaces
 from cvt_keras.training import loop
-from cvt_keras.training import space as spaces
-from cvt_keras.training.recipes import RecipeError
 from cvt_keras.variants import get_variant, macs
 
 try:
@@ -192,8 +193,8 @@ class _Oracle:
             runs.remove_asides(part)
         try:
             self.reload()
-        except (KeyError, OSError, TypeError, ValueError, runs.RunError) as error:
-            raise runs.RunError(f"{folder} can't be gone on with ({error}): start over by --fresh") from error
+        except (KeyError, OSError, TypeError, ValueError, RunError) as error:
+            raise RunError(f"{folder} can't be gone on with ({error}): start over by --fresh") from error
         # keras-tuner would also send a trial again that ended just before a kill.
         self._retry_queue = [name for name, trial in self.trials.items() if not is_over(trial)][::-1]
 
@@ -384,7 +385,7 @@ def line(oracle, trial):
 def tried(candidates, trial):
     """What a trial tries, in a line."""
     values = trial.hyperparameters.values
-    shown = ", ".join(f"{name} {plots.shown(values[name])}" for name in candidates.space)
+    shown = ", ".join(f"{name} {figures.shown(values[name])}" for name in candidates.space)
     cost = candidates.macs(values)
     own = candidates.is_own(values)
     epochs = candidates.of(values).epochs

@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from cvt_keras import page, plots, runs
+from cvt_keras import runs
+from cvt_keras.report import figures, page
 from cvt_keras.search import oracles
 from cvt_keras.search.oracles import TrialStatus
-from cvt_keras.training.space import Range
+from cvt_keras.search.space import Range
 
 try:
     from sklearn.ensemble import RandomForestRegressor
@@ -122,16 +123,16 @@ def write(oracle, search_dir, settings):
         space = oracle.candidates.space
         done = ranked(found)
         own = next((row["trial"] for row in done if oracle.candidates.is_own(row)), None)
-        figures[COORDINATES] = plots.parallel_coordinates(done, _axes(done, space), own)
+        figures[COORDINATES] = figures.parallel_coordinates(done, _axes(done, space), own)
         curves = {row["trial"]: oracles.curve(oracle.trials[row["trial"]]) for row in done}
         shown = [row["trial"] for row in done[:MOST_CURVES]]
-        figures[CURVES] = plots.best_curves(curves, shown, own)
+        figures[CURVES] = figures.best_curves(curves, shown, own)
         shares, fit = importance(found, space)
         if shares is not None:
-            figures[IMPORTANCE] = plots.importance(shares)
+            figures[IMPORTANCE] = figures.importance(shares)
         (search_dir / runs.PLOTS).mkdir(exist_ok=True)
         for name, figure in figures.items():
-            plots.save(figure, search_dir / runs.PLOTS / name)
+            figures.save(figure, search_dir / runs.PLOTS / name)
     else:
         own, fit = None, None
     _write_page(oracle, search_dir, settings, found, top, own, fit)
@@ -233,4 +234,4 @@ def _table(candidates, found):
 
 
 def _shown(value):
-    return "" if value is None else plots.shown(value)
+    return "" if value is None else figures.shown(value)

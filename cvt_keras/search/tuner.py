@@ -6,10 +6,10 @@ import time
 import keras
 
 from cvt_keras import runs
+from cvt_keras.errors import DifferentRunError, RecipeError
 from cvt_keras.search import oracles
 from cvt_keras.search.oracles import TrialStatus, keras_tuner
-from cvt_keras.training import RecipeError, run
-from cvt_keras.training.loop import DifferentRunError
+from cvt_keras.training import run
 
 IDLE_SECONDS = 1.0  # before the oracle is asked again, when it waits for others
 

@@ -1,18 +1,29 @@
 """Recipes, optimizers and the training run.
 
-`run` is found when it is asked for: it needs TensorFlow, `training.optimizers` and `training.recipes` do not.
+The names are imported when they are first used: `run` needs TensorFlow, the recipes and `training.optimizers` do not.
 """
 
-__all__ = ["RECIPES", "Recipe", "RecipeError", "run"]
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cvt_keras.errors import RecipeError
+    from cvt_keras.training.loop import run
+    from cvt_keras.training.plan import RunResult
+    from cvt_keras.training.recipes import RECIPES, Recipe
+
+__all__ = ["RECIPES", "Recipe", "RecipeError", "RunResult", "run"]
+
+_MODULES = {
+    "RECIPES": "cvt_keras.training.recipes",
+    "Recipe": "cvt_keras.training.recipes",
+    "RecipeError": "cvt_keras.errors",
+    "RunResult": "cvt_keras.training.plan",
+    "run": "cvt_keras.training.loop",
+}
 
 
 def __getattr__(name):
-    if name == "run":
-        from cvt_keras.training.loop import run
-
-        return run
-    if name in __all__:
-        from cvt_keras.training import recipes
-
-        return getattr(recipes, name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,20 +1,23 @@
-"""Only what Keras lacks."""
+"""Callbacks that Keras lacks: NaN guard, clean stop, timing, best weights, exact checkpoints."""
 
 import math
 import shutil
 import time
 import zipfile
-from typing import ClassVar
 
 import keras
 import numpy as np
 
 from cvt_keras import runs, signals
-from cvt_keras.training.recipes import RecipeError
+from cvt_keras.errors import DivergedError, RecipeError, RunError
 
 
 class HaltOnNaN(keras.callbacks.Callback):
-    """Ends the training at the step whose loss is no number, before anything of it is kept."""
+    """Ends the training at the step whose loss is NaN or infinite, before anything of it is kept.
+
+    Args:
+        advice: what to do about it, for the error's `hint`.
+    """
 
     def __init__(self, advice):
         super().__init__()
@@ -25,13 +28,15 @@ class HaltOnNaN(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        # The mean over the epoch so far: once no number, it stays so.
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(f"the loss is no number in step {batch + 1} of epoch {self.epoch + 1}: {self.advice}")
+        # The mean over the epoch so far: once NaN, it stays NaN.
+        self._require_finite(logs["loss"], f"at step {batch + 1}")
 
     def on_test_end(self, logs=None):
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(f"the loss is no number after the last step of epoch {self.epoch + 1}: {self.advice}")
+        self._require_finite(logs["loss"], "after the last step")
+
+    def _require_finite(self, loss, when):
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is NaN or infinite {when} of epoch {self.epoch + 1}", hint=self.advice)
 
 
 class StopAfterStep(signals.Held, keras.callbacks.Callback):
@@ -46,66 +51,6 @@ class StopAfterStep(signals.Held, keras.callbacks.Callback):
 
     def on_test_batch_end(self, batch, logs=None):
         self.answer()
-
-
-class Compression(keras.callbacks.Callback):
-    """What makes a network smaller as it trains: this one does nothing, those of `cvt_keras.compression` do.
-
-    Args:
-        settings: what recipe.json holds of it as `compression`, with its `method`; `None` is no compression.
-        after: `settings` of the compression that the weights come from, or `None`.
-
-    Attributes:
-        settings: with `after`, if there is one.
-        refused: `method` of a compression that it can't come after -> why, and what to do.
-        variables: what a checkpoint must hold beside the model's and the optimizer's.
-        first_epoch: counted from 0; before it the network is not as small yet as it is to be, and no weights are kept.
-    """
-
-    refused: ClassVar = {}
-    variables = ()
-    first_epoch = 0
-
-    def __init__(self, settings=None, after=None):
-        super().__init__()
-        self.settings = {**settings, "after": after} if after else settings
-
-    def require(self, recipe):
-        """Told before anything is read.
-
-        Args:
-            recipe: of the run to be, with nothing left `auto`.
-
-        Raises:
-            RecipeError: if it can't be combined with the recipe, or with what was done before.
-        """
-        before = ((self.settings or {}).get("after") or {}).get("method")
-        if before in self.refused:
-            raise RecipeError(f"`RUN` must not be compressed by {before} already: {self.refused[before]}. Received: {before}")
-
-    def wrap(self, classifier):
-        """The network that is trained and saved in place of a classifier, with its weights."""
-        return classifier
-
-    def start(self, classifier, batches, steps, epochs):
-        """Before the first step, with the weights in place; also before a run goes on, whose checkpoint then has the last word.
-
-        Args:
-            classifier: what `wrap` gave.
-            batches: of the training images as they are, `evaluation_batches`.
-            steps, epochs: of an epoch, and of the training.
-
-        Raises:
-            RecipeError: if it would do nothing, or can't be done.
-        """
-
-    def check(self, classifier):
-        """What was found in the trained network, for report.json, or `None`.
-
-        Raises:
-            RunError: if the network is not as it was to be.
-        """
-        return None
 
 
 class Stopwatch(keras.callbacks.Callback):
@@ -208,25 +153,30 @@ class Checkpoints(keras.callbacks.Callback):
             values, best = _arrays(newest / "state.npz"), _arrays(newest / "best.npz")
             state = runs.read_json(newest / "state.json")
             data, history, score = (state[name] for name in ("data", "history", "best_score"))
-        except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, runs.RunError) as error:
+        except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, RunError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise runs.RunError(f"{newest} is broken ({reason}): remove it to train from the first epoch on") from error
+            raise RunError(f"{newest} is damaged: {reason}", hint="Remove it, and training starts from epoch 1") from error
         changed = [name for name, value in self.data.items() if data.get(name) != value]
         if changed:
             differences = ", ".join(f"{name} was {data.get(name)!r} and is {self.data[name]!r}" for name in changed)
-            way_out = "Bring the former data back, or train in another --run-dir"
-            raise RecipeError(f"the run in {self.run_dir} can't go on with other data: {differences}. {way_out}")
+            raise RecipeError(
+                f"the run in {self.run_dir} can't be resumed with other images: {differences}",
+                argument="data_dir",
+                hint="Bring the former images back, or train in another --run-dir",
+            )
         variables = self._state(model)
         if {name: value.shape for name, value in values.items()} != {name: tuple(v.shape) for name, v in variables.items()}:
-            raise RecipeError(f"{newest} is of another network or optimizer: train anew, in another folder")
+            raise RecipeError(
+                f"{newest} is of another network or optimizer", argument="run_dir", hint="Train anew in another --run-dir"
+            )
         for name, variable in variables.items():
             variable.assign(values[name])
-        self.history, self.best.score, self.best.weights = history, score, list(best.values()) or None
+        self.history, self.best.score, self.best.weights = runs.from_one(history), score, list(best.values()) or None
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)  # which the kill may have come before
 
     def on_epoch_end(self, epoch, logs=None):
         measured = {
-            "epoch": epoch,
+            "epoch": epoch + 1,
             "learning_rate": float(np.asarray(self.model.optimizer.learning_rate)),
             **{name: float(value) for name, value in logs.items()},
             "train_seconds": self.stopwatch.train_seconds,
@@ -260,7 +210,7 @@ def stored_data(run_dir):
     stored = _stored(run_dir)
     try:
         return runs.read_json(stored[-1] / "state.json")["data"] if stored else None
-    except (OSError, LookupError, TypeError, runs.RunError):
+    except (OSError, LookupError, TypeError, RunError):
         return None  # `Checkpoints.restore` tells of it
 
 

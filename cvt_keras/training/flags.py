@@ -7,7 +7,8 @@ from pathlib import Path
 import tyro
 
 from cvt_keras import runs
-from cvt_keras.training.recipes import RECIPES, Recipe, RecipeError
+from cvt_keras.errors import RecipeError, RunError
+from cvt_keras.training.recipes import RECIPES, Recipe
 
 DEFAULT = "cifar10"
 
@@ -33,40 +34,47 @@ def parse(argv, kind, program, description):
     Args:
         argv: its words after the program.
         kind: a dataclass that adds the command's own flags to `RecipeFlags`.
-        program: what is typed before them: `"python train.py"`.
-        description: for --help.
+        program: the words before them: `"cvt-keras train"`.
+        description: of the command, for --help.
 
     Returns:
-        The recipe's name, or what its file is called, and the `kind`.
+        The recipe's name, or that of its file, and the `kind`.
 
     Raises:
-        RecipeError: for an unknown recipe or a value that no run can have.
-        SystemExit: for flags that tyro refuses, with 2, and for --help.
+        RecipeError: for an unknown recipe, or a value that no run can have.
+        SystemExit: by tyro, for flags that it refuses, with 2, and for --help.
     """
-    shown = f"{program.removeprefix('python ').removeprefix('-m ')} [RECIPE]"
-    named = bool(argv) and not argv[0].startswith("-")
-    name, flags = (argv[0], argv[1:]) if named else (DEFAULT, argv)
+    has_name = bool(argv) and not argv[0].startswith("-")
+    name, flags = (argv[0], argv[1:]) if has_name else (DEFAULT, argv)
     if name not in RECIPES:
-        raise RecipeError(f"`RECIPE` must be one of {', '.join(RECIPES)}. Received: {name}")
+        raise RecipeError(f"`RECIPE` must be one of {', '.join(RECIPES)}. Received: {name}", argument="RECIPE")
     for before, flag in itertools.pairwise(flags):
         if flag in RECIPES and (not before.startswith("--") or "=" in before):
-            raise RecipeError(f"`RECIPE` comes before the flags: {program} {flag} ... Received: it after {before}")
+            raise RecipeError(
+                f"`RECIPE` must come before the flags. Received: {flag} after {before}",
+                argument="RECIPE",
+                hint=f"Write {program} {flag} ...",
+            )
     # Read before the other flags, whose defaults it holds.
-    given, _ = tyro.cli(RecipeFile, prog=shown, args=flags, return_unknown_args=True, add_help=False)
-    file, defaults = given.recipe_file, RECIPES[name]
+    first, _ = tyro.cli(RecipeFile, prog=program, args=flags, return_unknown_args=True, add_help=False)
+    file, defaults = first.recipe_file, RECIPES[name]
     if file:
-        if named:
-            raise RecipeError(f"a recipe is named or comes from a file, not both. Received: {name} and --recipe-file {file}")
+        if has_name:
+            raise RecipeError(
+                f"`RECIPE` and `recipe_file` exclude each other. Received: {name} and {file}",
+                argument="recipe_file",
+                hint="Leave out the name or --recipe-file",
+            )
         defaults = _read(file)
-        name = file.stem if file.name != runs.RECIPE else file.resolve().parent.name  # every run's is called alike
-    # What has no default of its own is asked for; tyro takes defaults from an instance alone.
-    blank = {field.name: tyro.MISSING for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+        name = file.stem if file.name != runs.RECIPE else file.resolve().parent.name  # every run's file has the same name
+    # An argument without a default is required; tyro takes defaults from an instance alone.
+    required = {field.name: tyro.MISSING for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
     arguments = tyro.cli(
         kind,
-        prog=shown,
-        description=f"{description} RECIPE, one of {', '.join(RECIPES)}, comes first; {DEFAULT} if left out. "
+        prog=f"{program} [RECIPE]",
+        description=f"{description} RECIPE, one of {', '.join(RECIPES)}, comes first; it defaults to {DEFAULT}. "
         f"The defaults below are those of {name}: {defaults.description}",
-        default=kind(**{**blank, "recipe": defaults}),
+        default=kind(**{**required, "recipe": defaults}),
         args=flags,
     )
     return name, arguments
@@ -76,6 +84,6 @@ def _read(file):
     try:
         return Recipe.from_settings(runs.read_json(file))
     except OSError as error:
-        raise RecipeError(f"`--recipe-file` {file} can't be read: {error.strerror}") from error
-    except (RecipeError, runs.RunError) as error:
-        raise RecipeError(f"`--recipe-file` {file} is no recipe.json: {error}") from error
+        raise RecipeError(f"`recipe_file` can't be read: {file}: {error.strerror}", argument="recipe_file") from error
+    except (RecipeError, RunError) as error:
+        raise RecipeError(f"`recipe_file` must be a recipe.json. Received: {file}: {error}", argument="recipe_file") from error

@@ -12,13 +12,10 @@ import tyro
 from tyro.conf import Suppress
 
 from cvt_keras.data import sources
+from cvt_keras.errors import RecipeError
 from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
 
 COMPRESSIONS = ("prune", "cluster", "qat")
-
-
-class RecipeError(ValueError):
-    """A setting that no run can have. The message is one line that names it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,8 @@ class Recipe:
     """TFDS' folder, by default TFDS_DATA_DIR or ~/tensorflow_datasets; for `folder` the one with a folder for each class."""
     train_limit: int | None = None
     """Train on the first N images only."""
+    validation_limit: int | None = None
+    """Validate on the first N images only."""
     test_limit: int | None = None
     """Test on the first N images only."""
 
@@ -123,7 +122,7 @@ class Recipe:
                 f"`compression` must have a `method`, one of {', '.join(COMPRESSIONS)}. "
                 f"Received: compression={self.compression}"
             )
-        for name in ("epochs", "batch_size", "image_size", "train_limit", "test_limit"):
+        for name in ("epochs", "batch_size", "image_size", "train_limit", "validation_limit", "test_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"`{name}` must be at least 1. Received: {name}={value}")
@@ -277,6 +276,7 @@ SMOKE = Recipe(
     epochs=2,
     batch_size=32,
     train_limit=256,
+    validation_limit=128,
     test_limit=256,
 )
 

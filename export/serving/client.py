@@ -22,7 +22,9 @@ import urllib.parse
 from pathlib import Path
 from typing import Annotated, Literal
 
-from export import command
+from cvt_keras.export import command
+
+from cvt_keras.errors import ImageError, ServingError
 
 MODEL = "cvt"  # as in models.config
 SIGNATURE, INPUT = "serving_bytes", "image_bytes"
@@ -62,14 +64,6 @@ NO_GRPC = ("an answer that is not gRPC's", "the gRPC port is 8500 by default")
 
 # What a terminal takes for: from the line's beginning on, nothing.
 ERASE = "\r\x1b[K"
-
-
-class ServingError(Exception):
-    """A server that does not answer, or not as it should. The message is one line: what is wrong, and the way out."""
-
-
-class ImageError(ServingError):
-    """An image that the server can't take. The message does not name it."""
 
 
 class _NotFoundError(ServingError):

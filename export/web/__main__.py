@@ -9,10 +9,9 @@ from typing import Annotated
 
 try:
     import tyro
-
-    from export import command
-    from export.web.samples import Samples
-    from export.web.server import LABELS, RUNTIME, WEB, Server, artifacts
+    from cvt_keras.export import command
+    from cvt_keras.export.web.samples import Samples
+    from cvt_keras.export.web.server import LABELS, RUNTIME, WEB, Server, artifacts
 except ImportError as error:
     sys.exit(f"export.web: {error}. Is all of requirements.txt installed?")
 

@@ -12,7 +12,9 @@ import sys
 import threading
 from pathlib import Path
 
-from export.verify import why_ended
+from cvt_keras.export.verify import why_ended
+
+from cvt_keras.errors import DataError, RunError
 
 ROOT = Path(__file__).parent.parent.parent
 # Of the first classes, where there are more: a page has room for so many.
@@ -82,7 +84,8 @@ def _read(run_dir, data_dir):
 
     from cvt_keras import runs
     from cvt_keras.data import sources
-    from cvt_keras.training import Recipe, RecipeError
+    from cvt_keras.errors import RecipeError
+    from cvt_keras.training import Recipe
 
     try:
         recipe = Recipe.from_settings(runs.read_json(run_dir / runs.RECIPE))
@@ -91,7 +94,7 @@ def _read(run_dir, data_dir):
             # A few pictures are not worth the time that takes.
             sys.exit(f"{recipe.dataset} is not in {data_dir or 'the folder of TFDS'}, and is not downloaded: see --data-dir")
         source = sources.load(recipe.dataset, data_dir, recipe.image_size)
-    except (OSError, RecipeError, TypeError, runs.RunError, sources.DataError) as error:
+    except (OSError, RecipeError, TypeError, RunError, DataError) as error:
         sys.exit(str(error))
     return [(name, tf.io.encode_png(image).numpy()) for name, image in first_of_each_class(source)]
 

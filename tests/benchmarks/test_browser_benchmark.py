@@ -2,10 +2,10 @@ import importlib.util
 import re
 
 import pytest
+from cvt_keras.export import tflite
 from tools import require, require_browser
 
 from cvt_keras import build_classifier
-from export import tflite
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@ import shutil
 
 import numpy as np
 import pytest
+from cvt_keras.export import tflite
 
 from benchmarks import compression
 from cvt_keras import build_classifier, runs
-from export import tflite
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ EXTRA = {"cluster": ("--clusters", "8"), "prune-cluster": ("--clusters", "8")}
 @pytest.fixture(scope="session")
 def exported(compressed):
     """Exports a compressed run -> the folder of its TFLite files."""
-    from export.__main__ import main
+    from cvt_keras.export.artifacts import main
 
     def export(name):
         run_dir = compressed(name)

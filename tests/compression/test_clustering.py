@@ -6,8 +6,8 @@ import pytest
 from cvt_keras import build_classifier
 from cvt_keras.compression.clustering import WeightClustering
 from cvt_keras.compression.kernels import kernels
-from cvt_keras.runs import RunError
-from cvt_keras.training.recipes import SMOKE, RecipeError
+from cvt_keras.errors import RecipeError, RunError
+from cvt_keras.training.recipes import SMOKE
 
 
 @pytest.fixture

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from cvt_keras.export.verify import BOUNDS, QUANTIZED
 from tensorflow.lite.python import schema_py_generated as schema
 
 from cvt_keras import runs
 from cvt_keras.compression.__main__ import main
 from cvt_keras.compression.kernels import kernels, share_of_zeros
-from cvt_keras.compression.layers import FakeQuantize, QuantizedConv, float_form, quantized_cvt_of
 from cvt_keras.compression.pruning import MagnitudePruning
-from cvt_keras.pretrained import CheckpointError
-from cvt_keras.training import Recipe, RecipeError, callbacks, run
-from export.verify import BOUNDS, QUANTIZED
+from cvt_keras.errors import CheckpointError, RecipeError
+from cvt_keras.quantized.layers import FakeQuantize, QuantizedConv
+from cvt_keras.quantized.model import float_form, quantized_cvt_of
+from cvt_keras.training import Recipe, callbacks, run
 
 
 def _classifier(run_dir):

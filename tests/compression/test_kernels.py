@@ -6,7 +6,7 @@ import pytest
 
 from cvt_keras import build_classifier
 from cvt_keras.compression.kernels import describe, kernels, share_of_zeros
-from cvt_keras.training.recipes import RecipeError
+from cvt_keras.errors import RecipeError
 
 
 def _classifier(variant="cvt_cifar"):

@@ -6,11 +6,11 @@ import pytest
 import tensorflow as tf
 
 from cvt_keras import Stage, Variant, build_classifier
-from cvt_keras.compression.layers import FakeQuantize, QuantizedConv
 from cvt_keras.compression.quantization import QuantizationAwareTraining
+from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.layers import DropPath
-from cvt_keras.runs import RunError
-from cvt_keras.training.recipes import SMOKE, RecipeError
+from cvt_keras.quantized.layers import FakeQuantize, QuantizedConv
+from cvt_keras.training.recipes import SMOKE
 
 IMAGES = np.random.default_rng(0).integers(20, 200, (32, 32, 32, 3)).astype("float32")
 LABELS = np.eye(10, dtype="float32")[np.arange(32) % 10]

@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 
 from cvt_keras.data import sources
+from cvt_keras.errors import DataError
 
 CREATE_CONNECTION = socket.create_connection
 TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
@@ -39,7 +40,7 @@ def reached(monkeypatch):
 def error_of(*arguments, **keywords):
     """What `load` says, which is one line, within seconds."""
     started = time.monotonic()
-    with pytest.raises(sources.DataError) as error:
+    with pytest.raises(DataError) as error:
         sources.load(*arguments, **keywords)
     assert time.monotonic() - started < 20
     message = str(error.value)

@@ -22,7 +22,7 @@ def trained(cifar10_dir, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(trained):
     """The same, exported."""
-    from export.__main__ import main
+    from cvt_keras.export.artifacts import main
 
     assert main([str(trained)]) == 0
     return trained

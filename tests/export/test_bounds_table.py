@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from export.verify import BOUNDS, QUANTIZED, Bounds
+from cvt_keras.export.verify import BOUNDS, QUANTIZED, Bounds
 
 DOCS = Path(__file__).parents[2] / "docs"
 

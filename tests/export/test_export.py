@@ -11,10 +11,10 @@ from pathlib import Path
 import keras
 import pytest
 import tensorflow as tf
+from cvt_keras.export import __main__ as command
+from cvt_keras.export.verify import BOUNDS, Artifact
 
 from cvt_keras import runs
-from export import __main__ as command
-from export.verify import BOUNDS, Artifact
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from cvt_keras.export import tflite
 from PIL import Image
 from sklearn import datasets
 from tools import require
@@ -15,7 +16,6 @@ from tools import require
 from benchmarks import mediapipe_resize
 from cvt_keras import build_classifier
 from cvt_keras.data import sources
-from export import tflite
 
 # Both run TFLite's kernels in float32 with XNNPACK, MediaPipe those of its own build; uint8 probabilities are 1/256 apart, and
 # int8's accumulators round where two builds' kernels may differ: a step.

@@ -5,13 +5,13 @@ import flatbuffers
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
+from cvt_keras.export import tflite, verify
+from cvt_keras.export.tflite import KINDS
 from flatbuffers.table import Table
 from tensorflow.lite.python import schema_py_generated as schema
 
 from cvt_keras import Stage, Variant, build_classifier
 from cvt_keras.data.sources import Split
-from export import tflite, verify
-from export.tflite import KINDS
 
 
 @pytest.fixture(scope="module")

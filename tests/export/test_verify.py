@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-
-from export import verify
-from export.verify import BOUNDS, Bounds, compare
+from cvt_keras.export import verify
+from cvt_keras.export.verify import BOUNDS, Bounds, compare
 
 LABELS = np.arange(1000) % 10
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from cvt_keras.search.space import Choice, Range, space_of
 from cvt_keras.training import RECIPES
-from cvt_keras.training.space import Choice, Range, space_of
 
 SMOKE = dataclasses.replace(RECIPES["smoke"], dataset="digits", flip=False)
 # Of which 840,928 MACs are the recipe's own.
@@ -32,10 +32,8 @@ def no_pictures(monkeypatch):
     """Draws blanks: after each trial of each test a page with pictures would take most of the time."""
     from matplotlib.figure import Figure
 
-    from cvt_keras import plots
-
     for name in ("parallel_coordinates", "best_curves", "importance"):
-        monkeypatch.setattr(plots, name, lambda *_: Figure(figsize=(1, 1)))
+        monkeypatch.setattr(figures, name, lambda *_: Figure(figsize=(1, 1)))
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ from keras_tuner.engine.trial import TrialStatus
 from keras_tuner.src import protos
 
 from cvt_keras import runs
+from cvt_keras.errors import BusyError, DistributedError, RecipeError
 from cvt_keras.search import distributed, oracles, tuner
-from cvt_keras.search.distributed import DistributedError, Worker, lead
-from cvt_keras.training import RECIPES, RecipeError
-from cvt_keras.training.space import Choice
+from cvt_keras.search.distributed import Worker, lead
+from cvt_keras.search.space import Choice
+from cvt_keras.training import RECIPES
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -239,7 +240,7 @@ def test_a_worker_waits_for_a_folder_that_is_not_free_yet(make_oracle, tmp_path,
     def run(*given, **flags):
         tries.append(1)
         if len(tries) < 3:
-            raise runs.BusyError("another process is at work")
+            raise BusyError("another process is at work")
         quick(*given, **flags)
 
     monkeypatch.setattr(tuner, "run", run)

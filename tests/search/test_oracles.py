@@ -8,10 +8,10 @@ import pytest
 from conftest import SPACE
 from keras_tuner.engine.trial import TrialStatus
 
-from cvt_keras.runs import RunError
+from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.search import oracles, results
-from cvt_keras.training import RECIPES, RecipeError
-from cvt_keras.training.space import Choice, Range
+from cvt_keras.search.space import Choice, Range
+from cvt_keras.training import RECIPES
 
 
 def _finish(oracle, trial, score=0.5, status=TrialStatus.COMPLETED):

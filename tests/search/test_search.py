@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 import train
+
 from cvt_keras import runs
 from cvt_keras.search import results, tuner
 from cvt_keras.search.__main__ import main
-from cvt_keras.training.space import Choice
+from cvt_keras.search.space import Choice
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -260,7 +260,7 @@ def test_a_broken_search_is_told_and_fresh_is_the_way_out(command, tmp_path, qui
 def test_what_auto_was_it_stays(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
     from cvt_keras.data import sources
 
-    monkeypatch.setattr(sources, "cifar10", lambda *_: (_ for _ in ()).throw(sources._UnavailableError("no network")))
+    monkeypatch.setattr(sources, "cifar10", lambda *_: (_ for _ in ()).throw(sources.UnavailableError("no network")))
     words = [word if word != "digits" else "auto" for word in command]
     assert main(words) == 0
     assert "WARNING" in capsys.readouterr().err

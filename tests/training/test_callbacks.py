@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from cvt_keras import build_classifier, runs
-from cvt_keras.runs import RunError
-from cvt_keras.training.callbacks import BestWeights, Checkpoints, Compression, HaltOnNaN, StopAfterStep, Stopwatch
+from cvt_keras.errors import RecipeError, RunError
+from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch
+from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.optimizers import make_optimizer
-from cvt_keras.training.recipes import SMOKE, RecipeError
+from cvt_keras.training.recipes import SMOKE
 
 DATA = {"note": "", "train images": 8}
 
@@ -196,7 +197,7 @@ def test_weights_before_the_first_epoch_that_counts_are_not_kept():
 
 def test_a_compression_of_no_kind_changes_nothing():
     classifier = build_classifier("cvt_tiny", 10, (16, 16, 3))
-    nothing = Compression()
+    nothing = Compressor()
     nothing.require(SMOKE)
     nothing.start(classifier, None, 1, 1)
     assert nothing.wrap(classifier) is classifier

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cvt_keras import VARIANTS, CvT, Stage, Variant, evaluation, runs
+from cvt_keras import VARIANTS, CvT, Stage, Variant, runs
 from cvt_keras.data import sources
-from cvt_keras.pretrained import CheckpointError
-from cvt_keras.runs import RunError
-from cvt_keras.training import RecipeError, loop, run
+from cvt_keras.errors import CheckpointError, DataError, RecipeError, RunError
+from cvt_keras.report import metrics
+from cvt_keras.training import loop, run
 from cvt_keras.training.loop import resolve
 from cvt_keras.training.recipes import SMOKE
 from cvt_keras.variants import macs, to_dict
@@ -107,9 +107,9 @@ def test_the_model_is_the_one_of_the_report(finished, recipe):
     assert not model.compiled
     assert isinstance(model.get_layer("cvt"), CvT)
     test = sources.cifar10(recipe.data_dir).test.limit(100)
-    metrics = evaluation.metrics(model.predict(test.images.astype("float32"), verbose=0), test.labels)
-    assert metrics["top1"] == report.test["top1"]
-    assert metrics["loss"] == pytest.approx(report.test["loss"], rel=1e-5)
+    scores = metrics.evaluate(model.predict(test.images.astype("float32"), verbose=0), test.labels)
+    assert scores["top1"] == report.test["top1"]
+    assert scores["loss"] == pytest.approx(report.test["loss"], rel=1e-5)
     assert report.parameters == sum(int(np.prod(v.shape)) for v in model.trainable_variables)
 
 
@@ -215,7 +215,7 @@ def test_a_recipe_may_hold_a_variant_of_its_own(short, tmp_path):
 
 def test_auto_says_at_start_and_end_what_stands_in_and_why(short, tmp_path, monkeypatch, capsys):
     def unavailable(data_dir, image_size):
-        raise sources._UnavailableError("CIFAR-10 is nowhere")
+        raise sources.UnavailableError("CIFAR-10 is nowhere")
 
     monkeypatch.setattr(sources, "cifar10", unavailable)
     report = run(dataclasses.replace(short, dataset="auto"), tmp_path / "run")
@@ -236,7 +236,7 @@ def test_auto_says_at_start_and_end_what_stands_in_and_why(short, tmp_path, monk
 def test_an_unseen_nvidia_device_is_told(short, tmp_path, monkeypatch, capsys):
     for there in (True, False):
         monkeypatch.setattr(loop.environment, "has_nvidia_device", lambda there=there: there)
-        with pytest.raises(sources.DataError):
+        with pytest.raises(DataError):
             run(dataclasses.replace(short, data_dir=str(tmp_path / "nowhere")), tmp_path / "run")
         assert ("tensorflow[and-cuda]" in capsys.readouterr().err) == there
 
@@ -511,7 +511,7 @@ def test_a_loss_that_is_no_number_ends_the_run(recipe, tmp_path):
 
 
 def test_a_run_without_data_leaves_no_folder_in_the_way(recipe, tmp_path):
-    with pytest.raises(sources.DataError):
+    with pytest.raises(DataError):
         run(dataclasses.replace(recipe, data_dir=str(tmp_path / "nowhere")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

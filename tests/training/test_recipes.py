@@ -5,7 +5,8 @@ import re
 import pytest
 
 from cvt_keras import VARIANTS, Stage, Variant
-from cvt_keras.training.recipes import RECIPES, SMOKE, Recipe, RecipeError
+from cvt_keras.errors import RecipeError
+from cvt_keras.training.recipes import RECIPES, SMOKE, Recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)

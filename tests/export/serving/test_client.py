@@ -20,9 +20,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from cvt_keras.export.serving import client as module
+from cvt_keras.export.serving.client import ADDRESSES, ERASE, Client, main
 
-from export.serving import client as module
-from export.serving.client import ADDRESSES, ERASE, Client, ImageError, ServingError, main
+from cvt_keras.errors import ImageError, ServingError
 
 ROOT = Path(__file__).parents[3]
 STATUS = grpc.StatusCode

@@ -12,14 +12,14 @@ import urllib.request
 
 import numpy as np
 import pytest
+from cvt_keras.export.saved_model import MAX_PIXELS
+from cvt_keras.export.tflite import KINDS
+from cvt_keras.export.web import __main__ as command
+from cvt_keras.export.web import samples as module_of_samples
+from cvt_keras.export.web import server as module
+from cvt_keras.export.web.samples import ROOT, Samples, first_of_each_class
 
 from cvt_keras.data import sources
-from export.saved_model import MAX_PIXELS
-from export.tflite import KINDS
-from export.web import __main__ as command
-from export.web import samples as module_of_samples
-from export.web import server as module
-from export.web.samples import ROOT, Samples, first_of_each_class
 
 
 def _ask(server, path, method="GET", **headers):

@@ -28,7 +28,7 @@ class Report:
         macs: of one image.
         train_seconds: of `fit`, with its compilation and validations.
         train_images_per_second: of the median epoch, without validation.
-        validation, test: `metrics`; `test` is `None` where the test split was not touched.
+        validation, test: what `evaluate` returns; `test` is `None` where the test split was not touched.
         per_class, confusion: of the test split, or `None`.
         device: the name of what trained.
         versions: package -> version.
@@ -57,7 +57,7 @@ class Report:
     compression: dict | None = None
 
 
-def metrics(logits, labels):
+def evaluate(logits, labels):
     """Accuracy, cross-entropy and calibration.
 
     Args:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from cvt_keras import runs
-from cvt_keras.training.recipes import Recipe, RecipeError
+from cvt_keras.errors import RecipeError, RunError
+from cvt_keras.training.recipes import Recipe
 from cvt_keras.variants import get_variant, named
 
 DIGITS = 4  # significant, of what is drawn from a range: so a recipe can be read, and typed
@@ -247,7 +248,7 @@ def read(path, recipe):
     """
     try:
         written = runs.read_json(path)
-    except (OSError, runs.RunError) as error:
+    except (OSError, RunError) as error:
         raise RecipeError(f"`--space` {path} can't be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(written, dict) or not written:
         raise RecipeError(f"`--space` {path} must hold an object of at least one name. Received: {written!r}")

@@ -13,8 +13,8 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from cvt_keras import state_dicts
-from cvt_keras.state_dicts import CheckpointError
+from cvt_keras.conversion import state_dicts
+from cvt_keras.errors import CheckpointError
 
 pytestmark = pytest.mark.files
 

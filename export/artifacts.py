@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+from cvt_keras.errors import DataError, NoRunError, RunError
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported: its notes would hide what is said here
 
 try:
@@ -13,15 +15,17 @@ try:
     import numpy as np
     import tensorflow as tf
     import tyro
+    from cvt_keras.export import saved_model, tflite
+    from cvt_keras.export.verify import BOUNDS, QUANTIZED, batches, verify
     from tensorflow.lite.python.convert import ConverterError
 
-    from cvt_keras import environment, page, runs, signals
-    from cvt_keras.compression.layers import float_form, quantized_cvt_of
+    from cvt_keras import environment, runs, signals
     from cvt_keras.data import sources
+    from cvt_keras.errors import RecipeError
     from cvt_keras.model import cvt_of
-    from cvt_keras.training import Recipe, RecipeError
-    from export import saved_model, tflite
-    from export.verify import BOUNDS, QUANTIZED, batches, verify
+    from cvt_keras.quantized.model import float_form, quantized_cvt_of
+    from cvt_keras.report import page
+    from cvt_keras.training import Recipe
 except (ImportError, ValueError) as error:  # ValueError: a KERAS_BACKEND that there is not
     sys.exit(f"export: {error}. Is all of requirements.txt installed, and KERAS_BACKEND unset?")
 
@@ -63,14 +67,12 @@ def export(run_dir, formats=tuple(BOUNDS), data_dir=None, verify_images=None):
     """
     run_dir = Path(run_dir)
     if keras.config.backend() != "tensorflow":
-        raise runs.RunError(f"exports need KERAS_BACKEND=tensorflow. Received: {keras.config.backend()}")
+        raise RunError(f"exports need KERAS_BACKEND=tensorflow. Received: {keras.config.backend()}")
     recipe, classifier = _read(run_dir)
     source = sources.load(recipe.dataset, data_dir or recipe.data_dir, recipe.image_size)
     class_names = list(source.class_names)
     if class_names != _network(classifier).preprocessing["class_names"]:
-        raise runs.RunError(
-            f"{run_dir} knows other classes than {source.name}: give --data-dir the data that it was trained on"
-        )
+        raise RunError(f"{run_dir} knows other classes than {source.name}: give --data-dir the data that it was trained on")
     test = source.test.limit(recipe.test_limit).limit(verify_images)
     images = _pixels(test.images, recipe.image_size)
     quantized = quantized_cvt_of(classifier) is not None
@@ -133,14 +135,14 @@ def _read(run_dir):
     try:
         recipe = Recipe.from_settings(runs.read_json(run_dir / runs.RECIPE))
     except (RecipeError, TypeError) as error:
-        raise runs.RunError(f"{run_dir / runs.RECIPE} is broken: {error}") from error
+        raise RunError(f"{run_dir / runs.RECIPE} is broken: {error}") from error
     try:
         classifier = keras.saving.load_model(run_dir / runs.MODEL, compile=False)
         _network(classifier)
     except MemoryError:
         raise
     except Exception as error:
-        raise runs.RunError(f"{run_dir / runs.MODEL} can't be read: {_first_line(error)}") from error
+        raise RunError(f"{run_dir / runs.MODEL} can't be read: {_first_line(error)}") from error
     return recipe, classifier
 
 
@@ -183,7 +185,7 @@ def _report(folder, artifact, source, calibration_images):
     try:
         report = runs.read_json(path) if path.exists() else {}
         rows = {row["name"]: row for row in report.get("artifacts", ())}
-    except (runs.RunError, LookupError, TypeError, AttributeError):
+    except (RunError, LookupError, TypeError, AttributeError):
         report, rows = {}, {}  # broken, and now mended
     rows[artifact.name] = dataclasses.asdict(artifact)
     report |= {
@@ -207,9 +209,9 @@ def main(argv):
                 return _fail(f"`{name}` must be at least 1. Received: {name}={value}", 2)
         formats = tuple(dict.fromkeys(arguments.formats))  # each once
         artifacts = export(arguments.run, formats, arguments.data_dir, arguments.verify_images)
-    except runs.NoRunError as error:
+    except NoRunError as error:
         return _fail(error, 2)
-    except (runs.RunError, sources.DataError, RuntimeError, MemoryError) as error:
+    except (RunError, DataError, RuntimeError, MemoryError) as error:
         return _fail(error, 1)
     except OSError as error:
         return _fail(f"{arguments.run / runs.EXPORT} can't be written: {error}. Is the disk full?", 1)

@@ -8,15 +8,13 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from cvt_keras.errors import ArgumentError, CheckpointError, MissingPackageError
+
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 # As transformers calls them. Of the weights' the first is preferred.
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")
 _SAVE_TENSORS = "Save the tensors alone: torch.save(model.state_dict(), file)"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be read, or does not fit. The message says why, and names every key that is wrong."""
 
 
 def locate(source):
@@ -31,7 +29,10 @@ def locate(source):
         ImportError: for a hub id without huggingface_hub.
     """
     if not isinstance(source, (str, os.PathLike)) or not str(source):
-        raise ValueError(f"`source` must be a file, a folder or a hub id such as microsoft/cvt-13. Received: source={source!r}")
+        raise ArgumentError(
+            f"`source` must be a file, a folder or a hub id such as microsoft/cvt-13. Received: source={source!r}",
+            argument="source",
+        )
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -39,9 +40,10 @@ def locate(source):
         return _file_in(path)
     hub_id = str(source).rstrip("/")
     if path.suffix in (*SUFFIXES, ".keras") or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", hub_id):
-        raise ValueError(
+        raise ArgumentError(
             "`source` must be a file, a folder or a hub id such as microsoft/cvt-13. "
-            f"Received: source={str(source)!r}, where there is nothing"
+            f"Received: source={str(source)!r}, which does not exist",
+            argument="source",
         )
     return _download(hub_id)
 
@@ -190,7 +192,7 @@ def import_or_tell(package, purpose, otherwise=""):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{purpose}, {package} is needed ({error}): pip install {package}{otherwise}") from error
+        raise MissingPackageError(f"{purpose}, {package} is needed ({error}): pip install {package}{otherwise}") from error
 
 
 def first_line(error):

@@ -2,7 +2,8 @@
 
 from scipy.special import softmax
 
-from cvt_keras import evaluation, runs
+from cvt_keras import runs
+from cvt_keras.report import metrics
 
 try:
     from matplotlib import colormaps
@@ -41,7 +42,7 @@ def draw(run_dir, history, images=None, logits=None, labels=None, class_names=No
     """
     figures = {CURVES: curves(history, first_epoch)}
     if logits is not None:
-        figures[CONFUSION] = confusion(evaluation.confusion(logits, labels, len(class_names)), class_names)
+        figures[CONFUSION] = confusion(metrics.confusion(logits, labels, len(class_names)), class_names)
         figures[CALIBRATION] = calibration(logits, labels)
         figures[MOST_WRONG] = most_wrong(images, logits, labels, class_names)
     (run_dir / runs.PLOTS).mkdir(exist_ok=True)
@@ -60,7 +61,7 @@ def curves(history, first_epoch=0):
     """Accuracy and cross-entropy of each epoch, the best from `first_epoch` on marked, and the learning rate -> `Figure`."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     accuracy, loss, rate = figure.subplots(1, 3)
-    epochs = [row["epoch"] + 1 for row in history]
+    epochs = [row["epoch"] for row in history]
     # The first of equals, as the run keeps it.
     best = max(range(first_epoch, len(history)), key=lambda i: history[i]["val_accuracy"])
     for axes, key, title in ((accuracy, "accuracy", "Accuracy"), (loss, "cross_entropy", "Cross-entropy, nats")):
@@ -119,7 +120,7 @@ def confusion(counts, class_names):
 
 def calibration(logits, labels):
     """A reliability diagram -> `Figure`: the accuracy among images of about the same confidence, and how many these are."""
-    confidence, accuracy, images = evaluation.reliability(logits, labels)
+    confidence, accuracy, images = metrics.reliability(logits, labels)
     figure = Figure(figsize=(5, 5), layout="constrained")
     diagram, count = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     width = 1 / len(images)
@@ -130,7 +131,7 @@ def calibration(logits, labels):
     diagram.set_ylabel("accuracy")
     diagram.set_ylim(0, 1)
     diagram.legend(frameon=False, loc="upper left", fontsize="small")
-    error = evaluation.calibration_error(confidence, accuracy, images)
+    error = metrics.calibration_error(confidence, accuracy, images)
     diagram.set_title(f"Calibration: expected error {error:.1%}", loc="left")
     count.bar(left, images, width, align="edge", color=GREY, edgecolor="white")
     count.set_ylabel("images")
@@ -145,13 +146,13 @@ def calibration(logits, labels):
 
 def most_wrong(images, logits, labels, class_names, n=24):
     """The images with the highest cross-entropy -> `Figure`: each with its label, and what it was taken for."""
-    chosen = evaluation.worst(logits, labels, n)
+    chosen = metrics.worst(logits, labels, n)
     columns = 6
     rows = max(1, -(-len(chosen) // columns))
     figure = Figure(figsize=(columns * 1.6, rows * 2 + 0.4), layout="constrained")
     title = "The most wrong test images: label, prediction" if len(chosen) else "No test image is wrong"
     figure.suptitle(title, x=0.01, ha="left")
-    predicted = evaluation.predictions(logits, labels)
+    predicted = metrics.predictions(logits, labels)
     probabilities = softmax(logits, axis=1)
     for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis("off")

@@ -4,15 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from cvt_keras.evaluation import (
-    CALIBRATION_BINS,
-    confusion,
-    metrics,
-    per_class,
-    predictions,
-    reliability,
-    worst,
-)
+from cvt_keras.report.metrics import CALIBRATION_BINS, confusion, metrics, per_class, predictions, reliability, worst
 
 LABELS = np.array([0, 1, 2, 5])
 

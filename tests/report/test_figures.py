@@ -5,8 +5,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from cvt_keras import plots
-from cvt_keras.training.space import Choice, Range
+from cvt_keras.report import figures
+from cvt_keras.search.space import Choice, Range
 
 HISTORY = [
     {
@@ -37,20 +37,20 @@ def _texts(axes):
 
 
 def test_every_picture_is_drawn_whole(tmp_path, shown):
-    plots.draw(tmp_path, HISTORY, **shown, class_names=NAMES)
+    figures.draw(tmp_path, HISTORY, **shown, class_names=NAMES)
     files = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "plots").iterdir()}
-    assert set(files) == {plots.CURVES, plots.CONFUSION, plots.CALIBRATION, plots.MOST_WRONG}
+    assert set(files) == {figures.CURVES, figures.CONFUSION, figures.CALIBRATION, figures.MOST_WRONG}
     for pixels in files.values():
         assert pixels.shape[0] > 200 and pixels.std() > 1
 
 
 def test_without_test_images_there_are_the_curves(tmp_path):
-    plots.draw(tmp_path, HISTORY)
-    assert [path.name for path in (tmp_path / "plots").iterdir()] == [plots.CURVES]
+    figures.draw(tmp_path, HISTORY)
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == [figures.CURVES]
 
 
 def test_curves_count_epochs_from_one_and_mark_the_best():
-    accuracy, loss, rate = plots.curves(HISTORY).axes
+    accuracy, loss, rate = figures.curves(HISTORY).axes
     training, validation, mark = accuracy.lines
     assert training.get_xdata().tolist() == [1, 2, 3]
     assert list(validation.get_ydata()) == [0.5, 0.75, 0.75]
@@ -60,7 +60,7 @@ def test_curves_count_epochs_from_one_and_mark_the_best():
 
 
 def test_an_epoch_that_could_not_be_kept_is_not_marked():
-    accuracy, loss, _ = plots.curves(HISTORY, first_epoch=2).axes
+    accuracy, loss, _ = figures.curves(HISTORY, first_epoch=2).axes
     assert list(accuracy.lines[2].get_xdata()) == list(loss.lines[2].get_xdata()) == [3]
 
 
@@ -73,12 +73,12 @@ FILES = [
 
 
 def test_the_front_is_of_files_that_none_beats():
-    assert plots.pareto(FILES) == FILES[1:3]
-    assert plots.pareto([FILES[0], dict(FILES[0])]) == [FILES[0]] * 2
+    assert figures.pareto(FILES) == FILES[1:3]
+    assert figures.pareto([FILES[0], dict(FILES[0])]) == [FILES[0]] * 2
 
 
 def test_the_trade_shows_each_file_and_the_front():
-    figure = plots.trade(FILES)
+    figure = figures.trade(FILES)
     [axes] = figure.axes
     front, *points = axes.lines
     assert (list(front.get_xdata()), list(front.get_ydata())) == ([0.5, 1.0], [0.83, 0.84])
@@ -93,20 +93,20 @@ def test_the_trade_shows_each_file_and_the_front():
 
 
 def test_a_file_far_below_the_best_does_not_press_the_others_together():
-    [axes] = plots.trade([*FILES, {"run": "lost", "file": "int8", "top1": 0.2, "gzip": 100_000}]).axes
-    assert axes.get_ylim()[0] == pytest.approx(0.84 - plots.MOST_POINTS)
+    [axes] = figures.trade([*FILES, {"run": "lost", "file": "int8", "top1": 0.2, "gzip": 100_000}]).axes
+    assert axes.get_ylim()[0] == pytest.approx(0.84 - figures.MOST_POINTS)
     assert _texts(axes) == ["20.0%"]
 
 
 def test_a_picture_is_saved_whole(tmp_path):
-    plots.save(plots.trade(FILES), tmp_path / "trade.png")
+    figures.save(figures.trade(FILES), tmp_path / "trade.png")
     assert np.asarray(Image.open(tmp_path / "trade.png")).std() > 1
     assert [path.name for path in tmp_path.iterdir()] == ["trade.png"]
 
 
 def test_confusion_shows_counts_and_shares():
     counts = np.array([[3, 1], [0, 0]])
-    axes = plots.confusion(counts, ("a", "b")).axes[0]
+    axes = figures.confusion(counts, ("a", "b")).axes[0]
     np.testing.assert_array_equal(axes.images[0].get_array(), [[0.75, 0.25], [0, 0]])
     assert _texts(axes) == ["3", "1"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
@@ -115,7 +115,7 @@ def test_confusion_shows_counts_and_shares():
 @pytest.mark.parametrize("names", [("a", "b"), ("Cavalier King Charles spaniel", "an airport"), tuple("abcde")])
 def test_nothing_of_confusion_is_cut_off(names):
     n = len(names)
-    figure = plots.confusion(np.eye(n, dtype=int), names)
+    figure = figures.confusion(np.eye(n, dtype=int), names)
     FigureCanvasAgg(figure).draw()
     matrix, bar = figure.axes
     boxes = [
@@ -126,25 +126,25 @@ def test_nothing_of_confusion_is_cut_off(names):
         assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
     labels = boxes[3:]
     assert not any(one.overlaps(other) for one, other in itertools.pairwise(labels))
-    assert max(len(label.get_text()) for label in matrix.get_xticklabels()) <= plots.MOST_CHARACTERS
+    assert max(len(label.get_text()) for label in matrix.get_xticklabels()) <= figures.MOST_CHARACTERS
 
 
 def test_confusion_of_many_classes_stays_legible():
     names = [f"{i}" for i in range(100)]
-    axes = plots.confusion(np.eye(100, dtype=int), names).axes[0]
+    axes = figures.confusion(np.eye(100, dtype=int), names).axes[0]
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == names[::3]
     assert not axes.texts
 
 
 def test_calibration_draws_the_bins(shown):
-    diagram, count = plots.calibration(shown["logits"], shown["labels"]).axes
+    diagram, count = figures.calibration(shown["logits"], shown["labels"]).axes
     assert sum(bar.get_height() for bar in count.patches) == 9
     assert "expected error" in diagram.get_title(loc="left")
 
 
 def test_the_most_wrong_come_first_with_label_and_prediction(shown):
-    figure = plots.most_wrong(**shown, class_names=NAMES)
+    figure = figures.most_wrong(**shown, class_names=NAMES)
     assert [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes if axes.images] == [2, 1, 0]
     first, second, *_ = (axes.get_title() for axes in figure.axes)
     assert first.startswith("c ") and "as a" in first
@@ -153,7 +153,7 @@ def test_the_most_wrong_come_first_with_label_and_prediction(shown):
 
 def test_the_names_of_the_most_wrong_do_not_run_into_each_other(shown):
     names = ("Cavalier King Charles spaniel", "English springer spaniel, liver and white", "c")
-    figure = plots.most_wrong(**shown, class_names=names)
+    figure = figures.most_wrong(**shown, class_names=names)
     FigureCanvasAgg(figure).draw()
     boxes = [axes.title.get_window_extent() for axes in figure.axes if axes.images]
     assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
@@ -161,7 +161,7 @@ def test_the_names_of_the_most_wrong_do_not_run_into_each_other(shown):
 
 def test_a_perfect_network_has_no_wrong_images(shown):
     shown["logits"] = np.eye(3, dtype="float32")[shown["labels"]]
-    figure = plots.most_wrong(**shown, class_names=NAMES)
+    figure = figures.most_wrong(**shown, class_names=NAMES)
     assert not any(axes.images for axes in figure.axes)
     assert "No test image is wrong" in figure._suptitle.get_text()
 
@@ -179,7 +179,7 @@ def searched():
 
 def test_parallel_coordinates_have_an_axis_for_each_name_and_a_line_for_each_trial(searched):
     trials, space = searched
-    [axes] = plots.parallel_coordinates(trials, space, own="1").axes
+    [axes] = figures.parallel_coordinates(trials, space, own="1").axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["peak learning rate", "stage0 depth", "top-1, validation"]
     lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
     worst, *_, best = lines
@@ -193,7 +193,7 @@ def test_words_have_a_place_each_on_their_axis(searched):
     trials, _ = searched
     space = {"decay": Choice(("linear", "cosine", "constant"))}
     words = [{**trial, "decay": word} for trial, word in zip(trials, ("constant", "cosine", "linear"))]
-    [axes] = plots.parallel_coordinates(words, space).axes
+    [axes] = figures.parallel_coordinates(words, space).axes
     heights = [line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 2 and list(line.get_xdata()) == [0, 1]]
     assert sorted(heights) == [0, 0.5, 1][: len(words)]
     assert {"linear", "cosine", "constant"} <= {text.get_text() for text in axes.texts}
@@ -203,13 +203,13 @@ def test_many_names_take_several_rows(searched):
     trials, _ = searched
     names = [f"name{i}" for i in range(23)]
     space = dict.fromkeys(names, Range(0.0, 1.0))
-    rows = plots.parallel_coordinates([{**trial, **dict.fromkeys(names, 0.5)} for trial in trials], space).axes
+    rows = figures.parallel_coordinates([{**trial, **dict.fromkeys(names, 0.5)} for trial in trials], space).axes
     assert [len(axes.get_xticklabels()) for axes in rows] == [13, 12]
 
 
 def test_the_best_curves_are_named_and_the_recipe_s_own_too():
     curves = {"0": [0.1, 0.2], "1": [0.3, 0.5], "2": [0.2, 0.4], "3": [0.1, 0.1]}
-    [axes] = plots.best_curves(curves, ["1", "2"], own="0").axes
+    [axes] = figures.best_curves(curves, ["1", "2"], own="0").axes
     assert len(axes.lines) == 4
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "1: 50.0%",
@@ -219,6 +219,6 @@ def test_the_best_curves_are_named_and_the_recipe_s_own_too():
 
 
 def test_the_most_important_name_is_at_the_top():
-    [axes] = plots.importance({"warmup": (0.5, 0.1), "peak_learning_rate": (0.2, 0.1)}).axes
+    [axes] = figures.importance({"warmup": (0.5, 0.1), "peak_learning_rate": (0.2, 0.1)}).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["peak learning rate", "warmup"]
     assert [bar.get_width() for bar in axes.patches] == [0.2, 0.5]

@@ -1,12 +1,12 @@
 """A run folder -> report.html: one file to open, to send and to keep, that needs nothing else."""
 
 import base64
-import csv
 import json
 from html import escape
 from pathlib import Path
 
-from cvt_keras import plots, runs
+from cvt_keras import runs
+from cvt_keras.report import figures
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --quiet: #666; --line: #ddd; --note: #fff4d6; }
@@ -32,10 +32,13 @@ summary { cursor: pointer; color: var(--quiet); }
 """
 
 CAPTIONS = {
-    plots.CURVES: ("Curves", "The ring marks the epoch that was kept. Training is measured as it goes, augmentation included."),
-    plots.CONFUSION: ("Confusion", "Test images of each label by what the network took them for."),
-    plots.CALIBRATION: ("Calibration", "Of the images that the network is so sure of, how many it gets right."),
-    plots.MOST_WRONG: ("Most wrong", "The test images with the highest cross-entropy: mislabelled, odd, or hard."),
+    figures.CURVES: (
+        "Curves",
+        "The ring marks the epoch that was kept. Training images are measured during the epoch, augmented.",
+    ),
+    figures.CONFUSION: ("Confusion", "Test images of each label by what the network took them for."),
+    figures.CALIBRATION: ("Calibration", "Of the images that the network is so sure of, how many it gets right."),
+    figures.MOST_WRONG: ("Most wrong", "The test images with the highest cross-entropy: mislabelled, odd, or hard."),
 }
 
 
@@ -43,8 +46,7 @@ def write(run_dir):
     """Writes `report.html` from what a run folder holds: report, history and plots, and the exports' report if there is one."""
     run_dir = Path(run_dir)
     report = runs.read_json(run_dir / runs.REPORT)
-    with open(run_dir / runs.HISTORY, newline="") as file:
-        history = list(csv.DictReader(file))
+    history = runs.read_history(run_dir)
     export = run_dir / runs.EXPORT / runs.REPORT
     title = f"{report['variant']} on {report['dataset']}"
     parts = [
@@ -53,13 +55,13 @@ def write(run_dir):
         f'<p class="note">{escape(report["data_note"])}</p>' if report["data_note"] else "",
         _tiles(report),
         _splits(report),
-        picture(run_dir, plots.CURVES, *CAPTIONS[plots.CURVES]),
+        picture(run_dir, figures.CURVES, *CAPTIONS[figures.CURVES]),
         f"<details><summary>Each epoch in numbers</summary>{_history(history)}</details>",
         _artifacts(runs.read_json(export)["artifacts"]) if export.exists() else "",
-        picture(run_dir, plots.CONFUSION, *CAPTIONS[plots.CONFUSION]),
+        picture(run_dir, figures.CONFUSION, *CAPTIONS[figures.CONFUSION]),
         _classes(report["per_class"]) if report["per_class"] else "",
-        picture(run_dir, plots.MOST_WRONG, *CAPTIONS[plots.MOST_WRONG]),
-        picture(run_dir, plots.CALIBRATION, *CAPTIONS[plots.CALIBRATION]),
+        picture(run_dir, figures.MOST_WRONG, *CAPTIONS[figures.MOST_WRONG]),
+        picture(run_dir, figures.CALIBRATION, *CAPTIONS[figures.CALIBRATION]),
         settings("Settings", report["recipe"]),
         settings("Versions", report["versions"]),
     ]
@@ -131,7 +133,7 @@ def _splits(report):
 def _history(history):
     def number(name, value):
         if name == "epoch":
-            return f"{int(value) + 1}"
+            return f"{value}"
         return f"{float(value):.1f}" if name.endswith("seconds") else f"{float(value):.4g}"
 
     names = list(history[0]) if history else []

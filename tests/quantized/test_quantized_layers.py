@@ -3,11 +3,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from cvt_keras.export import tflite
 from layer_battery import check_layer
 
 from cvt_keras import Stage, Variant, build_classifier
-from cvt_keras.compression import layers
-from cvt_keras.compression.layers import (
+from cvt_keras.compression.quantization import QuantizationAwareTraining
+from cvt_keras.quantized import layers
+from cvt_keras.quantized.layers import (
     FakeQuantize,
     QuantizedActivation,
     QuantizedAttention,
@@ -17,12 +19,8 @@ from cvt_keras.compression.layers import (
     QuantizedLayerNorm,
     QuantizedStem,
     QuantizedTokenEmbedding,
-    float_form,
-    quantize,
-    quantized_cvt_of,
 )
-from cvt_keras.compression.quantization import QuantizationAwareTraining
-from export import tflite
+from cvt_keras.quantized.model import float_form, quantize, quantized_cvt_of
 
 # Class, arguments, shapes in and out, trainable values, and values of limits: two of each activation, and of each channel.
 LAYERS = {

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvt_keras import page, runs
+from cvt_keras import runs
+from cvt_keras.report import page
 
 SPLIT = {"top1": 0.8125, "top5": None, "loss": 0.5, "ece": 0.0625, "images": 1600}
 REPORT = {

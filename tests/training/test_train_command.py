@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import train
-from cvt_keras.pretrained import microsoft_weights
-from cvt_keras.runs import RunError
+from cvt_keras.conversion.layouts import microsoft_weights
+from cvt_keras.errors import RunError
 from cvt_keras.signals import Terminated
 from cvt_keras.training import RECIPES, Recipe
 

@@ -1,15 +1,14 @@
-"""What the sources' config files say of a network and its images, and the files that say it to transformers."""
+"""The config files of published weights -> `Variant` and `Preprocessing`."""
 
 import contextlib
 import math
 import re
 
-import keras
-
-from cvt_keras import runs, state_dicts
-from cvt_keras.model import check_statistics, cvt_of
-from cvt_keras.state_dicts import CheckpointError
-from cvt_keras.variants import VARIANTS, Stage, Variant, get_variant, is_integer
+from cvt_keras import runs
+from cvt_keras.conversion import state_dicts
+from cvt_keras.errors import CheckpointError, RunError
+from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.variants import VARIANTS, Stage, Variant, is_integer
 
 # Both sources trained on ImageNet's mean and std; the authors' files do not say so, their yaml files do.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,7 +29,7 @@ _SPEC_FIELDS = {
     "stride_kv": "STRIDE_KV",
     "cls_token": "CLS_TOKEN",
 }
-_CONFIG_FIELDS = {
+CONFIG_FIELDS = {
     "dim": "embed_dim",
     "depth": "depth",
     "heads": "num_heads",
@@ -72,54 +71,20 @@ def variant_from_transformers(config):
     Raises:
         ValueError: for a setting that this network has not: a projection kernel that is not 3, or dropout.
     """
-    defaults = {**transformers_config(VARIANTS["cvt_13"]), "drop_rate": [], "attention_drop_rate": []}
-    config = {**defaults, **config}
-    for name in (*_CONFIG_FIELDS.values(), "kernel_qkv", "padding_q", "padding_kv", "drop_rate", "attention_drop_rate"):
+    config = {**config_of(VARIANTS["cvt_13"]), "drop_rate": [], "attention_drop_rate": [], **config}
+    for name in (*CONFIG_FIELDS.values(), "kernel_qkv", "padding_q", "padding_kv", "drop_rate", "attention_drop_rate"):
         if not isinstance(config[name], list):
             raise ValueError(f"`{name}` must be a list with an entry for each stage. Received: {config[name]}")
     _require_off(config, ("drop_rate", "attention_drop_rate"))
     _require_kernel(config, "kernel_qkv", "padding_q", "padding_kv")
-    return _variant(config, _CONFIG_FIELDS, "gelu")
+    return _variant(config, CONFIG_FIELDS, "gelu")
 
 
-def transformers_config(model_or_variant):
-    """The config.json with which transformers builds the same network: a dict, made of a `CvT`, a classifier or a variant."""
-    config = {"model_type": "cvt", "architectures": ["CvtForImageClassification"]}
-    if isinstance(model_or_variant, keras.Model):
-        model = cvt_of(model_or_variant)
-        names = model.preprocessing["class_names"] or [f"LABEL_{i}" for i in range(model.num_classes)]
-        config["num_channels"] = model.input_shape[-1]
-        config["id2label"] = {str(i): name for i, name in enumerate(names)}
-        config["label2id"] = {name: i for i, name in enumerate(names)}
-        model_or_variant = model.variant
-    stages = without_stem(model_or_variant, "transformers").stages
-    config |= {name: [getattr(stage, field) for stage in stages] for field, name in _CONFIG_FIELDS.items()}
+def config_of(variant):
+    """The entries of a config.json of transformers that describe a variant's stages, a list for each."""
+    config = {name: [getattr(stage, field) for stage in variant.stages] for field, name in CONFIG_FIELDS.items()}
     same = {"kernel_qkv": 3, "padding_q": 1, "padding_kv": 1, "drop_rate": 0.0, "attention_drop_rate": 0.0}
-    return config | {name: [value] * len(stages) for name, value in same.items()}
-
-
-def transformers_processor(model):
-    """The preprocessor_config.json with which transformers prepares images as `model` wants them: a dict.
-
-    Args:
-        model: a `CvT`, or a classifier around one.
-    """
-    model = cvt_of(model)
-    channels = model.input_shape[-1]
-    height, width = model.input_shape[1:3]
-    if None in (height, width):
-        height, width = model.preprocessing["image_size"] or (224, 224)
-    return {
-        "image_processor_type": "ViTImageProcessor",  # the one that stretches to any size
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 2,  # bilinear
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": model.preprocessing["mean"] or [0.5] * channels,
-        "image_std": model.preprocessing["std"] or [0.5] * channels,
-    }
+    return config | {name: [value] * len(variant.stages) for name, value in same.items()}
 
 
 def _require_off(spec, names):
@@ -159,7 +124,7 @@ def read(file, channels):
         raise CheckpointError(
             f"{file.name} must lie beside it, as heads and strides do not show in the weights: or give `variant`"
         )
-    with _told(f"{file.name} is no config of a CvT"):
+    with _named(f"{file.name} is no config of a CvT"):
         config = _read_object(file)
         if config.get("model_type") != "cvt":
             raise ValueError(f"`model_type` must be cvt. Received: {config.get('model_type')}")
@@ -171,11 +136,11 @@ def read(file, channels):
     preprocessing = published_preprocessing(variant, channels, "")
     # transformers' own names, where nobody named the classes
     nameless = None in names or all(name == f"LABEL_{i}" for i, name in enumerate(names))
-    preprocessing["class_names"] = None if nameless else names
+    preprocessing = preprocessing.replace(class_names=None if nameless else names)
     file = file.with_name(state_dicts.PROCESSOR)
     if file.exists():
-        with _told(f"{file.name} is no config of an image processor"):
-            preprocessing |= _processor(_read_object(file), preprocessing, channels)
+        with _named(f"{file.name} is no config of an image processor"):
+            preprocessing = preprocessing.replace(**_processor(_read_object(file), preprocessing, channels))
     return variant, preprocessing
 
 
@@ -187,18 +152,18 @@ def _read_object(file):
 
 
 @contextlib.contextmanager
-def _told(what):
-    """What is wrong with a file that anybody may have written, in one line."""
+def _named(what):
+    """Names the file in what goes wrong in it, in one line."""
     try:
         yield
-    except (runs.RunError, ValueError, TypeError, OverflowError, OSError) as error:
+    except (RunError, ValueError, TypeError, OverflowError, OSError) as error:
         raise CheckpointError(f"{what}: {state_dicts.first_line(error)}") from error
 
 
 def _processor(config, default, channels):
     """Mean, std and image size of a preprocessor_config.json, for pixels in 0..1."""
     config = {name: value for name, value in config.items() if value is not None}
-    found = {"mean": config.get("image_mean", default["mean"]), "std": config.get("image_std", default["std"])}
+    found = {"mean": config.get("image_mean", default.mean), "std": config.get("image_std", default.std)}
     if not config.get("do_normalize", True):
         found = {"mean": [0.0] * channels, "std": [1.0] * channels}
     if config.get("rescale_offset"):
@@ -208,17 +173,17 @@ def _processor(config, default, channels):
         raise ValueError(f"`rescale_factor` must be a positive number. Received: {factor}")
     scale = 255 * factor if config.get("do_rescale", True) else 255
     for name, values in found.items():
-        if not isinstance(values, list) or not all(map(_is_number, values)):
+        if not isinstance(values, (list, tuple)) or not all(map(_is_number, values)):
             raise ValueError(f"`image_{name}` must be a list of {channels} numbers. Received: {values}")
         found[name] = [value / scale for value in values]
-    check_statistics(**found, channels=channels)
-    size = config.get("size", default["image_size"])
+    Preprocessing(**found).require_channels(channels)
+    size = config.get("size", default.image_size)
     if config.get("do_center_crop", True):
         size = config.get("crop_size", size)
     if isinstance(size, dict):
         sides = [size["shortest_edge"]] * 2 if "shortest_edge" in size else [size.get("height"), size.get("width")]
     else:
-        sides = size if isinstance(size, list) else [size, size]
+        sides = size if isinstance(size, (list, tuple)) else [size, size]
     if len(sides) != 2 or not all(is_integer(side) for side in sides):
         raise ValueError(f"`size` must be a side in pixels, or height and width. Received: {size}")
     return {**found, "image_size": sides}
@@ -242,11 +207,4 @@ def published_preprocessing(variant, channels, name):
     if found and min(int(side) for side in found.groups()) >= variant.stride:  # or the numbers mean something else
         size = [int(side) for side in found.groups()]
     mean, std = (list(IMAGENET_MEAN), list(IMAGENET_STD)) if channels == 3 else (None, None)
-    return {"mean": mean, "std": std, "class_names": None, "image_size": size}
-
-
-def without_stem(variant, code):
-    variant = get_variant(variant)
-    if variant.stem:
-        raise ValueError(f"{code} has no stem, so no weights for one. Received: a variant with stem={variant.stem}")
-    return variant
+    return Preprocessing(mean, std, image_size=size)

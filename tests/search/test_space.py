@@ -4,8 +4,9 @@ import json
 import pytest
 
 from cvt_keras import Stage, Variant
-from cvt_keras.training import RECIPES, RecipeError
-from cvt_keras.training.space import Choice, Range, apply, read, rounded, space_of, values_of, written
+from cvt_keras.errors import RecipeError
+from cvt_keras.search.space import Choice, Range, apply, read, rounded, space_of, values_of, written
+from cvt_keras.training import RECIPES
 from cvt_keras.variants import VARIANTS, get_variant
 
 CIFAR10 = RECIPES["cifar10"]

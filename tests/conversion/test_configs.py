@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from benchmarks.network import GOLDEN
-from cvt_keras import VARIANTS, Stage, Variant, configs
-from cvt_keras.configs import transformers_config, variant_from_microsoft, variant_from_transformers
-from cvt_keras.state_dicts import CheckpointError
+from cvt_keras import VARIANTS, Stage, Variant
+from cvt_keras.conversion import configs
+from cvt_keras.conversion.configs import variant_from_microsoft, variant_from_transformers
+from cvt_keras.errors import CheckpointError
+from cvt_keras.pretrained import transformers_config
 
 TINY = Variant((Stage(8, 1, 1, 7, 4, 2), Stage(16, 2, 2, drop_path=0.1, cls_token=True)), activation="gelu")
 

@@ -1,0 +1,96 @@
+"""What a classifier needs to know about its images and classes, as data: no Keras is imported here."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+RESIZES = ("stretch",)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes what the network sees, and what the network's outputs are called.
+
+    `None` means unknown.
+
+    Args:
+        mean, std: of the pixels in 0..1, one number per channel: the network sees `(pixel / 255 - mean) / std`.
+        class_names: in the order of the outputs.
+        image_size: `(height, width)` in pixels.
+        resize: how an image is brought to that size. `"stretch"`: to that height and width, whatever its aspect ratio.
+
+    Raises:
+        ValueError: for a value of the wrong type or range, naming it.
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+    image_size: tuple[int, int] | None = None
+    resize: str = "stretch"
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "class_names", "image_size"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if hasattr(value, "tolist"):  # a NumPy array
+                value = value.tolist()
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise ValueError(f"`{name}` must be a sequence. Received: {name}={value!r}")
+            object.__setattr__(self, name, tuple(value))
+        for name in ("mean", "std"):
+            _check_statistic(name, getattr(self, name))
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"`std` must be positive. Received: std={self.std}")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"`mean` and `std` must have one number per channel. Received: mean={self.mean}, std={self.std}")
+        if self.class_names is not None and not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError(f"`class_names` must be strings. Received: class_names={self.class_names}")
+        if self.image_size is not None and (
+            len(self.image_size) != 2
+            or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in self.image_size)
+        ):
+            raise ValueError(f"`image_size` must be (height, width) in pixels. Received: image_size={self.image_size}")
+        if self.resize not in RESIZES:
+            raise ValueError(f"`resize` must be one of {RESIZES}. Received: resize={self.resize!r}")
+
+    @classmethod
+    def from_config(cls, config: "Preprocessing | dict[str, Any] | None") -> Self:
+        """A `Preprocessing` from itself, from the dict of `get_config`, or from `None`, which knows nothing.
+
+        Raises:
+            ValueError: for an unknown key, or a value that can't be.
+        """
+        if isinstance(config, cls):
+            return config
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := set(config or {}) - set(known):
+            raise ValueError(f"`preprocessing` has the keys {', '.join(known)}. Received: {', '.join(sorted(unknown))}")
+        return cls(**(config or {}))
+
+    def get_config(self) -> dict[str, Any]:
+        """The fields in JSON's types, for `from_config`."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
+
+    def replace(self, **fields: Any) -> Self:
+        """A copy with these fields changed; a field that is given as `None` keeps its value."""
+        return dataclasses.replace(self, **{name: value for name, value in fields.items() if value is not None})
+
+    def require_channels(self, channels: int) -> None:
+        """Raises ValueError unless `mean` and `std` are known and have one number for each of `channels`."""
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is None or len(values) != channels:
+                raise ValueError(f"`{name}` must have one number for each of {channels} channels. Received: {name}={values}")
+
+
+def _check_statistic(name: str, values: tuple[float, ...] | None) -> None:
+    if values is None:
+        return
+    if not values or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        raise ValueError(f"`{name}` must have one finite number per channel. Received: {name}={values}")
+    if max(map(abs, values)) > 1.01:  # rounding may give a little more than 1
+        raise ValueError(f"`{name}` is of pixels in 0..1: divide by 255. Received: {name}={values}")

@@ -1,0 +1,220 @@
+"""A `CvT` in 8-bit integers, made from one in floats, and back."""
+
+import keras
+from keras import layers, ops
+
+from cvt_keras.layers import ConvStem, ConvTokenEmbedding, CvTBlock
+from cvt_keras.model import cvt_of, preprocessing_of
+from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.quantized.layers import (
+    PIXELS,
+    QuantizedBlock,
+    QuantizedConv,
+    QuantizedLayerNorm,
+    QuantizedStem,
+    QuantizedTokenEmbedding,
+    fake_quantize,
+)
+from cvt_keras.variants import get_variant, to_dict
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedCvT(keras.Model):
+    """A `CvT` in the form that becomes integers, of raw pixels: normalisation is its first convolution.
+
+    Args:
+        variant: a `Variant`, its dict, or a name in `VARIANTS`; its projections `"dw_bn"` or `"linear"`.
+        num_classes: outputs of the head.
+        input_shape: `(height, width, channels)` of the images.
+        preprocessing: a `Preprocessing` or its dict: what the pixels were normalised by.
+        quantized: whether weights and activations are rounded; without it the same network in floats.
+
+    Input shape: `(batch, height, width, channels)`, pixels in 0..255.
+    Output shape: `(batch, num_classes)`, logits.
+
+    Raises:
+        ValueError: for a projection of another kind.
+    """
+
+    def __init__(self, variant, num_classes, input_shape, preprocessing=None, quantized=True, name="cvt", trainable=True):
+        variant = get_variant(variant)
+        if any(stage.projection == "avg" for stage in variant.stages):
+            raise ValueError("`projection` must be dw_bn or linear: TFLite has no integer form of the other. Received: avg")
+
+        # === Functional Model ===
+        # In half precision the roundings would be lost among its own, whatever Keras' global policy.
+        dtype = keras.dtype_policies.get("float32")
+        images = keras.Input(tuple(input_shape), name="images")
+        x = fake_quantize(quantized, "pixels_quantizer", dtype, limits=PIXELS)(images)
+        normalization = QuantizedConv(None, quantized=quantized, dtype=dtype, name="normalization")
+        normalization.trainable = False
+        x = normalization(x)
+        for i, dim in enumerate(variant.stem):
+            x = QuantizedStem(dim, variant.activation, quantized, dtype=dtype, name=f"stem{i}")(x)
+        for i, (stage, grid) in enumerate(zip(variant.stages, variant.grids(*input_shape[:2]))):
+            x = QuantizedTokenEmbedding(
+                stage.dim,
+                stage.kernel_size,
+                stage.stride,
+                stage.padding,
+                stage.cls_token,
+                quantized,
+                dtype=dtype,
+                name=f"stage{i}_embed",
+            )(x)
+            for j, rate in enumerate(stage.drop_path_rates):
+                x = QuantizedBlock(
+                    stage.dim,
+                    stage.heads,
+                    stage.mlp_dim,
+                    rate,
+                    variant.activation,
+                    stage.projection,
+                    stage.stride_kv,
+                    grid if stage.cls_token else None,
+                    quantized,
+                    dtype=dtype,
+                    name=f"stage{i}_block{j}",
+                )(x)
+            x = layers.Identity(dtype=dtype.name, name=f"stage{i}")(x)
+            if stage.cls_token:
+                cls_token, x = x[:, :1], ops.reshape(x[:, 1:], (-1, *grid, stage.dim))  # (B, 1 + H*W, 1, C) -> (B, H, W, C)
+        norm = QuantizedLayerNorm(quantized, dtype=dtype, name="norm")
+        if not stage.cls_token:
+            x = layers.GlobalAveragePooling2D(data_format="channels_last", keepdims=True, dtype=dtype, name="pool")(norm(x))
+            x = fake_quantize(quantized, "pool_quantizer", dtype)(x)  # (B, 1, 1, C)
+        else:
+            x = norm(cls_token)
+        x = QuantizedConv(num_classes, quantized=quantized, dtype=dtype, name="head")(x)
+        super().__init__(images, layers.Flatten(dtype=dtype, name="logits")(x), name=name, trainable=trainable)
+
+        # === Config ===
+        self.variant = variant
+        self.num_classes = num_classes
+        self.preprocessing = Preprocessing.from_config(preprocessing)
+        self.quantized = quantized
+
+    def get_config(self):
+        return {
+            "variant": to_dict(self.variant),
+            "num_classes": self.num_classes,
+            "input_shape": list(self.input_shape[1:]),
+            "preprocessing": self.preprocessing.get_config(),
+            "quantized": self.quantized,
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+
+# === From a CvT, and back to floats ===
+
+
+def quantize(classifier):
+    """A classifier's integer form, with its weights; the limits of its activations are still to be found.
+
+    Args:
+        classifier: of raw pixels, as `build_classifier` makes it, in float32.
+
+    Returns:
+        A `keras.Model` of raw pixels; its `QuantizedCvT` is the layer named as the `CvT` was.
+
+    Raises:
+        ValueError: for a network whose projections have no integer form.
+    """
+    network, preprocessing = cvt_of(classifier), preprocessing_of(classifier)
+    made = QuantizedCvT(network.variant, network.num_classes, network.input_shape[1:], preprocessing, name=network.name)
+    std = ops.convert_to_tensor([255.0 * value for value in preprocessing.std])
+    mean = ops.convert_to_tensor([255.0 * value for value in preprocessing.mean])
+    channels = network.input_shape[-1]
+    _set(made.get_layer("normalization"), ops.reshape(1 / std, (1, 1, channels, 1)), -mean / std)
+    for layer in network.layers:
+        if layer.weights:
+            _FOLDS[type(layer)](layer, made.get_layer(layer.name))
+    return _classifier(made)
+
+
+def float_form(classifier):
+    """The same network without its roundings: what float files of a quantisation-aware run are made of.
+
+    Args:
+        classifier: as `quantize` gives it.
+    """
+    network = quantized_cvt_of(classifier)
+    made = QuantizedCvT(**{**network.get_config(), "quantized": False})
+    kept = [variable for variable in network.weights if not _is_limit(variable)]
+    made.set_weights([ops.convert_to_numpy(variable) for variable in kept])
+    return _classifier(made)
+
+
+def quantized_cvt_of(model):
+    """The `QuantizedCvT` in a classifier, or `None`."""
+    return next((layer for layer in getattr(model, "layers", ()) if isinstance(layer, QuantizedCvT)), None)
+
+
+def _is_limit(variable):
+    return variable.name in ("minimum", "maximum")
+
+
+def _classifier(network):
+    pixels = keras.Input(network.input_shape[1:], name="images", dtype="float32")
+    return keras.Model(pixels, network(pixels), name="classifier")
+
+
+def _set(conv, kernel, bias):
+    conv.conv.kernel.assign(ops.reshape(kernel, conv.conv.kernel.shape))
+    conv.conv.bias.assign(bias)
+
+
+def _fold(conv, norm, kernel, axis):
+    """BatchNorm's scale and shift, as they are at inference, into the convolution before it."""
+    scale = norm.gamma / ops.sqrt(norm.moving_variance + norm.epsilon)
+    shape = [1] * len(kernel.shape)
+    shape[axis] = -1
+    _set(conv, kernel * ops.reshape(scale, shape), norm.beta - norm.moving_mean * scale)
+
+
+def _fold_norm(norm, made):
+    made.gamma.assign(norm.gamma)
+    made.beta.assign(norm.beta)
+
+
+def _fold_stem(stem, made):
+    _fold(made.conv, stem.norm, stem.conv.kernel, axis=3)
+
+
+def _fold_embedding(embedding, made):
+    _set(made.proj, embedding.proj.kernel, embedding.proj.bias)
+    _fold_norm(embedding.norm, made.norm)
+    if embedding.cls_token:
+        made.cls_token_weight.assign(embedding.cls_token_weight)
+
+
+def _fold_dense(dense, made):
+    _set(made, dense.kernel, dense.bias if dense.use_bias else ops.zeros(dense.units))
+
+
+def _fold_block(block, made):
+    _fold_norm(block.norm1, made.norm1)
+    _fold_norm(block.norm2, made.norm2)
+    attention = block.attention
+    for name in ("conv_q", "conv_k", "conv_v"):
+        if attention.projection == "dw_bn":
+            projection = getattr(attention, name)
+            _fold(getattr(made.attention, name), projection.norm, projection.depthwise.kernel, axis=2)
+    for name in ("proj_q", "proj_k", "proj_v", "proj"):
+        _fold_dense(getattr(attention, name), getattr(made.attention, name))
+    _fold_dense(block.mlp.fc1, made.fc1)
+    _fold_dense(block.mlp.fc2, made.fc2)
+
+
+_FOLDS = {
+    ConvStem: _fold_stem,
+    ConvTokenEmbedding: _fold_embedding,
+    CvTBlock: _fold_block,
+    layers.LayerNormalization: _fold_norm,
+    layers.Dense: _fold_dense,
+}

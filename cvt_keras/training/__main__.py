@@ -1,0 +1,32 @@
+"""The command `cvt-keras train`: flags in, one call of `cvt_keras.training.run`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from cvt_keras import cli, environment
+from cvt_keras.training import flags
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(flags.RecipeFlags):
+    run_dir: Path | None = None
+    """The folder to write to; by default runs/<recipe>-<dataset>-<variant>."""
+    resume: bool = False
+    """Continue the run in the run folder after its last finished epoch."""
+
+
+def main(argv):
+    name, arguments = flags.parse(argv, Arguments, "cvt-keras train", "Train a network.")
+    environment.start()
+    from cvt_keras.training.loop import run
+
+    with cli.resumable("train", argv):
+        result = run(arguments.recipe, arguments.run_dir, resume=arguments.resume, name=name)
+    split = "test" if result.report.test else "validation"  # a run from Python may have left the test images untouched
+    scores = getattr(result.report, split)
+    print(f"{scores['top1']:.2%} top-1 on {scores['images']} {split} images; the run is in {result.run_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("train", sys.argv[1:]))

@@ -1,0 +1,448 @@
+"""Everything that is settled and checked before the first training step."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from cvt_keras import environment, runs
+from cvt_keras.conversion import checkpoint as checkpoints
+from cvt_keras.conversion.checkpoint import Checkpoint
+from cvt_keras.data import sources
+from cvt_keras.data.pipeline import batches_per_epoch
+from cvt_keras.data.split import Source, Split
+from cvt_keras.errors import (
+    ArgumentError,
+    CheckpointError,
+    DifferentRunError,
+    RecipeError,
+    RunError,
+)
+from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.report.metrics import Report
+from cvt_keras.training.callbacks import stored_data
+from cvt_keras.training.compressor import Compressor
+from cvt_keras.training.recipes import Recipe
+from cvt_keras.variants import Variant, get_variant, named
+
+RUNS = Path("runs")  # where a run is written that is given no folder
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Args:
+        run_dir: the run folder.
+        report: the `Report` that `report.json` holds.
+        history: a dict per epoch, as in `history.csv`; `"epoch"` counts from 1.
+    """
+
+    run_dir: Path
+    report: Report
+    history: list[dict]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start.
+
+    Args:
+        recipe: with nothing left `auto`, and with the variant of its weights.
+        run_dir: the run folder.
+        resumed: whether `run_dir` holds the run already.
+        source: the data set, with the mean and std that the network will use.
+        train, validation: the images to train and to validate on, limited as the recipe says.
+        test: the images to test on; `None` leaves the test split untouched.
+        checkpoint: the weights to start from, or `None`.
+        compressor: a `Compressor`.
+    """
+
+    recipe: Recipe
+    run_dir: Path
+    resumed: bool
+    source: Source
+    train: Split
+    validation: Split
+    test: Split | None
+    checkpoint: Checkpoint | None
+    compressor: Compressor
+
+    @property
+    def num_classes(self):
+        return len(self.source.class_names)
+
+    @property
+    def steps_per_epoch(self):
+        return batches_per_epoch(self.train, self.recipe)
+
+    @property
+    def image_shape(self):
+        return self.recipe.image_size, self.recipe.image_size, 3
+
+
+def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=None, name="run"):
+    """Settles a run and checks that it can start. Nothing is written.
+
+    Args, raises: as `cvt_keras.training.run`.
+
+    Returns:
+        A `Plan`; or the `RunResult` of a run that is finished already.
+    """
+    compressor = compressor or Compressor()
+    recipe = _with_compression(recipe, compressor)
+    run_dir, stored = _locate(recipe, run_dir, resume, name)
+    recipe, was_auto = resolve(recipe, stored), recipe.dataset == "auto"
+    compressor.require(recipe)
+    print(f"{environment.device()}, {recipe.precision}, XLA {recipe.xla}", flush=True)
+    if stored is not None and (result := _finished(run_dir, evaluate_test)) is not None:
+        _require_same(_without_images(recipe, stored), stored, run_dir)
+        print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
+        return result
+    runs.require_writable(run_dir or RUNS)
+    if not tf.config.list_physical_devices("GPU") and environment.has_nvidia_device():
+        warn('this machine has an NVIDIA device that TensorFlow does not see: pip install "tensorflow[and-cuda]"')
+
+    recipe, checkpoint, preprocessing = _starting_point(recipe, run_dir, stored)
+    recipe, source = load_images(recipe)
+    if was_auto and stored is not None and source.name == "digits":
+        because = "scikit-learn's digits stand in for CIFAR-10, as when this run began. For CIFAR-10 train in another folder"
+        source = dataclasses.replace(source, fallback=because)
+    if source.fallback:
+        warn(source.fallback)
+    # The images must be normalised as those that the weights know.
+    fixed = {field: getattr(preprocessing, field) for field in ("mean", "std") if getattr(preprocessing, field)}
+    source = dataclasses.replace(source, **fixed)
+    recipe = dataclasses.replace(recipe, flip=recipe.flip and source.mirror)
+    if run_dir is None:
+        run_dir = default_run_dir(name, recipe)
+        runs.require_vacant(run_dir)
+    plan = Plan(
+        recipe=recipe,
+        run_dir=run_dir,
+        resumed=stored is not None,
+        source=source,
+        train=source.train.limit(recipe.train_limit),
+        validation=source.validation.limit(recipe.validation_limit),
+        test=source.test.limit(recipe.test_limit) if evaluate_test else None,
+        checkpoint=checkpoint,
+        compressor=compressor,
+    )
+    require_fit(recipe, plan.train)
+    if stored is not None:
+        _require_same(recipe, stored, run_dir)
+        plan = dataclasses.replace(plan, recipe=dataclasses.replace(recipe, weights=stored.weights))  # as recipe.json spells it
+    _show_counts(plan)
+    return plan
+
+
+def load_images(recipe):
+    """The data set of a recipe; the one place that settles the data set `auto`.
+
+    Args:
+        recipe: a `Recipe`.
+
+    Returns:
+        The recipe with the name of the data set that was loaded, and the `Source`.
+
+    Raises:
+        DataError: if the images can't be had.
+    """
+    source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
+    dataset = source.name if recipe.dataset == "auto" else recipe.dataset
+    return dataclasses.replace(recipe, dataset=dataset), source
+
+
+def default_run_dir(name, recipe, dataset=None):
+    """The folder of a run that is given none: `runs/<recipe>-<dataset>-<variant>`.
+
+    Args:
+        name: the recipe's.
+        recipe: a `Recipe`.
+        dataset: the data set that is trained on; defaults to the recipe's.
+    """
+    folder = f"{name}-{dataset or recipe.dataset}-{recipe.variant_name}"
+    return RUNS / folder.replace(":", "-").replace("/", "-")
+
+
+def _with_compression(recipe, compressor):
+    if recipe.compression is not None and compressor.settings is None:
+        raise RecipeError(
+            "`compression` can't be set in a recipe: call `cvt_keras.compression.compress` on a run. "
+            f"Received: compression={recipe.compression}",
+            argument="compression",
+            hint="Use cvt-keras prune, cluster or qat",
+        )
+    if keras.config.backend() != "tensorflow":
+        raise ArgumentError(
+            f"training needs Keras' tensorflow backend. Received: {keras.config.backend()}, from KERAS_BACKEND or keras.json",
+            hint="Set KERAS_BACKEND=tensorflow",
+        )
+    return dataclasses.replace(recipe, compression=compressor.settings)
+
+
+def _locate(recipe, run_dir, resume, name):
+    """The run folder and the recipe of the run in it.
+
+    Returns:
+        A path, or `None` where it depends on which data set `auto` turns out to be; and a `Recipe`, or `None` for a new run.
+    """
+    if run_dir is None and recipe.dataset != "auto":
+        run_dir = default_run_dir(name, recipe)
+    elif run_dir is None and resume:
+        # Of `auto` itself version 0.1 named its folders.
+        candidates = [default_run_dir(name, recipe, dataset) for dataset in ("cifar10", "digits", "auto")]
+        candidates = [candidate for candidate in candidates if (candidate / runs.RECIPE).exists()]
+        if len(candidates) > 1:
+            raise ArgumentError(
+                f"`run_dir` is needed, as several runs could be resumed: {', '.join(map(str, candidates))}",
+                argument="run_dir",
+                hint="Name one with --run-dir",
+            )
+        run_dir = candidates[0] if candidates else None
+    if run_dir is None:
+        if resume:
+            print(f"no run to resume in {RUNS}: starting from epoch 1", flush=True)
+        return None, None
+    run_dir = Path(run_dir)
+    stored = _stored_recipe(run_dir) if resume else None
+    if stored is None:
+        runs.require_vacant(run_dir)
+        if resume:
+            print(f"no run to resume in {run_dir}: starting from epoch 1", flush=True)
+    return run_dir, stored
+
+
+def resolve(recipe, stored=None):
+    """Settles what is `auto` in a recipe, the data set aside.
+
+    Args:
+        recipe: a `Recipe`.
+        stored: the recipe of the run to resume, or `None`.
+
+    Returns:
+        The recipe, with `precision` and `xla` as this machine will run them. With `stored`: with `dataset`, `precision` and
+        `xla` as they are stored, and with the variant that the weights had then.
+    """
+    if stored is not None:
+        left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
+        if (
+            recipe.weights
+            and same_weights(stored.weights, recipe.weights)
+            and _leaves_open(recipe.variant, get_variant(stored.variant))
+        ):
+            left_open.append("variant")
+        return dataclasses.replace(recipe, **{name: getattr(stored, name) for name in left_open})
+    gpus = tf.config.list_physical_devices("GPU")
+    precision, xla = recipe.precision, recipe.xla
+    if precision == "auto":
+        precision = _gpu_precision(gpus[0]) if gpus else "float32"
+    if xla == "auto":
+        xla = "on" if gpus else "off"
+    return dataclasses.replace(recipe, precision=precision, xla=xla)
+
+
+def _gpu_precision(gpu):
+    # bfloat16 came with compute capability 8, Ampere.
+    capability = tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
+    return "mixed_bfloat16" if capability >= (8, 0) else "mixed_float16"
+
+
+def _finished(run_dir, evaluate_test):
+    """The `RunResult` of the run in `run_dir`, or `None` if a part of the run is still to be made.
+
+    Raises:
+        RunError: if it is damaged.
+    """
+    if not all((run_dir / name).exists() for name in (runs.MODEL, runs.HISTORY, runs.PLOTS, runs.REPORT, runs.PAGE)):
+        return None
+    path = run_dir / runs.REPORT
+    try:
+        report = Report(**runs.read_json(path))
+    except (TypeError, RunError) as error:
+        raise RunError(f"{path} is damaged ({error}): remove it, and it is made again") from error
+    if evaluate_test and report.test is None:
+        return None
+    return RunResult(run_dir, report, runs.read_history(run_dir))
+
+
+def _starting_point(recipe, run_dir, stored):
+    """The weights to start from, and how their images were normalised.
+
+    Returns:
+        The recipe with the variant of the weights, a `Checkpoint` or `None`, and a `Preprocessing`.
+    """
+    trained_on = stored_data(run_dir) if stored is not None else None
+    if trained_on is not None:
+        # A stored epoch holds all that the weights gave: their file may be gone.
+        _require_same(_without_images(recipe, stored), stored, run_dir)
+        return recipe, None, Preprocessing(trained_on.get("mean"), trained_on.get("std"))
+    checkpoint = read_weights(recipe)
+    if checkpoint is None:
+        return recipe, None, Preprocessing()
+    recipe = dataclasses.replace(recipe, variant=named(checkpoint.variant))
+    print(f"starting from {recipe.weights}: {recipe.variant_name}, with {checkpoint.variant.activation}", flush=True)
+    return recipe, checkpoint, checkpoint.preprocessing
+
+
+def read_weights(recipe):
+    """The checkpoint that a recipe starts from, or `None`.
+
+    Raises:
+        RecipeError: if there is none of that name, or it does not fit the recipe.
+        CheckpointError: if it can't be read.
+    """
+    if recipe.weights is None:
+        if recipe.variant is None:
+            raise RecipeError(
+                "`weights` must say what to start from, or `variant` what to train from random weights. Received: neither",
+                argument="weights",
+                hint="Give --weights SOURCE, or --variant NAME",
+            )
+        return None
+    try:
+        checkpoint = checkpoints.read(recipe.weights, recipe.variant)
+    except CheckpointError as error:
+        if error.details:
+            variant = f" --variant {recipe.variant}" if isinstance(recipe.variant, str) else ""
+            error.hint = f"All of them are shown by: cvt-keras convert {recipe.weights} all.keras{variant}"
+        raise
+    except ArgumentError as error:
+        hint = (
+            "The recipe finetune, without --variant, takes the network of the weights" if error.argument == "variant" else None
+        )
+        raise RecipeError(f"`weights` can't be started from: {error}", argument=error.argument, hint=hint) from error
+    except OSError as error:
+        raise CheckpointError(f"{recipe.weights} can't be read: {error}") from error
+    if checkpoint.channels != 3:
+        raise RecipeError(
+            f"`weights` must be of images with 3 channels. Received: {recipe.weights}, with {checkpoint.channels}",
+            argument="weights",
+        )
+    return checkpoint
+
+
+def require_fit(recipe, train):
+    """Raises unless the recipe fits the images.
+
+    Args:
+        recipe: a `Recipe`, with its variant settled.
+        train: the training `Split`, limited as the recipe says.
+
+    Raises:
+        RecipeError: if it does not.
+    """
+    if not batches_per_epoch(train, recipe):
+        raise RecipeError(
+            f"`batch_size` must not exceed the {len(train)} training images. Received: batch_size={recipe.batch_size}",
+            argument="batch_size",
+            hint=f"Give --batch-size {len(train)} or less",
+        )
+    if recipe.crop_padding >= recipe.image_size:
+        raise RecipeError(
+            f"`crop_padding` must be less than `image_size`. "
+            f"Received: crop_padding={recipe.crop_padding}, image_size={recipe.image_size}",
+            argument="crop_padding",
+            hint="Give --crop-padding 0, or a larger --image-size",
+        )
+    try:
+        get_variant(recipe.variant).grids(recipe.image_size, recipe.image_size)
+    except ValueError as error:
+        raise RecipeError(f"`image_size` is too small for {recipe.variant_name}: {error}", argument="image_size") from error
+
+
+def same_weights(was, is_now):
+    """Whether these are the same weights, even if they were moved, or are named from another folder."""
+    if was == is_now or was is None or is_now is None:
+        return was == is_now
+    before, after = Path(was).expanduser(), Path(is_now).expanduser()
+    return _same_place(was, is_now) or (before.name == after.name and after.exists() and not before.exists())
+
+
+def _leaves_open(variant, settled):
+    """Whether `variant`, as given beside weights, left open what they settled: all of it, or the activation."""
+    return variant is None or dataclasses.replace(get_variant(variant), activation=settled.activation) == settled
+
+
+def _stored_recipe(run_dir):
+    """The recipe of the run in `run_dir`, or `None` where no run has begun.
+
+    Raises:
+        RunError: if its recipe.json is damaged.
+    """
+    path = run_dir / runs.RECIPE
+    if not path.exists():
+        return None
+    hint = "Put the run's own back, or train in another --run-dir"
+    recipe = read_recipe(run_dir, hint)
+    if unsettled := [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]:
+        raise RunError(f"{path} is not from a run: it leaves {', '.join(unsettled)} open", hint=hint)
+    return recipe
+
+
+def read_recipe(run_dir, hint=None):
+    """The recipe of a run.
+
+    Raises:
+        RunError: if its recipe.json is damaged.
+    """
+    path = Path(run_dir) / runs.RECIPE
+    try:
+        recipe = Recipe.from_settings(runs.read_json(path))
+        if recipe.variant is not None:
+            get_variant(recipe.variant)
+    except (TypeError, RecipeError, RunError) as error:
+        raise RunError(f"{path} is damaged: {error}", hint=hint) from error
+    return recipe
+
+
+def _without_images(recipe, stored):
+    """The recipe without loading the images, which may be gone: whether they can be mirrored is stored."""
+    return dataclasses.replace(recipe, flip=recipe.flip and stored.flip)
+
+
+def _require_same(recipe, stored, run_dir):
+    """Raises unless a run is resumed with its own settings.
+
+    Raises:
+        DifferentRunError: if `recipe` has others, naming them.
+    """
+    was, is_now = stored.settings(), recipe.settings()
+    for settings in (was, is_now):
+        settings["variant"] = settings["variant"] and named(get_variant(settings["variant"]))
+    names = [name for name in is_now | was if was.get(name) != is_now.get(name)]
+    # Where TFDS keeps a data set may change; another folder of images is another data set. Its images are compared with the
+    # checkpoint's.
+    if recipe.dataset != "folder" or _same_place(was["data_dir"], is_now["data_dir"]):
+        names = [name for name in names if name != "data_dir"]
+    if same_weights(was["weights"], is_now["weights"]):
+        names = [name for name in names if name != "weights"]
+    elif "variant" in names:  # which comes from the weights
+        names = ["weights", *(name for name in names if name not in ("weights", "variant"))]
+    if names:
+        differences = ", ".join(f"{name} was {_shown(was.get(name))} and is {_shown(is_now.get(name))}" for name in names)
+        raise DifferentRunError(run_dir, differences)
+
+
+def _shown(value):
+    return "a Variant of its own" if isinstance(value, Variant) else repr(value)
+
+
+def _same_place(*paths):
+    """Whether paths, of which any may be `None`, lead to the same file or folder, however they are spelled."""
+    return len({path and Path(path).expanduser().resolve() for path in paths}) == 1
+
+
+def _show_counts(plan):
+    counts = {"training": plan.train, "validation": plan.validation, "test": plan.test}
+    shown = ", ".join(f"{len(split)} {name}" for name, split in counts.items() if split is not None)
+    note = f" ({plan.source.note})" if plan.source.note else ""
+    print(f"{plan.source.name}: {shown} images{note}", flush=True)
+
+
+def warn(text):
+    """Writes a warning to standard error."""
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)
