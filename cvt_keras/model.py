@@ -179,7 +179,7 @@ class CvT(keras.Model):
             names = [f"stage{i}" for i in range(len(self.variant.stages))]
             outputs = {name: self.get_layer(name).output for name in names}
             # Past Keras, which would track the layers a second time.
-            object.__setattr__(self, "_features", keras.Model(self.inputs, outputs, name="features"))
+            object.__setattr__(self, "_features", keras.Model(self.inputs[0], outputs, name="features"))
         features = self._features(images, training=training)
         return {name: tuple(tokens) if isinstance(tokens, list) else tokens for name, tokens in features.items()}
 

@@ -45,8 +45,6 @@ class Preprocessing:
             _check_statistic(name, getattr(self, name))
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"`std` must be positive. Received: std={self.std}")
-        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
-            raise ValueError(f"`mean` and `std` must have one number per channel. Received: mean={self.mean}, std={self.std}")
         if self.class_names is not None and not all(isinstance(name, str) for name in self.class_names):
             raise ValueError(f"`class_names` must be strings. Received: class_names={self.class_names}")
         if self.image_size is not None and (
