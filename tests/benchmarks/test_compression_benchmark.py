@@ -59,7 +59,7 @@ def test_it_prints_a_row_for_each_and_draws(run_dirs, tmp_path, capsys):
 
 
 def test_a_folder_without_a_run_is_told(run_dirs, tmp_path):
-    with pytest.raises(SystemExit, match=r"compression: `RUN` must be a run folder"):
+    with pytest.raises(SystemExit, match=r"compression: `run_dir` must be a run folder"):
         compression.main([str(run_dirs[0]), str(tmp_path)])
 
 
