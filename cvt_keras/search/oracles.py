@@ -12,7 +12,7 @@ import numpy as np
 
 from cvt_keras import runs
 from cvt_keras.errors import RecipeError, RunError
-from cvt_keras.report import figures
+from cvt_keras.search import figures
 from cvt_keras.search import space as spaces
 from cvt_keras.training import loop
 from cvt_keras.variants import get_variant, macs
