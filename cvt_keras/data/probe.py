@@ -25,7 +25,8 @@ def require_reachable(urls):
     Raises:
         ConnectionError: naming the hosts, and their proxies without passwords.
     """
-    files = {_address(url): url for url in sorted(urls)}
+    # One file of each host. What has another scheme TFDS copies from a file system.
+    files = {address: url for url in sorted(urls) if (address := _address(url))[0] in ("http", "https", "ftp")}
     answers = queue.SimpleQueue()
 
     def ask(url):

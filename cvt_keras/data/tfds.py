@@ -192,10 +192,9 @@ def _prepare(builder, title):
                 hint=f"Remove {folder} to download it again",
             )
         return
-    # Empty where the user has to download the files.
-    urls = [] if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else builder.url_infos or []
     try:
-        probe.require_reachable(urls)
+        if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:  # else it is the user who has to download
+            probe.require_reachable(builder.url_infos or [])
         builder.download_and_prepare()
     except Exception as error:  # TFDS raises dozens of types for what a user sees as one thing
         root = Path(builder.data_dir_root)

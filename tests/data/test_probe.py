@@ -52,8 +52,9 @@ def refusal(*urls):
     return str(error.value)
 
 
-def test_without_files_nothing_is_asked(reached):
-    probe.require_reachable([])
+@pytest.mark.parametrize("urls", [[], ["gs://bucket/mnist.gz", "mnist.gz"]])
+def test_without_files_on_a_host_nothing_is_asked(reached, urls):
+    probe.require_reachable(urls)
     assert not reached
 
 
