@@ -38,7 +38,7 @@ def test_images(cifar10_dir):
     """The run's 256 test images and their labels."""
     from cvt_keras.data import sources
 
-    split = sources.cifar10(str(cifar10_dir)).test
+    split = sources.load("cifar10", str(cifar10_dir)).test
     return split.images, split.labels
 
 

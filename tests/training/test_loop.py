@@ -13,8 +13,8 @@ import pytest
 import tensorflow as tf
 
 from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, preprocessing_of, runs
-from cvt_keras.data import sources
-from cvt_keras.data.sources import CIFAR10_CLASSES
+from cvt_keras.data import sources, tfds
+from cvt_keras.data.tfds import CIFAR10_CLASSES
 from cvt_keras.errors import (
     ArgumentError,
     BusyError,
@@ -127,7 +127,7 @@ def test_the_model_is_the_one_of_the_report(finished, recipe):
     model = keras.saving.load_model(run_dir / "model.keras")
     assert not model.compiled
     assert isinstance(model.get_layer("cvt"), CvT)
-    test = sources.cifar10(recipe.data_dir).test.limit(100)
+    test = tfds.cifar10(recipe.data_dir).test.limit(100)
     scores = metrics.evaluate(model.predict(test.images.astype("float32"), verbose=0), test.labels)
     assert scores["top1"] == report.test["top1"]
     assert scores["loss"] == pytest.approx(report.test["loss"], rel=1e-5)
@@ -238,7 +238,7 @@ def test_auto_says_at_start_and_end_what_stands_in_and_why(short, tmp_path, monk
     def unavailable(data_dir, image_size):
         raise UnavailableError("CIFAR-10 is nowhere")
 
-    monkeypatch.setattr(sources, "cifar10", unavailable)
+    monkeypatch.setattr(tfds, "cifar10", unavailable)
     report = run(dataclasses.replace(short, dataset="auto"), tmp_path / "run")
     assert report.dataset == report.recipe["dataset"] == "digits"
     assert report.recipe["flip"] is False  # a mirrored digit is another
@@ -708,7 +708,7 @@ def no_cifar10(monkeypatch, tmp_path):
     def unavailable(*_):
         raise UnavailableError("CIFAR-10 is nowhere")
 
-    monkeypatch.setattr(sources, "cifar10", unavailable)
+    monkeypatch.setattr(tfds, "cifar10", unavailable)
     monkeypatch.chdir(tmp_path)
 
 

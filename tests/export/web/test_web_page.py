@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from tensorflow.lite.python import schema_py_generated as schema
 from tools import require_browser
 
-from cvt_keras.data import sources
+from cvt_keras.data import images, sources
 
 WAIT = 30_000  # milliseconds: the machine may be busy
 DCT = ("INTEGER_ACCURATE", "")
@@ -77,7 +77,7 @@ def _seen(card):
 
 
 def _stretched(pixels):
-    return sources.stretch(pixels, 32).numpy()
+    return images.stretch(pixels, 32).numpy()
 
 
 def _keras(classifier, pixels):
@@ -312,7 +312,7 @@ def test_paste(page, test_images):
 
 
 def test_a_sample(page, samples, cifar10_dir):
-    source = sources.cifar10(str(cifar10_dir))
+    source = sources.load("cifar10", str(cifar10_dir))
     buttons = page.locator("#samples").get_by_role("button")
     _expect()(buttons).to_have_count(10)
     assert buttons.all_text_contents() == list(source.class_names)

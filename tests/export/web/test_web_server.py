@@ -127,7 +127,7 @@ def test_a_file_that_is_gone_is_not_found(exported, serve, tmp_path):
 
 
 def test_samples_are_the_first_test_image_of_each_class(cifar10_dir):
-    source = sources.cifar10(str(cifar10_dir))
+    source = sources.load("cifar10", str(cifar10_dir))
     found = dict(first_of_each_class(source))
     assert list(found) == list(source.class_names)
     for label, image in enumerate(found.values()):
