@@ -100,14 +100,17 @@ def message(error, most_details=MOST_DETAILS):
 
 
 @contextlib.contextmanager
-def resumable(name, argv):
+def resumable(name, argv, again=None):
     """Adds to what ends the block how to resume the work: to Ctrl-C and SIGTERM, and to a full disk and its like.
 
     Args:
         name: the command's.
         argv: the words after it.
+        again: the words after it that resume the work; by default `argv` with --resume.
     """
-    again = _typed(name, [*argv, *([] if "--resume" in argv else ["--resume"])])
+    if again is None:
+        again = [*argv, *([] if "--resume" in argv else ["--resume"])]
+    again = shlex.join([*_program(name, argv), *again])
     try:
         yield
     except UserError:
@@ -118,13 +121,12 @@ def resumable(name, argv):
         raise type(stop)(f"Finished epochs are kept. To resume: {again}") from stop
 
 
-def _typed(name, argv):
-    """The command line that was typed, or one that does the same."""
-    program = ["cvt-keras", name]
+def _program(name, argv):
+    """What was typed before `argv`, or what does the same."""
     script = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
-    if sys.orig_argv[-len(argv) :] == argv and Path(sys.argv[0]).name != "cvt-keras":
-        program = script  # python train.py, by whichever Python
-    return shlex.join([*program, *argv])
+    if sys.orig_argv[len(script) :] == argv and Path(sys.argv[0]).name != "cvt-keras":
+        return script  # python train.py, by whichever Python
+    return ["cvt-keras", name]
 
 
 def _help():

@@ -98,6 +98,10 @@ class ExportError(UserError, RuntimeError):
     """An artifact that can't be written, or that its runtime can't run."""
 
 
+class SearchError(UserError):
+    """A search of which no trial could be trained."""
+
+
 class DistributedError(UserError):
     """A search whose chief or workers can't be reached."""
 

@@ -1,4 +1,7 @@
-"""One oracle for workers on many machines: keras-tuner's gRPC service, with an ear for who is still there."""
+"""One oracle for workers on many machines: keras-tuner's gRPC service, and heartbeats beside it.
+
+By hand, as keras-tuner's own chief waits for ever for a worker that is gone, and its worker for a chief that is.
+"""
 
 import _thread
 import contextlib
@@ -22,11 +25,10 @@ from keras_tuner.src.engine.oracle import LOCKS, THREADS
 
 from cvt_keras import signals
 from cvt_keras.errors import BusyError, DistributedError, RecipeError
+from cvt_keras.search.options import HEARTBEAT_SECONDS, MISSED_HEARTBEATS
 from cvt_keras.search.oracles import SETTINGS, differences, is_over, keras_tuner, tried
 from cvt_keras.search.tuner import RecipeTuner
 
-HEARTBEAT_SECONDS = 5.0
-MISSED_HEARTBEATS = 3  # that are no sign yet
 NO_CHIEF_SECONDS = 30.0  # without an answer, after which a worker gives up
 THREADS_OF_CHIEF = 64  # more than there are workers: one that waits for a trial keeps a thread
 TUNER_ID = "tuner-id"  # gRPC metadata of a heartbeat
@@ -116,41 +118,16 @@ def _claim(oracle, trial_id, tuner_id):
 
     Without the lock: a worker is not to be lost while a Gaussian process is fitted for another.
     """
-    trial = oracle.ongoing_trials.get(tuner_id)
-    if trial is not None and trial.trial_id == trial_id:
+    if oracle.runs_for(tuner_id, trial_id):
         return True
     if not LOCKS[oracle].acquire(blocking=False):
         return True  # for now: the next heartbeat asks again
     try:
         THREADS[oracle] = threading.current_thread().name
-        return _claim_again(oracle, trial_id, tuner_id)
+        return oracle.give_back(trial_id, tuner_id)
     finally:
         THREADS[oracle] = None
         LOCKS[oracle].release()
-
-
-def _claim_again(oracle, trial_id, tuner_id):
-    if is_over(oracle.trials[trial_id]):
-        return True  # it has just ended it, as a rule
-    if tuner_id in oracle.ongoing_trials or trial_id not in oracle._retry_queue:
-        return tuner_id in oracle.ongoing_trials and oracle.ongoing_trials[tuner_id].trial_id == trial_id
-    oracle._retry_queue.remove(trial_id)
-    oracle.ongoing_trials[tuner_id] = oracle.trials[trial_id]
-    oracle.tuner_ids.add(tuner_id)
-    oracle.save()
-    return True
-
-
-@keras_tuner.synchronized
-def _drop(oracle, tuner_id):
-    """Takes back what a worker that is gone was at -> the trial's name, or `None`."""
-    oracle.tuner_ids.discard(tuner_id)
-    trial = oracle.ongoing_trials.pop(tuner_id, None)
-    if trial is None:
-        return None
-    oracle._retry_queue.append(trial.trial_id)
-    oracle.save()
-    return trial.trial_id
 
 
 def lead(oracle, address, patience, refresh):
@@ -173,14 +150,18 @@ def lead(oracle, address, patience, refresh):
     except RuntimeError:
         bound = 0
     if not bound:
-        raise DistributedError(f"nothing can listen at --address {address}: it is in use, or not this machine's")
+        raise DistributedError(
+            f"nothing can listen at `address`: it is in use, or not this machine's. Received: address={address}",
+            argument="address",
+            hint="Name another with --address",
+        )
     # Of a chief before this one workers may still be at their trials: they say so.
     oracle.hold = time.monotonic() + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
     server.start()
     print(f"waiting for workers at {address}: the same command, with --worker in place of --chief", flush=True)
     began, ended = time.monotonic(), len(oracle.end_order)
     try:
-        while not (servicer.stop_triggered and not oracle.ongoing_trials and not oracle.tuner_ids and not oracle._retry_queue):
+        while not servicer.stop_triggered or oracle.awaits_workers():
             time.sleep(0.5)
             if isinstance(servicer.error, OSError):
                 raise servicer.error
@@ -193,25 +174,23 @@ def lead(oracle, address, patience, refresh):
             for tuner_id, then in list(servicer.heard.items()):
                 if now - then > patience:
                     del servicer.heard[tuner_id]
-                    if lost := _drop(oracle, tuner_id):
+                    if lost := oracle.take_back(tuner_id):
                         print(f"a worker was not heard for {patience:g} s: trial {lost} goes to another", flush=True)
             if servicer.heard:
                 began = now
-            elif now - began >= patience and not _is_done(oracle):
-                raise DistributedError(f"no worker was heard for {patience:g} s")
-            elif _is_done(oracle):
+            elif now - began >= patience and not oracle.is_done():
+                raise DistributedError(
+                    f"no worker was heard for {patience:g} s",
+                    hint="The same command resumes the search; start workers by it, with --worker in place of --chief",
+                )
+            elif oracle.is_done():
                 break  # the last worker went without asking for more
     finally:
         server.stop(grace=2).wait()
 
 
-def _is_done(oracle):
-    over = len(oracle.trials) >= oracle.max_trials or oracle.exhausted
-    return bool(over and oracle.trials and all(map(is_over, oracle.trials.values())))
-
-
 def require_chief(address):
-    """Told before a worker downloads data: where it would begin.
+    """Raises unless a chief answers. Called before a worker downloads data.
 
     Raises:
         DistributedError: if none answers in `NO_CHIEF_SECONDS`.
@@ -220,11 +199,13 @@ def require_chief(address):
         try:
             grpc.channel_ready_future(channel).result(timeout=NO_CHIEF_SECONDS)
         except grpc.FutureTimeoutError:
-            raise DistributedError(_no_chief(address)) from None
+            raise _no_chief(address) from None
 
 
-def _no_chief(address):
-    return f"no chief answers at {address}: start it with --chief"
+def _no_chief(address, note=""):
+    return DistributedError(
+        f"no chief answers at {address}{note}", hint="Start it, by the same command with --chief in place of --worker"
+    )
 
 
 def _settings_of(hyperparameters):
@@ -282,7 +263,7 @@ class Worker(RecipeTuner):
                 super().search()
         except KeyboardInterrupt:
             if self._lost:
-                raise DistributedError(self._lost) from None
+                raise self._lost from None
             raise
         finally:
             over.set()
@@ -294,7 +275,9 @@ class Worker(RecipeTuner):
 
     def _compare(self, theirs):
         if found := differences(theirs, self._settings):
-            raise RecipeError(f"the chief at {self.address} has a different search: {found}. Give the worker the same")
+            raise RecipeError(
+                f"the chief at {self.address} has a different search: {found}", hint="Give the worker the chief's settings"
+            )
 
     def on_trial_begin(self, trial):
         self._compare(json.loads(trial.hyperparameters.values[SETTINGS]))  # it may be another chief by now
@@ -309,7 +292,7 @@ class Worker(RecipeTuner):
                 print(f"{error}: waiting for it", flush=True)
                 time.sleep(BUSY_SECONDS)
             else:
-                best = max(float(row["val_accuracy"]) for row in history)
+                best = max(row["val_accuracy"] for row in history)
                 print(f"trial {trial.trial_id}: {best:.2%} top-1 on the validation images", flush=True)
                 return history
 
@@ -338,22 +321,26 @@ class Worker(RecipeTuner):
                 return
             except grpc.RpcError as error:
                 if not over.is_set():
-                    self._lost = self._told(error)
+                    self._lost = self._error_of(error)
                     # SIGTERM, as a shell has its background processes ignore SIGINT; a training stops after its step.
                     _thread.interrupt_main(signal.SIGTERM)
                 return
 
     @contextlib.contextmanager
     def _asking(self):
-        """gRPC's errors in the words of the search."""
+        """Raises gRPC's errors as the search's own."""
         try:
             yield
         except grpc.RpcError as error:
-            raise DistributedError(self._told(error)) from error
+            raise self._error_of(error) from error
 
-    def _told(self, error):
+    def _error_of(self, error):
         if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-            return f"the chief at {self.address} gave this worker up: {error.details()}"
+            return DistributedError(
+                f"the chief at {self.address} gave this worker up: {error.details()}", hint="Start the worker again"
+            )
         if error.code() == grpc.StatusCode.UNKNOWN:
-            return f"the chief at {self.address} failed: {error.details()}"
-        return _no_chief(self.address) + ("; finished epochs are kept" if self._at else "")
+            return DistributedError(
+                f"the chief at {self.address} failed: {error.details()}", hint="Start the chief again: it resumes the search"
+            )
+        return _no_chief(self.address, "; finished epochs are kept" if self._at else "")

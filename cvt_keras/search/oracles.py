@@ -1,8 +1,10 @@
-"""keras-tuner's three algorithms, within a budget of MACs, and as sure to go on after a kill as a run is."""
+"""keras-tuner's three algorithms, within a budget of MACs, and resumed after a kill as safely as a run is.
 
-import dataclasses
+keras-tuner knows no budget and, killed at the wrong moment, repeats or loses a trial. No public method of it changes that: its
+private ones are used here and in `distributed`, and nowhere else.
+"""
+
 import json
-import random
 import re
 import time
 import warnings
@@ -11,115 +13,26 @@ from pathlib import Path
 import numpy as np
 
 from cvt_keras import runs
-from cvt_keras.errors import RecipeError, RunError
-from cvt_keras.search import figures
+from cvt_keras.errors import MissingPackageError, RecipeError, RunError
 from cvt_keras.search import space as spaces
-from cvt_keras.training import loop
-from cvt_keras.variants import get_variant, macs
+from cvt_keras.training.plan import same_weights
 
 try:
     import keras_tuner
     from keras_tuner.engine.trial import Trial, TrialStatus
     from sklearn.exceptions import ConvergenceWarning
 except ImportError as error:
-    raise ImportError(f"A search needs keras-tuner and scikit-learn: pip install keras-tuner scikit-learn ({error})") from error
+    raise MissingPackageError(
+        f"a search needs keras-tuner and scikit-learn: {error}", hint="Install them: pip install 'cvt-keras[search]'"
+    ) from error
 
 OBJECTIVE = "val_accuracy"
-FOLDER = "oracle"  # in the search's folder
-TRIALS = "trials"  # likewise: the runs
 SETTINGS = "search"  # the name in each trial's values of what the search is, for a worker to compare
 DRAWS = 1_000  # over the budget in a row: the next ones are shrunk until they are within it
 SAMPLE_DRAWS = 10  # likewise, of the many that the Bayesian search chooses from
 MOST_REFUSED = 2_000  # in a row, shrunk or not: then nothing can be trained
 MOST_COLLISIONS = 20  # with what was tried, as keras-tuner has it: then the space is as good as used up
 SAMPLES = 100  # of those within the budget that the Bayesian search chooses from, where its own choice is over it
-
-
-class Candidates:
-    """What a search may try.
-
-    Args:
-        recipe: the `Recipe` that is varied.
-        space: name -> `Range` or `Choice`, of `cvt_keras.training.space`.
-        num_classes: of the images.
-        max_macs: multiply-accumulates of one image that a network may take, or `None`.
-
-    Attributes:
-        own: the values of the recipe itself, or `None` where it lies outside the space.
-        outside: names of which its value is not in the space.
-        least: name -> value, of the smallest network.
-    """
-
-    def __init__(self, recipe, space, num_classes, max_macs=None):
-        self.recipe, self.space, self.num_classes, self.max_macs = recipe, space, num_classes, max_macs
-        own = spaces.values_of(recipe, space)
-        self.outside = [name for name, value in own.items() if value is None]
-        self.own = None if self.outside else own
-        self.least = spaces.sizes(space)
-
-    def of(self, values):
-        """The recipe of a trial's values: with Hyperband for as many epochs as its round has.
-
-        Raises:
-            RecipeError: for values that no run can have.
-        """
-        recipe = spaces.apply(self.recipe, {name: values[name] for name in self.space})
-        return dataclasses.replace(recipe, epochs=values.get("tuner/epochs", recipe.epochs))
-
-    def macs(self, values):
-        """Multiply-accumulates of one image; `None` for a network that can't be, and where the weights bring it."""
-        if self.recipe.weights is not None:
-            return None
-        try:
-            # Without the recipe around it, of which most of the time would go into its checks.
-            variant = get_variant(spaces.network(self.recipe, {name: values[name] for name in self.space}))
-            return macs(variant, (self.recipe.image_size, self.recipe.image_size, 3), self.num_classes)
-        except ValueError:
-            return None
-
-    def fits(self, values):
-        """Whether its network can be, and is within the budget."""
-        cost = self.macs(values)
-        if self.recipe.weights is not None:
-            return True
-        return cost is not None and (self.max_macs is None or cost <= self.max_macs)
-
-    def shrunk(self, values, seed):
-        """The same within the budget: what makes a network large is drawn anew below what it is, one after the other.
-
-        Returns:
-            A dict; one that does not fit where even the smallest network of the space does not.
-        """
-        draw, values = random.Random(seed), dict(values)
-        while not self.fits(values) and (larger := [name for name, least in self.least.items() if values[name] != least]):
-            name = draw.choice(larger)
-            where, least = self.space[name], self.least[name]
-            if isinstance(where, spaces.Choice):
-                place = where.values.index(values[name])
-                cheaper = where.values[:place] if least == where.values[0] else where.values[place + 1 :]
-                values[name] = where.kind(draw.choice(cheaper))
-            else:
-                values[name] = spaces.rounded(draw.uniform(least, values[name]), where)
-        return values
-
-    def settled(self, values):
-        """The values as they are trained, so that they are compared with what was."""
-        space = self.space
-        settled = {name: spaces.rounded(value, space[name]) if name in space else value for name, value in values.items()}
-        if "rand_augment_magnitude" in space and settled.get("rand_augment") == 0:  # of nothing: all are the same
-            own, where = self.recipe.rand_augment_magnitude, space["rand_augment_magnitude"]
-            settled["rand_augment_magnitude"] = where.kind(own if own in where else where.ends[0])
-        return settled
-
-    def is_own(self, values):
-        """Whether these are the recipe's."""
-        return self.own is not None and all(values[name] == value for name, value in self.own.items())
-
-    def left_out(self):
-        """Why the recipe itself is not among the trials, or `None`."""
-        if self.outside:
-            return f"its {', '.join(self.outside)} {'is' if len(self.outside) == 1 else 'are'} not in the space"
-        return None if self.fits(self.own) else f"it takes {self.macs(self.own):,} MACs an image"
 
 
 def _hyperparameters(candidates, settings):
@@ -194,7 +107,7 @@ class _Oracle:
         try:
             self.reload()
         except (KeyError, OSError, TypeError, ValueError, RunError) as error:
-            raise RunError(f"{folder} can't be gone on with ({error}): start over by --fresh") from error
+            raise RunError(f"{folder} is damaged: {error}", hint="Start over with --fresh") from error
         # keras-tuner would also send a trial again that ended just before a kill.
         self._retry_queue = [name for name, trial in self.trials.items() if not is_over(trial)][::-1]
 
@@ -210,13 +123,66 @@ class _Oracle:
         cost = candidates.macs({name: where.ends[0] for name, where in candidates.space.items()} | candidates.least)
         if cost is not None and candidates.max_macs is not None and cost > candidates.max_macs:
             raise RecipeError(
-                f"`--max-macs` leaves no network: the smallest of the space takes {cost:,} MACs an image. "
-                f"Received: --max-macs {candidates.max_macs:,}"
+                f"`max_macs` leaves no network: the smallest of the space takes {cost:,} MACs an image. "
+                f"Received: max_macs={candidates.max_macs:,}",
+                argument="max_macs",
+                hint=f"Give --max-macs {cost} or more",
             )
         state = self._seed_state
         if self._random_values() is None:
-            raise RecipeError(f"the space leaves nothing to try: {self._why}")
+            raise RecipeError(f"`space` leaves nothing to try: {self._why}", argument="space")
         self._seed_state = state
+
+    # === Workers that come and go ===
+
+    @keras_tuner.synchronized
+    def take_back(self, tuner_id):
+        """Takes its trial from a worker that is gone; the next worker gets it.
+
+        Returns:
+            The trial's name, or `None` if it had none.
+        """
+        self.tuner_ids.discard(tuner_id)
+        trial = self.ongoing_trials.pop(tuner_id, None)
+        if trial is None:
+            return None
+        self._retry_queue.append(trial.trial_id)
+        self.save()
+        return trial.trial_id
+
+    def give_back(self, trial_id, tuner_id):
+        """Leaves a trial to the worker that is still at it, which a chief that was started again does not know.
+
+        The caller holds keras-tuner's lock.
+
+        Returns:
+            Whether the trial is the worker's, and no other's.
+        """
+        if is_over(self.trials[trial_id]):
+            return True  # as a rule the worker has just ended it
+        if self.runs_for(tuner_id, trial_id):
+            return True
+        if tuner_id in self.ongoing_trials or trial_id not in self._retry_queue:
+            return False
+        self._retry_queue.remove(trial_id)
+        self.ongoing_trials[tuner_id] = self.trials[trial_id]
+        self.tuner_ids.add(tuner_id)
+        self.save()
+        return True
+
+    def runs_for(self, tuner_id, trial_id):
+        """Whether the worker has the trial."""
+        trial = self.ongoing_trials.get(tuner_id)
+        return trial is not None and trial.trial_id == trial_id
+
+    def awaits_workers(self):
+        """Whether a worker has yet to end its trial, to fetch one, or to hear that there are no more."""
+        return bool(self.ongoing_trials or self.tuner_ids or self._retry_queue)
+
+    def is_done(self):
+        """Whether all trials are over, and no more come."""
+        no_more = len(self.trials) >= self.max_trials or self.exhausted
+        return bool(no_more and self.trials and all(map(is_over, self.trials.values())))
 
     # === keras-tuner's methods ===
 
@@ -363,7 +329,7 @@ def differences(stored, settings):
         was, is_now = stored[part], settings[part]
         for name in was | is_now:
             before, after = was.get(name), is_now.get(name)
-            if name == "data_dir" or before == after or (name == "weights" and loop.same_weights(before, after)):
+            if name == "data_dir" or before == after or (name == "weights" and same_weights(before, after)):
                 continue
             shown = {"variant": "is another", "class names": "are others"}.get(name) or f"was {before!r} and is {after!r}"
             found.append(f"{name} {shown}{' in the space' if part == 'space' else ''}")
@@ -385,7 +351,7 @@ def line(oracle, trial):
 def tried(candidates, trial):
     """What a trial tries, in a line."""
     values = trial.hyperparameters.values
-    shown = ", ".join(f"{name} {figures.shown(values[name])}" for name in candidates.space)
+    shown = ", ".join(f"{name} {spaces.shown(values[name])}" for name in candidates.space)
     cost = candidates.macs(values)
     own = candidates.is_own(values)
     epochs = candidates.of(values).epochs

@@ -6,6 +6,7 @@ words, or one of the network's: `mlp_ratio` and `drop_path` of all stages, and `
 """
 
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -60,6 +61,11 @@ class Range:
         return float
 
     @property
+    def values_to_check(self):
+        """If a recipe can have these, it can have all of them."""
+        return self.ends
+
+    @property
     def marks(self):
         """What names an axis of it: the ends."""
         return self.ends
@@ -83,11 +89,13 @@ class Choice:
     values: tuple[float | str, ...]
 
     def __post_init__(self):
-        values = self.values if isinstance(self.values, (tuple, list)) else ()
-        words = bool(values) and all(isinstance(value, str) for value in values)
-        if values is not self.values or not (words or all(_is_number(value) for value in values)):
+        if not isinstance(self.values, (tuple, list)):
             raise RecipeError(f"a choice must be a list of finite numbers, or of words. Received: {self.values!r}")
-        object.__setattr__(self, "values", tuple(dict.fromkeys(values if words else sorted(values))))
+        words = all(isinstance(value, str) for value in self.values)
+        if not words and not all(_is_number(value) for value in self.values):
+            raise RecipeError(f"a choice must be a list of finite numbers, or of words. Received: {self.values!r}")
+        values = self.values if words else sorted(self.values)
+        object.__setattr__(self, "values", tuple(dict.fromkeys(values)))
         if len(self.values) < 2:
             raise RecipeError(f"a choice must have two values at least. Received: {list(self.values)}")
 
@@ -104,6 +112,11 @@ class Choice:
         if isinstance(self.values[0], str):
             return str
         return int if all(isinstance(value, int) for value in self.values) else float
+
+    @property
+    def values_to_check(self):
+        """All of them, as one may be allowed and the next not."""
+        return self.values
 
     @property
     def marks(self):
@@ -233,11 +246,13 @@ def network(recipe, values):
     return named(variant)
 
 
-def read(path, recipe):
-    """Reads a space of one's own.
+def read(source, recipe):
+    """Reads a space, and checks that the recipe can have its values.
 
     Args:
-        path: of a JSON file: `{"peak_learning_rate": {"low": 1e-3, "high": 4e-3, "log": true}, "stage0_depth": [1, 2]}`.
+        source: a dict of name -> `Range`, `Choice` or what stands for them in JSON:
+            `{"peak_learning_rate": {"low": 1e-3, "high": 4e-3, "log": true}, "stage0_depth": [1, 2]}`.
+            Or the path of a JSON file of it.
         recipe: the `Recipe` that is varied.
 
     Returns:
@@ -246,46 +261,66 @@ def read(path, recipe):
     Raises:
         RecipeError: for an empty space, an unknown name, or values that no run can have, naming them.
     """
+    if isinstance(source, dict):
+        return _read(source, recipe, "`space`")
     try:
-        written = runs.read_json(path)
-    except (OSError, RunError) as error:
-        raise RecipeError(f"`--space` {path} can't be read: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(written, dict) or not written:
-        raise RecipeError(f"`--space` {path} must hold an object of at least one name. Received: {written!r}")
-    known = space_of(recipe)
-    known |= {name: None for name in (*_number_fields(), *_word_fields())}
+        axes = runs.read_json(source)
+    except OSError as error:
+        raise RecipeError(f"`space` can't be read: {source}: {error.strerror}", argument="space") from error
+    except RunError as error:
+        raise RecipeError(f"`space` can't be read: {error.summary}", argument="space") from error
+    return _read(axes, recipe, f"`space` {source}")
+
+
+def _read(axes, recipe, label):
+    if not isinstance(axes, dict) or not axes:
+        raise RecipeError(f"{label} must hold an object of at least one name. Received: {axes!r}", argument="space")
+    known = (*space_of(recipe), *_number_fields(), *_word_fields())
     space = {}
-    for name, where in written.items():
+    for name, axis in axes.items():
         if name not in known:
-            why = " (the network is that of the weights)" if recipe.weights and _is_of_network(name) else ""
-            raise RecipeError(f"`--space` {path} has an unknown name: {name}{why}. Known: {', '.join(known)}")
+            reason = " (the network is that of the weights)" if recipe.weights and _is_of_network(name) else ""
+            names = ", ".join(dict.fromkeys(known))
+            raise RecipeError(f"{label} has an unknown name: {name}{reason}. Known: {names}", argument="space")
         try:
-            space[name] = _read_one(where)
-            if isinstance(space[name], Range) and _is_whole(name):
-                raise RecipeError(f"it is a whole number: give a list of them. Received: {where}")
-            if (space[name].kind is str) != (name in _word_fields()):
-                few = _word_fields().get(name)
-                raise RecipeError(f"it must be a list of {', '.join(few) if few else 'finite numbers'}. Received: {where}")
-            for value in getattr(space[name], "values", space[name].ends):
+            space[name] = _axis(axis)
+            _require_kind(name, space[name])
+            for value in space[name].values_to_check:
                 apply(recipe, {name: value})
         except RecipeError as error:
-            raise RecipeError(f"`--space` {path}: {name}: {error}") from error
+            raise RecipeError(f"{label}: {name}: {error.summary}", argument="space") from error
     return space
 
 
-def _read_one(where):
-    if isinstance(where, list):
-        return Choice(tuple(where))
-    if isinstance(where, dict) and {"low", "high"} <= set(where) <= {"low", "high", "log"}:
-        return Range(**where)
-    raise RecipeError(f'it must be {{"low": .., "high": .., "log": true or false}} or a list. Received: {where!r}')
+def _axis(axis):
+    if isinstance(axis, (Range, Choice)):
+        return axis
+    if isinstance(axis, list):
+        return Choice(tuple(axis))
+    if isinstance(axis, dict) and {"low", "high"} <= set(axis) <= {"low", "high", "log"}:
+        return Range(**axis)
+    raise RecipeError(f'it must be {{"low": .., "high": .., "log": true or false}} or a list. Received: {axis!r}')
+
+
+def _require_kind(name, axis):
+    """Raises unless the values are of the kind that the name has: numbers, whole numbers, or words."""
+    received = json.dumps(_written(axis))
+    if isinstance(axis, Range) and _is_whole(name):
+        raise RecipeError(f"it is a whole number: give a list of them. Received: {received}")
+    words = _word_fields().get(name)
+    if words and axis.kind is not str:
+        raise RecipeError(f"it must be a list of {', '.join(words)}. Received: {received}")
+    if not words and axis.kind is str:
+        raise RecipeError(f"it must be a list of finite numbers. Received: {received}")
 
 
 def written(space):
     """A space as `read` reads it."""
-    return {
-        name: list(where.values) if isinstance(where, Choice) else dataclasses.asdict(where) for name, where in space.items()
-    }
+    return {name: _written(axis) for name, axis in space.items()}
+
+
+def _written(axis):
+    return list(axis.values) if isinstance(axis, Choice) else dataclasses.asdict(axis)
 
 
 def rounded(value, where):
@@ -296,9 +331,23 @@ def rounded(value, where):
 
 
 def sizes(space):
-    """The least of each name that a network's multiply-accumulates depend on: a stride makes it smaller, all else larger."""
-    names = [name for name in space if _is_of_network(name) and name != "drop_path"]
-    return {name: space[name].ends[name.endswith("_stride")] for name in names}
+    """The values of the smallest network, of the names that its multiply-accumulates depend on.
+
+    Returns:
+        A dict of name -> value.
+    """
+    values = {}
+    for name, axis in space.items():
+        if not _is_of_network(name) or name == "drop_path":
+            continue
+        low, high = axis.ends
+        values[name] = high if name.endswith("_stride") else low  # a large stride leaves few tokens
+    return values
+
+
+def shown(value):
+    """A value as text: a number without needless digits."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _number_fields():

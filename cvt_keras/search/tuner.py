@@ -1,13 +1,12 @@
-"""What runs the trials, one after the other: each is a run of its own."""
+"""Runs the trials, one after the other: each is a run of its own."""
 
-import csv
 import time
 
 import keras
 
 from cvt_keras import runs
-from cvt_keras.errors import DifferentRunError, RecipeError
-from cvt_keras.search import oracles
+from cvt_keras.errors import DifferentRunError, DivergedError, RecipeError, UserError
+from cvt_keras.search import folder, oracles
 from cvt_keras.search.oracles import TrialStatus, keras_tuner
 from cvt_keras.training import run
 
@@ -20,21 +19,21 @@ class RecipeTuner(keras_tuner.Tuner):
     Args:
         oracle: of `oracles.make`.
         candidates: what it may ask for.
-        search_dir: where the trials' runs are written, in its folder `TRIALS`.
+        search_dir: where the trials' runs are written, in its folder `folder.TRIALS`.
         refresh: called after each trial.
         directory: where the oracle's folder lies, if not in `search_dir`.
     """
 
     def __init__(self, oracle, candidates, search_dir, refresh=lambda: None, directory=None):
-        self.candidates, self.trials_dir, self._refresh = candidates, search_dir / oracles.TRIALS, refresh
+        self.candidates, self.trials_dir, self._refresh = candidates, search_dir / folder.TRIALS, refresh
         self._pause = 0.0
-        super().__init__(oracle, directory=str(directory or search_dir), project_name=oracles.FOLDER)
+        super().__init__(oracle, directory=str(directory or search_dir), project_name=folder.ORACLE)
 
     def run_trial(self, trial):
-        """Trains a trial, or goes on with it, as a run; the test images are left alone.
+        """Trains a trial as a run, or resumes it. The test images are not touched.
 
         Returns:
-            A list of `history.csv`'s rows, numbers as text.
+            The run's history: a dict per epoch.
 
         Raises:
             What `cvt_keras.training.run` raises.
@@ -42,9 +41,7 @@ class RecipeTuner(keras_tuner.Tuner):
         keras.backend.clear_session()  # of the trial before
         run_dir = self.trials_dir / trial.trial_id
         recipe = self.candidates.of(trial.hyperparameters.values)
-        run(recipe, run_dir, resume=(run_dir / runs.RECIPE).exists(), evaluate_test=False)
-        with open(run_dir / runs.HISTORY, newline="") as file:
-            return list(csv.DictReader(file))
+        return run(recipe, run_dir, resume=(run_dir / runs.RECIPE).exists(), evaluate_test=False).history
 
     # === keras-tuner's methods ===
 
@@ -53,22 +50,25 @@ class RecipeTuner(keras_tuner.Tuner):
         self._pause = IDLE_SECONDS
 
     def _try_run_and_update_trial(self, trial):
-        """A candidate that can't be trained is a failed trial. Anything else ends the search, and the trial is run again."""
+        """Makes a failed trial of a candidate that can't be trained. After any other error the search has to be resumed."""
         try:
             history = self.run_trial(trial)
         except DifferentRunError as error:  # a worker's own disk, with the runs of an earlier search
-            way_out = "Name another folder, or remove its trials"
-            raise RecipeError(f"`--search-dir` holds runs of a different search: {error.differences}. {way_out}") from error
-        except (FloatingPointError, MemoryError, RecipeError) as error:
+            raise RecipeError(
+                f"`search_dir` holds runs of a different search: {self.trials_dir}. {error.differences}",
+                argument="search_dir",
+                hint="Name another with --search-dir, or remove its trials",
+            ) from error
+        except (DivergedError, MemoryError, RecipeError) as error:
             if isinstance(error, RecipeError) and self.candidates.is_own(trial.hyperparameters.values):
-                raise  # then it is none of a candidate's
-            # What an exception of the training says after the colon is for one who trains by hand.
-            said = str(error) if isinstance(error, RecipeError) else str(error).partition(": ")[0]
-            trial.status, trial.message = TrialStatus.FAILED, said
+                raise  # the fault is not a candidate's
+            # The hint is for somebody who trains by hand.
+            trial.message = error.summary if isinstance(error, UserError) else str(error)
+            trial.status = TrialStatus.FAILED
             return
         for row in history:
-            seen = {oracles.OBJECTIVE: float(row["val_accuracy"]), "seconds": float(row["seconds"])}
-            self.oracle.update_trial(trial.trial_id, seen, step=int(row["epoch"]))
+            metrics = {oracles.OBJECTIVE: row["val_accuracy"], "seconds": row["seconds"]}
+            self.oracle.update_trial(trial.trial_id, metrics, step=row["epoch"] - 1)  # as version 0.1 stored them
         trial.status = TrialStatus.COMPLETED
 
     def on_trial_end(self, trial):
@@ -81,7 +81,7 @@ class RecipeTuner(keras_tuner.Tuner):
         self._pause = 0.0
 
     def save(self):
-        """The oracle holds all there is to go on from."""
+        """Does nothing: the oracle holds all that a search is resumed from."""
 
     def reload(self):
-        """The same."""
+        """Does nothing: the oracle is opened before."""

@@ -15,13 +15,14 @@ SPACE = {"peak_learning_rate": Range(1e-3, 8e-3, log=True), "stage0_depth": Choi
 @pytest.fixture
 def make_oracle(tmp_path):
     """An oracle of 6 trials in `tmp_path / "oracle"`, as a search opens it: called again, it goes on."""
-    from cvt_keras.search import oracles
+    from cvt_keras.search import folder, oracles
+    from cvt_keras.search.candidates import Candidates
 
     def make(algorithm="random", trials=6, max_macs=None, space=SPACE, recipe=SMOKE):
-        candidates = oracles.Candidates(recipe, space or space_of(recipe), 10, max_macs)
+        candidates = Candidates(recipe, space or space_of(recipe), 10, max_macs)
         settings = {"recipe": recipe.settings(), "space": {}, "algorithm": algorithm, "max_macs": max_macs, "data": {}}
         oracle = oracles.make(algorithm, candidates, trials, settings)
-        oracle.open(tmp_path / oracles.FOLDER)
+        oracle.open(tmp_path / folder.ORACLE)
         return oracle
 
     return make
@@ -43,6 +44,7 @@ def quick_run(monkeypatch):
     """A training that is over at once, better the nearer to a learning rate of 4e-3 -> the recipes that were trained."""
     from cvt_keras import runs
     from cvt_keras.search import tuner
+    from cvt_keras.training import RunResult
 
     trained = []
 
@@ -54,10 +56,10 @@ def quick_run(monkeypatch):
         runs.write_json(run_dir / runs.RECIPE, recipe.settings())
         best = 0.9 - 50 * abs(recipe.peak_learning_rate - 4e-3)
         history = [
-            {"epoch": epoch, "val_accuracy": best * (epoch + 1) / recipe.epochs, "seconds": 1.5}
-            for epoch in range(recipe.epochs)
+            {"epoch": epoch, "val_accuracy": best * epoch / recipe.epochs, "seconds": 1.5}
+            for epoch in range(1, recipe.epochs + 1)
         ]
-        runs.write_csv(run_dir / runs.HISTORY, history)
+        return RunResult(run_dir, None, history)
 
     monkeypatch.setattr(tuner, "run", run)
     return trained

@@ -17,8 +17,8 @@ from keras_tuner.engine.trial import TrialStatus
 from keras_tuner.src import protos
 
 from cvt_keras import runs
-from cvt_keras.errors import BusyError, DistributedError, RecipeError
-from cvt_keras.search import distributed, oracles, tuner
+from cvt_keras.errors import BusyError, DistributedError, DivergedError, RecipeError
+from cvt_keras.search import distributed, folder, oracles, tuner
 from cvt_keras.search.distributed import Worker, lead
 from cvt_keras.search.space import Choice
 from cvt_keras.training import RECIPES
@@ -106,15 +106,17 @@ def test_an_address_in_use_is_told(make_oracle, address):
     with socket.socket() as taken:
         taken.bind((host, int(port)))
         taken.listen()
-        with pytest.raises(DistributedError, match=f"nothing can listen at --address {address}"):
+        with pytest.raises(DistributedError, match=f"nothing can listen .*{address}") as error:
             lead(make_oracle(), address, 1.0, None)
+    assert error.value.argument == "address"
 
 
 def test_a_worker_without_a_chief_ends(make_oracle, tmp_path, address, monkeypatch):
     assert distributed.NO_CHIEF_SECONDS < 45  # a minute, with its start
     monkeypatch.setattr(distributed, "NO_CHIEF_SECONDS", 0.5)
-    with pytest.raises(DistributedError, match=f"no chief answers at {address}: start it with --chief"):
+    with pytest.raises(DistributedError, match=f"no chief answers at {address}$") as error:
         _worker(make_oracle, tmp_path, address)
+    assert "--chief" in error.value.hint
 
 
 def test_a_worker_of_another_search_is_refused(make_oracle, tmp_path, address):
@@ -157,7 +159,7 @@ def test_heartbeats_keep_a_trial_and_a_late_one_is_told(make_oracle, address):
         beat(mine, "another")
     assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     # As after a restart of the chief: what is nobody's is the worker's again that is at it.
-    distributed._drop(chief.oracle, "mine")
+    chief.oracle.take_back("mine")
     beat(mine, "mine")
     assert chief.oracle.ongoing_trials["mine"].trial_id == mine and not chief.oracle._retry_queue
 
@@ -199,7 +201,7 @@ def test_a_worker_that_waits_for_an_answer_can_be_stopped(make_oracle, tmp_path,
     server = _served(Stuck(make_oracle()), address)
     worker = _worker(make_oracle, tmp_path, address)
     began = time.monotonic()
-    with pytest.raises(DistributedError, match=r"no chief answers.*--chief$"):
+    with pytest.raises(DistributedError, match=r"no chief answers at [^;]*$"):
         worker.search()
     assert time.monotonic() - began < 10
     waiting.set()
@@ -208,20 +210,20 @@ def test_a_worker_that_waits_for_an_answer_can_be_stopped(make_oracle, tmp_path,
 
 def test_the_chief_knows_why_a_trial_failed(make_oracle, tmp_path, address, monkeypatch):
     def run(*_, **__):
-        raise FloatingPointError("the loss is no number, but größer")
+        raise DivergedError("the loss is NaN: größer", hint="Train anew")
 
     monkeypatch.setattr(tuner, "run", run)
     chief = _Chief(make_oracle(trials=5), address)
     _worker(make_oracle, tmp_path, address, trials=5).search()
     chief.join(10)
     assert [trial.status for trial in chief.oracle.trials.values()] == [TrialStatus.FAILED] * 3
-    assert oracles.reason(chief.oracle.trials["0"]) == "the loss is no number, but größer"
+    assert oracles.reason(chief.oracle.trials["0"]) == "the loss is NaN: größer"
 
 
 def test_a_worker_whose_disk_has_another_search_ends(make_oracle, tmp_path, address):
     """Its trial is another worker's then, and not a failed one."""
     for trial in ("0", "1"):
-        run_dir = tmp_path / "search" / oracles.TRIALS / trial
+        run_dir = tmp_path / "search" / folder.TRIALS / trial
         run_dir.mkdir(parents=True)
         other = dataclasses.replace(SMOKE, precision="float32", xla="off", seed=9)
         runs.write_json(run_dir / runs.RECIPE, other.settings())
@@ -241,7 +243,7 @@ def test_a_worker_waits_for_a_folder_that_is_not_free_yet(make_oracle, tmp_path,
         tries.append(1)
         if len(tries) < 3:
             raise BusyError("another process is at work")
-        quick(*given, **flags)
+        return quick(*given, **flags)
 
     monkeypatch.setattr(tuner, "run", run)
     chief = _Chief(make_oracle(trials=1), address)
@@ -256,7 +258,7 @@ def test_a_chief_that_starts_again_leaves_workers_their_trials(make_oracle, tmp_
     def run(*given, **flags):
         at_it.set()
         go_on.wait(20)
-        quick(*given, **flags)
+        return quick(*given, **flags)
 
     monkeypatch.setattr(tuner, "run", run)
     monkeypatch.setattr(distributed, "NO_CHIEF_SECONDS", 10.0)
@@ -333,8 +335,8 @@ def test_the_end_of_a_trial_waits_for_a_slow_choice(make_oracle, tmp_path, addre
             threading.Thread(target=ask, daemon=True).start()
             choosing.wait(20)
             quick_run.append(None)
-            raise FloatingPointError("the loss is no number")
-        quick(*given, **flags)
+            raise DivergedError("the loss is NaN")
+        return quick(*given, **flags)
 
     def ask():
         stub, service = _stub(address)
@@ -353,7 +355,7 @@ def test_the_end_of_a_trial_waits_for_a_slow_choice(make_oracle, tmp_path, addre
 def test_a_slow_choice_answers_the_heartbeat_of_a_worker_that_is_known_no_more(make_oracle):
     oracle = make_oracle()
     trial = oracle.create_trial("a")
-    distributed._drop(oracle, "a")
+    oracle.take_back("a")
     with distributed.LOCKS[oracle]:
         assert distributed._claim(oracle, trial.trial_id, "a")
         assert not oracle.ongoing_trials

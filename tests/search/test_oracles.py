@@ -128,8 +128,9 @@ def test_a_trial_that_was_not_handed_out_before_the_kill_is_made_anew(make_oracl
 def test_a_broken_file_is_told(make_oracle, tmp_path):
     _all(make_oracle())
     (tmp_path / "oracle" / "oracle.json").write_text("{")
-    with pytest.raises(RunError, match="start over by --fresh"):
+    with pytest.raises(RunError, match="is damaged") as error:
         make_oracle()
+    assert "--fresh" in error.value.hint
 
 
 def test_three_failures_in_a_row_end_the_search(make_oracle):
@@ -233,10 +234,9 @@ def test_the_recipe_itself_is_not_tried_twice(make_oracle):
 
 
 def test_a_budget_that_nothing_meets_is_refused(make_oracle):
-    with pytest.raises(
-        RecipeError, match=r"the smallest of the space takes 840,928 MACs an image.*Received: --max-macs 840,927"
-    ):
+    with pytest.raises(RecipeError, match=r"840,928 MACs an image.*Received: max_macs=840,927") as error:
         make_oracle(max_macs=840_927).require_one()
+    assert error.value.argument == "max_macs"
     make_oracle(max_macs=840_928).require_one()
 
 
@@ -334,8 +334,9 @@ def test_a_folder_may_be_called_anything(make_oracle, tmp_path):
 def test_a_trial_whose_file_is_gone_is_told(make_oracle, tmp_path):
     _all(make_oracle())
     (tmp_path / "oracle" / "trial_3" / "trial.json").unlink()
-    with pytest.raises(RunError, match="start over by --fresh"):
+    with pytest.raises(RunError, match="is damaged") as error:
         make_oracle()
+    assert "--fresh" in error.value.hint
 
 
 def test_what_was_half_written_is_swept(make_oracle, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shlex
@@ -9,14 +10,38 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import train
+from conftest import SMOKE
 
-from cvt_keras import runs
-from cvt_keras.search import results, tuner
-from cvt_keras.search.__main__ import main
+from cvt_keras import cli, runs
+from cvt_keras.data import sources
+from cvt_keras.errors import (
+    ArgumentError,
+    DivergedError,
+    OccupiedError,
+    OutOfMemoryError,
+    RecipeError,
+    SearchError,
+    UnavailableError,
+    UserError,
+)
+from cvt_keras.search import distributed, results, search, study, tuner
+from cvt_keras.search.__main__ import Arguments, main
 from cvt_keras.search.space import Choice
+from cvt_keras.training import flags
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+def _search(words):
+    """Runs the command -> its exit code."""
+    return cli.main(["search", *words])
+
+
+def _error_of(words):
+    """Runs the command -> the error that it raises."""
+    with pytest.raises(UserError) as error:
+        main(words)
+    return error.value
 
 
 @pytest.fixture
@@ -31,7 +56,7 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
     search_dir = tmp_path / "search"
     words = [*command, "--algorithm", algorithm, "--train-limit", "100", "--max-macs", "1.3e6", "--trials", "9"]
     words += ["--epochs", "3", "--test-limit", "50"]
-    assert main(words) == 0
+    assert _search(words) == 0
     rows = table(search_dir)
     assert [row["trial"] for row in rows] == [f"{i}" for i in range(9)] and {row["status"] for row in rows} == {"completed"}
     assert max(int(row["macs"]) for row in rows) <= 1.3e6
@@ -42,14 +67,15 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
     assert written["variant"]["stages"][0]["depth"] == int(best["stage0_depth"])
     # For all images, and the epochs that the search was given.
     assert written["train_limit"] is None and written["test_limit"] is None and written["epochs"] == 3
-    assert train.parse(["--recipe-file", str(search_dir / "best.json")]).recipe.settings() == written
+    words = ["--recipe-file", str(search_dir / "best.json"), "--search-dir", "another"]
+    assert flags.parse(words, Arguments, "", "")[1].recipe.settings() == written
     page = (search_dir / "report.html").read_text()
     for part in (
         "Parallel coordinates",
         "The best curves",
         "Importance",
         f"trial {best['trial']}",
-        "multiply-adds per image, at most",
+        "multiply-adds an image, at most",
     ):
         assert part in page, part
     assert page.count("data:image/png") == 3 and "; the other trials in grey" in page
@@ -57,16 +83,16 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
     said = capsys.readouterr().out
     assert "trial 0 (1 of 9): the recipe itself: peak_learning_rate 0.002" in said
     assert f"best: trial {best['trial']}, {float(best['val_accuracy']):.2%} top-1" in said
-    assert "the best so far: trial" in said and "python train.py --recipe-file" in said
+    assert "the best so far: trial" in said and "cvt-keras train --recipe-file" in said
     assert all(recipe.train_limit == 100 for recipe in quick_run)
 
 
 def test_the_same_command_goes_on_and_more_trials_extend_it(command, tmp_path, quick_run, no_pictures, table, capsys):
-    assert main(command) == 0
-    assert main(command) == 0
+    assert _search(command) == 0
+    assert _search(command) == 0
     assert len(quick_run) == 4 and "4 trials are done" in capsys.readouterr().out
     assert "in grey" not in (tmp_path / "search" / "report.html").read_text()
-    assert main([*command, "--trials", "6"]) == 0
+    assert _search([*command, "--trials", "6"]) == 0
     assert len(quick_run) == 6 and len(table(tmp_path / "search")) == 6
 
 
@@ -77,28 +103,28 @@ def test_a_candidate_that_can_not_be_trained_is_a_failed_trial(
 
     def run(recipe, run_dir, **flags):
         if recipe.peak_learning_rate != 0.002:
-            raise FloatingPointError("the loss is no number: train anew, into another --run-dir")
-        quick(recipe, run_dir, **flags)
+            raise DivergedError("the loss is NaN: at step 1", hint="Train anew in another --run-dir")
+        return quick(recipe, run_dir, **flags)
 
     monkeypatch.setattr(tuner, "run", run)
-    assert main([*command, "--trials", "9"]) == 1
+    assert _search([*command, "--trials", "9"]) == 1
     rows = table(tmp_path / "search")
     assert [row["status"] for row in rows] == ["completed"] + ["failed"] * 3
-    assert rows[1]["val_accuracy"] == "" and [row["reason"] for row in rows] == [""] + ["the loss is no number"] * 3
+    assert rows[1]["val_accuracy"] == "" and [row["reason"] for row in rows] == [""] + ["the loss is NaN: at step 1"] * 3
     said = capsys.readouterr()
-    assert "failed (the loss is no number)" in said.out and "no more trials: the last 3 trials failed" in said.err
+    assert "failed (the loss is NaN: at step 1)" in said.out and "no more trials: the last 3 trials failed" in said.err
     assert "best: trial 0" in said.out
     page = (tmp_path / "search" / "report.html").read_text()
-    assert ">3</b><span>failed<" in page and page.count("failed: the loss is no number<") == 3
+    assert ">3</b><span>failed<" in page and page.count("failed: the loss is NaN: at step 1<") == 3
 
 
 def test_where_none_can_be_trained_the_search_fails(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
     def run(*_, **__):
-        raise MemoryError("the memory is too small")
+        raise OutOfMemoryError("the memory is too small", hint="Train at a smaller --batch-size")
 
     monkeypatch.setattr(tuner, "run", run)
-    assert main(command) == 1
-    assert "no trial could be trained. The first: the memory is too small" in capsys.readouterr().err
+    assert _search(command) == 1
+    assert capsys.readouterr().err.endswith("no trial could be trained. The first failed: the memory is too small\n")
     assert not (tmp_path / "search" / "best.json").exists()
 
 
@@ -108,15 +134,15 @@ def test_an_error_of_the_machine_loses_no_trial(command, tmp_path, quick_run, no
     def run(recipe, run_dir, **flags):
         if len(quick_run) == 2:
             raise OSError("No space left on device")
-        quick(recipe, run_dir, **flags)
+        return quick(recipe, run_dir, **flags)
 
     monkeypatch.setattr(tuner, "run", run)
-    assert main(command) == 1
+    assert _search(command) == 1
     error = capsys.readouterr().err.strip()
-    assert error.count("\n") == 0 and error.endswith(shlex.join(["python", "-m", "cvt_keras.search", *command]))
+    assert error.count("\n") == 0 and error.endswith(shlex.join(["cvt-keras", "search", *command]))
     assert [row["status"] for row in table(tmp_path / "search")] == ["completed", "completed", "running"]
     monkeypatch.setattr(tuner, "run", quick)
-    assert main(command) == 0
+    assert _search(command) == 0
     assert len(quick_run) == 4 and len(table(tmp_path / "search")) == 4
 
 
@@ -125,64 +151,120 @@ def test_ctrl_c_says_how_to_go_on(command, quick_run, no_pictures, monkeypatch, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tuner, "run", run)
-    assert main([*command, "--fresh", "--yes"]) == 130
+    assert _search([*command, "--fresh", "--yes"]) == 130
     error = capsys.readouterr().err
-    assert "To go on: python -m cvt_keras.search smoke" in error and "--fresh" not in error and "--yes" not in error
+    assert error.endswith(shlex.join(["cvt-keras", "search", *command]) + "\n")  # without --fresh and --yes
 
 
 def test_fresh_asks_before_it_deletes(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
     search_dir = tmp_path / "search"
-    assert main(command) == 0
-    assert main([*command, "--seed", "1"]) == 2
-    assert main([*command, "--fresh"]) == 2
-    assert "there is nobody to ask: give --yes" in capsys.readouterr().err
+    assert _search(command) == 0
+    assert _search([*command, "--seed", "1"]) == 2
+    assert _search([*command, "--fresh"]) == 2
+    assert "nobody can be asked" in (error := capsys.readouterr().err) and "--yes" in error
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     asked = []
     monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or "n")
     (search_dir / "trials" / "0").mkdir(exist_ok=True)
-    assert main([*command, "--fresh"]) == 1
+    assert _search([*command, "--fresh"]) == 1
     assert "the runs of 4 trials" in asked[0] and len(quick_run) == 4
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))  # Ctrl-D
-    assert main([*command, "--fresh"]) == 1 and "is left as it is" in capsys.readouterr().err
+    assert _search([*command, "--fresh"]) == 1 and "is left as it is" in capsys.readouterr().err
     monkeypatch.setattr("builtins.input", lambda prompt: "y")
-    assert main([*command, "--seed", "1", "--fresh"]) == 0
+    assert _search([*command, "--seed", "1", "--fresh"]) == 0
     assert len(quick_run) == 8 and json.loads((search_dir / "search.json").read_text())["recipe"]["seed"] == 1
     monkeypatch.setattr("builtins.input", None)
-    assert main([*command, "--fresh", "--yes"]) == 0
+    assert _search([*command, "--fresh", "--yes"]) == 0
     assert len(quick_run) == 12
 
 
 @pytest.mark.parametrize(
-    "words, part",
+    "words, argument",
     [
-        (["--trials", "0"], "`--trials` must be at least 1. Received: --trials 0"),
-        (["--max-macs", "0"], "`--max-macs` must be a finite number over 0"),
-        (["--max-macs", "1e3"], "`--max-macs` leaves no network: the smallest of the space takes 840,928 MACs"),
-        (["--worker-timeout", "14"], "`--worker-timeout` must be at least 15 seconds"),
-        (["--fresh", "--yes", "--batch-size", "5000"], "`batch_size` must not exceed the"),
-        (["--chief", "--worker"], "`--chief` and `--worker` are two processes"),
-        (["--worker", "--fresh"], "`--fresh` is for the chief"),
-        (["--address", "nowhere"], "`--address` must be HOST:PORT"),
-        (["--address", "here:70000"], "`--address` must be HOST:PORT"),
-        (["--weights", "some.keras", "--max-macs", "1e6"], "with --weights the network is theirs"),
-        (["--space", "none.json"], "`--space` none.json can't be read"),
+        (["--trials", "0"], "trials"),
+        (["--max-macs", "0"], "max_macs"),
+        (["--max-macs", "1e3"], "max_macs"),
+        (["--worker-timeout", "14"], "worker_timeout"),
+        (["--fresh", "--yes", "--batch-size", "5000"], "batch_size"),
+        (["--chief", "--worker"], "worker"),
+        (["--worker", "--fresh"], "fresh"),
+        (["--address", "nowhere"], "address"),
+        (["--address", "here:70000"], "address"),
+        (["--weights", "some.keras", "--max-macs", "1e6"], "max_macs"),
+        (["--space", "none.json"], "space"),
     ],
 )
-def test_a_wrong_argument_is_told_in_a_line(words, part, command, tmp_path, quick_run, no_pictures, capsys):
-    assert main([*command, *words]) == 2
-    error = capsys.readouterr().err.strip()
-    assert part in error and "\n" not in error
+def test_a_wrong_argument_is_refused_before_anything_is_written(words, argument, command, tmp_path, quick_run):
+    error = _error_of([*command, *words])
+    assert error.exit_code == 2 and error.argument == argument
+    assert "\n" not in cli.message(error) and "--" not in error.summary
     assert not quick_run and not (tmp_path / "search").exists()
 
 
+def test_a_wrong_argument_and_help_are_answered_without_keras(command):
+    code = (
+        "import sys\n"
+        "from cvt_keras import cli\n"
+        f"command = {command}\n"
+        "for words in (['--trials', '0'], ['--space', 'none.json'], ['--address', 'nowhere']):\n"
+        "    assert cli.main(['search', *command, *words]) == 2\n"
+        "for words in (['--help'], ['--nonsense']):\n"
+        "    try:\n"
+        "        cli.main(['search', *command, *words])\n"
+        "    except SystemExit as stop:\n"
+        "        assert stop.code == (0 if words == ['--help'] else 2)\n"
+        "heavy = {'keras', 'tensorflow', 'keras_tuner', 'grpc', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_notebook_has_the_best_recipe_and_the_rows(tmp_path, quick_run, no_pictures, capsys):
+    recipe = dataclasses.replace(SMOKE, train_limit=100)
+    space = {"mixup": [0.0, 0.2], "peak_learning_rate": {"low": 1e-3, "high": 8e-3}, "stage0_depth": Choice((1, 2))}
+    result = search(recipe, str(tmp_path / "search"), trials=4, algorithm="random", space=space)
+    assert [row["trial"] for row in result.rows] == ["0", "1", "2", "3"] and result.best in result.rows
+    assert result.best["val_accuracy"] == max(row["val_accuracy"] for row in result.rows)
+    assert result.recipe.peak_learning_rate == result.best["peak_learning_rate"] and result.recipe.train_limit is None
+    assert json.loads(result.recipe_file.read_text()) == result.recipe.settings()
+    assert result.stopped is None and not result.failing
+    again = search(recipe, tmp_path / "search", trials=4, algorithm="random", space=space)
+    assert again == dataclasses.replace(result, search_dir=tmp_path / "search") and len(quick_run) == 4
+    with pytest.raises(RecipeError, match=r"holds a different search: .*algorithm was random and is bayesian") as error:
+        search(recipe, tmp_path / "search", trials=4, space=space)
+    assert error.value.argument == "search_dir"
+    assert len(search(recipe, tmp_path / "search", trials=2, space=space, fresh=True).rows) == 2
+
+
+def test_a_notebook_hears_of_what_it_can_not_have(tmp_path, quick_run, no_pictures, monkeypatch):
+    with pytest.raises(ArgumentError) as error:
+        search(SMOKE, tmp_path / "search", algorithm="grid")
+    assert error.value.argument == "algorithm"
+    with pytest.raises(RecipeError) as error:
+        search(SMOKE, tmp_path / "search", space={"width": [1, 2]})
+    assert error.value.argument == "space"
+    (tmp_path / "thesis.txt").write_text("all of it")
+    for folder in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(OccupiedError) as error:
+            search(SMOKE, folder, fresh=True)
+        assert error.value.argument == "search_dir"
+
+    def run(*_, **__):
+        raise DivergedError("the loss is NaN")
+
+    monkeypatch.setattr(tuner, "run", run)
+    with pytest.raises(SearchError, match="The first failed: the loss is NaN"):
+        search(SMOKE, tmp_path / "search", trials=3)
+
+
 def test_a_recipe_that_brings_no_network_is_refused(tmp_path, capsys):
-    assert main(["finetune", "--search-dir", str(tmp_path / "search")]) == 2
-    assert "--weights SOURCE" in capsys.readouterr().err
+    error = _error_of(["finetune", "--search-dir", str(tmp_path / "search")])
+    assert error.exit_code == 2 and error.argument == "weights"
 
 
 def test_a_search_dir_is_asked_for(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["smoke"])
+        _search(["smoke"])
     assert stop.value.code == 2 and "--search-dir" in capsys.readouterr().err
 
 
@@ -196,9 +278,9 @@ def test_a_search_dir_is_asked_for(capsys):
     ],
 )
 def test_a_different_search_is_refused(change, part, command, tmp_path, quick_run, no_pictures, capsys):
-    assert main([*command, "--trials", "1"]) == 0
+    assert _search([*command, "--trials", "1"]) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "search").rglob("*") if path.is_file()}
-    assert main([*command, *change]) == 2
+    assert _search([*command, *change]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "holds a different search" in error and part in error and "--fresh" in error
     assert before == {path: path.read_bytes() for path in (tmp_path / "search").rglob("*") if path.is_file()}
@@ -208,20 +290,20 @@ def test_a_folder_of_something_else_is_refused(command, tmp_path, capsys):
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "thesis.txt").write_text("all of it")
     for words in ([], ["--fresh", "--yes"]):
-        assert main([*command, *words]) == 2
-        assert "holds something, but no search" in capsys.readouterr().err
+        assert _search([*command, *words]) == 2
+        assert "holds something that is not a search" in capsys.readouterr().err
     assert (tmp_path / "search" / "thesis.txt").read_text() == "all of it"
 
 
 def test_fresh_deletes_the_search_alone_and_only_if_there_is_a_new_one(command, tmp_path, quick_run, no_pictures, table):
     search_dir = tmp_path / "search"
-    assert main(command) == 0
+    assert _search(command) == 0
     (search_dir / "final").mkdir()
-    assert main([*command, "--fresh", "--yes", "--max-macs", "1e3"]) == 2
-    assert main([*command, "--fresh", "--yes", "--batch-size", "5000"]) == 2
-    assert main([*command, "--fresh", "--yes", "--dataset", "folder", "--data-dir", "nowhere"]) == 1
+    assert _search([*command, "--fresh", "--yes", "--max-macs", "1e3"]) == 2
+    assert _search([*command, "--fresh", "--yes", "--batch-size", "5000"]) == 2
+    assert _search([*command, "--fresh", "--yes", "--dataset", "folder", "--data-dir", "nowhere"]) == 1
     assert len(table(search_dir)) == 4
-    assert main([*command, "--fresh", "--yes", "--trials", "1"]) == 0
+    assert _search([*command, "--fresh", "--yes", "--trials", "1"]) == 0
     assert len(table(search_dir)) == 1 and (search_dir / "final").exists()
     assert [path.name for path in (search_dir / "trials").iterdir()] == ["0"]
 
@@ -230,7 +312,7 @@ def test_killed_while_it_begins_or_deletes_it_begins_anew(command, tmp_path, qui
     search_dir = tmp_path / "search"
     search_dir.mkdir()
     (search_dir / ".7-search.json").write_text("{")
-    assert main(command) == 0
+    assert _search(command) == 0
     rename, count = Path.rename, [0]
 
     def killed(self, target):
@@ -242,62 +324,54 @@ def test_killed_while_it_begins_or_deletes_it_begins_anew(command, tmp_path, qui
     for renames in range(6):  # the runs may be gone before the rest is
         count[0] = renames
         monkeypatch.setattr(Path, "rename", killed)
-        assert main([*command, "--fresh", "--yes"]) == 130
+        assert _search([*command, "--fresh", "--yes"]) == 130
         monkeypatch.setattr(Path, "rename", rename)
-        assert main(command) == 0
+        assert _search(command) == 0
         assert len(table(search_dir)) == 4
 
 
 def test_a_broken_search_is_told_and_fresh_is_the_way_out(command, tmp_path, quick_run, no_pictures, capsys):
-    assert main(command) == 0
+    assert _search(command) == 0
     for text in ("[]", "{}", "{"):
         (tmp_path / "search" / "search.json").write_text(text)
-        assert main(command) == 1
-        assert "search.json is broken" in capsys.readouterr().err
-    assert main([*command, "--fresh", "--yes"]) == 0
+        assert _search(command) == 1
+        assert "search.json is damaged" in (error := capsys.readouterr().err) and "--fresh" in error
+    assert _search([*command, "--fresh", "--yes"]) == 0
 
 
 def test_what_auto_was_it_stays(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
-    from cvt_keras.data import tfds
-    from cvt_keras.errors import UnavailableError
-
     monkeypatch.setattr(tfds, "cifar10", lambda *_: (_ for _ in ()).throw(UnavailableError("no network")))
     words = [word if word != "digits" else "auto" for word in command]
-    assert main(words) == 0
+    assert _search(words) == 0
     assert "WARNING" in capsys.readouterr().err
     monkeypatch.setattr(tfds, "cifar10", None)  # as if it could be had by now: it is not asked for
-    assert main([*words, "--trials", "5"]) == 0
+    assert _search([*words, "--trials", "5"]) == 0
     assert {recipe.dataset for recipe in quick_run} == {"digits"} and len(quick_run) == 5
 
 
 def test_an_own_space_of_what_no_training_can_have_is_told(command, tmp_path, quick_run, capsys):
     (tmp_path / "space.json").write_text('{"batch_size": [32, 4096]}')
-    assert main([*command, "--train-limit", "64"]) == 2
-    assert (
-        "the space must not hold batch_size 4096: `batch_size` must not exceed the 64 training images"
-        in capsys.readouterr().err
-    )
+    error = _error_of([*command, "--train-limit", "64"])
+    assert error.exit_code == 2 and error.argument == "space"
+    assert "batch_size=4096: `batch_size` must not exceed the 64 training images" in error.summary
     assert not (tmp_path / "search").exists()
 
 
 def test_a_search_dir_that_can_not_be_written_is_told(command, tmp_path, quick_run, capsys):
     (tmp_path / "thesis.txt").write_text("all of it")
-    assert main([*command, "--search-dir", str(tmp_path / "thesis.txt" / "search")]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("search: `search_dir` can't be") and error.endswith("Name another with --search-dir")
+    error = _error_of([*command, "--search-dir", str(tmp_path / "thesis.txt" / "search")])
+    assert error.exit_code == 2 and error.argument == "search_dir" and "--search-dir" in error.hint
 
 
 def test_a_worker_asks_for_its_chief_before_it_loads_data(command, monkeypatch, capsys):
-    from cvt_keras.search import __main__ as command_line
-
-    monkeypatch.setattr(command_line.distributed, "NO_CHIEF_SECONDS", 0.2)
-    monkeypatch.setattr(command_line.sources, "load", None)
-    assert main([*command, "--worker", "--address", "127.0.0.1:9"]) == 1
+    monkeypatch.setattr(distributed, "NO_CHIEF_SECONDS", 0.2)
+    monkeypatch.setattr(sources, "load", None)
+    assert _search([*command, "--worker", "--address", "127.0.0.1:9"]) == 1
     assert "no chief answers at 127.0.0.1:9" in capsys.readouterr().err
 
 
 def test_hyperband_tells_the_epochs_of_the_best(command, quick_run, no_pictures, capsys):
-    assert main([*command, "--algorithm", "hyperband", "--epochs", "9", "--trials", "3"]) == 0
+    assert _search([*command, "--algorithm", "hyperband", "--epochs", "9", "--trials", "3"]) == 0
     assert "top-1 on the validation images after 1 of 9 epochs; page" in capsys.readouterr().out
 
 
@@ -311,41 +385,42 @@ def test_epochs_have_an_axis_where_they_differ():
 
 def test_weights_that_are_not_there_are_told_before_there_is_a_search(command, tmp_path, quick_run, capsys):
     words = ["finetune", "--weights", "none.keras", "--dataset", "digits", "--search-dir", str(tmp_path / "search")]
-    assert main(words) == 2
+    assert _search(words) == 2
     assert "`weights` can't be started from" in capsys.readouterr().err and not (tmp_path / "search").exists()
 
 
 def test_the_network_of_weights_is_kept(tmp_path, quick_run, no_pictures, monkeypatch):
-    from cvt_keras.search import __main__ as command_line
-
-    monkeypatch.setattr(command_line.loop, "read_weights", lambda recipe: SimpleNamespace(variant="cvt_tiny"))
+    monkeypatch.setattr(study, "read_weights", lambda recipe: SimpleNamespace(variant="cvt_tiny"))
     words = ["finetune", "--weights", "some.keras", "--image-size", "32", "--crop-padding", "4", "--dataset", "digits"]
-    assert main([*words, "--search-dir", str(tmp_path / "search"), "--trials", "2"]) == 0
+    assert _search([*words, "--search-dir", str(tmp_path / "search"), "--trials", "2"]) == 0
     assert {recipe.variant for recipe in quick_run} == {None} and len({recipe.layer_decay for recipe in quick_run}) == 2
 
 
 def test_a_chief_hears_at_the_address_and_has_no_gpu(command, monkeypatch, quick_run):
-    from cvt_keras.search import __main__ as command_line
-
     called, hidden = [], []
-    monkeypatch.setattr(command_line.distributed, "lead", lambda oracle, *flags: called.append(flags[:2]))
-    monkeypatch.setattr(command_line.tf.config, "set_visible_devices", lambda *given: hidden.append(given))
+
+    def lead(oracle, address, patience, refresh):
+        assert "KERASTUNER_ORACLE_IP" not in os.environ
+        called.append((address, patience))
+
+    monkeypatch.setattr(distributed, "lead", lead)
+    monkeypatch.setattr(study.tf.config, "set_visible_devices", lambda *given: hidden.append(given))
     monkeypatch.setenv("KERASTUNER_ORACLE_IP", "nowhere")
-    assert main([*command, "--chief", "--address", "127.0.0.1:9", "--worker-timeout", "77"]) == 1  # no trial was run
+    assert _search([*command, "--chief", "--address", "127.0.0.1:9", "--worker-timeout", "77"]) == 1  # no trial was run
     assert called == [("127.0.0.1:9", 77.0)] and hidden == [([], "GPU")]
-    assert "KERASTUNER_ORACLE_IP" not in os.environ
+    assert os.environ["KERASTUNER_ORACLE_IP"] == "nowhere"  # a notebook's environment is as it was
 
 
 def test_two_searches_keep_out_of_each_other_s_way(command, tmp_path, quick_run, no_pictures, capsys):
-    assert main([*command, "--trials", "1"]) == 0
+    assert _search([*command, "--trials", "1"]) == 0
     with runs.lock(tmp_path / "search"):
-        assert main(command) == 1
-        assert main([*command, "--fresh", "--yes"]) == 1
-    assert "another process is at work" in capsys.readouterr().err and len(quick_run) == 1
+        assert _search(command) == 1
+        assert _search([*command, "--fresh", "--yes"]) == 1
+    assert "another process is writing to" in capsys.readouterr().err and len(quick_run) == 1
 
 
 def test_a_recipe_outside_the_space_is_told(command, tmp_path, quick_run, no_pictures, capsys):
-    assert main([*command, "--peak-learning-rate", "0.5"]) == 0
+    assert _search([*command, "--peak-learning-rate", "0.5"]) == 0
     assert "the recipe itself is not tried: its peak_learning_rate is not in the space" in capsys.readouterr().out
     assert "not among the trials: its peak_learning_rate" in (tmp_path / "search" / "report.html").read_text()
     assert all(recipe.peak_learning_rate <= 8e-3 for recipe in quick_run)
@@ -353,7 +428,7 @@ def test_a_recipe_outside_the_space_is_told(command, tmp_path, quick_run, no_pic
 
 def test_a_trial_that_ends_while_the_page_is_written_waits_for_the_next(command, tmp_path, quick_run, monkeypatch):
     """On a chief, whose workers do not wait for it."""
-    assert main([*command, "--trials", "3"]) == 0
+    assert _search([*command, "--trials", "3"]) == 0
     pages, write_csv = [], runs.write_csv
 
     def late(path, rows):
@@ -364,7 +439,7 @@ def test_a_trial_that_ends_while_the_page_is_written_waits_for_the_next(command,
         write_csv(path, rows)
 
     monkeypatch.setattr(runs, "write_csv", late)
-    assert main([*command, "--trials", "3"]) == 0
+    assert _search([*command, "--trials", "3"]) == 0
     assert pages and ">running<" in (tmp_path / "search" / "report.html").read_text()
 
 
@@ -407,9 +482,9 @@ def test_killed_in_a_trial_it_goes_on_there(command, tmp_path, table, capsys):
     process.wait()
     first = (search_dir / "trials" / "0" / "report.json").stat().st_mtime_ns
     assert not (search_dir / "trials" / "1" / "report.json").exists()
-    assert main(words) == 0
+    assert _search(words) == 0
     said = capsys.readouterr().out
-    assert "1 trial is done" in said and "going on after epoch" in said
+    assert "1 trial is done" in said and "resuming after epoch" in said
     assert (search_dir / "trials" / "0" / "report.json").stat().st_mtime_ns == first
     assert [row["status"] for row in table(search_dir)] == ["completed", "completed"]
     report = json.loads((search_dir / "trials" / "1" / "report.json").read_text())

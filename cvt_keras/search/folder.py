@@ -1,0 +1,58 @@
+"""The folder of a search: what lies in it."""
+
+from cvt_keras import runs
+from cvt_keras.errors import ArgumentError, OccupiedError, RunError
+
+SEARCH = "search.json"
+TRIALS = "trials"  # the runs
+ORACLE = "oracle"  # keras-tuner's
+
+
+def holds_search(search_dir):
+    """Whether a folder holds a search.
+
+    Args:
+        search_dir: a path.
+
+    Raises:
+        OccupiedError: if it holds something else, or is no folder.
+        ArgumentError: if it can't be written to.
+    """
+    another = "Name another with --search-dir"
+    if search_dir.exists() and not search_dir.is_dir():
+        raise OccupiedError(f"`search_dir` is not a folder: {search_dir}", argument="search_dir", hint=another)
+    try:
+        runs.require_writable(search_dir, "search_dir")
+    except RunError as error:
+        raise ArgumentError(error.summary, argument=error.argument, hint=error.hint) from error
+    if (search_dir / SEARCH).exists():
+        return True
+    if search_dir.exists() and not all(map(runs.is_aside, search_dir.iterdir())):
+        raise OccupiedError(
+            f"`search_dir` holds something that is not a search: {search_dir}", argument="search_dir", hint=another
+        )
+    return False
+
+
+def read_settings(search_dir):
+    """The settings of the search in a folder.
+
+    Returns:
+        What `search.json` holds: a dict.
+
+    Raises:
+        RunError: if it is damaged.
+    """
+    path, hint = search_dir / SEARCH, "Start over with --fresh"
+    try:
+        settings = runs.read_json(path)
+    except RunError as error:
+        raise RunError(error.summary, hint=hint) from error
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(part), dict) for part in ("recipe", "space", "data")):
+        raise RunError(f"{path} is damaged: it does not hold a search", hint=hint)
+    return settings
+
+
+def trial_dirs(search_dir):
+    """The run folders of the trials."""
+    return list((search_dir / TRIALS).glob("*"))

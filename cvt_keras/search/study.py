@@ -1,0 +1,272 @@
+"""A search from its first check to its best recipe: what a notebook calls."""
+
+import contextlib
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import tensorflow as tf
+
+from cvt_keras import runs
+from cvt_keras.errors import RecipeError, SearchError
+from cvt_keras.search import distributed, folder, oracles, results
+from cvt_keras.search import space as spaces
+from cvt_keras.search.candidates import Candidates
+from cvt_keras.search.options import Algorithm, Options
+from cvt_keras.search.space import Choice, Range
+from cvt_keras.search.tuner import RecipeTuner
+from cvt_keras.training.plan import load_images, read_weights, require_fit, warn
+from cvt_keras.training.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search leaves.
+
+    Args:
+        search_dir: the search's folder.
+        recipe: the best `Recipe`, for all images.
+        recipe_file: the file that holds it, for `cvt-keras train --recipe-file`.
+        best: the row of the best trial.
+        rows: a dict per trial, as in `trials.csv`, in the order in which they began.
+        stopped: why there are fewer trials than asked for, or `None`.
+        failing: whether that is because trials failed.
+    """
+
+    search_dir: Path
+    recipe: Recipe
+    recipe_file: Path
+    best: dict
+    rows: list[dict]
+    stopped: str | None
+    failing: bool
+
+
+def search(
+    recipe: Recipe,
+    search_dir: str | Path,
+    *,
+    trials: int = Options.trials,
+    algorithm: Algorithm = Options.algorithm,
+    max_macs: float | None = None,
+    space: dict[str, Range | Choice] | str | Path | None = None,
+    chief: bool = False,
+    worker: bool = False,
+    address: str = Options.address,
+    worker_timeout: float = Options.worker_timeout,
+    fresh: bool = False,
+) -> SearchResult | None:
+    """Searches for a good recipe around `recipe`, or resumes the search in the folder.
+
+    Each trial is a run of its own in `search_dir/trials`. The test images are never touched.
+
+    Args:
+        recipe: the `Recipe` that is varied. It is the first trial, where it lies in the space and the budget.
+        search_dir: the search's folder. A search in it is resumed, if its settings are the same.
+        trials: how many candidates are trained. A larger number continues a finished search.
+        algorithm: of keras-tuner: `"bayesian"`, `"hyperband"` or `"random"`.
+        max_macs: multiply-accumulates per image that a network may take; `None` means any number.
+        space: what to vary: a dict of name -> `Range` or `Choice`, or the path of a JSON file of one. `None` means the whole
+            space around the recipe.
+        chief: train nothing, and hand the trials to workers. TensorFlow in this process then has no GPU.
+        worker: train what the chief at `address` hands out.
+        address: HOST:PORT where the chief listens.
+        worker_timeout: seconds without a word from a worker after which its trial goes to another, or the chief ends if there
+            is none.
+        fresh: delete the search in the folder, with the runs of its trials, and start over.
+
+    Returns:
+        A `SearchResult`; `None` for a worker, as the chief has the result.
+
+    Raises:
+        ArgumentError: for options that do not go together.
+        RecipeError: if the recipe or a value of the space does not fit the images, if nothing is within the budget, or if the
+            search in the folder has other settings.
+        OccupiedError: if `search_dir` holds something that is not a search.
+        RunError: if a file of the search is damaged, or another process is at work in `search_dir`.
+        SearchError: if no trial could be trained.
+        DistributedError: for a chief without workers, or a worker without a chief.
+        And what `cvt_keras.training.run` raises, but for what makes a trial a failed one: a loss that is NaN or infinite, and a
+        batch that does not fit into the memory.
+    """
+    options = Options(
+        trials=trials,
+        algorithm=algorithm,
+        max_macs=max_macs,
+        chief=chief,
+        worker=worker,
+        address=address,
+        worker_timeout=worker_timeout,
+        fresh=fresh,
+    )
+    options.require(recipe)
+    space = spaces.space_of(recipe) if space is None else spaces.read(space, recipe)
+    with _undisturbed():
+        if worker:
+            return _work(recipe, space, Path(search_dir), options)
+        return _search(recipe, space, Path(search_dir), options)
+
+
+def _work(recipe, space, search_dir, options):
+    print(f"asking the chief at {options.address} for trials, for {distributed.NO_CHIEF_SECONDS:g} s at most", flush=True)
+    distributed.require_chief(options.address)
+    oracle, _ = _settle(recipe, space, options)
+    distributed.Worker(oracle, oracle.candidates, search_dir, options.address).search()
+    print("nothing is left for this worker")
+
+
+def _search(recipe, space, search_dir, options):
+    held = folder.holds_search(search_dir)
+    deletes = held and options.fresh
+    stored = folder.read_settings(search_dir) if held and not deletes else None  # one that is deleted may be damaged
+    if stored is not None and recipe.dataset == "auto":
+        recipe = dataclasses.replace(recipe, dataset=stored["recipe"]["dataset"])
+    if options.chief:
+        tf.config.set_visible_devices([], "GPU")  # they are for workers on this machine
+    oracle, settings = _settle(recipe, space, options)
+    oracle.require_one()
+    _require_same(stored, settings, search_dir)
+    search_dir.mkdir(parents=True, exist_ok=True)
+    with runs.lock(search_dir):
+        runs.sweep(search_dir)
+        if deletes:
+            _clear(search_dir)
+        elif folder.holds_search(search_dir):  # once more: another process may have begun one meanwhile
+            _require_same(folder.read_settings(search_dir), settings, search_dir)
+        if not (search_dir / folder.SEARCH).exists():
+            runs.write_json(search_dir / folder.SEARCH, settings)
+        _run_trials(oracle, settings, search_dir, options)
+    return _result(oracle, search_dir)
+
+
+def _settle(recipe, space, options):
+    """Loads the images, and checks the recipe and the space by them.
+
+    Returns:
+        The oracle, and the settings of the search, as `search.json` holds them.
+    """
+    recipe, source = load_images(recipe)
+    if source.fallback:
+        warn(source.fallback)
+    # A chief trains nothing, and need not have the weights.
+    network = recipe.variant if recipe.weights is None or options.chief else read_weights(recipe).variant
+    if network is not None:
+        _require_trainable(dataclasses.replace(recipe, variant=network), space, source.train.limit(recipe.train_limit))
+    max_macs = None if options.max_macs is None else int(options.max_macs)
+    settings = {
+        "recipe": recipe.settings(),
+        "space": spaces.written(space),
+        "algorithm": options.algorithm,
+        "max_macs": max_macs,
+        "data": source.fingerprint(),
+    }
+    candidates = Candidates(recipe, space, len(source.class_names), max_macs)
+    return oracles.make(options.algorithm, candidates, options.trials, settings), settings
+
+
+def _require_trainable(recipe, space, train):
+    """Raises unless the recipe, and each value of the space by itself, fits the images.
+
+    Raises:
+        RecipeError: if one does not.
+    """
+    require_fit(recipe, train)
+    for name, axis in space.items():
+        for value in axis.values_to_check:
+            try:
+                require_fit(spaces.apply(recipe, {name: value}), train)
+            except RecipeError as error:
+                raise RecipeError(f"`space` must not hold {name}={value}: {error.summary}", argument="space") from error
+
+
+def _require_same(stored, settings, search_dir):
+    """Raises unless a search is resumed with its own settings.
+
+    Args:
+        stored: the settings of the search in the folder, or `None` where there is none to resume.
+
+    Raises:
+        RecipeError: if `settings` are others, naming them.
+    """
+    if stored is not None and (differences := oracles.differences(stored, settings)):
+        raise RecipeError(
+            f"`search_dir` holds a different search: {search_dir}. {differences}",
+            argument="search_dir",
+            hint="Give it its own settings, name another folder with --search-dir, or start over with --fresh",
+        )
+
+
+def _clear(search_dir):
+    """Deletes the search and nothing else. If it is killed on its way, the folder still holds a search, or none."""
+    for name in (*results.FILES, folder.TRIALS, folder.ORACLE, folder.SEARCH):
+        if (path := search_dir / name).exists():
+            path.rename(search_dir / f".{os.getpid()}-{name}")
+    runs.remove_asides(search_dir)
+
+
+def _run_trials(oracle, settings, search_dir, options):
+    """Runs the trials that are left, or hands them to workers, and renews the search's page as each ends."""
+    oracle.open(search_dir / folder.ORACLE)
+    if reason := oracle.candidates.left_out():
+        print(f"the recipe itself is not tried: {reason}", flush=True)
+    if done := sum(map(oracles.is_over, oracle.trials.values())):
+        print(f"resuming the search in {search_dir}: {done} {'trials are' if done > 1 else 'trial is'} done", flush=True)
+    oracle.listener = lambda trial: print(oracles.line(oracle, trial), flush=True)
+
+    def refresh():
+        results.write(oracle, search_dir, settings)
+
+    try:
+        if options.chief:
+            distributed.lead(oracle, options.address, options.worker_timeout, refresh)
+        else:
+            RecipeTuner(oracle, oracle.candidates, search_dir, refresh).search()
+    finally:
+        if oracle.trials:
+            refresh()
+
+
+def _result(oracle, search_dir):
+    if oracle.exhausted:
+        warn(f"no more trials: {oracle.exhausted}")
+    rows = results.rows(oracle)
+    best = results.best(rows)
+    if best is None:
+        reason = next((row["reason"] for row in rows if row["reason"]), None)
+        raise SearchError("no trial could be trained" + (f". The first failed: {reason}" if reason else ""))
+    return SearchResult(
+        search_dir=search_dir,
+        recipe=results.best_recipe(oracle, best),
+        recipe_file=search_dir / results.BEST,
+        best=best,
+        rows=rows,
+        stopped=oracle.exhausted,
+        failing=oracle.failing,
+    )
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """Keeps what the process was set to from the search during the block, and the other way round."""
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel("ERROR")  # else each trial warns that it traces its functions anew
+    # With these keras-tuner takes any search for a worker's.
+    before = _keras_tuner_variables()
+    _unset(before)
+    try:
+        yield
+    finally:
+        _unset(_keras_tuner_variables())
+        os.environ.update(before)
+        logger.setLevel(level)
+
+
+def _keras_tuner_variables():
+    return {name: value for name, value in os.environ.items() if name.startswith("KERASTUNER_")}
+
+
+def _unset(names):
+    for name in names:
+        del os.environ[name]
