@@ -13,7 +13,7 @@ from cvt_keras.errors import BusyError, NoRunError, OccupiedError, RunError
 try:
     import fcntl
 except ImportError:  # Windows has none
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 RECIPE = "recipe.json"
 HISTORY = "history.csv"

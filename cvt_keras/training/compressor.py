@@ -24,7 +24,7 @@ class Compressor(keras.callbacks.Callback):
         first_epoch: the first epoch whose weights may be kept, counted from 0. Before it the network is not small enough yet.
     """
 
-    refused: ClassVar = {}
+    refused: ClassVar[dict[str, str]] = {}
     variables = ()
     first_epoch = 0
 
