@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -25,10 +25,11 @@ class Preprocessing:
         ValueError: for a value of the wrong type or range, naming it.
     """
 
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    class_names: tuple[str, ...] | None = None
-    image_size: tuple[int, int] | None = None
+    # Any sequence may be passed; each becomes a tuple.
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    class_names: Sequence[str] | None = None
+    image_size: Sequence[int] | None = None
     resize: str = "stretch"
 
     def __post_init__(self) -> None:
@@ -56,13 +57,13 @@ class Preprocessing:
             raise ValueError(f"`resize` must be one of {RESIZES}. Received: resize={self.resize!r}")
 
     @classmethod
-    def from_config(cls, config: "Preprocessing | dict[str, Any] | None") -> Self:
+    def from_config(cls, config: "Preprocessing | Mapping[str, Any] | None") -> "Preprocessing":
         """A `Preprocessing` from itself, from the dict of `get_config`, or from `None`, which knows nothing.
 
         Raises:
             ValueError: for an unknown key, or a value that can't be.
         """
-        if isinstance(config, cls):
+        if isinstance(config, Preprocessing):
             return config
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := set(config or {}) - set(known):
@@ -85,7 +86,7 @@ class Preprocessing:
                 raise ValueError(f"`{name}` must have one number for each of {channels} channels. Received: {name}={values}")
 
 
-def _check_statistic(name: str, values: tuple[float, ...] | None) -> None:
+def _check_statistic(name: str, values: Sequence[float] | None) -> None:
     if values is None:
         return
     if not values or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):

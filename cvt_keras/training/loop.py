@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 
 import keras
@@ -14,12 +15,21 @@ from cvt_keras.errors import OutOfMemoryError, RecipeError
 from cvt_keras.model import build_classifier
 from cvt_keras.report import figures, metrics, page
 from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch, TensorBoard
+from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.plan import RunResult, settle, warn
+from cvt_keras.training.recipes import Recipe
 from cvt_keras.variants import macs
 
 
-def run(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=None, name="run"):
+def run(
+    recipe: Recipe,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    evaluate_test: bool = True,
+    compressor: Compressor | None = None,
+    name: str = "run",
+) -> RunResult:
     """Trains by `recipe` and writes a run folder.
 
     Args:

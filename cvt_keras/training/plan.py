@@ -43,7 +43,7 @@ class RunResult:
 
     run_dir: Path
     report: Report
-    history: list[dict]
+    history: list[dict[str, float]]
 
 
 @dataclass(frozen=True)
