@@ -206,10 +206,15 @@ def read_recipe(run_dir, hint=None):
     """
     path = Path(run_dir) / runs.RECIPE
     try:
-        recipe = Recipe.from_settings(runs.read_json(path))
+        settings = runs.read_json(path)
+    except RunError as error:
+        error.hint = hint
+        raise
+    try:
+        recipe = Recipe.from_settings(settings)
         if recipe.variant is not None:
             get_variant(recipe.variant)
-    except (TypeError, RecipeError, RunError) as error:
+    except (TypeError, RecipeError) as error:
         raise RunError(f"{path} is damaged: {error}", hint=hint) from error
     return recipe
 
