@@ -54,10 +54,10 @@ def main(argv):
 
 def _table(artifacts):
     table = Table()
-    table.add_column("artifact")
+    table.add_column("artifact", no_wrap=True)
     for name in ("MB", "top-1", "same as Keras", "largest difference", "ms"):
         table.add_column(name, justify="right")
-    table.add_column("passed")
+    table.add_column("passed", no_wrap=True)
     for artifact in artifacts:
         table.add_row(
             artifact.name,
