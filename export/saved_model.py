@@ -3,13 +3,9 @@
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from cvt_keras.data import sources
-
-try:
-    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
-except ImportError as error:
-    raise ImportError(f"warm-up requests need tensorflow-serving-api ({error}): pip install tensorflow-serving-api") from error
 
 WARM_UP = "assets.extra/tf_serving_warmup_requests"
 

@@ -25,7 +25,7 @@ from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.report.metrics import Report
 from cvt_keras.training.callbacks import stored_data
 from cvt_keras.training.compressor import Compressor
-from cvt_keras.training.recipes import Recipe
+from cvt_keras.training.recipes import Recipe, read_recipe
 from cvt_keras.variants import Variant, get_variant, named
 
 RUNS = Path("runs")  # where a run is written that is given no folder
@@ -385,22 +385,6 @@ def _stored_recipe(run_dir):
         raise RunError(f"{path} is not from a run: it leaves {', '.join(unsettled)} open", hint=hint)
     lacking = set(recipe.settings()) - set(runs.read_json(path))
     return recipe, sorted(lacking - {"compression"})
-
-
-def read_recipe(run_dir, hint=None):
-    """The recipe of a run.
-
-    Raises:
-        RunError: if its recipe.json is damaged.
-    """
-    path = Path(run_dir) / runs.RECIPE
-    try:
-        recipe = Recipe.from_settings(runs.read_json(path))
-        if recipe.variant is not None:
-            get_variant(recipe.variant)
-    except (TypeError, RecipeError, RunError) as error:
-        raise RunError(f"{path} is damaged: {error}", hint=hint) from error
-    return recipe
 
 
 def _without_images(recipe, stored):

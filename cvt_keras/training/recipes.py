@@ -5,14 +5,16 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import Suppress
 
+from cvt_keras import runs
 from cvt_keras.data import sources
-from cvt_keras.errors import RecipeError
+from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
 
 COMPRESSIONS = ("prune", "cluster", "qat")
@@ -190,6 +192,31 @@ class Recipe:
                 raise RecipeError(str(error)) from error
             settings = {**settings, "variant": named(variant)}
         return cls(**settings)
+
+
+def read_recipe(run_dir, hint=None):
+    """The recipe of a run.
+
+    Args:
+        run_dir: the run folder.
+        hint: for the error.
+
+    Raises:
+        RunError: if its recipe.json is damaged.
+    """
+    path = Path(run_dir) / runs.RECIPE
+    try:
+        settings = runs.read_json(path)
+    except RunError as error:
+        error.hint = hint
+        raise
+    try:
+        recipe = Recipe.from_settings(settings)
+        if recipe.variant is not None:
+            get_variant(recipe.variant)
+    except (TypeError, RecipeError) as error:
+        raise RunError(f"{path} is damaged: {error}", hint=hint) from error
+    return recipe
 
 
 def _check_type(name, value, hint):

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 import pytest
 
+from cvt_keras import cli
+
 
 @pytest.fixture(scope="session")
 def trained(cifar10_dir, tmp_path_factory):
@@ -22,9 +24,7 @@ def trained(cifar10_dir, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(trained):
     """The same, exported."""
-    from cvt_keras.export.artifacts import main
-
-    assert main([str(trained)]) == 0
+    assert cli.main(["export", str(trained)]) == 0
     return trained
 
 

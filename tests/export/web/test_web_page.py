@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import tensorflow as tf
-from cvt_keras.export.tflite import KINDS
+from cvt_keras.export.verify import TFLITE_FORMATS
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tensorflow.lite.python import schema_py_generated as schema
@@ -174,7 +174,7 @@ def test_every_model_file_answers_as_litert_does(page, exported, test_images, na
     image = test_images[0][0]
     card = _chosen(page, _file(_encoded(image)))
     answers = []
-    for kind in (*KINDS[1:], KINDS[0]):
+    for kind in (*TFLITE_FORMATS[1:], TFLITE_FORMATS[0]):
         page.locator(f"label[for={kind}]").click()
         cost = card.locator(".cost")
         _expect()(cost).to_contain_text(f"ms with {kind},", timeout=WAIT)
