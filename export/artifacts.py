@@ -10,6 +10,7 @@ from tensorflow.lite.python.convert import ConverterError
 
 from cvt_keras import environment, runs, signals
 from cvt_keras.data import sources
+from cvt_keras.data.images import stretch
 from cvt_keras.errors import ArgumentError, ExportError, OutOfMemoryError, RunError
 from cvt_keras.model import preprocessing_of
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
@@ -154,7 +155,7 @@ def _first_line(error):
 
 def _pixels(images, size):
     """uint8 squares of the network's size, as training saw them."""
-    return np.concatenate([sources.stretch(batch, size).numpy() for batch in batches(images)])
+    return np.concatenate([stretch(batch, size).numpy() for batch in batches(images)])
 
 
 def _place(folder, name):

@@ -2,6 +2,7 @@
 
 from cvt_keras.errors import MissingPackageError
 from cvt_keras.report.figures import GREY, TRAINING, VALIDATION, style
+from cvt_keras.search import space as spaces
 
 try:
     from matplotlib import colormaps
@@ -57,7 +58,7 @@ def _draw_trials(axes, trials, space, own):
 
 def _draw_marks(axes, trials, space):
     low, high = _accuracies(trials)
-    marks = [[(values.place(mark), shown(mark)) for mark in values.marks] for values in space.values()]
+    marks = [[(values.place(mark), spaces.shown(mark)) for mark in values.marks] for values in space.values()]
     for x, column in enumerate([*marks, [(0.0, f"{low:.1%}"), (1.0, f"{high:.1%}")]]):
         axes.axvline(x, color=GREY, linewidth=0.5, zorder=0)
         for height, text in column:
@@ -80,11 +81,6 @@ def _accuracies(trials):
     """The lowest and the highest validation accuracy."""
     accuracies = [trial["val_accuracy"] for trial in trials]
     return min(accuracies), max(accuracies)
-
-
-def shown(value):
-    """A value of a recipe as text: a number without needless digits."""
-    return value if isinstance(value, str) else f"{value:g}"
 
 
 def best_curves(curves, best, own=None):

@@ -11,6 +11,7 @@ from cvt_keras.errors import MissingPackageError
 from cvt_keras.report import page
 from cvt_keras.report.figures import save
 from cvt_keras.search import figures, oracles
+from cvt_keras.search import space as spaces
 from cvt_keras.search.oracles import TrialStatus
 from cvt_keras.search.space import Range
 
@@ -214,4 +215,4 @@ def _table(candidates, trials):
 
 
 def _shown(value):
-    return "" if value is None else figures.shown(value)
+    return "" if value is None else spaces.shown(value)

@@ -13,7 +13,7 @@ import pytest
 from conftest import SMOKE
 
 from cvt_keras import cli, runs
-from cvt_keras.data import sources
+from cvt_keras.data import sources, tfds
 from cvt_keras.errors import (
     ArgumentError,
     DivergedError,
