@@ -12,7 +12,8 @@ from cvt_keras.compression.pruning import MagnitudePruning
 from cvt_keras.compression.quantization import QuantizationAwareTraining
 from cvt_keras.errors import RecipeError
 from cvt_keras.training.loop import run as train
-from cvt_keras.training.plan import RunResult, read_recipe
+from cvt_keras.training.plan import RunResult
+from cvt_keras.training.recipes import read_recipe
 
 METHODS = {"prune": MagnitudePruning, "cluster": WeightClustering, "qat": QuantizationAwareTraining}
 # Of the run's own peak learning rate. A lower one keeps more of what the network has learned.

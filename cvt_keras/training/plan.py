@@ -188,8 +188,8 @@ def _locate(recipe, run_dir, resume, name):
     """The run folder and the recipe of the run in it.
 
     Returns:
-        A path, or `None` where it depends on which data set `auto` turns out to be; a `Recipe`, or `None` for a new run; and the
-        names of the fields that its recipe.json lacks, as the version that wrote it did not have them.
+        A path, or `None` where it depends on which data set `auto` turns out to be; a `Recipe`, or `None` for a new run; and
+        the names of the fields that its recipe.json lacks, as the version that wrote it did not have them.
     """
     if run_dir is None and recipe.dataset != "auto":
         run_dir = default_run_dir(name, recipe)
