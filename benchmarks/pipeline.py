@@ -22,8 +22,8 @@ from cvt_keras import build_classifier, environment
 from cvt_keras.data.pipeline import training_batches
 from cvt_keras.data.split import Split
 from cvt_keras.training import RECIPES
-from cvt_keras.training.plan import resolve
 from cvt_keras.training.optimizers import make_optimizer
+from cvt_keras.training.plan import resolve
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tools import require
 
 from benchmarks import mediapipe_resize
 from cvt_keras import build_classifier
-from cvt_keras.data import images
+from cvt_keras.data import sources
 
 # Both run TFLite's kernels in float32 with XNNPACK, MediaPipe those of its own build; uint8 probabilities are 1/256 apart, and
 # int8's accumulators round where two builds' kernels may differ: a step.
@@ -97,7 +97,7 @@ def test_the_docs_lines_take_a_photo_as_training_does(mode, classify, exported, 
     command = [mediapipe_resize.PYTHON, "-c", lines]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    pixels = images.stretch(np.rot90(np.asarray(photo.convert("RGB")), -1), 32).numpy()
+    pixels = sources.stretch(np.rot90(np.asarray(photo.convert("RGB")), -1), 32).numpy()
     found = litert(exported / "export" / "tflite" / "float32.tflite", [pixels])[0]
     names = (exported / "export" / "labels.txt").read_text().splitlines()
     rows = [line.rpartition(" ")[::2] for line in done.stdout.splitlines()]

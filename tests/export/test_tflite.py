@@ -11,7 +11,7 @@ from flatbuffers.table import Table
 from tensorflow.lite.python import schema_py_generated as schema
 
 from cvt_keras import Stage, Variant, build_classifier
-from cvt_keras.data.split import Split
+from cvt_keras.data.sources import Split
 
 
 @pytest.fixture(scope="module")

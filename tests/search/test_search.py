@@ -258,14 +258,13 @@ def test_a_broken_search_is_told_and_fresh_is_the_way_out(command, tmp_path, qui
 
 
 def test_what_auto_was_it_stays(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
-    from cvt_keras.data import tfds
-    from cvt_keras.errors import UnavailableError
+    from cvt_keras.data import sources
 
-    monkeypatch.setattr(tfds, "cifar10", lambda *_: (_ for _ in ()).throw(UnavailableError("no network")))
+    monkeypatch.setattr(sources, "cifar10", lambda *_: (_ for _ in ()).throw(sources.UnavailableError("no network")))
     words = [word if word != "digits" else "auto" for word in command]
     assert main(words) == 0
     assert "WARNING" in capsys.readouterr().err
-    monkeypatch.setattr(tfds, "cifar10", None)  # as if it could be had by now: it is not asked for
+    monkeypatch.setattr(sources, "cifar10", None)  # as if it could be had by now: it is not asked for
     assert main([*words, "--trials", "5"]) == 0
     assert {recipe.dataset for recipe in quick_run} == {"digits"} and len(quick_run) == 5
 

@@ -14,8 +14,8 @@ import pytest
 import tensorflow as tf
 
 from cvt_keras import VARIANTS, CvT, Stage, Variant, runs
-from cvt_keras.data import sources, tfds
-from cvt_keras.errors import CheckpointError, DataError, RecipeError, RunError, UnavailableError
+from cvt_keras.data import sources
+from cvt_keras.errors import CheckpointError, DataError, RecipeError, RunError
 from cvt_keras.report import metrics
 from cvt_keras.training import loop, run
 from cvt_keras.training.loop import resolve
@@ -106,7 +106,7 @@ def test_the_model_is_the_one_of_the_report(finished, recipe):
     model = keras.saving.load_model(run_dir / "model.keras")
     assert not model.compiled
     assert isinstance(model.get_layer("cvt"), CvT)
-    test = tfds.cifar10(recipe.data_dir).test.limit(100)
+    test = sources.cifar10(recipe.data_dir).test.limit(100)
     scores = metrics.evaluate(model.predict(test.images.astype("float32"), verbose=0), test.labels)
     assert scores["top1"] == report.test["top1"]
     assert scores["loss"] == pytest.approx(report.test["loss"], rel=1e-5)
@@ -215,9 +215,9 @@ def test_a_recipe_may_hold_a_variant_of_its_own(short, tmp_path):
 
 def test_auto_says_at_start_and_end_what_stands_in_and_why(short, tmp_path, monkeypatch, capsys):
     def unavailable(data_dir, image_size):
-        raise UnavailableError("CIFAR-10 is nowhere")
+        raise sources.UnavailableError("CIFAR-10 is nowhere")
 
-    monkeypatch.setattr(tfds, "cifar10", unavailable)
+    monkeypatch.setattr(sources, "cifar10", unavailable)
     report = run(dataclasses.replace(short, dataset="auto"), tmp_path / "run")
     assert report.dataset == report.recipe["dataset"] == "digits"
     assert report.recipe["flip"] is False  # a mirrored digit is another
@@ -548,7 +548,7 @@ def test_fine_tuning_starts_from_the_weights(short, weights, tmp_path, capsys):
     model = classifier.get_layer("cvt")
     assert model.preprocessing["mean"] == [0.1, 0.2, 0.3]
     assert model.preprocessing["std"] == [0.4, 0.5, 0.6]
-    assert model.preprocessing["class_names"] == list(tfds.CIFAR10_CLASSES)
+    assert model.preprocessing["class_names"] == list(sources.CIFAR10_CLASSES)
     # At a rate of 0 nothing trains. The weights' classes are as many, but other ones.
     assert _same_backbone(tmp_path / "run", weights) == (True, False)
     assert (report.variant, report.image_size) == ("cvt_tiny", [48, 48])
@@ -616,7 +616,7 @@ def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):
 
 def test_the_same_classes_keep_the_head(short, weights, tmp_path):
     model = CvT.from_pretrained(weights)
-    model.preprocessing["class_names"] = list(tfds.CIFAR10_CLASSES)
+    model.preprocessing["class_names"] = list(sources.CIFAR10_CLASSES)
     model.save(tmp_path / "cifar.keras")
     own = str(tmp_path / "cifar.keras")
     run(dataclasses.replace(short, weights=own, variant=None, peak_learning_rate=0.0), tmp_path / "run", evaluate_test=False)
