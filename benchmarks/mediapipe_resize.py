@@ -25,6 +25,7 @@ from cvt_keras.export.verify import why_ended
 
 from cvt_keras import environment, runs
 from cvt_keras.data import sources
+from cvt_keras.data.images import stretch
 from cvt_keras.training import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +97,7 @@ def main(arguments):
     file = arguments.run / runs.EXPORT / "tflite" / f"{arguments.kind}.tflite"
     ways = {
         "as_it_is": lambda image: image,
-        "as_in_training": lambda image: sources.stretch(image, size).numpy(),
+        "as_in_training": lambda image: stretch(image, size).numpy(),
         "halved": lambda image: halved(image, size),
         "lanczos": lambda image: _lanczos(image, size),
     }

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cvt_keras import build_classifier, environment
 from cvt_keras.data.pipeline import training_batches
-from cvt_keras.data.sources import Split
+from cvt_keras.data.split import Split
 from cvt_keras.training import RECIPES
-from cvt_keras.training.loop import device, resolve
 from cvt_keras.training.optimizers import make_optimizer
+from cvt_keras.training.plan import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def main(arguments):
                 "variant": recipe.variant_name,
                 "precision": recipe.precision,
                 "xla": recipe.xla,
-                "device": device(),
+                "device": environment.device(),
                 "versions": environment.versions(),
             }
         )

@@ -83,7 +83,7 @@ def run(name, argv):
     except ImportError as error:
         return _fail(name, f"{error}. Install what is missing: pip install 'cvt-keras[train]'", 1)
     except (MemoryError, OSError) as error:
-        return _fail(name, error or type(error).__name__, 1)
+        return _fail(name, str(error) or type(error).__name__, 1)
     except KeyboardInterrupt as stop:
         print(file=sys.stderr)  # the terminal has written ^C
         return _fail(name, ". ".join(["stopped", *map(str, stop.args)]), signals.exit_code(stop))

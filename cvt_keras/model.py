@@ -85,7 +85,7 @@ class CvT(keras.Model):
         self.variant = variant
         self.num_classes = num_classes
         self.preprocessing = Preprocessing.from_config(preprocessing)
-        self._features = None
+        self._features: Any = None
 
     @classmethod
     def from_variant(
@@ -179,7 +179,7 @@ class CvT(keras.Model):
             names = [f"stage{i}" for i in range(len(self.variant.stages))]
             outputs = {name: self.get_layer(name).output for name in names}
             # Past Keras, which would track the layers a second time.
-            object.__setattr__(self, "_features", keras.Model(self.inputs, outputs, name="features"))
+            object.__setattr__(self, "_features", keras.Model(self.inputs[0], outputs, name="features"))
         features = self._features(images, training=training)
         return {name: tuple(tokens) if isinstance(tokens, list) else tokens for name, tokens in features.items()}
 
@@ -285,28 +285,29 @@ def build_classifier(
         raise ValueError(f"`class_names` must be a list of names. Received: class_names={class_names!r}")
     if isinstance(model_or_variant, CvT):
         model = _require_agreement(model_or_variant, num_classes, input_shape, kwargs)
-        input_shape = tuple(input_shape or model.input_shape[1:])
+        image_shape: tuple[Any, ...] = tuple(input_shape or model.input_shape[1:])
     else:
-        if num_classes is None and class_names is None:
-            raise ValueError("`num_classes` or `class_names` is needed with a variant. Received: num_classes=None")
-        num_classes = len(class_names) if num_classes is None else num_classes
-        input_shape = tuple(input_shape or (32, 32, 3))
-        model = CvT(model_or_variant, num_classes, input_shape, **kwargs)
+        if num_classes is None:
+            if class_names is None:
+                raise ValueError("`num_classes` or `class_names` is needed with a variant. Received: num_classes=None")
+            num_classes = len(class_names)
+        image_shape = tuple(input_shape or (32, 32, 3))
+        model = CvT(model_or_variant, num_classes, image_shape, **kwargs)
     if not model.num_classes:
         raise ValueError("`model_or_variant` must have a head. Received: num_classes=0")
 
-    channels = input_shape[2]
+    channels = image_shape[2]
     preprocessing = Preprocessing(mean=(0.5,) * channels, std=(0.5,) * channels)
     for known in (model.preprocessing, Preprocessing(mean=mean, std=std, class_names=class_names)):
         preprocessing = preprocessing.replace(**known.get_config())
     preprocessing.require_channels(channels)
-    if None not in input_shape[:2]:
-        preprocessing = preprocessing.replace(image_size=input_shape[:2])
+    if None not in image_shape[:2]:
+        preprocessing = preprocessing.replace(image_size=image_shape[:2])
     names = preprocessing.class_names
     if names is not None and len(names) != model.num_classes:
         raise ValueError(f"`class_names` must name {model.num_classes} classes. Received: {len(names)} names")
 
-    pixels = keras.Input(input_shape, name="images", dtype="float32")
+    pixels = keras.Input(image_shape, name="images", dtype="float32")
     normalize = PixelNormalization(preprocessing, name="normalization")
     classifier = keras.Model(pixels, model(normalize(pixels)), name="classifier")
     classifier.dtype_policy = model.dtype_policy  # `compile` reads it, and scales the loss of float16

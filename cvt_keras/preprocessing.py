@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -25,10 +25,11 @@ class Preprocessing:
         ValueError: for a value of the wrong type or range, naming it.
     """
 
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    class_names: tuple[str, ...] | None = None
-    image_size: tuple[int, int] | None = None
+    # Any sequence may be passed; each becomes a tuple.
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    class_names: Sequence[str] | None = None
+    image_size: Sequence[int] | None = None
     resize: str = "stretch"
 
     def __post_init__(self) -> None:
@@ -45,8 +46,6 @@ class Preprocessing:
             _check_statistic(name, getattr(self, name))
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"`std` must be positive. Received: std={self.std}")
-        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
-            raise ValueError(f"`mean` and `std` must have one number per channel. Received: mean={self.mean}, std={self.std}")
         if self.class_names is not None and not all(isinstance(name, str) for name in self.class_names):
             raise ValueError(f"`class_names` must be strings. Received: class_names={self.class_names}")
         if self.image_size is not None and (
@@ -58,13 +57,13 @@ class Preprocessing:
             raise ValueError(f"`resize` must be one of {RESIZES}. Received: resize={self.resize!r}")
 
     @classmethod
-    def from_config(cls, config: "Preprocessing | dict[str, Any] | None") -> Self:
+    def from_config(cls, config: "Preprocessing | Mapping[str, Any] | None") -> "Preprocessing":
         """A `Preprocessing` from itself, from the dict of `get_config`, or from `None`, which knows nothing.
 
         Raises:
             ValueError: for an unknown key, or a value that can't be.
         """
-        if isinstance(config, cls):
+        if isinstance(config, Preprocessing):
             return config
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := set(config or {}) - set(known):
@@ -87,7 +86,7 @@ class Preprocessing:
                 raise ValueError(f"`{name}` must have one number for each of {channels} channels. Received: {name}={values}")
 
 
-def _check_statistic(name: str, values: tuple[float, ...] | None) -> None:
+def _check_statistic(name: str, values: Sequence[float] | None) -> None:
     if values is None:
         return
     if not values or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):

@@ -13,7 +13,7 @@ import wrapt
 MODULES = tuple(
     f"cvt_keras.{name}" for name in ("layers", "model", "quantized.layers", "quantized.model", "training.optimizers")
 )
-_loaded = set()
+_loaded: set[str] = set()
 
 
 def _on_import(module):

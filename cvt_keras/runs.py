@@ -13,7 +13,7 @@ from cvt_keras.errors import BusyError, NoRunError, OccupiedError, RunError
 try:
     import fcntl
 except ImportError:  # Windows has none
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 RECIPE = "recipe.json"
 HISTORY = "history.csv"
@@ -26,32 +26,40 @@ CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 
 
-def require_run(run_dir):
+def require_run(run_dir, argument="run_dir"):
     """Raises unless `run_dir` holds a run.
+
+    Args:
+        run_dir: a path.
+        argument: the name of the argument that it came from.
 
     Raises:
         NoRunError: if it does not.
     """
     if not (run_dir / RECIPE).exists():
         raise NoRunError(
-            f"`run_dir` must be a run folder. Received: {run_dir}",
-            argument="run_dir",
+            f"`{argument}` must be a run folder. Received: {run_dir}",
+            argument=argument,
             hint="RUN is a folder that cvt-keras train has written",
         )
 
 
-def require_finished(run_dir):
+def require_finished(run_dir, argument="run_dir"):
     """Raises unless `run_dir` holds a run that was trained to its end.
+
+    Args:
+        run_dir: a path.
+        argument: the name of the argument that it came from.
 
     Raises:
         NoRunError: if it holds no run.
         RunError: if its training is not finished.
     """
-    require_run(run_dir)
+    require_run(run_dir, argument)
     if missing := [name for name in (MODEL, REPORT, HISTORY) if not (run_dir / name).exists()]:
         raise RunError(
             f"the run in {run_dir} is not finished: it has no {missing[0]}",
-            argument="run_dir",
+            argument=argument,
             hint="Finish its training with --resume",
         )
 

@@ -6,7 +6,9 @@ and the yaml files of the authors' code, which settle what the paper leaves open
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 PROJECTION_KERNEL_SIZE = 3  # the paper's s in section 3.2; every published network uses 3
 PROJECTIONS = ("dw_bn", "avg", "linear")
@@ -52,7 +54,7 @@ class Stage:
     stride_kv: int = 2
     cls_token: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "kernel_size", "stride", "stride_q", "stride_kv"):
             if not is_integer(value := getattr(self, name)) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
@@ -75,12 +77,12 @@ class Stage:
             )
 
     @property
-    def mlp_dim(self):
+    def mlp_dim(self) -> int:
         """Hidden width of the MLP."""
         return int(self.dim * self.mlp_ratio)
 
     @property
-    def drop_path_rates(self):
+    def drop_path_rates(self) -> tuple[float, ...]:
         """The stochastic depth rate of each block: `linspace(0, drop_path, depth)`."""
         return tuple(self.drop_path * block / max(self.depth - 1, 1) for block in range(self.depth))
 
@@ -103,7 +105,7 @@ class Variant:
     activation: str = "quick_gelu"
     stem: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("stages", "stem"):
             if not isinstance(getattr(self, name), (tuple, list)):
                 raise TypeError(f"`{name}` must be a tuple. Received: {name}={getattr(self, name)!r}")
@@ -118,11 +120,11 @@ class Variant:
             raise ValueError(f"`stem` must hold positive integers. Received: stem={self.stem}")
 
     @property
-    def stride(self):
+    def stride(self) -> int:
         """Pixels along a side of the input for each token of the last stage."""
         return math.prod(stage.stride for stage in self.stages)
 
-    def grids(self, height, width):
+    def grids(self, height: int, width: int) -> list[tuple[int, int]]:
         """Tokens along height and width after each stage.
 
         Args:
@@ -141,13 +143,13 @@ class Variant:
             )
         grids = [(height, width)]
         for i, stage in enumerate(self.stages):
-            grid = tuple(_convolved(side, stage.kernel_size, stage.stride, stage.padding) for side in grids[-1])
-            if min(grid) < 1:
+            rows, columns = (_convolved(side, stage.kernel_size, stage.stride, stage.padding) for side in grids[-1])
+            if min(rows, columns) < 1:
                 raise ValueError(
                     f"`input_shape` is too small for the {stage.kernel_size}x{stage.kernel_size} kernel of stage {i}. "
                     f"Received: {height}x{width}"
                 )
-            grids.append(grid)
+            grids.append((rows, columns))
         return grids[1:]
 
 
@@ -155,7 +157,7 @@ def _record(cls, value, place):
     """`value`, or the `cls` that it describes as a dict."""
     if isinstance(value, cls):
         return value
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         raise TypeError(f"{place} must be a `{cls.__name__}` or its dict. Received: {value!r}")
     fields = dataclasses.fields(cls)
     unknown = set(value) - {field.name for field in fields}
@@ -186,7 +188,7 @@ def _paper(dims, heads, depths, drop_path):
     )
 
 
-VARIANTS = {
+VARIANTS: dict[str, Variant] = {
     "cvt_13": _paper((64, 192, 384), (1, 3, 6), (1, 2, 10), drop_path=0.1),
     "cvt_21": _paper((64, 192, 384), (1, 3, 6), (1, 4, 16), drop_path=0.1),
     "cvt_w24": _paper((192, 768, 1024), (3, 12, 16), (2, 2, 20), drop_path=0.3),
@@ -219,7 +221,7 @@ VARIANTS = {
 }
 
 
-def get_variant(variant):
+def get_variant(variant: Variant | str | Mapping[str, Any]) -> Variant:
     """A `Variant` from its name, its dict or itself.
 
     Raises:
@@ -232,23 +234,23 @@ def get_variant(variant):
         if variant not in VARIANTS:
             raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}. Received: variant={variant!r}")
         return VARIANTS[variant]
-    if isinstance(variant, dict):
+    if isinstance(variant, Mapping):
         return _record(Variant, variant, "`variant`")
     raise TypeError(f"`variant` must be a name, a `Variant` or its dict. Received: variant={variant!r}")
 
 
-def named(variant):
+def named(variant: Variant) -> Variant | str:
     """The name of a `Variant` that stands in `VARIANTS`; any other as it is."""
     return next((name for name, known in VARIANTS.items() if known == variant), variant)
 
 
-def to_dict(variant):
+def to_dict(variant: Variant) -> dict[str, Any]:
     """The dict that `get_variant` takes back, of JSON's types alone."""
     config = dataclasses.asdict(variant)
     return {**config, "stages": list(config["stages"]), "stem": list(config["stem"])}
 
 
-def macs(variant, input_shape, num_classes):
+def macs(variant: Variant | str | Mapping[str, Any], input_shape: Sequence[int], num_classes: int) -> int:
     """Multiply-accumulates of one forward pass of one image.
 
     Counted: convolutions, linear projections, the two matrix products of attention, the head. Not counted, as in the

@@ -3,13 +3,9 @@
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-from cvt_keras.data import sources
-
-try:
-    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
-except ImportError as error:
-    raise ImportError(f"warm-up requests need tensorflow-serving-api ({error}): pip install tensorflow-serving-api") from error
+from cvt_keras.data import images
 
 WARM_UP = "assets.extra/tf_serving_warmup_requests"
 
@@ -87,7 +83,7 @@ def decode(data, shape):
     height, width = tf.unstack(tf.cond(png, lambda: _png_sides(data), lambda: _jpeg_sides(data)))
     small = (height <= MAX_PIXELS) & (width <= MAX_PIXELS) & (height * width <= MAX_PIXELS)  # a product alone may overflow
     data = _after(data, small, f"an image may have at most {MAX_PIXELS:,} pixels; its header says", width, "x", height)
-    pixels = sources.stretch(tf.io.decode_image(data, channels=3, expand_animations=False), shape[0])
+    pixels = images.stretch(tf.io.decode_image(data, channels=3, expand_animations=False), shape[0])
     return tf.ensure_shape(pixels, shape)
 
 

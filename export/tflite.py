@@ -13,7 +13,6 @@ from keras import ops
 from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-KINDS = ("float32", "float16", "dynamic_int8", "int8")
 LABELS = "labels.txt"
 # Each more of them may widen the range of an activation by an outlier, which costs all others precision.
 CALIBRATION_IMAGES = 100
@@ -29,7 +28,7 @@ def convert(classifier, class_names, kind, calibration=None):
         classifier: from float pixels in 0..255 to logits, as `build_classifier` makes it, in float32; or for `"int8"` one
             trained for quantisation, which holds its ranges.
         class_names: in the order of the logits.
-        kind: one of `KINDS`.
+        kind: one of `verify.TFLITE_FORMATS`.
         calibration: for `"int8"`: uint8 images `(n, height, width, 3)`, see `calibration_images`; `None` where the classifier
             holds its ranges: they are taken as they are.
     """

@@ -1,6 +1,7 @@
-"""Every artifact beside the Keras model, on the same real images, by the runtime that its users run.
+"""Compares each artifact with the Keras model, on the same real images, in the runtime that its users run.
 
-Each runs in a process of its own, in which no Keras object is made: python -m export.verify ARTIFACT IMAGES.npy ANSWERS.npz
+An artifact runs in a process of its own, which makes no Keras object:
+python -m cvt_keras.export.verify ARTIFACT IMAGES.npy ANSWERS.npz
 """
 
 import dataclasses
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+from cvt_keras import environment, runs
+from cvt_keras.errors import ExportError
 
 # Pixels of a batch, 500 images of 32x32: attention's memory grows with the image.
 BATCH_PIXELS = 512_000
@@ -52,8 +56,10 @@ BOUNDS = {
     "dynamic_int8": Bounds(0.002, None, 0.1),
     "int8": Bounds(0.01, None, 0.25),
 }
-# Of int8 where the Keras model has its roundings too: what is left is how a kernel rounds on the way. 0.10 at most were found
-# on 10,000 images, and no loss.
+FORMATS = tuple(BOUNDS)  # the one list of what an export can write
+TFLITE_FORMATS = tuple(name for name in FORMATS if name != "saved_model")
+# For the int8 file of a quantised network, which rounds in Keras too. What is left is how a kernel rounds on the way: at most
+# 0.10 on 10,000 images, without a loss.
 QUANTIZED = Bounds(0.005, 0.2, 0.25)
 
 
@@ -98,61 +104,73 @@ class Artifact:
     float_tensors: dict[str, str]
 
 
+def summary(artifact):
+    """What was measured, in a line."""
+    floats = f", {len(artifact.float_tensors)} float tensors, see {runs.REPORT}" if artifact.float_tensors else ""
+    return (
+        f"{artifact.top1:.2%} top-1, {artifact.agreement:.2%} same as Keras, {artifact.milliseconds:.2f} ms, "
+        f"{artifact.bytes / 1e6:.2f} MB{floats}, {'passed' if artifact.passed else 'FAILED'}"
+    )
+
+
 def batches(images):
-    """Images in parts that a network of any size can take at once."""
+    """Splits images into batches that a network of any size can take."""
     n = max(1, BATCH_PIXELS // (images.shape[1] * images.shape[2]))
     return (images[i : i + n] for i in range(0, len(images), n))
 
 
 def verify(name, file, path, images, labels, expected, bounds=None):
-    """Runs an artifact and compares.
+    """Runs an artifact and compares its probabilities with the Keras model's.
 
     Args:
-        name: as in `BOUNDS`.
+        name: one of `FORMATS`.
         file: where it lies now: a SavedModel's folder, or a .tflite file.
-        path: where it will lie, from the run folder.
+        path: where it will lie, relative to the run folder.
         images: a file, as `numpy.save` writes it, of uint8 `(n, height, width, 3)`.
         labels: int `(n,)`.
         expected: the Keras model's probabilities, float `(n, classes)`.
-        bounds: `Bounds`; those of `name` where they are `None`.
+        bounds: `Bounds`; `None` means those of `name`.
 
     Returns:
         An `Artifact`.
 
     Raises:
-        RuntimeError: if the runtime can't run it, with what it said.
+        ExportError: if the runtime can't run it, with the last line that it wrote.
     """
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "answers.npz"
-        command = [sys.executable, "-m", "export.verify", str(file.absolute()), str(images.absolute()), str(answers)]
-        done = subprocess.run(command, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "cvt_keras.export.verify", str(file), str(images), str(answers)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            raise RuntimeError(f"{name} does not run: {why_ended(done.returncode, done.stderr)}")
+            raise ExportError(f"{name} does not run: {why_ended(done.returncode, done.stderr)}")
         with np.load(answers) as found:
             return compare(name, file, path, labels, expected, dict(found), bounds)
 
 
 def why_ended(code, stderr):
-    """A line for a process that failed: its last, or the signal that killed it, of which it knew nothing."""
+    """Why a process failed, in a line: the last one that it wrote, or the signal that killed it."""
     if code < 0:
         return f"it was ended by {signal.Signals(-code).name}"
-    # TensorFlow's log is of no failure.
-    said = [line for line in stderr.splitlines() if line.strip() and not re.match(r"[IWE]\d{4} |WARNING: All log", line)]
-    return said[-1] if said else f"it ended with {code}"
+    # TensorFlow's log says nothing about the failure.
+    lines = [line for line in stderr.splitlines() if line.strip() and not re.match(r"[IWE]\d{4} |WARNING: All log", line)]
+    return lines[-1] if lines else f"it ended with {code}"
 
 
 def compare(name, file, path, labels, expected, found, bounds=None):
-    """The answers of an artifact beside the Keras model's -> an `Artifact`. Args: as `verify`'s, and what `answer` gives.
+    """Compares what `answer` returns with the Keras model's probabilities.
+
+    Args: as in `verify`; `found` is what `answer` returns.
+
+    Returns:
+        An `Artifact`.
 
     Raises:
-        RuntimeError: if an answer is infinite or no number.
+        ExportError: if a probability is NaN or infinite.
     """
-    from cvt_keras import environment  # here: the process that runs an artifact is to have no Keras
-
     bounds = bounds or BOUNDS[name]
     probabilities, reference = found["probabilities"], found.get("reference")
     if not np.isfinite(probabilities).all():
-        raise RuntimeError(f"{name} does not run: its probabilities are infinite or no numbers")
+        raise ExportError(f"{name} does not run: its probabilities are NaN or infinite")
     apart = {"max_abs_diff": np.abs(probabilities - expected).max(axis=1)}
     if reference is not None:
         apart["reference_max_abs_diff"] = np.abs(reference - probabilities[: len(reference)]).max(axis=1)

@@ -1,6 +1,7 @@
-"""Who may import whom, read off the source."""
+"""Who may import whom, read off the source: the directions of dependency, without exceptions and without circles."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -9,68 +10,142 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "cvt_keras"
 
-# What each module may import of the project, beside the modules under it.
+# What each part of the package may import of the others. `cli` imports the commands by name, when they are asked for.
 ALLOWED = {
-    "variants": set(),
-    "environment": set(),
-    "runs": set(),
+    "errors": set(),
     "signals": set(),
-    "evaluation": set(),
-    "plots": {"evaluation", "runs"},
-    "page": {"plots", "runs"},
-    "layers": {"variants"},
-    "model": {"layers", "variants", "pretrained"},  # the last when `from_pretrained` is called
-    "state_dicts": set(),
-    "configs": {"model", "runs", "state_dicts", "variants"},
-    "pretrained": {"configs", "model", "runs", "state_dicts", "variants"},
-    "data": set(),
-    # Its layers, which `cvt_keras` itself registers, know the network alone.
-    "compression": {"data", "layers", "model", "pretrained", "runs", "signals", "training", "variants"},
-    "search": {"data", "page", "plots", "pretrained", "runs", "signals", "training", "variants"},
-    "training": {"data", "environment", "evaluation", "model", "page", "plots", "pretrained", "runs", "signals", "variants"},
+    "variants": set(),
+    "preprocessing": set(),
+    "registration": set(),
+    "environment": {"errors"},
+    "runs": {"errors"},
+    "cli": {"errors", "signals"},
+    "layers": {"preprocessing", "variants"},
+    "conversion": {"errors", "preprocessing", "runs", "variants"},
+    "model": {"conversion", "errors", "layers", "preprocessing", "variants"},
+    "quantized": {"layers", "model", "preprocessing", "variants"},
+    "pretrained": {"cli", "conversion", "environment", "errors", "model", "runs"},
+    "data": {"errors"},
+    "report": {"errors", "runs"},
+    "training": {
+        *(
+            "cli",
+            "conversion",
+            "data",
+            "environment",
+            "errors",
+            "model",
+            "preprocessing",
+            "report",
+            "runs",
+            "signals",
+            "variants",
+        )
+    },
+    "search": {"cli", "data", "environment", "errors", "report", "runs", "signals", "training", "variants"},
+    "compression": {"cli", "data", "environment", "errors", "layers", "model", "quantized", "runs", "signals", "training"},
+    "export": {"cli", "data", "environment", "errors", "model", "quantized", "report", "runs", "signals", "training"},
 }
 # Keras and NumPy alone, so that they run on every backend.
-PORTABLE = ["layers", "model", "configs", "pretrained", "training/optimizers", "compression/layers"]
+PORTABLE = ("layers", "model", "conversion", "quantized", "training.optimizers")
+# What export may know of training: what a run is, not how it is trained.
+EXPORT_KNOWS = {"cvt_keras.training", "cvt_keras.training.recipes"}
 
 
-def _imports(path):
-    """The modules that a file imports anywhere in it, by full name."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def _modules():
+    """The name of each module of the package -> its file."""
+    found = {}
+    for folder, package in ((ROOT / "cvt_keras", "cvt_keras"), (ROOT / "export", "cvt_keras.export")):
+        for path in sorted(folder.rglob("*.py")):
+            if "node_modules" in path.parts:
+                continue
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+MODULES = _modules()
+
+
+def _imports(module, of_ours=True):
+    """The modules that a module imports anywhere in it: of ours, or the first part of all others."""
+    path = MODULES[module]
+    package = module if path.stem == "__init__" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            source = ".".join(filter(None, [base, node.module]))
+            names = [(source, alias.name) for alias in node.names]
+        else:
+            continue
+        for source, name in names:
+            whole = f"{source}.{name}" if name and f"{source}.{name}" in MODULES else source
+            if whole.partition(".")[0] == "cvt_keras" and of_ours:
+                yield whole
+            elif whole.partition(".")[0] != "cvt_keras" and not of_ours:
+                yield whole.partition(".")[0]
 
 
-MODULES = [path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py")) if path.stem != "__init__"]
+def _part(module):
+    return (module.split(".") + [""])[1]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
+@pytest.mark.parametrize("module", [module for module in MODULES if _part(module)])
 def test_dependencies_point_one_way(module):
-    part = module.parts[0]
-    known = {path.stem for path in PACKAGE.iterdir()}
-    used = {name.split(".")[1] for name in _imports(PACKAGE / f"{module}.py") if name.startswith("cvt_keras.")}
-    assert used & known <= ALLOWED[part] | {part}
-    assert "export" not in {name.split(".")[0] for name in _imports(PACKAGE / f"{module}.py")}
+    part = _part(module)
+    used = {_part(name) for name in _imports(module)} - {""}
+    assert used <= ALLOWED[part] | {part}, module
 
 
-@pytest.mark.parametrize("module", PORTABLE)
-def test_the_network_needs_keras_and_numpy_alone(module):
-    used = {name.split(".")[0] for name in _imports(PACKAGE / f"{module}.py")}
-    assert used <= {"cvt_keras", "keras", "numpy", *sys.stdlib_module_names}
+def test_every_part_has_its_place():
+    assert {_part(module) for module in MODULES} - {""} == set(ALLOWED)
 
 
-def test_one_module_alone_draws():
-    drawing = {str(module) for module in MODULES if any("matplotlib" in name for name in _imports(PACKAGE / f"{module}.py"))}
-    assert drawing == {"plots"}
+def test_there_is_no_circle():
+    graph = {module: set(_imports(module)) - {module} for module in MODULES}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises for a circle, naming it
+    assert set(MODULES) <= set(order)
+
+
+def test_nothing_imports_export_but_cli_by_name():
+    importing = [
+        module for module in MODULES if _part(module) != "export" and any(_part(name) == "export" for name in _imports(module))
+    ]
+    assert not importing
+    assert not [module for module in MODULES if "export" in _imports(module, of_ours=False)]
+
+
+def test_export_knows_what_a_run_is_and_not_how_it_is_trained():
+    for module in MODULES:
+        if _part(module) == "export":
+            assert {name for name in _imports(module) if _part(name) == "training"} <= EXPORT_KNOWS, module
+
+
+@pytest.mark.parametrize("part", PORTABLE)
+def test_the_network_needs_keras_and_numpy_alone(part):
+    for module in MODULES:
+        if f"{module}.".startswith(f"cvt_keras.{part}."):
+            assert set(_imports(module, of_ours=False)) <= {"keras", "numpy", *sys.stdlib_module_names}, module
+
+
+def test_figures_alone_draw():
+    drawing = {module for module in MODULES if "matplotlib" in _imports(module, of_ours=False)}
+    assert drawing == {"cvt_keras.report.figures", "cvt_keras.search.figures"}
+
+
+def test_tensorflow_model_optimization_is_imported_in_one_place():
+    importing = {module for module in MODULES if "tensorflow_model_optimization" in _imports(module, of_ours=False)}
+    assert importing == {"cvt_keras.compression.tfmot"}
 
 
 def _run(code, **environment):
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, **environment})
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_package_loads_no_more_than_keras():
@@ -78,9 +153,10 @@ def test_importing_the_package_loads_no_more_than_keras():
         "import keras, sys\n"
         "before = set(sys.modules)\n"
         "import cvt_keras\n"
+        "for name in cvt_keras.__all__: getattr(cvt_keras, name)\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "heavy = {'tensorflow_datasets', 'keras_tuner', 'tensorflow_model_optimization', 'torch', 'matplotlib', 'sklearn',"
-        " 'transformers', 'tyro', 'export'}\n"
+        " 'transformers', 'jinja2', 'requests', 'tyro', 'export'}\n"
         "assert not new & heavy, new & heavy"
     )
 

@@ -1,10 +1,17 @@
+import contextlib
 import os
 import platform
 import subprocess
+import sys
+from pathlib import Path
 
 import keras
+import pytest
 
 from cvt_keras import environment
+from cvt_keras.errors import ArgumentError
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_versions_are_those_that_run():
@@ -34,3 +41,39 @@ def test_an_nvidia_device_is_seen_by_its_file_or_by_the_drivers_tool(tmp_path, m
 
 def _no_tool(*args, **kwargs):
     raise FileNotFoundError
+
+
+GREETINGS = """\
+WARNING: All log messages before absl::InitializeLog() is called are written to STDERR
+I0000 00:00:1795749504.486676    2780 port.cc:153] oneDNN custom operations are on. You may see slightly different results.
+I0000 00:00:1795749504.487003    2780 cudart_stub.cc:31] Could not find cuda drivers on your machine, GPU will not be used.
+E0000 00:00:1795749507.129324    2780 cuda_platform.cc:52] failed call to cuInit: INTERNAL: CUDA error: UNKNOWN ERROR (303)
+"""
+LINE = "W0000 00:00:1795749507.129324    2780 gpu_device.cc:2342] Cannot dlopen some GPU libraries.\n"
+
+
+@pytest.mark.parametrize("raises, shown", [(False, LINE), (True, GREETINGS + LINE)])
+def test_greetings_of_tensorflow_are_held_back_unless_something_raises(raises, shown, capfd):
+    with contextlib.suppress(ZeroDivisionError), environment._without_greetings():
+        os.write(2, (GREETINGS + LINE).encode())
+        if raises:
+            raise ZeroDivisionError
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == shown + "after\n"
+
+
+def test_the_first_line_of_a_command_is_ours(tmp_path):
+    code = "from cvt_keras import environment; environment.start(); print('ours')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ours\n", "")
+
+
+@pytest.mark.parametrize("backend", ["jax", None])
+def test_a_command_names_the_backend_that_it_needs(backend, monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "torch")
+    if backend is None:
+        environment.start(backend=None)
+        return
+    with pytest.raises(ArgumentError, match="Received: torch") as error:
+        environment.start(backend=backend)
+    assert error.value.hint == f"Set KERAS_BACKEND={backend}"

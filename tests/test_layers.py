@@ -1,5 +1,6 @@
 import importlib.util
 import inspect
+import json
 
 import keras
 import numpy as np
@@ -69,8 +70,29 @@ def test_battery_leaves_no_public_layer_out():
         for name, value in vars(layers).items()
         if inspect.isclass(value) and issubclass(value, keras.layers.Layer) and not name.startswith("_")
     }
-    assert public == {case[0] for case in CASES}
+    # PixelNormalization is float32 whatever the policy, and holds a dataclass: it has tests of its own.
+    assert public == {case[0] for case in CASES} | {layers.PixelNormalization}
     assert {cls.__name__ for cls in public} <= set(cvt_keras.__all__)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_pixel_normalization_computes_in_float32_and_keeps_its_preprocessing(precision, tmp_path):
+    preprocessing = cvt_keras.Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), ("a", "b"), (4, 6))
+    layer = layers.PixelNormalization(preprocessing, dtype=precision, name="normalization")
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 4, 6, 3)).astype("float32")
+    expected = (pixels / 255 - np.array(preprocessing.mean)) / np.array(preprocessing.std)
+    normalized = layer(pixels)
+    assert keras.backend.standardize_dtype(normalized.dtype) == "float32"
+    np.testing.assert_allclose(ops.convert_to_numpy(normalized), expected, atol=1e-5)
+    assert not layer.weights
+    config = layer.get_config()
+    assert json.loads(json.dumps(config)) == config
+    assert layers.PixelNormalization.from_config(config).preprocessing == preprocessing
+    images = keras.Input((4, 6, 3))
+    keras.Model(images, layer(images)).save(tmp_path / "layer.keras")
+    reloaded = keras.saving.load_model(tmp_path / "layer.keras").get_layer("normalization")
+    assert reloaded.preprocessing == preprocessing
+    np.testing.assert_array_equal(*(ops.convert_to_numpy(part(pixels)) for part in (layer, reloaded)))
 
 
 def _kernels(layer):
@@ -296,6 +318,7 @@ def test_layers_do_not_follow_a_channels_first_default():
         (lambda: layers.ConvAttention(64, 4).build((None, 8, 8, 32)), ["dim=64", "32"]),
         (lambda: layers.ConvAttention(64, 4).build((None, 64, 64)), ["grid", "(None, 64, 64)"]),
         (lambda: layers.MLP(8, 8).build((None, 8, 8, 5)), ["dim=8", "5"]),
+        (lambda: layers.PixelNormalization({"mean": [0.5]}), ["`std`", "None"]),
     ],
 )
 def test_errors_name_argument_and_value(make, parts):

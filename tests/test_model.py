@@ -7,7 +7,7 @@ from keras import ops
 from layer_battery import PRECISIONS
 
 import cvt_keras
-from cvt_keras import VARIANTS, CvT, Stage, Variant, build_classifier
+from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, preprocessing_of
 
 TINY = VARIANTS["cvt_tiny"]
 
@@ -217,7 +217,7 @@ def test_config_is_json_and_takes_a_variant_in_every_form():
     config = model.get_config()
     assert json.loads(json.dumps(config)) == config
     assert CvT.from_config(config).get_config() == config
-    assert config["preprocessing"] == {**preprocessing, "std": None, "image_size": None}
+    assert config["preprocessing"] == {**preprocessing, "std": None, "image_size": None, "resize": "stretch"}
     assert CvT(config["variant"], 2, (16, 24, 3)).variant == CvT.from_variant("cvt_tiny", 2, (16, 24, 3)).variant == TINY
 
 
@@ -226,15 +226,14 @@ def test_numpy_arguments_become_plain(tmp_path):
     model = CvT(TINY, np.int64(2), (16, 24, 3), preprocessing=preprocessing)
     model.save(tmp_path / "model.keras")
     reloaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert reloaded.preprocessing == {"mean": [0.1, 0.2, 0.3], "std": None, "class_names": ["a", "b"], "image_size": None}
+    assert reloaded.preprocessing == Preprocessing(mean=(0.1, 0.2, 0.3), class_names=("a", "b"))
     classifier = build_classifier("cvt_tiny", 2, (16, 16, 3), mean=np.array([0.5] * 3), std=np.array([0.5] * 3))
-    assert classifier.get_layer("cvt").preprocessing["mean"] == [0.5] * 3
+    assert preprocessing_of(classifier).mean == (0.5,) * 3
 
 
 def test_classifier_of_any_size_keeps_the_image_size_that_is_known():
     model = CvT(TINY, 2, (None, None, 3), preprocessing={"image_size": (224, 224)})
-    build_classifier(model)
-    assert model.preprocessing["image_size"] == [224, 224]
+    assert preprocessing_of(build_classifier(model)).image_size == (224, 224)
 
 
 def test_one_seed_gives_one_network():
@@ -252,7 +251,7 @@ def test_one_seed_gives_one_network():
         (lambda: CvT.from_variant("cvt_14"), ["'cvt_14'", "cvt_13", "cvt_tiny"]),
         (lambda: CvT.from_variant("cvt_13", 10, (8, 8, 3)), ["`input_shape`", "16x16", "8x8"]),
         (lambda: CvT.from_variant("cvt_13", 10, (None, 8, 3)), ["`input_shape`", "16x16", "x8"]),
-        (lambda: CvT(TINY, 0), ["num_classes=0"]),
+        (lambda: CvT(TINY, -1), ["num_classes=-1"]),
         (lambda: CvT(TINY, True), ["num_classes=True"]),
         (lambda: CvT(TINY, 10, (32, 32)), ["input_shape=(32, 32)"]),
         (lambda: CvT(TINY, 10, None), ["input_shape=None"]),
@@ -264,6 +263,8 @@ def test_one_seed_gives_one_network():
         (lambda: build_classifier("cvt_tiny", class_names="ab"), ["class_names='ab'"]),
         (lambda: build_classifier("cvt_tiny", 2, class_names="ab"), ["class_names='ab'"]),
         (lambda: build_classifier("cvt_tiny", 0, class_names=["a", "b"]), ["num_classes=0"]),
+        (lambda: build_classifier(CvT(TINY, 0)), ["head", "num_classes=0"]),
+        (lambda: preprocessing_of(keras.Sequential([keras.layers.Dense(1)])), ["`model`", "Sequential"]),
         (lambda: build_classifier("cvt_tiny", 10, mean=0.5), ["`mean`", "0.5"]),
         (lambda: build_classifier("cvt_tiny", 10, mean=(125, 123, 114)), ["`mean`", "255", "125"]),
         (lambda: build_classifier("cvt_tiny", 10, mean=[0.5]), ["`mean`", "3 channels", "0.5"]),
@@ -294,32 +295,96 @@ def test_classifier_takes_raw_pixels():
     model = classifier.get_layer("cvt")
     expected = model((pixels / 255 - np.array(mean)) / np.array(std))
     np.testing.assert_allclose(*(ops.convert_to_numpy(x) for x in (classifier(pixels), expected)), atol=1e-5)
-    assert model.preprocessing == {
-        "mean": list(mean),
-        "std": list(std),
-        "class_names": list("abcdefghij"),
-        "image_size": [32, 32],
-    }
+    assert preprocessing_of(classifier) == Preprocessing(mean, std, tuple("abcdefghij"), (32, 32))
 
 
 def test_classifier_reloads_with_its_preprocessing(tmp_path):
     classifier = build_classifier("cvt_tiny", input_shape=(32, 32, 3), class_names=("cat", "dog"))
     classifier.save(tmp_path / "model.keras")
     reloaded = keras.saving.load_model(tmp_path / "model.keras")
-    model = reloaded.get_layer("cvt")
-    assert type(model) is CvT
-    assert model.preprocessing == classifier.get_layer("cvt").preprocessing
-    assert model.preprocessing["class_names"] == ["cat", "dog"]
+    assert type(reloaded.get_layer("cvt")) is CvT
+    assert preprocessing_of(reloaded) == preprocessing_of(classifier)
+    assert preprocessing_of(reloaded) == Preprocessing((0.5,) * 3, (0.5,) * 3, ("cat", "dog"), (32, 32))
     pixels = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
     np.testing.assert_array_equal(*(ops.convert_to_numpy(net(pixels)) for net in (classifier, reloaded)))
 
 
-def test_classifier_of_a_model_shares_its_weights_and_preprocessing():
-    model = CvT(TINY, 2, (32, 32, 3), preprocessing={"mean": [0.1] * 3, "std": [0.2] * 3, "class_names": ["a", "b"]})
-    classifier = build_classifier(model)
-    assert classifier.get_layer("cvt") is model
-    np.testing.assert_allclose(np.ravel(classifier.get_layer("normalization").mean), 0.1 * 255, rtol=1e-6)
-    assert model.preprocessing["class_names"] == ["a", "b"]
+def test_classifiers_of_a_model_share_its_weights_and_leave_it_as_it_is():
+    own = Preprocessing((0.1,) * 3, (0.2,) * 3, ("a", "b"))
+    model = CvT(TINY, 2, (32, 32, 3), preprocessing=own)
+    first = build_classifier(model)
+    second = build_classifier(model, mean=(0.3,) * 3, class_names=("c", "d"))
+    assert first.get_layer("cvt") is second.get_layer("cvt") is model
+    np.testing.assert_allclose(np.ravel(first.get_layer("normalization").mean), 0.1 * 255, rtol=1e-6)
+    assert model.preprocessing == own
+    assert preprocessing_of(first) == Preprocessing((0.1,) * 3, (0.2,) * 3, ("a", "b"), (32, 32))
+    assert preprocessing_of(second) == Preprocessing((0.3,) * 3, (0.2,) * 3, ("c", "d"), (32, 32))
+
+
+def test_a_classifier_of_version_0_1_keeps_its_preprocessing_in_the_network(tmp_path):
+    network = CvT(TINY, 2, (32, 32, 3), preprocessing={"mean": [0.1] * 3, "std": [0.2] * 3, "class_names": ["a", "b"]})
+    pixels = keras.Input((32, 32, 3))
+    normalize = keras.layers.Normalization(mean=[25.5] * 3, variance=[51.0**2] * 3, name="normalization")
+    keras.Model(pixels, network(normalize(pixels))).save(tmp_path / "model.keras")
+    reloaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert preprocessing_of(reloaded) == Preprocessing((0.1,) * 3, (0.2,) * 3, ("a", "b"))
+    same = CvT.from_pretrained(tmp_path / "model.keras")
+    assert same.preprocessing == Preprocessing((0.1,) * 3, (0.2,) * 3, ("a", "b"), (32, 32))
+
+
+@pytest.mark.parametrize("cls_token", [False, True])
+def test_without_a_head_the_output_is_what_the_head_reads(cls_token, tmp_path):
+    variant = Variant((Stage(8, 1, 1), Stage(16, 1, 2, cls_token=cls_token)))
+    model = CvT(variant, 10, (16, 24, 3))
+    headless = CvT(variant, 0, (16, 24, 3), dtype="float32")
+    headless.set_weights(model.get_weights()[:-2])
+    x = _images(2, 16, 24, 3)
+    features = ops.convert_to_numpy(headless(x))
+    assert features.shape == (2, 16)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(model.get_layer("head")(features)), ops.convert_to_numpy(model(x)), atol=1e-6
+    )
+    headless.save(tmp_path / "headless.keras")
+    reloaded = keras.saving.load_model(tmp_path / "headless.keras")
+    assert reloaded.num_classes == 0
+    np.testing.assert_array_equal(ops.convert_to_numpy(reloaded(x)), features)
+
+
+def test_pretrained_weights_load_without_their_head(tmp_path):
+    model = CvT(TINY, 10, (32, 32, 3))
+    model.save(tmp_path / "model.keras")
+    headless = CvT.from_pretrained(tmp_path / "model.keras", num_classes=0)
+    x = _images(2, 32, 32, 3)
+    expected = ops.convert_to_numpy(model(x))
+    np.testing.assert_allclose(ops.convert_to_numpy(model.get_layer("head")(headless(x))), expected, atol=1e-6)
+
+
+def test_features_are_the_tokens_of_each_stage_by_name(tmp_path):
+    model = CvT(TINY, 10, (32, 48, 3))
+    x = _images(2, 32, 48, 3)
+    features = model.features(x)
+    assert list(features) == ["stage0", "stage1"]
+    assert features["stage0"].shape == (2, 16, 24, 8)
+    grid, cls_token = features["stage1"]
+    assert (grid.shape, cls_token.shape) == ((2, 8, 12, 16), (2, 1, 16))
+    # They are what the rest of the network reads.
+    logits = model.get_layer("head")(model.get_layer("pool")(model.get_layer("norm")(cls_token)))
+    np.testing.assert_allclose(ops.convert_to_numpy(logits), ops.convert_to_numpy(model(x)), atol=1e-6)
+    weights = len(model.weights)
+    model.save(tmp_path / "model.keras")  # the second graph is no part of it
+    reloaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert len(model.weights) == len(reloaded.weights) == weights
+    for ours, theirs in zip(keras.tree.flatten(features), keras.tree.flatten(reloaded.features(x)), strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(ours), ops.convert_to_numpy(theirs))
+
+
+def test_features_in_training_drop_paths():
+    variant = Variant((Stage(8, 2, 1, drop_path=0.9),))
+    model = CvT(variant, 10, (16, 16, 3))
+    x = _images(8, 16, 16, 3)
+    plain = ops.convert_to_numpy(model.features(x)["stage0"])
+    np.testing.assert_array_equal(plain, ops.convert_to_numpy(model.features(x)["stage0"]))
+    assert not np.allclose(plain, ops.convert_to_numpy(model.features(x, training=True)["stage0"]))
 
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
@@ -344,3 +409,9 @@ def test_float16_classifier_scales_its_loss():
 def test_public_names():
     for name in cvt_keras.__all__:
         assert getattr(cvt_keras, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="vit"):
+        cvt_keras.vit  # noqa: B018
+    assert set(cvt_keras.__all__) <= set(dir(cvt_keras))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from cvt_keras import runs
-from cvt_keras.errors import RunError
+from cvt_keras.errors import BusyError, OccupiedError, RunError
 
 
 def test_json_comes_back(tmp_path):
@@ -35,12 +35,12 @@ def test_a_vacant_folder_is_absent_or_empty(tmp_path):
     (tmp_path / ".123-recipe.json").touch()  # of a run that was killed as it began
     runs.require_vacant(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match=f"holds something, but no run: {tmp_path}"):
+    with pytest.raises(OccupiedError, match=f"not a run: {tmp_path}"):
         runs.require_vacant(tmp_path)
-    with pytest.raises(FileExistsError, match=f"no folder: {tmp_path}/file"):
+    with pytest.raises(OccupiedError, match=f"not a folder: {tmp_path}/file"):
         runs.require_vacant(tmp_path / "file")
     (tmp_path / "recipe.json").touch()
-    with pytest.raises(FileExistsError, match=f"already holds a run: {tmp_path}. Go on with it by --resume"):
+    with pytest.raises(OccupiedError, match=f"already holds a run: {tmp_path}"):
         runs.require_vacant(tmp_path)
 
 
@@ -48,7 +48,7 @@ def test_a_vacant_folder_is_absent_or_empty(tmp_path):
 def test_a_run_folder_is_for_one_process_at_a_time(tmp_path):
     with (
         runs.lock(tmp_path),
-        pytest.raises(RunError, match=f"another process is at work in {tmp_path}: "),
+        pytest.raises(BusyError, match=str(tmp_path)),
         runs.lock(tmp_path),
     ):
         pass
@@ -81,7 +81,7 @@ def test_what_was_half_written_is_swept_away(tmp_path):
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
 def test_broken_json_is_named(tmp_path, content):
     (tmp_path / "report.json").write_bytes(content)
-    with pytest.raises(RunError, match=f"^{tmp_path}/report.json is broken"):
+    with pytest.raises(RunError, match=f"^{tmp_path}/report.json is damaged"):
         runs.read_json(tmp_path / "report.json")
 
 
@@ -133,3 +133,21 @@ def test_what_is_not_placed_is_gone(tmp_path):
         raise RuntimeError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
     assert (tmp_path / "folder" / "deep" / "file").read_text() == "whole"
+
+
+def test_a_history_counts_epochs_from_one_also_where_version_0_1_wrote_it(tmp_path):
+    for first in (0, 1):
+        runs.write_csv(
+            tmp_path / "history.csv", [{"epoch": first + i, "val_accuracy": 0.1 * i, "seconds": 2} for i in range(2)]
+        )
+        rows = runs.read_history(tmp_path)
+        assert rows == [{"epoch": 1, "val_accuracy": 0.0, "seconds": 2.0}, {"epoch": 2, "val_accuracy": 0.1, "seconds": 2.0}]
+        assert isinstance(rows[0]["epoch"], int)
+    assert runs.from_one([]) == []
+
+
+@pytest.mark.parametrize("content", ["epoch,seconds\n1,x\n", "seconds\n1\n", "epoch,seconds\n1\n"])
+def test_a_damaged_history_is_named(tmp_path, content):
+    (tmp_path / "history.csv").write_text(content)
+    with pytest.raises(RunError, match=r"history\.csv is damaged"):
+        runs.read_history(tmp_path)

@@ -1,4 +1,4 @@
-"""Clustering: each kernel keeps to a few values, which training goes on to move (Han et al., arXiv 1510.00149)."""
+"""Clustering: each kernel has a few values, which the training moves (Han et al., arXiv 1510.00149)."""
 
 from typing import ClassVar
 
@@ -6,25 +6,24 @@ import numpy as np
 import tensorflow as tf
 
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import Zeros, all_kernels, describe, kernels, share_of_zeros
+from cvt_keras.compression.kernels import Zeros, all_kernels, describe, kernels, require_layers, share_of_zeros
 from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.training.compressor import Compressor
 
-# Of Lloyd's algorithm, after k-means++ has chosen where to begin.
-ITERATIONS = 10
+ITERATIONS = 10  # of Lloyd's algorithm, after k-means++ has chosen the first centroids
 
 
 class WeightClustering(Compressor):
     """Clusters kernels by tfmot's centroids and assignment.
 
-    A kernel has a float weight behind each of its own. After each step these take the step's change, the centroids take the
-    mean change of their members, and the kernel becomes the centroid nearest to each of these weights.
+    Behind each clustered weight stands a float weight. After each step the float weights take the step's change, each
+    centroid takes the mean change of its members, and each clustered weight becomes the centroid nearest to its float weight.
 
     Args:
         clusters: values in each kernel, at least 2.
-        keep_zeros: whether zeros stay zeros, and one of the values is 0: of a pruned run.
-        layers: names or a predicate, see `kernels`.
-        after: `settings` of the compression that the weights come from, for recipe.json; or `None`.
+        keep_zeros: whether the zeros of a pruned run stay; 0 is then one of the values.
+        layers: names, a predicate or `None`, as in `kernels`.
+        after: `settings` of the compression that made the weights to start from, or `None`.
 
     Raises:
         RecipeError: for an argument out of its range.
@@ -35,11 +34,12 @@ class WeightClustering(Compressor):
         "qat": "the ranges are set. Cluster the run before it",
     }
 
-    def __init__(self, clusters=16, keep_zeros=False, layers=(), after=None):
+    def __init__(self, clusters=16, keep_zeros=False, layers=None, after=None):
+        require_layers(layers)
         settings = {"method": "cluster", "clusters": clusters, "keep_zeros": keep_zeros, "layers": describe(layers)}
         super().__init__(settings, after)
         if clusters < 2:
-            raise RecipeError(f"`clusters` must be at least 2. Received: clusters={clusters}")
+            raise RecipeError(f"`clusters` must be at least 2. Received: clusters={clusters}", argument="clusters")
         self.clusters = clusters
         self.keep_zeros = keep_zeros
         self.layers = layers
@@ -50,20 +50,23 @@ class WeightClustering(Compressor):
         super().require(recipe)
         if recipe.ema:
             raise RecipeError(
-                f"`ema` must be 0 with clustering: an average over steps has more values. Received: ema={recipe.ema}"
+                f"`ema` must be 0 with clustering, as an average over steps has more values. Received: ema={recipe.ema}",
+                argument="ema",
             )
 
     def start(self, classifier, batches, steps, epochs):
         self._clustered = []
-        everything = all_kernels(classifier)
-        # Also of kernels that are not clustered: others may have been pruned.
-        self._zeros = Zeros(everything if self.keep_zeros else {})
+        every_kernel = all_kernels(classifier)
+        # Not only of the kernels that are clustered: pruning may have had other `layers`.
+        self._zeros = Zeros(every_kernel if self.keep_zeros else {})
         for path, kernel in kernels(classifier, self.layers).items():
             distinct = len(np.unique(np.asarray(kernel)))
             if distinct < self.clusters:
                 raise RecipeError(
-                    f"`clusters` must be at most {distinct}, the values that {path} has: take fewer, or other --layers. "
-                    f"Received: clusters={self.clusters}"
+                    f"`clusters` must be at most {distinct}, the number of values in {path}. "
+                    f"Received: clusters={self.clusters}",
+                    argument="clusters",
+                    hint="Give fewer --clusters, or other --layers",
                 )
             self._clustered.append(_ClusteredKernel(kernel, self.clusters, self._zeros.masks.get(path), self.parts))
         self.variables = [variable for clustered in self._clustered for variable in clustered.variables]
@@ -73,11 +76,10 @@ class WeightClustering(Compressor):
         def project():
             for clustered in self._clustered:
                 clustered.project()
-            self._zeros.hold(everything)
+            self._zeros.hold(every_kernel)
 
         self._project = project
-        # So that the first step is already taken with few values.
-        project()
+        project()  # so that the first step, too, sees few values
 
     def on_train_batch_end(self, batch, logs=None):
         self._project()
@@ -85,21 +87,22 @@ class WeightClustering(Compressor):
     def check(self, classifier):
         self._zeros.check(all_kernels(classifier))
         chosen = kernels(classifier, self.layers)
-        found = {path: len(np.unique(np.asarray(kernel))) for path, kernel in chosen.items()}
-        for path, values in found.items():
+        values_by_layer = {path: len(np.unique(np.asarray(kernel))) for path, kernel in chosen.items()}
+        for path, values in values_by_layer.items():
             if values != self.clusters:
                 raise RunError(
-                    f"{path} has {values} values in place of {self.clusters}: nothing was written. "
-                    "Cluster anew, to fewer --clusters"
+                    f"{path} has {values} values in place of {self.clusters}, so no model was written",
+                    argument="clusters",
+                    hint="Cluster anew in another --run-dir, with fewer --clusters",
                 )
-        return {"values_by_layer": found, "sparsity": float(share_of_zeros(chosen.values()))}
+        return {"values_by_layer": values_by_layer, "sparsity": float(share_of_zeros(chosen.values()))}
 
 
 class _ClusteredKernel:
-    """A kernel, the float weights behind it, the centroids, and which of these each weight has.
+    """A kernel, the float weights behind it, the centroids, and the index of each weight's centroid.
 
     Args:
-        mask: 0 where a weight stays 0, as one of the centroids does then; or `None`.
+        mask: 0 where a weight stays 0, and 1 elsewhere; one of the centroids then stays 0. `None` means that none does.
     """
 
     def __init__(self, kernel, clusters, mask, parts):
@@ -111,7 +114,7 @@ class _ClusteredKernel:
         ).get_cluster_centroids()
         self.weights = tf.Variable(self.kernel, trainable=False, name="weights")
         self.centroids = tf.Variable(tf.sort(initial), trainable=False, name="centroids")
-        # 0 for what stays as it is: the zeros of a pruned kernel, and the centroid of zeros.
+        # 0 where nothing moves: at the zeros of a pruned kernel, and at their centroid.
         self.moving = mask if keep_zeros else tf.ones_like(self.kernel)
         moving_centroids = tf.cast(self.centroids != 0, tf.float32) if keep_zeros else tf.ones_like(self.centroids)
         self.moving_centroids = tf.Variable(moving_centroids, trainable=False, name="moving_centroids")
@@ -120,7 +123,7 @@ class _ClusteredKernel:
         for _ in range(ITERATIONS):
             self._move_centroids(self.weights - tf.gather(self.centroids, self.members))
             self.members.assign(self._nearest())
-        # Where `project` starts from: no step was taken yet.
+        # `project` takes the difference from here as the step's change.
         self.kernel.assign(tf.gather(self.centroids, self.members))
         self.variables = [self.weights, self.centroids, self.moving_centroids, self.members]
 
@@ -132,14 +135,17 @@ class _ClusteredKernel:
         self.kernel.assign(self.algorithm.get_clustered_weight(self.members, self.weights))
 
     def _move_centroids(self, change):
-        """By the mean change of the members of each."""
+        """Moves each centroid by the mean change of its members."""
         members = tf.reshape(self.members, (-1,))
         total = tf.math.unsorted_segment_sum(tf.reshape(change * self.moving, (-1,)), members, self.clusters)
         moved = tf.math.unsorted_segment_sum(tf.reshape(self.moving, (-1,)), members, self.clusters)
         self.centroids.assign_add(tf.math.divide_no_nan(total, moved) * self.moving_centroids)
 
     def _nearest(self):
-        """The nearest centroid of each weight; one that is nobody's takes the weight nearest to it, so that none is lost."""
+        """Returns the index of the centroid nearest to each weight.
+
+        A centroid without members takes the weight nearest to it, so that each kernel keeps its number of values.
+        """
         nearest = self.algorithm.get_pulling_indices(self.weights)
         weights, moving = tf.reshape(self.weights, (-1,)), tf.reshape(self.moving, (-1,)) > 0
 
@@ -148,12 +154,12 @@ class _ClusteredKernel:
 
         def fill_one(members):
             empty = tf.argmin(sizes(members))
-            can_go = moving & (tf.gather(sizes(members), members) > 1)
-            apart = tf.where(can_go, tf.abs(weights - self.centroids[empty]), weights.dtype.max)
-            return tf.tensor_scatter_nd_update(members, [[tf.argmin(apart)]], [empty])
+            may_leave = moving & (tf.gather(sizes(members), members) > 1)
+            distance = tf.where(may_leave, tf.abs(weights - self.centroids[empty]), weights.dtype.max)
+            return tf.tensor_scatter_nd_update(members, [[tf.argmin(distance)]], [empty])
 
         flat = tf.reshape(nearest, (-1,))
-        # Where a weight is no number all have the same centroid, and none can be filled: `HaltOnNaN` ends the training.
+        # With NaN weights all have the same centroid, and no other can be filled. `HaltOnNaN` then ends the training.
         [flat] = tf.while_loop(
             lambda members: tf.reduce_any(sizes(members) == 0), fill_one, [flat], maximum_iterations=self.clusters
         )

@@ -1,4 +1,4 @@
-"""Which kernels of a network are made smaller, and what they hold."""
+"""Chooses the kernels to make smaller, and counts and keeps their zeros."""
 
 import re
 
@@ -10,61 +10,90 @@ from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.model import cvt_of
 
 
-def kernels(classifier, layers=()):
-    """The kernels to prune or to cluster.
+def kernels(classifier, layers=None):
+    """Returns the kernels to prune or to cluster.
 
     Args:
         classifier: a `CvT`, or a classifier around one.
-        layers: names, as paths in the network: `"stage1_block0/mlp/fc1"`, or `"stage1"` for all whose path starts so; or a
-            predicate, which takes such a path and says whether its kernel is one of them. Without any, the default: every
-            convolution and Dense but the stem (where a network has none, the first token embedding), the depthwise
-            convolutions, and the head. These are few weights that cost much accuracy each; norms and biases are no kernels.
+        layers: names, as paths in the network: `"stage1_block0/mlp/fc1"`, or `"stage1"` for every path that starts so; or a
+            predicate, which takes such a path and returns whether to choose its kernel. `None` means every convolution and
+            Dense except the first layer (the stem, or the first token embedding of a network without one), the depthwise
+            convolutions, and the head. These hold few weights that cost much accuracy each. Norms and biases are no kernels.
 
     Returns:
         A dict of path in the network, without the name `kernel` -> `keras.Variable`, in the network's order.
 
     Raises:
-        RecipeError: for a name that no layer with a kernel has, or a predicate that none meets, with those that there are.
+        RecipeError: for a name that no layer with a kernel has, or a predicate that chooses none. It lists the layers.
     """
-    network, found = cvt_of(classifier), all_kernels(classifier)
-    known = ", ".join(found)
-    if callable(layers):
-        chosen = {path: kernel for path, kernel in found.items() if layers(path)}
-        if not chosen:
-            raise RecipeError(f"`layers` must choose at least one of {known}. Received: {describe(layers)}, which chooses none")
-        return chosen
-    if not layers:
+    network, known = cvt_of(classifier), all_kernels(classifier)
+    if layers is None:
         first = "stem" if network.variant.stem else "stage0_embed"
-        return {path: kernel for path, kernel in found.items() if not _is_left_out(path, first)}
-    chosen = {}
-    for name in layers:
-        under = [path for path in found if re.match(rf"{re.escape(name)}(?:$|[/_])", path)]
-        if not under:
-            raise RecipeError(f"`layers` must name layers with a kernel, or how their names start: {known}. Received: {name}")
-        chosen |= dict.fromkeys(under)
-    return {path: kernel for path, kernel in found.items() if path in chosen}
+        return {path: kernel for path, kernel in known.items() if not _is_left_out(path, first)}
+    if callable(layers):
+        chosen = {path for path in known if layers(path)}
+        if not chosen:
+            raise RecipeError(
+                f"`layers` must choose at least one of {', '.join(known)}. Received: {describe(layers)}, which chooses none",
+                argument="layers",
+            )
+    else:
+        require_layers(layers)
+        chosen = set()
+        for name in layers:
+            matching = [path for path in known if re.match(rf"{re.escape(name)}(?:$|[/_])", path)]
+            if not matching:
+                raise RecipeError(
+                    f"`layers` must name layers with a kernel, or how their names start: {', '.join(known)}. Received: {name}",
+                    argument="layers",
+                )
+            chosen.update(matching)
+    return {path: kernel for path, kernel in known.items() if path in chosen}
+
+
+def require_layers(layers):
+    """Raises unless `layers` can choose kernels: before the network is there.
+
+    Args:
+        layers: as in `kernels`.
+
+    Raises:
+        RecipeError: if they are one string, or no names.
+    """
+    if layers is None or callable(layers):
+        return
+    if isinstance(layers, str):
+        raise RecipeError(f"`layers` must be a tuple of names, or a predicate. Received: layers={layers!r}", argument="layers")
+    if not len(layers):
+        raise RecipeError(
+            "`layers` must name at least one layer. Received no name",
+            argument="layers",
+            hint="Leave out --layers for the default layers, or give it names such as stage1",
+        )
 
 
 def describe(layers):
-    """`layers` as recipe.json holds it: the names, or a predicate's own."""
+    """Returns `layers` as recipe.json holds it: the names, none for `None`, or the name of a predicate."""
+    if layers is None:
+        return []
     if not callable(layers):
         return list(layers)
     return f"{layers.__module__}.{layers.__qualname__}" if hasattr(layers, "__qualname__") else repr(layers)
 
 
 def all_kernels(classifier):
-    """Every trained kernel of a `CvT`, or of a classifier around one, by its path in the network."""
+    """Returns every trained kernel of a `CvT`, or of a classifier around one, by its path in the network."""
     return {_path(variable): variable for variable in cvt_of(classifier).trainable_variables if variable.name == "kernel"}
 
 
 class Zeros:
-    """The zeros of a pruned network, which whatever comes after it holds.
+    """Keeps the zeros of a pruned network as zeros in a later compression.
 
     Args:
         kernels: path -> `keras.Variable`.
 
     Attributes:
-        masks: path -> `tf.Variable`, 0 where the kernel is and else 1; a checkpoint must keep them.
+        masks: path -> `tf.Variable`, 0 where the kernel is 0 and 1 elsewhere. A checkpoint must hold them.
     """
 
     def __init__(self, kernels):
@@ -74,25 +103,28 @@ class Zeros:
         }
 
     def hold(self, kernels):
-        """Sets what became something else to 0 again."""
+        """Sets weights that training has moved away from 0 back to 0."""
         for path, mask in self.masks.items():
             kernels[path].value.assign(kernels[path].value * tf.cast(mask, kernels[path].dtype))
 
     def check(self, kernels):
-        """Raises RunError if one of them is no zero any more."""
+        """Raises RunError if one of the zeros is not 0 any more."""
         for path, mask in self.masks.items():
             if np.any(np.asarray(kernels[path])[mask.numpy() == 0] != 0):
-                raise RunError(f"{path} has lost zeros that it was pruned to: nothing was written. Compress anew")
+                raise RunError(
+                    f"{path} has lost zeros that it was pruned to, so no model was written",
+                    hint="Compress anew in another --run-dir",
+                )
 
 
 def share_of_zeros(variables):
-    """Share of zeros in variables together, a fraction of 1."""
+    """Returns the share of zeros in all variables together, in 0..1."""
     values = [keras.ops.convert_to_numpy(variable) for variable in variables]
     return 1 - sum(np.count_nonzero(value) for value in values) / sum(value.size for value in values)
 
 
 def _path(variable):
-    """`cvt/stage0_block0/mlp/fc1/kernel` -> `stage0_block0/mlp/fc1`; Keras may have put other names before."""
+    """`cvt/stage0_block0/mlp/fc1/kernel` -> `stage0_block0/mlp/fc1`; Keras may put other names before it."""
     parts = variable.path.split("/")
     start = next(i for i, part in enumerate(parts) if part.startswith(("stem", "stage", "head")))
     return "/".join(parts[start:-1])

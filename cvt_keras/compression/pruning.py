@@ -1,4 +1,4 @@
-"""Pruning: the weights of least magnitude become zeros as the network goes on learning (Zhu & Gupta, arXiv 1710.01878)."""
+"""Pruning: the smallest weights become zeros while the training continues (Zhu & Gupta, arXiv 1710.01878)."""
 
 from typing import ClassVar
 
@@ -6,29 +6,31 @@ import numpy as np
 import tensorflow as tf
 
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import describe, kernels, share_of_zeros
+from cvt_keras.compression.kernels import describe, kernels, require_layers, share_of_zeros
 from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.training.compressor import Compressor
 
 PATTERNS = ("unstructured", "2:4", "4x1")
 SCHEDULES = ("polynomial", "constant")
-# Of the training: in the rest the zeros stay where they are, and the other weights make up for them.
+# Share of the training in which zeros are added. In the rest they stay, and the other weights make up for them.
 RAMP = 0.5
 UPDATES = 20
 
 
 class MagnitudePruning(Compressor):
-    """Prunes kernels by tfmot's schedules and masks, which are set at the start of a step and held at both of its ends.
+    """Prunes kernels by tfmot's schedules and masks. The masks change at the start of a step, and apply before and after it.
 
     Args:
-        sparsity: share of zeros in each kernel, over 0 and under 1; with `"2:4"` it is 0.5.
-        pattern: `"unstructured"`; `"2:4"`, two zeros of each four weights along the input axis; or `"4x1"`, blocks of four
-            inputs of one output, which a Dense has.
-        schedule: `"polynomial"`, the default: from none to `sparsity` over the first half of the training; `"constant"`:
-            `sparsity` from the first step. `"2:4"` has none, and is there from the first step too.
-        frequency: steps between updates of the masks, with `"polynomial"`; `None` makes it at least 20, if the steps do.
-        layers: names or a predicate, see `kernels`.
-        after: `settings` of the compression that the weights come from, or `None`.
+        sparsity: share of zeros in each kernel, over 0 and under 1. `None` means 0.7, or with `"2:4"` 0.5, the only share
+            that it has.
+        pattern: `"unstructured"`; `"2:4"`, two zeros in each four weights along the input axis; or `"4x1"`, blocks of four
+            inputs of one output, in Dense layers only.
+        schedule: `"polynomial"`, from none to `sparsity` over the first half of the training; or `"constant"`, `sparsity`
+            from the first step. `None` means `"polynomial"`. With `"2:4"` it must be `None`: the zeros come at the first step.
+        frequency: steps between updates of the masks, with `"polynomial"`. `None` means at least 20 updates, if there are as
+            many steps.
+        layers: names, a predicate or `None`, as in `kernels`.
+        after: `settings` of the compression that made the weights to start from, or `None`.
 
     Raises:
         RecipeError: for an argument out of its range.
@@ -40,32 +42,43 @@ class MagnitudePruning(Compressor):
         "qat": "the ranges are set. Prune first, then train for quantisation",
     }
 
-    def __init__(self, sparsity=0.7, pattern="unstructured", schedule=None, frequency=None, layers=(), after=None):
+    def __init__(self, sparsity=None, pattern="unstructured", schedule=None, frequency=None, layers=None, after=None):
+        if sparsity is None:
+            sparsity = 0.5 if pattern == "2:4" else 0.7
         if not 0 < sparsity < 1:
-            raise RecipeError(f"`sparsity` must be over 0 and under 1: the share of zeros. Received: sparsity={sparsity}")
+            raise RecipeError(
+                f"`sparsity` is a share of zeros, and must be over 0 and under 1. Received: sparsity={sparsity}",
+                argument="sparsity",
+            )
         for name, value, known in (("pattern", pattern, PATTERNS), ("schedule", schedule, (*SCHEDULES, None))):
             if value not in known:
-                raise RecipeError(f"`{name}` must be one of {', '.join(filter(None, known))}. Received: {name}={value}")
+                raise RecipeError(
+                    f"`{name}` must be one of {', '.join(filter(None, known))}. Received: {name}={value}", argument=name
+                )
         if pattern == "2:4":
             if sparsity != 0.5:
                 raise RecipeError(
-                    f"`sparsity` must be 0.5 with the pattern 2:4, which has two zeros in four. Received: sparsity={sparsity}"
+                    f"`sparsity` must be 0.5 with the pattern 2:4, which has two zeros in four. Received: sparsity={sparsity}",
+                    argument="sparsity",
                 )
             if schedule:
                 raise RecipeError(
-                    f"`schedule` must be left out with the pattern 2:4, which is there from the first step. "
-                    f"Received: schedule={schedule}"
+                    "`schedule` must be left out with the pattern 2:4, whose zeros all come at the first step. "
+                    f"Received: schedule={schedule}",
+                    argument="schedule",
                 )
         else:
             schedule = schedule or "polynomial"
         if frequency is not None:
             if frequency < 1:
-                raise RecipeError(f"`frequency` must be at least 1 step. Received: frequency={frequency}")
+                raise RecipeError(f"`frequency` must be at least 1 step. Received: frequency={frequency}", argument="frequency")
             if schedule != "polynomial":
                 raise RecipeError(
-                    "`frequency` must be left out where all zeros are there from the first step: they stay where they are. "
-                    f"Received: frequency={frequency}, with {schedule or pattern}"
+                    f"`frequency` must be left out with {schedule or pattern}, whose zeros all come at the first step. "
+                    f"Received: frequency={frequency}",
+                    argument="frequency",
                 )
+        require_layers(layers)
         self.sparsity = sparsity
         self.pattern = pattern
         self.schedule = schedule
@@ -86,19 +99,20 @@ class MagnitudePruning(Compressor):
         super().require(recipe)
         if recipe.ema:
             raise RecipeError(
-                "`ema` must be 0 with pruning: an average over steps with other zeros has hardly any. "
-                f"Received: ema={recipe.ema}"
+                "`ema` must be 0 with pruning, as an average of networks with different zeros has few zeros. "
+                f"Received: ema={recipe.ema}",
+                argument="ema",
             )
 
     def start(self, classifier, batches, steps, epochs):
         chosen = self._kernels(classifier)
-        # tfmot sets 2:4 at step 1 alone, so steps are counted from 1 for all.
+        # Steps count from 1, as tfmot sets the zeros of 2:4 at step 1 only.
         self._step = tf.Variable(1, dtype=tf.int64, trainable=False, name="step")
         masks = [tf.Variable(tf.ones(kernel.shape), trainable=False, name="mask") for kernel in chosen.values()]
         thresholds = [tf.Variable(0.0, trainable=False, name="threshold") for _ in masks]
         self.variables = [self._step, *masks]
         schedule, ramp = self._schedule(steps * epochs)
-        # From the epoch in which the last zeros come.
+        # The epoch in which the last zeros come.
         self.first_epoch = ramp // steps
         pruning = self.parts.Pruning(
             training_step_fn=lambda: self._step,
@@ -111,7 +125,7 @@ class MagnitudePruning(Compressor):
             sparsity_m_by_n=(2, 4) if self.pattern == "2:4" else None,
         )
 
-        # They return nothing: what tfmot gives are operations, which Keras could not take.
+        # Both return nothing: tfmot's operations are no values that Keras could take.
         @tf.function(autograph=False)
         def update():
             pruning.conditional_mask_update()
@@ -128,44 +142,54 @@ class MagnitudePruning(Compressor):
         chosen = kernels(classifier, self.layers)
         if self.pattern == "4x1":
             matrices = {path: kernel for path, kernel in chosen.items() if len(kernel.shape) == 2}
-            if self.layers and (others := [path for path in chosen if path not in matrices]):
-                raise RecipeError(f"`layers` must name Dense layers with the pattern 4x1. Received: {others[0]}, a convolution")
+            if self.layers is not None and (others := [path for path in chosen if path not in matrices]):
+                raise RecipeError(
+                    f"`layers` must name Dense layers with the pattern 4x1. Received: {others[0]}, a convolution",
+                    argument="layers",
+                )
             chosen = matrices
         if self.pattern != "unstructured" and (odd := [path for path in chosen if chosen[path].shape[-2] % 4]):
             raise RecipeError(
-                f"`layers` must name layers whose inputs come in fours with the pattern {self.pattern}. "
-                f"Received: {odd[0]}, with {chosen[odd[0]].shape[-2]} inputs: name the others by --layers"
+                f"`layers` must name layers with a multiple of 4 inputs with the pattern {self.pattern}. "
+                f"Received: {odd[0]}, with {chosen[odd[0]].shape[-2]} inputs",
+                argument="layers",
+                hint="Name the other layers by --layers",
             )
         group = 4 if self.pattern == "4x1" else 1
         for path, kernel in chosen.items():
             groups = kernel.value.shape.num_elements() // group
-            # As tfmot rounds it.
+            # tfmot rounds the same way.
             if round(groups * (1 - self.sparsity)) == groups:
                 raise RecipeError(
-                    f"`sparsity` must be at least {0.5 / groups:.2g} for {path} to have a zero. Received: {self.sparsity}"
+                    f"`sparsity` must be at least {0.5 / groups:.2g} for {path} to have a zero. "
+                    f"Received: sparsity={self.sparsity}",
+                    argument="sparsity",
                 )
         return chosen
 
     def _schedule(self, steps):
-        """tfmot's schedule and the steps until it is at its end.
+        """Returns tfmot's schedule, and the number of steps until its last update.
 
         Raises:
-            RecipeError: if it would do nothing.
+            RecipeError: if nothing would be pruned.
         """
         if self.schedule != "polynomial":
-            # Once: the zeros would be the least in magnitude ever after.
+            # One update: from then on the zeros are the smallest weights anyway.
             return self.parts.ConstantSparsity(self.sparsity, begin_step=1, end_step=1), 0
         if steps < 1 / RAMP:
             raise RecipeError(
-                f"`schedule` must be constant in a training of {steps} step, which has no half for the zeros to come in: "
-                f"give it more --epochs, or --schedule constant. Received: schedule={self.schedule}"
+                f"`schedule` must be constant in a training of {steps} step, as polynomial adds zeros in the first half of the "
+                f"steps. Received: schedule={self.schedule}",
+                argument="schedule",
+                hint="Give more --epochs, or --schedule constant",
             )
         frequency = self.frequency or max(1, int(steps * RAMP) // UPDATES)
-        ramp = int(steps * RAMP) // frequency * frequency  # its last step must be one of an update
+        ramp = int(steps * RAMP) // frequency * frequency  # ends with an update
         if ramp == 0:
             raise RecipeError(
-                f"`frequency` must be at most {int(steps * RAMP)} in a training of {steps} steps, half of which the "
-                f"zeros take to come: nothing would be pruned. Received: frequency={frequency}"
+                f"`frequency` must be at most {int(steps * RAMP)} in a training of {steps} steps, as zeros are added in the "
+                f"first half of it. Received: frequency={frequency}",
+                argument="frequency",
             )
         schedule = self.parts.PolynomialDecay(0.0, self.sparsity, begin_step=1, end_step=1 + ramp, frequency=frequency)
         return schedule, ramp
@@ -178,22 +202,24 @@ class MagnitudePruning(Compressor):
 
     def check(self, classifier):
         chosen = self._kernels(classifier)
-        found = {path: float(share_of_zeros([kernel])) for path, kernel in chosen.items()}
+        sparsity_by_layer = {path: float(share_of_zeros([kernel])) for path, kernel in chosen.items()}
         for path, kernel in chosen.items():
-            # A block more or less: tfmot rounds to whole ones.
+            # One block more or less, as tfmot rounds to whole blocks.
             tolerance = (4 if self.pattern == "4x1" else 1) / kernel.value.shape.num_elements()
-            if abs(found[path] - self.sparsity) > tolerance + 1e-9:
+            if abs(sparsity_by_layer[path] - self.sparsity) > tolerance + 1e-9:
                 raise RunError(
-                    f"{path} has {found[path]:.2%} zeros in place of {self.sparsity:.0%}: nothing was written. Many of its "
-                    "weights are equal, or all are 0: leave it out by --layers"
+                    f"{path} has {sparsity_by_layer[path]:.2%} zeros in place of {self.sparsity:.0%}, so no model was written: "
+                    "many of its weights are equal, or all are 0",
+                    argument="layers",
+                    hint="Name the other layers by --layers, in another --run-dir",
                 )
             if not _follows(self.pattern, np.asarray(kernel)):
-                raise RunError(f"the zeros of {path} do not lie as {self.pattern} has them: nothing was written")
-        return {"sparsity": float(share_of_zeros(chosen.values())), "sparsity_by_layer": found}
+                raise RunError(f"the zeros of {path} do not follow the pattern {self.pattern}, so no model was written")
+        return {"sparsity": float(share_of_zeros(chosen.values())), "sparsity_by_layer": sparsity_by_layer}
 
 
 def _follows(pattern, kernel):
-    """Whether the zeros of a kernel lie as they should: along the input axis, the last but one."""
+    """Whether the zeros of a kernel follow the pattern along its input axis, the last but one."""
     if pattern == "unstructured":
         return True
     inputs = np.moveaxis(kernel, -2, -1).reshape(-1, kernel.shape[-2])

@@ -1,4 +1,4 @@
-"""Quantisation-aware training: a network learns with the roundings that its integer file will have."""
+"""Quantisation-aware training: a network learns with the rounding that its integer file will have."""
 
 import contextlib
 from typing import ClassVar
@@ -14,22 +14,22 @@ from cvt_keras.quantized.layers import FakeQuantize, QuantizedConv
 from cvt_keras.quantized.model import quantize
 from cvt_keras.training.compressor import Compressor
 
-# For the first limits of the activations; training then follows what its batches have.
+# Images that set the first ranges of the activations. In training the ranges then follow the batches.
 CALIBRATION_IMAGES = 1000
-# Half the width of a range in which there is nothing but 0: a scale of 0 is none.
+# Half the width of the range of an array of zeros, as a scale can't be 0.
 _LEAST = 1e-6
 
 
 class QuantizationAwareTraining(Compressor):
-    """Trains a classifier's `quantize` form, and lets its files have the ranges that training found.
+    """Trains the `quantize` form of a classifier. The files have the ranges that the training measured.
 
-    The ranges are found by tfmot's quantizers: of activations first by `AllValuesQuantizer` on training images, then by
-    `MovingAverageQuantizer`, which alone would start at -6..6 and hardly move; of kernels by `LastValueQuantizer`, a range for
-    each output channel.
+    tfmot's quantizers measure the ranges. For activations `AllValuesQuantizer` sets them from training images, and
+    `MovingAverageQuantizer` then adapts them; by itself it would start at -6..6 and hardly move. For kernels
+    `LastValueQuantizer` sets a range per output channel.
 
     Args:
-        keep_zeros: whether a kernel's zeros stay zeros: those of a pruned run.
-        after: `settings` of the compression that the weights come from, for recipe.json; or `None`.
+        keep_zeros: whether the zeros of a pruned run stay.
+        after: `settings` of the compression that made the weights to start from, or `None`.
     """
 
     refused: ClassVar = {
@@ -47,8 +47,9 @@ class QuantizationAwareTraining(Compressor):
     def require(self, recipe):
         if recipe.precision != "float32":
             raise RecipeError(
-                "`precision` must be float32 to train for quantisation: 8 of 16 bits would be lost before the rounding. "
-                f"Received: precision={recipe.precision}"
+                "`precision` must be float32 for quantisation-aware training, as float16 and bfloat16 would round first. "
+                f"Received: precision={recipe.precision}",
+                argument="precision",
             )
         super().require(recipe)
 
@@ -56,27 +57,27 @@ class QuantizationAwareTraining(Compressor):
         try:
             return quantize(classifier)
         except ValueError as error:
-            raise RecipeError(f"`variant` can't be trained for quantisation: {error}") from error
+            raise RecipeError(f"`variant` has no quantised form: {error}", argument="variant") from error
 
     def start(self, classifier, batches, steps, epochs):
         layers = list(classifier._flatten_layers())
         self._rounding = [layer for layer in layers if isinstance(layer, FakeQuantize) and layer.limits is None]
         self._convs = [layer for layer in layers if isinstance(layer, QuantizedConv)]
-        kinds = self.parts
-        every = kinds.AllValuesQuantizer(num_bits=8, per_axis=False, symmetric=False, narrow_range=False)
-        average = kinds.MovingAverageQuantizer(num_bits=8, per_axis=False, symmetric=False, narrow_range=False)
-        last = kinds.LastValueQuantizer(num_bits=8, per_axis=True, symmetric=True, narrow_range=True)
+        parts = self.parts
+        all_values = parts.AllValuesQuantizer(num_bits=8, per_axis=False, symmetric=False, narrow_range=False)
+        average = parts.MovingAverageQuantizer(num_bits=8, per_axis=False, symmetric=False, narrow_range=False)
+        last_value = parts.LastValueQuantizer(num_bits=8, per_axis=True, symmetric=True, narrow_range=True)
         for layer in self._rounding:
-            layer.observer = _observer(every) if layer.axis is None else _observer(last, layer.axis)
+            layer.observer = _observer(all_values) if layer.axis is None else _observer(last_value, layer.axis)
             for limit in (layer.minimum, layer.maximum):
-                limit.assign(np.zeros(limit.shape))  # which `every` only widens
+                limit.assign(np.zeros(limit.shape))  # `all_values` only widens a range
 
         @tf.function(autograph=False)
         def observe(images):
             classifier(images, training=True)
 
         seen = 0
-        with _whole(layers):
+        with _without_drop_path(layers):
             for images, _ in batches:
                 observe(images)
                 seen += len(images)
@@ -103,7 +104,7 @@ class QuantizationAwareTraining(Compressor):
         self._settle_limits()
 
     def _settle_limits(self):
-        """The kernels' limits are those of the step before the last: of the kernels as they are now from here on."""
+        """Sets the kernels' limits by the kernels as they are now; a training step sets them before it changes the kernels."""
         for conv in self._convs:
             conv.kernel_quantizer(conv.kernel, training=True)
         for layer in self._rounding:
@@ -116,18 +117,21 @@ class QuantizationAwareTraining(Compressor):
         limits = {
             path: [float(np.min(layer.minimum)), float(np.max(layer.maximum))] for path, layer in _roundings(classifier).items()
         }
-        if broken := [
-            path for path, (least, most) in limits.items() if not (np.isfinite([least, most]).all() and least < most)
-        ]:
-            raise RunError(f"no range was found for {broken[0]}: train anew, at a lower --peak-learning-rate")
+        for path, (least, most) in limits.items():
+            if not (np.isfinite([least, most]).all() and least < most):
+                raise RunError(
+                    f"{path} has no range of numbers: {least}..{most}, so no model was written",
+                    argument="peak_learning_rate",
+                    hint="Train anew in another --run-dir, at a lower --peak-learning-rate",
+                )
         kernels = _kernels(classifier)
         self._zeros.check(kernels)
         return {"sparsity": float(share_of_zeros(kernels.values())), "ranges": limits}
 
 
 @contextlib.contextmanager
-def _whole(layers):
-    """Without stochastic depth: what it lets through is larger than anything at inference."""
+def _without_drop_path(layers):
+    """Turns stochastic depth off during the block, as it scales what it keeps to more than any value at inference."""
     rates = {layer: layer.rate for layer in layers if isinstance(layer, DropPath)}
     for layer in rates:
         layer.rate = 0.0
@@ -139,22 +143,23 @@ def _whole(layers):
 
 
 def _kernels(classifier):
-    """Path in the network -> the kernel of a `QuantizedConv`."""
+    """Returns the kernel of each `QuantizedConv`, by its path in the network."""
     kernels = [layer.conv.kernel for layer in classifier._flatten_layers() if isinstance(layer, QuantizedConv)]
     return {kernel.path.removesuffix("/conv/kernel"): kernel for kernel in kernels}
 
 
 def _roundings(classifier):
-    """Path in the network -> `FakeQuantize` whose limits training finds."""
+    """Returns each `FakeQuantize` whose limits are measured in training, by its path in the network."""
     layers = [layer for layer in classifier._flatten_layers() if isinstance(layer, FakeQuantize) and layer.limits is None]
     return {layer.minimum.path.removesuffix("/minimum"): layer for layer in layers}
 
 
 def _observer(quantizer, axis=None):
-    """A `FakeQuantize.observer` by one of tfmot's quantizers, which take the variables that Keras' hold.
+    """Returns a `FakeQuantize.observer` that calls one of tfmot's quantizers with the TensorFlow variables of Keras' variables.
 
     Args:
-        axis: that of the limits, which the quantizer looks for in the last one.
+        quantizer: tfmot's. It expects the channels on the last axis.
+        axis: the channels' axis, or `None` for one range for the whole array.
     """
 
     def observe(x, minimum, maximum):

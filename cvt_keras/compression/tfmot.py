@@ -1,30 +1,32 @@
-"""tensorflow-model-optimization, imported here alone and when it is needed.
+"""The only module that imports tensorflow-model-optimization, and only when it is needed.
 
-Its import turns `tf.keras` into Keras 2, for this process and by an environment variable for those that it starts, unless
-`tf.keras` was looked at before. Its calls on whole models (`prune_low_magnitude`, `cluster_weights`, `quantize_model`) refuse
-a Keras 3 model or do nothing with it. What is used here are the parts under them, on plain TensorFlow variables: the
+Its import turns `tf.keras` into Keras 2 for this process, and by an environment variable for child processes, unless
+`tf.keras` was used before. Its calls on whole models (`prune_low_magnitude`, `cluster_weights`, `quantize_model`) refuse
+a Keras 3 model or do nothing with it. This project uses the parts under them, on plain TensorFlow variables: the
 schedules and masks of pruning, the centroids of clustering, and the quantizers.
 """
 
 import os
 from types import SimpleNamespace
 
+from cvt_keras.errors import MissingPackageError
+
 _KERAS_2 = "TF_USE_LEGACY_KERAS"
 
 
 def load():
-    """The parts that are used.
+    """Imports the parts that this project uses.
 
     Returns:
         A namespace of `PolynomialDecay`, `ConstantSparsity` and `Pruning`; `ClusteringAlgorithm`, `GradientAggregation` and
         `KmeansPlusPlusCentroidsInitialisation`; `AllValuesQuantizer`, `LastValueQuantizer` and `MovingAverageQuantizer`.
 
     Raises:
-        ImportError: if it is not installed, saying what to install.
+        MissingPackageError: if it is not installed.
     """
     import tensorflow as tf
 
-    tf.keras.__version__  # noqa: B018 - settles tf.keras, which is made when it is first looked at
+    tf.keras.__version__  # noqa: B018 - tf.keras is made, and its version settled, when it is first used
     before = os.environ.get(_KERAS_2)
     try:
         from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import GradientAggregation
@@ -40,8 +42,9 @@ def load():
         from tensorflow_model_optimization.python.core.sparsity.keras.pruning_impl import Pruning
         from tensorflow_model_optimization.python.core.sparsity.keras.pruning_schedule import ConstantSparsity, PolynomialDecay
     except ImportError as error:
-        raise ImportError(
-            f"compression needs tensorflow-model-optimization: pip install tensorflow-model-optimization==0.8.1 ({error})"
+        raise MissingPackageError(
+            f"compression needs tensorflow-model-optimization: {error}",
+            hint="Install it: pip install 'cvt-keras[compress]'",
         ) from error
     finally:
         if before is None:

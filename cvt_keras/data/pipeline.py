@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from cvt_keras.data import augment, sources
+from cvt_keras.data import augment
+from cvt_keras.data.images import stretch
 
 EVALUATION_BATCH = 500  # of 32x32; divides 5,000 and 10,000: XLA compiles a remainder of another size anew
 
@@ -42,7 +43,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0):
     def load(step, chosen):
         # Bytes as long as they are only moved: a quarter of the memory that floats take.
         pixels, targets = tf.gather(images, chosen), tf.one_hot(tf.gather(labels, chosen), num_classes)
-        pixels = sources.stretch(pixels, recipe.image_size)
+        pixels = stretch(pixels, recipe.image_size)
         if recipe.flip:
             pixels = augment.flip(pixels, key(_FLIP, step))
         if recipe.crop_padding:
@@ -81,7 +82,7 @@ def evaluation_batches(split, num_classes, image_size):
     size = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 32 * 32 // image_size**2))
 
     def load(images, labels):
-        return tf.cast(sources.stretch(images, image_size), tf.float32), tf.one_hot(labels, num_classes)
+        return tf.cast(stretch(images, image_size), tf.float32), tf.one_hot(labels, num_classes)
 
     dataset = tf.data.Dataset.from_tensor_slices((split.images, split.labels)).batch(size)
     return dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)

@@ -1,16 +1,19 @@
-"""Logits and labels -> the numbers of report.json. No drawing."""
+"""The numbers of report.json, from logits and labels."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from cvt_keras.errors import DivergedError, MissingPackageError
+
 try:
     import sklearn.metrics
     from scipy.special import log_softmax
 except ImportError as error:
-    raise ImportError(f"The figures of a run need scikit-learn: pip install scikit-learn ({error})") from error
+    raise MissingPackageError(f"the metrics of a run need scikit-learn ({error}): pip install scikit-learn") from error
 
 CALIBRATION_BINS = 15  # Guo et al., arXiv 1706.04599
+ADVICE = "Train again in another --run-dir, at a lower --peak-learning-rate"
 
 
 @dataclass(frozen=True)
@@ -18,21 +21,22 @@ class Report:
     """What report.json holds.
 
     Args:
-        dataset: the real one, never `auto`.
-        data_note: what a reader of the figures must know about the data; empty if nothing.
+        dataset: the one that was used, never `auto`.
+        data_note: what a reader must know about the data; often empty.
         variant: its name.
-        recipe: every setting as it really was.
+        recipe: every setting as resolved.
         epochs, seed, image_size, class_names: of the run.
         train_images: how many it trained on.
         parameters: trainable ones.
-        macs: of one image.
-        train_seconds: of `fit`, with its compilation and validations.
+        macs: multiply-accumulates per image.
+        train_seconds: of `fit`, with compilation and validation.
         train_images_per_second: of the median epoch, without validation.
-        validation, test: what `evaluate` returns; `test` is `None` where the test split was not touched.
+        validation, test: what `evaluate` returns; `test` is `None` where the test split was not touched. Older files lack
+            `macro_f1` and `balanced_accuracy`.
         per_class, confusion: of the test split, or `None`.
-        device: the name of what trained.
+        device: the name of the device that trained.
         versions: package -> version.
-        compression: what was found in a compressed network, or `None`.
+        compression: measurements of a compressed network, or `None`.
     """
 
     dataset: str
@@ -65,16 +69,29 @@ def evaluate(logits, labels):
         labels: int `(n,)`.
 
     Returns:
-        A dict: `top1` and `top5` (fractions of 1, a tie counting as a miss; `top5` is `None` under 6 classes), `loss` (plain
-        cross-entropy, in nats), `ece` (expected calibration error), `images`.
+        A dict:
+        - `top1`, `top5`: fractions of 1. Among equal logits the class with the lowest index comes first, as in `argmax`. `top5`
+          is `None` under 6 classes.
+        - `macro_f1`, `balanced_accuracy`: means over the classes that have images, of F1 and of recall. Rare classes count as
+          much as common ones.
+        - `loss`: the plain cross-entropy, in nats.
+        - `ece`: the expected calibration error.
+        - `images`: `n`.
 
     Raises:
-        FloatingPointError: if a logit is infinite or no number.
+        DivergedError: if a logit is NaN or infinite, or if the logits of each image are the same for all classes.
     """
-    rank = _rank(logits, labels)
+    predicted = predictions(logits)
+    _require_distinct(logits)
+    # Over classes with images only: by default scikit-learn also averages over classes that are only predicted.
+    _, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
+        labels, predicted, labels=np.unique(labels), average="macro", zero_division=0
+    )
     return {
-        "top1": float(np.mean(rank == 1)),
-        "top5": float(np.mean(rank <= 5)) if logits.shape[1] > 5 else None,
+        "top1": float(np.mean(predicted == labels)),
+        "top5": _top5(logits, labels) if logits.shape[1] > 5 else None,
+        "macro_f1": float(f1),
+        "balanced_accuracy": float(recall),
         "loss": float(np.mean(_losses(logits, labels))),
         "ece": calibration_error(*reliability(logits, labels)),
         "images": len(labels),
@@ -82,15 +99,15 @@ def evaluate(logits, labels):
 
 
 def per_class(logits, labels, class_names):
-    """How each class fares.
+    """The metrics of each class.
 
     Returns:
-        A dict for each class: its `name`, `top1` (the share of its images that are found: the recall), `precision`, `f1`, and
-        `images`. A share of nothing is `None`: `top1` of a class without images, `precision` of one never predicted, `f1` of
-        one that is neither.
+        A dict for each class: its `name`, `top1` (the share of its images that are predicted right: the recall), `precision`,
+        `f1`, and `images`. A share of nothing is `None`: `top1` of a class without images, `precision` of a class that is never
+        predicted, `f1` of a class with neither.
     """
     precision, recall, f1, images = sklearn.metrics.precision_recall_fscore_support(
-        labels, predictions(logits, labels), labels=range(len(class_names)), zero_division=np.nan
+        labels, predictions(logits), labels=range(len(class_names)), zero_division=np.nan
     )
     shares = np.stack([recall, precision, f1], axis=1)
     return [
@@ -105,56 +122,60 @@ def per_class(logits, labels, class_names):
 
 def confusion(logits, labels, num_classes):
     """Counts of images, int `(num_classes, num_classes)`: a row for each label, a column for each prediction."""
-    return sklearn.metrics.confusion_matrix(labels, predictions(logits, labels), labels=range(num_classes))
+    return sklearn.metrics.confusion_matrix(labels, predictions(logits), labels=range(num_classes))
 
 
-def predictions(logits, labels):
-    """The class with the highest logit for each image, int `(n,)`: where the label ties with another class, the other.
+def predictions(logits):
+    """The class with the highest logit for each image, int `(n,)`; among equal logits the one with the lowest index.
 
     Raises:
-        FloatingPointError: if a logit is infinite or no number.
+        DivergedError: if a logit is NaN or infinite.
     """
-    others = np.array(logits, np.float64)
-    others[np.arange(len(labels)), labels] = -np.inf
-    return np.where(_rank(logits, labels) == 1, labels, others.argmax(axis=1))
+    if not np.all(np.isfinite(logits)):
+        raise DivergedError("the network's logits are NaN or infinite", hint=ADVICE)
+    return np.argmax(logits, axis=1)
 
 
 def worst(logits, labels, n):
-    """The images that the network gets wrong, up to `n` of them, the highest cross-entropy first: their indices."""
-    wrong = np.flatnonzero(_rank(logits, labels) > 1)
+    """The indices of up to `n` images that the network gets wrong, the highest cross-entropy first."""
+    wrong = np.flatnonzero(predictions(logits) != labels)
     return wrong[np.argsort(-_losses(logits, labels)[wrong], kind="stable")][:n]
 
 
 def reliability(logits, labels):
-    """What calibration is read off: the images, sorted into bins of equal width by the probability of their prediction.
+    """Sorts the images into bins of equal width by the probability of their prediction.
 
     Returns:
-        Three arrays `(CALIBRATION_BINS,)`: the mean confidence and the accuracy in each bin (no number where it is empty), and
-        its count of images.
+        Three arrays `(CALIBRATION_BINS,)`: the mean confidence and the accuracy in each bin (NaN where it is empty), and its
+        count of images.
     """
+    correct = predictions(logits) == labels
     confidence = np.exp(log_softmax(np.asarray(logits, np.float64), axis=1).max(axis=1))
-    correct = _rank(logits, labels) == 1
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     images = np.bincount(bins, minlength=CALIBRATION_BINS)
     filled = np.where(images, images, np.nan)
-    sums = (np.bincount(bins, weights=of_image, minlength=CALIBRATION_BINS) for of_image in (confidence, correct))
+    sums = (np.bincount(bins, weights=values, minlength=CALIBRATION_BINS) for values in (confidence, correct))
     return *(total / filled for total in sums), images
 
 
 def calibration_error(confidence, accuracy, images):
-    """The expected calibration error of what `reliability` gives: the mean over images of how far the two are apart."""
+    """The expected calibration error, from the bins of `reliability`: the mean over images of |accuracy - confidence|."""
     return float(np.nansum(images * np.abs(accuracy - confidence)) / images.sum())
 
 
-def _rank(logits, labels):
-    """The place of each image's label among the classes, 1 the best. A tie counts against the network: one that gives every
-    class the same must not score."""
-    if not np.all(np.isfinite(logits)):
-        raise FloatingPointError("the network's logits are infinite or no numbers")
-    of_label = logits[np.arange(len(labels)), labels]
-    return np.sum(logits >= of_label[:, None], axis=1)
+def _require_distinct(logits):
+    """Raises if each image has the same logit for all classes: by `argmax` such a network would score as one that always
+    answers the first class."""
+    if logits.shape[1] > 1 and np.all(logits == logits[:, :1]):
+        raise DivergedError("the network gives every class the same logit, for each image", hint=ADVICE)
+
+
+def _top5(logits, labels):
+    # Not sklearn's top_k_accuracy_score: among equal logits it prefers the last class, and `argmax` the first.
+    first_five = np.argsort(-np.asarray(logits, np.float64), axis=1, kind="stable")[:, :5]
+    return float(np.mean(np.any(first_five == np.asarray(labels)[:, None], axis=1)))
 
 
 def _losses(logits, labels):
-    # Not sklearn's log_loss: it takes probabilities, and cuts off those that a float can't tell from 0.
+    # Not sklearn's log_loss: it takes probabilities, and clips those that a float can't tell from 0.
     return -log_softmax(np.asarray(logits, np.float64), axis=1)[np.arange(len(labels)), labels]

@@ -24,7 +24,7 @@ class Compressor(keras.callbacks.Callback):
         first_epoch: the first epoch whose weights may be kept, counted from 0. Before it the network is not small enough yet.
     """
 
-    refused: ClassVar = {}
+    refused: ClassVar[dict[str, str]] = {}
     variables = ()
     first_epoch = 0
 
@@ -44,8 +44,8 @@ class Compressor(keras.callbacks.Callback):
         before = ((self.settings or {}).get("after") or {}).get("method")
         if before in self.refused:
             raise RecipeError(
-                f"`run_dir` must not be compressed by {before} already: {self.refused[before]}. Received: {before}",
-                argument="run_dir",
+                f"`run` must not be compressed by {before} already: {self.refused[before]}. Received: {before}",
+                argument="run",
             )
 
     def wrap(self, classifier):

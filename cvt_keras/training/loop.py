@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 
 import keras
@@ -14,12 +15,21 @@ from cvt_keras.errors import OutOfMemoryError, RecipeError
 from cvt_keras.model import build_classifier
 from cvt_keras.report import figures, metrics, page
 from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch, TensorBoard
+from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.plan import RunResult, settle, warn
+from cvt_keras.training.recipes import Recipe
 from cvt_keras.variants import macs
 
 
-def run(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=None, name="run"):
+def run(
+    recipe: Recipe,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    evaluate_test: bool = True,
+    compressor: Compressor | None = None,
+    name: str = "run",
+) -> RunResult:
     """Trains by `recipe` and writes a run folder.
 
     Args:
@@ -201,13 +211,10 @@ def finish(plan, best, history):
     with runs.whole(run_dir / runs.MODEL) as aside:
         classifier.save(aside)
 
-    def logits_of(split):
-        return classifier.predict(evaluation_batches(split, plan.num_classes, recipe.image_size), verbose=0)
-
-    tested = {}
+    tested = {"test": None, "per_class": None, "confusion": None}
     shown = {}
     if plan.test is not None:
-        logits, labels = logits_of(plan.test), plan.test.labels
+        logits, labels = _logits(classifier, plan.test, plan), plan.test.labels
         tested = {
             "test": metrics.evaluate(logits, labels),
             "per_class": metrics.per_class(logits, labels, plan.source.class_names),
@@ -228,8 +235,8 @@ def finish(plan, best, history):
         macs=macs(recipe.variant, plan.image_shape, plan.num_classes),
         train_seconds=sum(row["seconds"] for row in history),
         train_images_per_second=_images_per_second(plan, history),
-        validation=metrics.evaluate(logits_of(plan.validation), plan.validation.labels),
-        **{"test": None, "per_class": None, "confusion": None, **tested},
+        validation=metrics.evaluate(_logits(classifier, plan.validation, plan), plan.validation.labels),
+        **tested,
         compression=compression,
         device=environment.device(),
         versions=environment.versions(),
@@ -240,6 +247,10 @@ def finish(plan, best, history):
     runs.write_json(run_dir / runs.REPORT, dataclasses.asdict(report))
     page.write(run_dir)
     return RunResult(run_dir, report, history)
+
+
+def _logits(classifier, split, plan):
+    return classifier.predict(evaluation_batches(split, plan.num_classes, plan.recipe.image_size), verbose=0)
 
 
 def _images_per_second(plan, history):

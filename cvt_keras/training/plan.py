@@ -25,7 +25,7 @@ from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.report.metrics import Report
 from cvt_keras.training.callbacks import stored_data
 from cvt_keras.training.compressor import Compressor
-from cvt_keras.training.recipes import Recipe
+from cvt_keras.training.recipes import Recipe, read_recipe
 from cvt_keras.variants import Variant, get_variant, named
 
 RUNS = Path("runs")  # where a run is written that is given no folder
@@ -43,7 +43,7 @@ class RunResult:
 
     run_dir: Path
     report: Report
-    history: list[dict]
+    history: list[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
     """
     compressor = compressor or Compressor()
     recipe = _with_compression(recipe, compressor)
-    run_dir, stored = _locate(recipe, run_dir, resume, name)
-    recipe, was_auto = resolve(recipe, stored), recipe.dataset == "auto"
+    run_dir, stored, newer_fields = _locate(recipe, run_dir, resume, name)
+    recipe, was_auto = resolve(recipe, stored, newer_fields), recipe.dataset == "auto"
     compressor.require(recipe)
     print(f"{environment.device()}, {recipe.precision}, XLA {recipe.xla}", flush=True)
     if stored is not None and (result := _finished(run_dir, evaluate_test)) is not None:
@@ -188,7 +188,8 @@ def _locate(recipe, run_dir, resume, name):
     """The run folder and the recipe of the run in it.
 
     Returns:
-        A path, or `None` where it depends on which data set `auto` turns out to be; and a `Recipe`, or `None` for a new run.
+        A path, or `None` where it depends on which data set `auto` turns out to be; a `Recipe`, or `None` for a new run; and
+        the names of the fields that its recipe.json lacks, as the version that wrote it did not have them.
     """
     if run_dir is None and recipe.dataset != "auto":
         run_dir = default_run_dir(name, recipe)
@@ -206,29 +207,31 @@ def _locate(recipe, run_dir, resume, name):
     if run_dir is None:
         if resume:
             print(f"no run to resume in {RUNS}: starting from epoch 1", flush=True)
-        return None, None
+        return None, None, ()
     run_dir = Path(run_dir)
-    stored = _stored_recipe(run_dir) if resume else None
+    stored, newer_fields = _stored_recipe(run_dir) if resume else (None, ())
     if stored is None:
         runs.require_vacant(run_dir)
         if resume:
             print(f"no run to resume in {run_dir}: starting from epoch 1", flush=True)
-    return run_dir, stored
+    return run_dir, stored, newer_fields
 
 
-def resolve(recipe, stored=None):
+def resolve(recipe, stored=None, newer_fields=()):
     """Settles what is `auto` in a recipe, the data set aside.
 
     Args:
         recipe: a `Recipe`.
         stored: the recipe of the run to resume, or `None`.
+        newer_fields: the fields that its version did not have.
 
     Returns:
-        The recipe, with `precision` and `xla` as this machine will run them. With `stored`: with `dataset`, `precision` and
-        `xla` as they are stored, and with the variant that the weights had then.
+        The recipe, with `precision` and `xla` as this machine will run them. With `stored`: with `dataset`, `precision`, `xla`
+        and `newer_fields` as they were then, and with the variant that the weights had.
     """
     if stored is not None:
         left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
+        left_open += newer_fields
         if (
             recipe.weights
             and same_weights(stored.weights, recipe.weights)
@@ -368,35 +371,20 @@ def _leaves_open(variant, settled):
 
 
 def _stored_recipe(run_dir):
-    """The recipe of the run in `run_dir`, or `None` where no run has begun.
+    """The recipe of the run in `run_dir`, or `None` where no run has begun, and the names of the fields that it lacks.
 
     Raises:
         RunError: if its recipe.json is damaged.
     """
     path = run_dir / runs.RECIPE
     if not path.exists():
-        return None
+        return None, ()
     hint = "Put the run's own back, or train in another --run-dir"
     recipe = read_recipe(run_dir, hint)
     if unsettled := [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]:
         raise RunError(f"{path} is not from a run: it leaves {', '.join(unsettled)} open", hint=hint)
-    return recipe
-
-
-def read_recipe(run_dir, hint=None):
-    """The recipe of a run.
-
-    Raises:
-        RunError: if its recipe.json is damaged.
-    """
-    path = Path(run_dir) / runs.RECIPE
-    try:
-        recipe = Recipe.from_settings(runs.read_json(path))
-        if recipe.variant is not None:
-            get_variant(recipe.variant)
-    except (TypeError, RecipeError, RunError) as error:
-        raise RunError(f"{path} is damaged: {error}", hint=hint) from error
-    return recipe
+    lacking = set(recipe.settings()) - set(runs.read_json(path))
+    return recipe, sorted(lacking - {"compression"})
 
 
 def _without_images(recipe, stored):

@@ -5,14 +5,16 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import Suppress
 
+from cvt_keras import runs
 from cvt_keras.data import sources
-from cvt_keras.errors import RecipeError
+from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
 
 COMPRESSIONS = ("prune", "cluster", "qat")
@@ -105,7 +107,7 @@ class Recipe:
     xla: Literal["auto", "on", "off"] = "auto"
     """auto: on with a GPU, off on a CPU, where it is slower."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("data_dir", "weights"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))  # as recipe.json has it
@@ -146,7 +148,7 @@ class Recipe:
                 raise RecipeError(f"`{name}` must be within 0 and {most}. Received: {name}={getattr(self, name)}")
 
     @property
-    def variant_name(self):
+    def variant_name(self) -> str:
         """The variant's name, with its activation where that is another; without one the weights' name, or `custom`."""
         if isinstance(self.variant, str):
             return self.variant
@@ -159,7 +161,7 @@ class Recipe:
         last = re.split(r"[/\\]", self.weights.rstrip("/\\"))[-1]
         return re.sub(r"\.(pth|pt|bin|safetensors|keras)$", "", last)
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """The fields as JSON has them, the variant whole: what `recipe.json` holds.
 
         Without the description, which is of the recipe as written and not of what flags made of it, and with `compression`
@@ -172,7 +174,7 @@ class Recipe:
         return {**settings, "variant": None if self.variant is None else to_dict(get_variant(self.variant))}
 
     @classmethod
-    def from_settings(cls, settings):
+    def from_settings(cls, settings: dict[str, Any]) -> "Recipe":
         """The recipe that `settings` describes; what it leaves out has its default.
 
         Raises:
@@ -190,6 +192,31 @@ class Recipe:
                 raise RecipeError(str(error)) from error
             settings = {**settings, "variant": named(variant)}
         return cls(**settings)
+
+
+def read_recipe(run_dir, hint=None):
+    """The recipe of a run.
+
+    Args:
+        run_dir: the run folder.
+        hint: for the error.
+
+    Raises:
+        RunError: if its recipe.json is damaged.
+    """
+    path = Path(run_dir) / runs.RECIPE
+    try:
+        settings = runs.read_json(path)
+    except RunError as error:
+        error.hint = hint
+        raise
+    try:
+        recipe = Recipe.from_settings(settings)
+        if recipe.variant is not None:
+            get_variant(recipe.variant)
+    except (TypeError, RecipeError) as error:
+        raise RunError(f"{path} is damaged: {error}", hint=hint) from error
+    return recipe
 
 
 def _check_type(name, value, hint):

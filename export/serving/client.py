@@ -1,6 +1,6 @@
-"""Asks TF Serving what images show: python -m export.serving.client IMAGE...
+"""Asks TF Serving what images show; also the command `cvt-keras classify`.
 
-It needs neither Keras nor TensorFlow: for REST Python alone, for gRPC the messages of tensorflow-serving-api.
+It needs neither Keras nor TensorFlow; gRPC needs the messages of tensorflow-serving-api.
 """
 
 import array
@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shlex
 import socket
 import stat
 import sys
@@ -22,22 +23,22 @@ import urllib.parse
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cvt_keras.export import command
+import tyro
 
-from cvt_keras.errors import ImageError, ServingError
+from cvt_keras import cli
+from cvt_keras.errors import ArgumentError, ImageError, MissingPackageError, ServingError
 
 MODEL = "cvt"  # as in models.config
 SIGNATURE, INPUT = "serving_bytes", "image_bytes"
 ADDRESSES = {"grpc": "localhost:8500", "rest": "localhost:8501"}
-START = 'RUN="$PWD/runs/NAME" docker compose -f export/serving/docker-compose.yml up'
 
 # How a PNG and a JPEG begin, by which the SavedModel tells them as well.
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif")
 
-# What may be over in a moment; anything else is answered alike the next time.
+# What may have passed a moment later; anything else fails again.
 TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
-# Seconds before the first repetition, doubled for each further one up to the second; and up to a half more or less, so that
+# Seconds before the first retry, doubled for each further one up to the longest; and up to a half more or less, so that
 # many clients do not come back at once.
 BACKOFF, LONGEST_BACKOFF = 0.5, 10.0
 # A batch ends with the file that takes it past this, however many images it may have.
@@ -67,7 +68,7 @@ ERASE = "\r\x1b[K"
 
 
 class _NotFoundError(ServingError):
-    """A server that has not the model; or, where it is asked for an answer, not the version."""
+    """The server does not have the model; or, on a request for an answer, not its version."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,24 +96,24 @@ class Client:
         retries: how many more tries after a passing failure, each after a longer pause.
 
     Raises:
-        ValueError: for an argument that can't be; it is named.
-        ServingError: if gRPC's packages are missing.
+        ArgumentError: for an argument that can't be.
+        MissingPackageError: if gRPC's packages are missing.
     """
 
     def __init__(self, address=None, protocol="grpc", model=MODEL, version=None, timeout=10.0, retries=3):
         if protocol not in ADDRESSES:
-            raise ValueError(f"`protocol` must be one of {', '.join(ADDRESSES)}. Received: protocol={protocol}")
+            raise _argument_error("protocol", f"be one of {', '.join(ADDRESSES)}", protocol)
         address = ADDRESSES[protocol] if address is None else address
         if not _is_address(address):
-            raise ValueError(f"`address` must be HOST:PORT, as {ADDRESSES[protocol]}. Received: address={address}")
+            raise _argument_error("address", f"be HOST:PORT, as {ADDRESSES[protocol]}", address)
         if not model:
-            raise ValueError(f"`model` must be a name in models.config, as {MODEL}. Received: model={model}")
+            raise _argument_error("model", f"be a name in models.config, as {MODEL}", model)
         if version is not None and version < 1:
-            raise ValueError(f"`version` must be at least 1; leave it out for the newest. Received: version={version}")
+            raise _argument_error("version", "be at least 1; leave it out for the newest", version)
         if not 0 < timeout <= LONGEST_TIMEOUT:
-            raise ValueError(f"`timeout` must be over 0 and at most {LONGEST_TIMEOUT} seconds. Received: timeout={timeout}")
+            raise _argument_error("timeout", f"be over 0 and at most {LONGEST_TIMEOUT} seconds", timeout)
         if retries < 0:
-            raise ValueError(f"`retries` must be at least 0, which is a single try. Received: retries={retries}")
+            raise _argument_error("retries", "be at least 0, which is a single try", retries)
         self.address = address
         self.protocol = protocol
         self.model = model
@@ -131,7 +132,7 @@ class Client:
         self._server.close()
 
     def classify(self, images):
-        """Asks for all images at once, and for each alone where the server refuses the whole for the sake of one.
+        """Asks for all images at once, and for each alone if the server refuses the whole because of one.
 
         Args:
             images: the `bytes` of JPEG or PNG files.
@@ -140,12 +141,12 @@ class Client:
             For each image an `Answer`, or the `ImageError` that says why there is none.
 
         Raises:
-            ValueError: if one of them is no `bytes`.
+            ArgumentError: if one of them is not `bytes`.
             ServingError: if the server does not answer.
         """
         images = _checked(images)
-        # One bad image fails its whole batch, on a server that merges requests those of strangers too: what is plainly no
-        # image is not sent.
+        # One bad image fails its whole batch, and on a server that merges requests also those of strangers. So bytes that are
+        # plainly no image are not sent.
         answers = [None if image.startswith(MAGIC) else ImageError("neither a PNG nor a JPEG") for image in images]
         sent = [index for index, answer in enumerate(answers) if answer is None]
         try:
@@ -160,19 +161,19 @@ class Client:
         """One request, tried again after passing failures.
 
         Args:
-            images: as of `classify`, one or more.
+            images: as in `classify`, one or more.
 
         Returns:
             An `Answer` for each.
 
         Raises:
-            ValueError: if there are none, or one is no `bytes`.
-            ImageError: if the server refuses one of them, whichever it is.
+            ArgumentError: if there are none, or one is not `bytes`.
+            ImageError: if the server refuses one of them. It does not say which.
             ServingError: if it does not answer.
         """
         images = _checked(images)
         if not images:
-            raise ValueError("`images` must be at least one. Received: none")
+            raise ArgumentError("`images` must be at least one. Received: none", argument="images")
         try:
             return self._try(lambda: self._server.predict(images))
         except _NotFoundError as error:
@@ -187,7 +188,8 @@ class Client:
         return self._try(self._server.versions)
 
     def _alone(self, image):
-        # A server that merges requests refuses a good image with a stranger's bad one: bad is what it refuses each time.
+        # A server that merges requests refuses a good image together with a stranger's bad one. Only an image that it refuses
+        # each time is bad.
         for _ in range(self.retries + 1):
             try:
                 return self.predict([image])[0]
@@ -208,43 +210,64 @@ class Client:
         raise self._error(last) from last
 
     def _error(self, failure):
-        """A `_Failure` -> the error to raise."""
-        code, said = failure.code, " ".join(failure.said.split())
+        """The error to raise for a `_Failure`."""
+        code, text = failure.code, " ".join(failure.text.split())
         server = f"the server at {self.address}"
         tries = f"{self.retries + 1} {'try' if self.retries == 0 else 'tries'}"
         if code == "UNAVAILABLE":
-            return ServingError(f"{server} is not available, {tries}: {said}. To start one: {START}")
+            return ServingError(f"{server} is not available, {tries}: {text}", hint=f"To start one: {start_command()}")
         if code == "DEADLINE_EXCEEDED":
             return ServingError(
-                f"{server} gave no answer within {self.timeout:g} s, {tries}: allow it a longer `timeout` or send fewer images"
+                f"{server} gave no answer within {self.timeout:g} s, {tries}",
+                argument="timeout",
+                hint="Give it a longer --timeout, or send fewer images at once by --batch",
             )
         if code == "NOT_FOUND":
-            return _NotFoundError(f"{server} has no model {self.model}: give `model` a name in its models.config")
-        # What REST calls a bad request is several things.
-        if code == "FAILED_PRECONDITION" or "Serving signature" in said:
-            signature = f"the signature {SIGNATURE} that python -m export writes"
-            return ServingError(f"the model {self.model} at {self.address} has not {signature}: ask for another `model`")
-        if code == "INVALID_ARGUMENT" and "larger than maximum" in said:
-            return ServingError(f"{server} takes no batch of that size, make `batch` smaller: {said}")
+            return _NotFoundError(
+                f"{server} does not have the model {self.model}",
+                argument="model",
+                hint="Give --model a name in its models.config",
+            )
+        # REST calls several things a bad request.
+        if code == "FAILED_PRECONDITION" or "Serving signature" in text:
+            return ServingError(
+                f"the model {self.model} at {self.address} does not have an export's signature {SIGNATURE}",
+                argument="model",
+                hint="Name another with --model",
+            )
+        if code == "INVALID_ARGUMENT" and "larger than maximum" in text:
+            return ServingError(
+                f"{server} does not take so many images at once: {text}", argument="images", hint="Give a smaller --batch"
+            )
         if code == "INVALID_ARGUMENT":
-            return ImageError(f"refused by the server: {_of_the_image(said)[:200]}")
-        return ServingError(f"{server} failed with {code}: {said[:200]}")
+            return ImageError(f"refused by the server: {_about_the_image(text)[:200]}")
+        return ServingError(f"{server} failed with {code}: {text[:200]}")
 
     def _missing(self, loaded):
-        """The error where of the model these versions are loaded."""
+        """The error for a model of which the server has loaded the versions `loaded`."""
         server = f"the server at {self.address}"
         if self.version is None or not loaded:
             return ServingError(f"{server} has no version of {self.model} loaded at the moment; its log says why")
-        has = ", ".join(map(str, loaded))
-        return ServingError(f"{server} has no version {self.version} of {self.model}: give `version` one of {has}")
+        return ServingError(
+            f"{server} does not have version {self.version} of {self.model}, but {', '.join(map(str, loaded))}",
+            argument="version",
+            hint="Name one of them with --version",
+        )
 
 
-def _of_the_image(said):
-    """What of a server's text is of use to whoever sent the image."""
-    said = GRAPH.sub("", said).strip()
-    if said.startswith(ASSERTION):
-        said = said.removeprefix(ASSERTION).translate({ord(bracket): None for bracket in "[]"})
-    return said
+def start_command():
+    """The command line that starts a server."""
+    file = Path(__file__).with_name("docker-compose.yml")
+    file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    return f'RUN="$PWD/runs/NAME" docker compose -f {shlex.quote(str(file))} up'
+
+
+def _about_the_image(text):
+    """The part of a server's text that says something about the image."""
+    text = GRAPH.sub("", text).strip()
+    if text.startswith(ASSERTION):
+        text = text.removeprefix(ASSERTION).translate({ord(bracket): None for bracket in "[]"})
+    return text
 
 
 def _checked(images):
@@ -252,8 +275,12 @@ def _checked(images):
     images = list(images)
     for image in images:
         if not isinstance(image, bytes):
-            raise ValueError(f"`images` must be the bytes of files. Received: {type(image).__name__}")
+            raise ArgumentError(f"`images` must be the bytes of files. Received: {type(image).__name__}", argument="images")
     return images
+
+
+def _argument_error(name, rule, value):
+    return ArgumentError(f"`{name}` must {rule}. Received: {name}={value}", argument=name)
 
 
 def _is_address(address):
@@ -264,26 +291,26 @@ def _is_address(address):
 
 
 class _Failure(Exception):
-    """What a server said instead of an answer.
+    """What a server says instead of an answer.
 
     Args:
         code: the name of a gRPC status.
-        said: its text.
+        text: the server's words.
     """
 
-    def __init__(self, code, said):
-        super().__init__(code, said)
+    def __init__(self, code, text):
+        super().__init__(code, text)
         self.code = code
-        self.said = said
+        self.text = text
 
 
 @contextlib.contextmanager
-def _read(code, said):
-    """Makes a `_Failure` of what an answer lacks or has of another kind."""
+def _read(code, text):
+    """Raises a `_Failure` if the block finds that a part of an answer is missing or of another type."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _Failure(code, said) from error
+        raise _Failure(code, text) from error
 
 
 # === Protocols ===
@@ -301,16 +328,18 @@ class _Grpc:
                 prediction_service_pb2_grpc,
             )
         except ImportError as error:
-            raise ServingError(
-                f"gRPC needs tensorflow-serving-api ({error}): pip install tensorflow-serving-api, or beside tensorflow-cpu "
-                "pip install grpcio and then pip install --no-deps tensorflow-serving-api. REST needs none of them"
+            raise MissingPackageError(
+                f"`protocol` grpc needs tensorflow-serving-api, which can't be imported: {error}",
+                argument="protocol",
+                hint="pip install tensorflow-serving-api; or, beside tensorflow-cpu, pip install grpcio and then pip install "
+                "--no-deps tensorflow-serving-api; or use --protocol rest, which needs neither",
             ) from error
         self.grpc = grpc
         self.string = types_pb2.DT_STRING
         self.messages = predict_pb2, get_model_status_pb2
         self.model, self.version, self.timeout = model, version, timeout
-        # By default gRPC receives no more than 4 MB, after a failure waits longer for a connection than a retry here, and goes
-        # to $http_proxy even for this machine.
+        # By default gRPC receives 4 MB at most, waits longer for a connection after a failure than a retry here, and goes to
+        # $http_proxy even for this machine.
         options = {
             "max_receive_message_length": -1,
             "max_send_message_length": -1,
@@ -334,7 +363,7 @@ class _Grpc:
         with _read(*OTHER_MODEL):
             names = [name.decode() for name in outputs["classes"].string_val]
             flat = outputs["probabilities"]
-            # One form or the other, by a flag of the server.
+            # A flag of the server says which of the two it fills.
             flat = list(flat.float_val) or array.array("f", flat.tensor_content).tolist()
             width = len(flat) // len(images)
             return _answers(names, [flat[i * width : (i + 1) * width] for i in range(len(images))], images)
@@ -353,8 +382,8 @@ class _Grpc:
         try:
             return method(request, timeout=self.timeout)
         except self.grpc.RpcError as error:
-            code, said = error.code().name, error.details() or ""
-            raise _Failure(*(NO_GRPC if "Failed parsing HTTP/2" in said else (code, said))) from error
+            code, text = error.code().name, error.details() or ""
+            raise _Failure(*(NO_GRPC if "Failed parsing HTTP/2" in text else (code, text))) from error
 
 
 class _Rest:
@@ -387,7 +416,7 @@ class _Rest:
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
-            status, text = response.status, response.read()
+            status, answer = response.status, response.read()
         except TimeoutError as error:
             raise _Failure("DEADLINE_EXCEEDED", "timed out") from error
         except OSError as error:
@@ -400,16 +429,20 @@ class _Rest:
             connection.close()
         if status == 200:
             with _read(*NO_SERVING):
-                return read(json.loads(text))
+                return read(json.loads(answer))
         try:
-            said = json.loads(text)["error"]
+            text = json.loads(answer)["error"]
         except (ValueError, LookupError, TypeError):
-            said = text.decode(errors="replace")
-        raise _Failure(CODES.get(status, f"HTTP {status}"), str(said))
+            text = answer.decode(errors="replace")
+        raise _Failure(CODES.get(status, f"HTTP {status}"), str(text))
 
 
 class _Connection(http.client.HTTPConnection):
-    """One whose `timeout` is for the whole exchange, where http.client's is for each operation of the socket."""
+    """A connection whose `timeout` bounds the whole exchange.
+
+    By hand, as the time-outs of http.client, requests and urllib3 bound each operation of the socket: a server that sends a
+    byte now and then would hold the client for ever.
+    """
 
     def connect(self):
         deadline = time.monotonic() + self.timeout
@@ -436,62 +469,64 @@ class _Socket(socket.socket):
 
 def _answers(names, rows, images):
     if not len(names) == len(rows) == len(images) or not all(rows):
-        raise ValueError(f"{len(images)} images, {len(names)} names")
+        raise ValueError(f"{len(images)} images, {len(names)} names")  # which `_read` turns into a `_Failure`
     return [Answer(name, row) for name, row in zip(names, rows)]
 
 
 # === Command line ===
 
 
-def _arguments(argv):
-    try:
-        import tyro  # a program that uses the class above does without
-    except ImportError as error:
-        raise ServingError(f"the command needs tyro ({error}): pip install tyro") from error
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
+    """JPEG or PNG files, or folders with such files in them at any depth."""
+    address: str | None = None
+    """HOST:PORT of the server; localhost:8500, or localhost:8501 for REST."""
+    protocol: Literal["grpc", "rest"] = "grpc"
+    """How it is asked."""
+    model: str = MODEL
+    """The model's name in models.config."""
+    version: int | None = None
+    """Which export; by default the newest."""
+    batch: int = 32
+    """Images in a request; by batching.config the server takes 256."""
+    timeout: float = 10.0
+    """Seconds for each try of a request."""
+    retries: int = 3
+    """How many more tries where the server is not available or late."""
+    top: int = 1
+    """Write this many classes for each image."""
+    labels: Path | None = None
+    """The export's labels.txt, for the names of the classes after the first; by default they are numbers."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Arguments:
-        images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-        """JPEG or PNG files, or folders with such files in them at any depth."""
-        address: str | None = None
-        """HOST:PORT of the server; localhost:8500, or localhost:8501 for REST."""
-        protocol: Literal["grpc", "rest"] = "grpc"
-        """How it is asked."""
-        model: str = MODEL
-        """The model's name in models.config."""
-        version: int | None = None
-        """Which export; without it the newest."""
-        batch: int = 32
-        """Images in a request; by batching.config the server takes 256."""
-        timeout: float = 10.0
-        """Seconds for each try of a request."""
-        retries: int = 3
-        """How many more tries where the server is not available or late."""
-        top: int = 1
-        """Write this many classes for each image."""
-        labels: Path | None = None
-        """The export's labels.txt, for the names of the classes after the first; else they are numbers."""
 
-    said = {"prog": "python -m export.serving.client", "description": __doc__.partition(":")[0], "args": argv}
-    arguments, more = tyro.cli(Arguments, **said, return_unknown_args=True)
+def parse(argv):
+    """The flags of a command line.
+
+    Raises:
+        SystemExit: by tyro, for flags that it refuses and for `--help`.
+    """
+    settings = {"prog": "cvt-keras classify", "description": "Ask TF Serving what images show.", "args": argv}
+    arguments, more = tyro.cli(Arguments, **settings, return_unknown_args=True)
     if any(word.startswith("-") for word in more):
-        return tyro.cli(Arguments, **said)  # ends here, and says which
+        return tyro.cli(Arguments, **settings)  # ends here, with the name of the unknown flag
     # Images that stand after a flag, while others stand before it.
     return dataclasses.replace(arguments, images=(*arguments.images, *map(Path, more)))
 
 
 def _files(paths):
-    """Files and folders -> files."""
+    """The image files that `paths` name, or that lie in these folders."""
+    rule = "be files or folders of images"
     if not paths:
-        raise ValueError("`IMAGE` must be a file or a folder of images. Received: none")
+        raise ArgumentError(f"`images` must {rule}. Received: none", argument="images")
     for path in paths:
         if not path.exists():
-            raise ValueError(f"`IMAGE` must be a file or a folder of images. Received: {path}, which is not there")
+            raise ArgumentError(f"`images` must {rule}. Received: {path}, which does not exist", argument="images")
         within = [path]
         if path.is_dir():
             within = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
         if not within:
-            raise ValueError(f"`IMAGE` must be a file or a folder of images. Received: {path}, with no {' or '.join(ENDINGS)}")
+            raise ArgumentError(f"`images` must {rule}. Received: {path}, with no {' or '.join(ENDINGS)}", argument="images")
         yield from within
 
 
@@ -499,11 +534,13 @@ def _labels(file):
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"`labels` must be an export's labels.txt. Received: {file}, which can't be read: {error}") from error
+        raise ArgumentError(
+            f"`labels` must be an export's labels.txt. Received: {file}, which can't be read: {error}", argument="labels"
+        ) from error
 
 
 def _batches(files, size):
-    """Lists of up to `size` files, each with its `bytes` or the `ImageError` that says why it can't be read."""
+    """Yields lists of up to `size` files, each with its `bytes`, or with an `ImageError` if it can't be read."""
     batch, held = [], 0
     for file in files:
         try:
@@ -520,61 +557,60 @@ def _batches(files, size):
 
 
 def _line(file, answer, top, labels):
-    """An answer's line: file, class, probability, next class, ..., with tabs between."""
+    """The line of an answer: file, class, probability, next class, ..., separated by tabs."""
     chances = answer.probabilities
     order = sorted(range(len(chances)), key=lambda index: -chances[index])
     if labels and (len(labels) != len(chances) or labels[order[0]] != answer.name):
-        raise ServingError(f"`labels` are those of another model: it calls class {order[0]} of {len(chances)} {answer.name}")
+        raise ServingError(
+            f"`labels` are those of another model: it calls class {order[0]} of {len(chances)} {answer.name}", argument="labels"
+        )
     names = labels or {index: str(index) for index in order} | {order[0]: answer.name}
     shown = ((_escaped(names[index]), f"{chances[index]:.4f}") for index in order[:top])
     return "\t".join([_escaped(file), *(field for pair in shown for field in pair)])
 
 
 def _escaped(name):
-    """A name that keeps to its column and line."""
+    """A name without tabs and line breaks, so that it stays in its column."""
     return str(name).translate({ord(character): repr(character)[1:-1] for character in "\t\n\r"})
 
 
 def _is_file(stream):
     try:
         return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
-    except OSError:  # there is nothing behind it
+    except OSError:  # it has no file
         return False
 
 
 def main(argv):
-    """Runs the command line -> its exit code."""
-    command.raise_on_sigterm()
+    arguments = parse(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that can't be shown
+    for name in ("batch", "top"):
+        if (value := getattr(arguments, name)) < 1:
+            raise _argument_error(name, "be at least 1", value)
+    files = list(_files(arguments.images))
+    labels = _labels(arguments.labels) if arguments.labels else None
+    if arguments.protocol == "grpc":
+        _without_tensorflow()
+    names = ("address", "protocol", "model", "version", "timeout", "retries")
+    client = Client(**{name: getattr(arguments, name) for name in names})
+    if arguments.top > 1 and not labels:
+        _warn("without --labels, an export's labels.txt, classes after the first are numbers")
     try:
-        try:
-            arguments = _arguments(argv)
-            for name in ("batch", "top"):
-                if (value := getattr(arguments, name)) < 1:
-                    raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
-            files = list(_files(arguments.images))
-            labels = _labels(arguments.labels) if arguments.labels else None
-            taken = ("address", "protocol", "model", "version", "timeout", "retries")
-            client = Client(**{name: getattr(arguments, name) for name in taken})
-        except ValueError as error:
-            return command.fail("client", error, 2)
-        if arguments.top > 1 and not labels:
-            print("client: without `labels`, an export's labels.txt, classes after the first are numbers", file=sys.stderr)
         with client:
             refused = _classify(client, files, arguments.batch, arguments.top, labels)
-    except BrokenPipeError:  # of what reads the lines, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more on its way out
+    except BrokenPipeError:  # the reader of the lines has ended, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again as it exits
         return 1
-    except (ServingError, OSError) as error:
-        return command.fail("client", error, 1)
-    except KeyboardInterrupt as stop:
-        return command.stopped("client", stop)
     return 1 if refused else 0
 
 
+def _warn(text):
+    print(f"cvt-keras classify: {text}", file=sys.stderr)
+
+
 def _classify(client, files, batch, top, labels):
-    """Writes a line for each file -> how many the server did not take."""
-    # For who looks on, where the lines themselves are not seen to come; a pipe's may be, as those of tee.
+    """Writes a line for each file, and returns the number of those that have no answer."""
+    # Progress is for a terminal on which the lines themselves can't be seen: they go to a file. A pipe may show them, as tee.
     progress = len(files) > batch and sys.stderr.isatty() and _is_file(sys.stdout)
     done = refused = 0
     try:
@@ -586,7 +622,7 @@ def _classify(client, files, batch, top, labels):
                 answer = next(answers) if isinstance(image, bytes) else image
                 if isinstance(answer, ImageError):
                     refused += 1
-                    print(f"client: {_escaped(file)}: {answer}", file=sys.stderr)
+                    _warn(f"{_escaped(file)}: {answer}")
                 else:
                     print(_line(file, answer, top, labels))
             sys.stdout.flush()
@@ -600,17 +636,16 @@ def _classify(client, files, batch, top, labels):
 
 
 def _without_tensorflow():
-    """Lets the messages of tensorflow-serving-api be imported alone, in a process that needs nothing else of TensorFlow.
+    """Lets this process import the messages of tensorflow-serving-api without TensorFlow.
 
-    They import some of tensorflow.core, plain protobuf, and with it the whole of TensorFlow: seconds, and most of a gigabyte.
+    They import parts of `tensorflow.core`, plain protobuf, and with it all of TensorFlow: seconds, and most of a gigabyte. For
+    the command only: a program that calls this can't use TensorFlow afterwards.
     """
-    found = importlib.util.find_spec("tensorflow")
-    if found and "tensorflow" not in sys.modules:
+    if "tensorflow" not in sys.modules and (spec := importlib.util.find_spec("tensorflow")):
         package = types.ModuleType("tensorflow")
-        package.__path__ = list(found.submodule_search_locations)
+        package.__path__ = list(spec.submodule_search_locations)
         sys.modules["tensorflow"] = package
 
 
 if __name__ == "__main__":
-    _without_tensorflow()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(cli.run("classify", sys.argv[1:]))

@@ -1,19 +1,19 @@
-"""Serves a page that classifies images in the browser by a run's .tflite files: python -m export.web RUN"""
+"""The command `cvt-keras web`: serves a page that classifies images in the browser by a run's .tflite files."""
 
 import dataclasses
 import errno
-import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import tyro
-    from cvt_keras.export import command
-    from cvt_keras.export.web.samples import Samples
-    from cvt_keras.export.web.server import LABELS, RUNTIME, WEB, Server, artifacts
-except ImportError as error:
-    sys.exit(f"export.web: {error}. Is all of requirements.txt installed?")
+import tyro
+
+from cvt_keras import cli, runs
+from cvt_keras.errors import ArgumentError, MissingPackageError, RunError, UserError
+
+from .samples import Samples
+from .server import LABELS, RUNTIME, WEB, Server, artifacts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,50 +21,53 @@ class Arguments:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder, exported."""
     port: int = 8000
-    """Where to serve, on this machine alone; 0 is any free one."""
+    """Where to serve, on this machine only; 0 is any free port."""
     data_dir: str | None = None
-    """Where the run's data set lies now, if not where it was: a test image of each class is shown."""
+    """Where the run's data set lies now, if not where it was. The page shows a test image of each class."""
 
 
 def main(argv):
-    """Runs the command line -> its exit code."""
-    command.raise_on_sigterm()
+    description = "Serve a page that classifies images in the browser by a run's .tflite files."
+    arguments = tyro.cli(Arguments, prog="cvt-keras web", description=description, args=argv)
+    run_dir, port = arguments.run, arguments.port
+    runs.require_run(run_dir)
+    if not 0 <= port < 2**16:
+        raise ArgumentError(f"`port` must be within 0 and {2**16 - 1}. Received: port={port}", argument="port")
+    for exists, what in ((artifacts(run_dir), ".tflite file to run"), ((run_dir / LABELS).exists(), LABELS)):
+        if not exists:
+            raise RunError(
+                f"{run_dir} has no {what}",
+                argument="run_dir",
+                hint=f"Export it first: cvt-keras export {shlex.quote(str(run_dir))}",
+            )
+    if missing := [name for name in RUNTIME if not (WEB / name).exists()]:
+        raise MissingPackageError(
+            f"LiteRT.js is not installed: {missing[0]} is missing", hint=f"Node.js installs it: {installation()}"
+        )
     try:
-        arguments = tyro.cli(Arguments, prog="python -m export.web", description=__doc__.partition(":")[0], args=argv)
-        run_dir = arguments.run
-        if not (run_dir / "recipe.json").exists():
-            return _fail(f"`RUN` must be a run folder, which train.py writes. Received: {run_dir}", 2)
-        if not 0 <= arguments.port < 2**16:
-            return _fail(f"`port` must be within 0 and {2**16 - 1}. Received: port={arguments.port}", 2)
-        for there, what in ((artifacts(run_dir), ".tflite file to run"), ((run_dir / LABELS).exists(), LABELS)):
-            if not there:
-                return _fail(f"{run_dir} has no {what}: python -m export {run_dir} first", 1)
-        if missing := [name for name in RUNTIME if not (WEB / name).exists()]:
-            return _fail(f"{missing[0]} is not installed: npm ci --prefix {os.path.relpath(WEB)}", 1)
-        return _serve(arguments)
+        server = Server(run_dir, port, lambda: samples())
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return _fail(f"port {arguments.port} is in use: choose another with --port", 1)
-        return _fail(error, 1)
-    except KeyboardInterrupt as stop:
-        return command.stopped("export.web", stop)
-
-
-def _serve(arguments):
-    samples = None
-    with Server(arguments.run, arguments.port, lambda: samples()) as server:
-        samples = Samples(arguments.run, arguments.data_dir, lambda why: _fail(f"the page has no samples: {why}", 0))
+            raise UserError(f"`port` is in use: {port}", argument="port", hint="Choose another with --port") from error
+        raise
+    with server:
+        samples = Samples(run_dir, arguments.data_dir, _warn)
         try:
-            print(f"{arguments.run} is served at {server.url} until Ctrl-C", flush=True)
+            print(f"{run_dir} is served at {server.url} until Ctrl-C", flush=True)
             server.serve_forever()
         finally:
             samples.stop()
-    return 0
 
 
-def _fail(message, code):
-    return command.fail("export.web", message, code)
+def installation():
+    """The command line that installs LiteRT.js where the page looks for it."""
+    folder = WEB.relative_to(Path.cwd()) if WEB.is_relative_to(Path.cwd()) else WEB
+    return f"npm ci --prefix {shlex.quote(str(folder))}"
+
+
+def _warn(reason):
+    print(f"cvt-keras web: the page has no samples: {reason}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(cli.run("web", sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What the page is served by: a table of paths, on this machine alone."""
+"""Serves the page to this machine only: a table of paths."""
 
 import base64
 import hashlib
@@ -8,11 +8,11 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from ..verify import TFLITE_FORMATS
+
 WEB = Path(__file__).parent
 HOST = "127.0.0.1"
 LABELS = "export/labels.txt"
-# As export.tflite has them, which to import takes TensorFlow and its seconds.
-KINDS = ("float32", "float16", "dynamic_int8", "int8")
 
 PAGE = ("index.html", "style.css", "icon.svg", "app.js", "files.js", "network.js", "pixels.js")
 PACKAGES = "node_modules/@litertjs"
@@ -72,7 +72,7 @@ class Server(ThreadingHTTPServer):
             return _file(WEB / (path[1:] or "index.html"))
         if path == "/run.json":
             return json.dumps({"labels": self.labels(), "artifacts": artifacts(self.run_dir)}).encode(), TYPES["json"]
-        if path in (f"/{kind}.tflite" for kind in KINDS):
+        if path in (f"/{kind}.tflite" for kind in TFLITE_FORMATS):
             return _file(self.run_dir / "export" / "tflite" / path[1:])
         if path == "/samples.json":
             return json.dumps([sample["label"] for sample in self.samples()]).encode(), TYPES["json"]
@@ -128,8 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def artifacts(run_dir):
-    """The .tflite files of a run -> a list of dicts, each with its `name` and `bytes`, in the order of `KINDS`."""
-    files = {kind: Path(run_dir) / "export" / "tflite" / f"{kind}.tflite" for kind in KINDS}
+    """The .tflite files of a run -> a list of dicts, each with its `name` and `bytes`, in the order of `TFLITE_FORMATS`."""
+    files = {kind: Path(run_dir) / "export" / "tflite" / f"{kind}.tflite" for kind in TFLITE_FORMATS}
     return [{"name": kind, "bytes": file.stat().st_size} for kind, file in files.items() if file.is_file()]
 
 

@@ -4,9 +4,11 @@ import shutil
 import numpy as np
 import pytest
 from cvt_keras.export import tflite
+from PIL import Image
 
 from benchmarks import compression
 from cvt_keras import build_classifier, runs
+from cvt_keras.report import figures
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def test_it_prints_a_row_for_each_and_draws(run_dirs, tmp_path, capsys):
 
 
 def test_a_folder_without_a_run_is_told(run_dirs, tmp_path):
-    with pytest.raises(SystemExit, match=r"compression: `RUN` must be a run folder"):
+    with pytest.raises(SystemExit, match=r"compression: `run_dir` must be a run folder"):
         compression.main([str(run_dirs[0]), str(tmp_path)])
 
 
@@ -105,3 +107,43 @@ def test_runs_that_were_checked_on_other_images_are_not_compared(run_dirs, tmp_p
     runs.write_json(path, report)
     with pytest.raises(SystemExit, match=r"was checked on .*export them with the same --verify-images"):
         compression.main([str(run_dirs[0]), str(tmp_path / "other")])
+
+
+FILES = [
+    {"run": "ten", "file": "float32", "top1": 0.84, "gzip": 4_000_000},
+    {"run": "ten", "file": "int8", "top1": 0.84, "gzip": 1_000_000},
+    {"run": "pruned", "file": "int8", "top1": 0.83, "gzip": 500_000},
+    {"run": "clustered", "file": "int8", "top1": 0.82, "gzip": 600_000},
+]
+
+
+def test_the_front_is_of_files_that_none_beats():
+    assert compression.pareto(FILES) == FILES[1:3]
+    assert compression.pareto([FILES[0], dict(FILES[0])]) == [FILES[0]] * 2
+
+
+def test_the_trade_shows_each_file_and_the_front():
+    figure = compression.trade(FILES)
+    [axes] = figure.axes
+    front, *points = axes.lines
+    assert (list(front.get_xdata()), list(front.get_ydata())) == ([0.5, 1.0], [0.83, 0.84])
+    assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in points] == [
+        (file["gzip"] / 1e6, file["top1"]) for file in FILES
+    ]
+    assert len({point.get_color() for point in points}) == len({file["run"] for file in FILES})
+    assert [text.get_text() for text in axes.get_legend().get_texts()][1:] == ["float32", "int8"]
+    [runs] = figure.legends
+    assert [text.get_text() for text in runs.get_texts()] == list(dict.fromkeys(file["run"] for file in FILES))
+    assert not axes.texts
+
+
+def test_a_file_far_below_the_best_does_not_press_the_others_together():
+    [axes] = compression.trade([*FILES, {"run": "lost", "file": "int8", "top1": 0.2, "gzip": 100_000}]).axes
+    assert axes.get_ylim()[0] == pytest.approx(0.84 - compression.MOST_POINTS)
+    assert [text.get_text() for text in axes.texts] == ["20.0%"]
+
+
+def test_a_picture_is_saved_whole(tmp_path):
+    figures.save(compression.trade(FILES), tmp_path / "trade.png")
+    assert np.asarray(Image.open(tmp_path / "trade.png")).std() > 1
+    assert [path.name for path in tmp_path.iterdir()] == ["trade.png"]

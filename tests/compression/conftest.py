@@ -25,18 +25,18 @@ def trained(cifar10_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compressed(trained, tmp_path_factory):
-    """Compresses by the command line -> the new run's folder; each once for all tests."""
-    from cvt_keras.compression.__main__ import main
+    """Compresses by the command line, once for all tests. Returns the new run folder."""
+    from cvt_keras import cli
 
     folder = tmp_path_factory.mktemp("compressed")
 
     def compress(name):
-        """Of a name such as `prune`, or `prune-qat` for one after the other."""
+        """Takes a name such as `prune`, or `prune-qat` for one after the other."""
         run_dir = folder / name
         if not run_dir.exists():
             before, _, method = name.rpartition("-")
             source = compress(before) if before else trained
-            assert main([method, str(source), "--run-dir", str(run_dir), "--train-limit", "256", *EXTRA.get(name, ())]) == 0
+            assert cli.main([method, str(source), "--run-dir", str(run_dir), "--train-limit", "256", *EXTRA.get(name, ())]) == 0
         return run_dir
 
     return compress
@@ -47,14 +47,15 @@ EXTRA = {"cluster": ("--clusters", "8"), "prune-cluster": ("--clusters", "8")}
 
 @pytest.fixture(scope="session")
 def exported(compressed):
-    """Exports a compressed run -> the folder of its TFLite files."""
-    from cvt_keras.export.artifacts import main
+    """Exports a compressed run. Returns the folder of its TFLite files."""
+    from cvt_keras import cli
 
     def export(name):
         run_dir = compressed(name)
         if not (run_dir / "export").exists():
             others = ["float16", "saved_model"] if name == "qat" else []
-            assert main([str(run_dir), "--formats", "float32", "dynamic_int8", "int8", *others, "--verify-images", "100"]) == 0
+            formats = ["float32", "dynamic_int8", "int8", *others]
+            assert cli.main(["export", str(run_dir), "--formats", *formats, "--verify-images", "100"]) == 0
         return run_dir / "export" / "tflite"
 
     return export

@@ -119,10 +119,13 @@ def test_layers_can_be_named(classifier):
 def test_fewer_than_two_values_are_refused(clusters):
     with pytest.raises(RecipeError, match=rf"`clusters` must be at least 2.*clusters={clusters}"):
         WeightClustering(clusters)
+    with pytest.raises(RecipeError) as refusal:
+        WeightClustering(layers=())
+    assert refusal.value.argument == "layers"
 
 
 def test_more_values_than_there_are_are_refused(classifier):
-    with pytest.raises(RecipeError, match=r"`clusters` must be at most 64, the values that stage0_block0/attention/proj_q has"):
+    with pytest.raises(RecipeError, match=r"`clusters` must be at most 64, .* stage0_block0/attention/proj_q"):
         WeightClustering(65).start(classifier, None, 10, 1)
 
 

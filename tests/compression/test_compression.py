@@ -1,10 +1,9 @@
-"""The command line on real files: what it writes, what it refuses, and how it goes on."""
+"""Compression of real runs: what it writes, what it refuses, and how it resumes."""
 
 import collections
 import dataclasses
 import json
 import shutil
-from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -14,14 +13,14 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from cvt_keras.export.verify import BOUNDS, QUANTIZED
 from tensorflow.lite.python import schema_py_generated as schema
 
-from cvt_keras import runs
-from cvt_keras.compression.__main__ import main
+from cvt_keras import cli, runs
+from cvt_keras.compression import compress
 from cvt_keras.compression.kernels import kernels, share_of_zeros
 from cvt_keras.compression.pruning import MagnitudePruning
-from cvt_keras.errors import CheckpointError, RecipeError
+from cvt_keras.errors import CheckpointError, NoRunError, OccupiedError, OutOfMemoryError, RecipeError, RunError
 from cvt_keras.quantized.layers import FakeQuantize, QuantizedConv
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
-from cvt_keras.training import Recipe, callbacks, run
+from cvt_keras.training import Recipe, RunResult, callbacks, run
 
 
 def _classifier(run_dir):
@@ -119,7 +118,7 @@ def test_a_quantised_run_reloads_to_the_same_answers(compressed):
     assert set(ranges) == set(found)
     for path, (least, most) in ranges.items():
         assert (np.min(found[path].minimum), np.max(found[path].maximum)) == (np.float32(least), np.float32(most))
-    assert quantized_cvt_of(classifier).preprocessing["class_names"] == _report(run_dir)["class_names"]
+    assert quantized_cvt_of(classifier).preprocessing.class_names == tuple(_report(run_dir)["class_names"])
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype("float32")
     again = _classifier(run_dir)
     np.testing.assert_array_equal(classifier(images), again(images))
@@ -207,85 +206,99 @@ def _operations(file):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "method, options, argument",
     [
-        (["prune", "--sparsity", "1.5"], "`sparsity` must be over 0 and under 1: the share of zeros. Received: sparsity=1.5"),
-        (["prune", "--sparsity", "0"], "sparsity=0"),
-        (["prune", "--pattern", "2:4", "--sparsity", "0.7"], "`sparsity` must be 0.5 with the pattern 2:4"),
-        (["prune", "--pattern", "2:4", "--schedule", "constant"], "`schedule` must be left out with the pattern 2:4"),
-        (["prune", "--schedule", "constant", "--frequency", "2"], "`frequency` must be left out"),
-        (["qat", "--precision", "mixed_bfloat16"], "`precision` must be float32 to train for quantisation"),
-        (["prune", "--frequency", "10000"], "nothing would be pruned. Received: frequency=10000"),
-        (["prune", "--layers", "stage7"], "`layers` must name layers with a kernel"),
-        (["cluster", "--layers", "stage7"], "`layers` must name layers with a kernel"),
-        (["cluster", "--clusters", "1"], "`clusters` must be at least 2"),
-        (["cluster", "--clusters", "5000"], "`clusters` must be at most 1152, the values that stage0_embed/proj has"),
-        (["qat", "--epochs", "0"], "`epochs` must be at least 1. Received: epochs=0"),
+        ("prune", {"sparsity": 1.5}, "sparsity"),
+        ("prune", {"sparsity": 0}, "sparsity"),
+        ("prune", {"pattern": "2:4", "sparsity": 0.7}, "sparsity"),
+        ("prune", {"pattern": "2:4", "schedule": "constant"}, "schedule"),
+        ("prune", {"schedule": "constant", "frequency": 2}, "frequency"),
+        ("prune", {"frequency": 10000}, "frequency"),
+        ("prune", {"layers": ["stage7"]}, "layers"),
+        ("prune", {"layers": ()}, "layers"),
+        ("prune", {"layers": "stage1"}, "layers"),
+        ("prune", {"clusters": 4}, "clusters"),
+        ("prune", {"after": {"method": "qat"}}, "after"),
+        ("cluster", {"layers": ["stage7"]}, "layers"),
+        ("cluster", {"layers": []}, "layers"),
+        ("cluster", {"clusters": 1}, "clusters"),
+        ("cluster", {"clusters": 5000}, "clusters"),
+        ("qat", {"precision": "mixed_bfloat16"}, "precision"),
+        ("qat", {"epochs": 0}, "epochs"),
+        ("zip", {}, "method"),
     ],
 )
-def test_a_wrong_argument_is_one_line(arguments, said, trained, tmp_path, capsys):
-    method, *flags = arguments
-    assert main([method, str(trained), "--run-dir", str(tmp_path / "new"), *flags]) == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compression: ")]
-    assert said in line
-    assert not (tmp_path / "new" / "model.keras").exists()
-
-
-@pytest.mark.parametrize(
-    "before, method, said",
-    [
-        ("prune", "prune", "prune already: start from the run before it"),
-        ("cluster", "cluster", "cluster already: start from the run before it"),
-        ("qat", "qat", "qat already: start from the run before it"),
-        ("cluster", "prune", "cluster already: training would move its values apart. Prune first"),
-        ("qat", "prune", "qat already: the ranges are set. Prune first"),
-        ("qat", "cluster", "qat already: the ranges are set. Cluster the run before it"),
-        (
-            "cluster",
-            "qat",
-            "cluster already: training would move its values apart. Start from the run that it was clustered from",
-        ),
-    ],
-)
-def test_what_can_not_come_after_another_is_refused(before, method, said, compressed, tmp_path, capsys):
-    assert main([method, str(compressed(before)), "--run-dir", str(tmp_path / "new")]) == 2
-    assert f"`RUN` must not be compressed by {said}" in capsys.readouterr().err
+def test_a_wrong_argument_is_named(method, options, argument, trained, tmp_path):
+    with pytest.raises(RecipeError, match=rf"`{argument}` .* Received") as refusal:
+        compress(trained, tmp_path / "new", method, **options)
+    assert refusal.value.argument == argument or argument == "epochs"
+    assert "--" not in refusal.value.summary
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
-    assert main(["prune", str(tmp_path), "--run-dir", str(tmp_path / "new")]) == 2
-    assert "`RUN` must be a run folder" in capsys.readouterr().err
+@pytest.mark.parametrize("flags", [["--sparsity", "1.5"], ["--layers"]])
+def test_a_wrong_value_of_a_flag_is_one_line(flags, trained, tmp_path, capsys):
+    assert cli.main(["prune", str(trained), "--run-dir", str(tmp_path / "new"), *flags]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cvt-keras prune: ")]
+    assert f"`{flags[0].removeprefix('--')}`" in line
 
 
-def test_a_run_without_a_model_is_refused(trained, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "before, method",
+    [
+        ("prune", "prune"),
+        ("cluster", "cluster"),
+        ("qat", "qat"),
+        ("cluster", "prune"),
+        ("qat", "prune"),
+        ("qat", "cluster"),
+        ("cluster", "qat"),
+    ],
+)
+def test_methods_that_can_not_follow_each_other_are_refused(before, method, compressed, tmp_path):
+    with pytest.raises(RecipeError, match=f"must not be compressed by {before} already") as refusal:
+        compress(compressed(before), tmp_path / "new", method)
+    assert refusal.value.argument == "run"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(NoRunError) as refusal:
+        compress(tmp_path, tmp_path / "new", "prune")
+    assert (refusal.value.argument, refusal.value.exit_code) == ("run", 2)
+
+
+def test_a_run_without_a_model_is_refused(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "model.keras").unlink()
-    assert main(["qat", str(tmp_path / "run"), "--run-dir", str(tmp_path / "new")]) == 1
-    assert "has no model.keras yet: finish its training by --resume" in capsys.readouterr().err
+    with pytest.raises(RunError, match=r"is not finished: it has no model\.keras") as refusal:
+        compress(tmp_path / "run", tmp_path / "new", "qat")
+    assert (refusal.value.argument, refusal.value.exit_code) == ("run", 1)
 
 
 @pytest.mark.parametrize("compression", [{"sparsity": 0.7}, {"method": "zip"}])
-def test_a_broken_recipe_is_told(compression, trained, tmp_path, capsys):
+def test_a_damaged_recipe_is_called_damaged(compression, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     recipe = runs.read_json(trained / "recipe.json") | {"compression": compression}
     runs.write_json(tmp_path / "run" / "recipe.json", recipe)
-    assert main(["prune", str(tmp_path / "run"), "--run-dir", str(tmp_path / "new")]) == 1
-    assert "recipe.json is broken: `compression` must have a `method`" in capsys.readouterr().err
+    with pytest.raises(RunError, match=r"recipe\.json is damaged: `compression` must have a `method`"):
+        compress(tmp_path / "run", tmp_path / "new", "prune")
 
 
-def test_a_run_is_never_overwritten(trained, compressed, capsys):
-    assert main(["prune", str(trained), "--run-dir", str(compressed("cluster"))]) == 2
-    assert "`run_dir` already holds a run" in capsys.readouterr().err
+def test_a_run_is_never_overwritten(trained, compressed):
+    with pytest.raises(OccupiedError) as refusal:
+        compress(trained, compressed("cluster"), "prune")
+    assert refusal.value.argument == "run_dir"
 
 
 def test_a_compressed_recipe_is_not_for_train_py(compressed, tmp_path):
     recipe = Recipe.from_settings(runs.read_json(compressed("prune") / "recipe.json"))
-    with pytest.raises(RecipeError, match=r"`compression` is no training.*python -m cvt_keras\.compression"):
+    with pytest.raises(RecipeError) as refusal:
         run(recipe, tmp_path / "run")
+    assert refusal.value.argument == "compression"
 
 
-def test_a_recipe_without_compression_does_not_speak_of_it(trained):
+def test_recipe_json_has_compression_only_if_there_is_one(trained):
     assert "compression" not in json.loads((trained / "recipe.json").read_text())
     assert dataclasses.replace(Recipe(), compression={"method": "qat"}).settings()["compression"] == {"method": "qat"}
 
@@ -298,21 +311,22 @@ def test_flags_reach_the_recipe(trained, compressed, tmp_path):
     assert after["peak_learning_rate"] == before["peak_learning_rate"] / 4
     assert (after["epochs"], after["train_limit"], after["test_limit"]) == (2, 256, 256)
     assert after["weights"] == str(trained / "model.keras")
-    given = {
+    values = {
         "seed": 7,
         "epochs": 1,
         "batch_size": 16,
         "precision": "mixed_bfloat16",
         "train_limit": 64,
+        "validation_limit": 60,
         "test_limit": 50,
         "peak_learning_rate": 0.003,
     }
-    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     flags += ["--data-dir", before["data_dir"]]
     pruning = ["--sparsity", "0.4", "--schedule", "polynomial", "--frequency", "1", "--layers", "stage1"]
-    assert main(["prune", str(trained), "--run-dir", str(tmp_path / "new"), *flags, *pruning]) == 0
+    assert cli.main(["prune", str(trained), "--run-dir", str(tmp_path / "new"), *flags, *pruning]) == 0
     stored = json.loads((tmp_path / "new" / "recipe.json").read_text())
-    assert {name: stored[name] for name in given} == given
+    assert {name: stored[name] for name in values} == values
     assert stored["compression"] == {
         "method": "prune",
         "sparsity": 0.4,
@@ -321,11 +335,12 @@ def test_flags_reach_the_recipe(trained, compressed, tmp_path):
         "frequency": 1,
         "layers": ["stage1"],
     }
-    assert _report(tmp_path / "new")["test"]["images"] == 50
+    report = _report(tmp_path / "new")
+    assert (report["validation"]["images"], report["test"]["images"]) == (60, 50)
 
 
 @pytest.mark.parametrize("name", ["prune", "prune-cluster", "prune-qat"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, trained, compressed, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_resumes_to_the_same_weights(name, trained, compressed, tmp_path, monkeypatch, capsys):
     before, _, method = name.rpartition("-")
     source = compressed(before) if before else trained
     flags = ["--clusters", "8"] if method == "cluster" else []
@@ -338,14 +353,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, trained, compressed, 
 
     with monkeypatch.context() as patch:
         patch.setattr("cvt_keras.training.loop.Checkpoints", Stopped)
-        assert main(command) == 130
-    assert f"To go on: python -m cvt_keras.compression {method} " in capsys.readouterr().err
+        assert cli.main(command) == 130
+    assert f"To resume: cvt-keras {method} " in capsys.readouterr().err
     assert not (tmp_path / "run" / "model.keras").exists()
-    assert main([*command, "--resume"]) == 0
-    assert "going on after epoch 1 of 2" in capsys.readouterr().out
+    assert cli.main([*command, "--resume"]) == 0
+    assert "resuming after epoch 1 of 2" in capsys.readouterr().out
     for value, expected in zip(_classifier(tmp_path / "run").get_weights(), _classifier(compressed(name)).get_weights()):
         np.testing.assert_allclose(value, expected, atol=1e-4)
-    assert main([*command, "--resume", "--epochs", "3"]) == 2
+    assert cli.main([*command, "--resume", "--epochs", "3"]) == 2
     assert "epochs was 2 and is 3" in capsys.readouterr().err
 
 
@@ -357,8 +372,11 @@ def test_only_epochs_with_all_zeros_are_kept(trained, tmp_path, monkeypatch):
             super().on_test_end({**logs, "accuracy": 1.0 - self._epoch})
 
     monkeypatch.setattr("cvt_keras.training.loop.BestWeights", Best)
-    assert main(["prune", str(trained), "--run-dir", str(tmp_path / "run"), "--train-limit", "256"]) == 0
-    assert _report(tmp_path / "run")["compression"]["sparsity"] == pytest.approx(0.7, abs=2e-3)
+    result = compress(trained, tmp_path / "run", "prune", train_limit=256)
+    assert isinstance(result, RunResult)
+    assert [row["epoch"] for row in result.history] == [1, 2]
+    assert result.report.compression == _report(tmp_path / "run")["compression"]
+    assert result.report.compression["sparsity"] == pytest.approx(0.7, abs=2e-3)
 
 
 @pytest.mark.parametrize("method, precision", [("prune", "auto"), ("cluster", "auto"), ("qat", "float32")])
@@ -367,47 +385,46 @@ def test_what_does_not_go_with_compression_is_off(method, precision, trained, tm
     recipe = runs.read_json(trained / "recipe.json")
     recipe |= {"ema": 0.999, "layer_decay": 0.8, "precision": "mixed_bfloat16", "xla": "on", "batch_size": 8}
     runs.write_json(tmp_path / "run" / "recipe.json", recipe)
-    taken = []
-
-    def train(recipe, run_dir, resume, compression):
-        taken.append(recipe)
-        return SimpleNamespace(test={"top1": 0.5, "images": 1})
-
-    monkeypatch.setattr("cvt_keras.compression.__main__.run", train)
-    assert main([method, str(tmp_path / "run"), "--run-dir", str(tmp_path / "new")]) == 0
-    [recipe] = taken
+    recipes = []
+    monkeypatch.setattr(
+        "cvt_keras.compression.methods.train", lambda recipe, run_dir, resume, compressor: recipes.append(recipe)
+    )
+    compress(tmp_path / "run", tmp_path / "new", method)
+    [recipe] = recipes
     assert (recipe.ema, recipe.layer_decay, recipe.precision, recipe.xla, recipe.batch_size) == (0, 1, precision, "auto", 8)
 
 
 def test_what_can_not_be_combined_is_refused_from_python_too(trained, tmp_path):
     recipe = dataclasses.replace(Recipe.from_settings(runs.read_json(trained / "recipe.json")), ema=0.9)
     with pytest.raises(RecipeError, match=r"`ema` must be 0 with pruning"):
-        run(recipe, tmp_path / "run", compression=MagnitudePruning())
+        run(recipe, tmp_path / "run", compressor=MagnitudePruning())
     assert not (tmp_path / "run").exists()
 
 
-def test_images_of_other_classes_are_refused(trained, tmp_path, capsys):
-    """Whose head would be a new one, at the learning rate of a network that is trained already."""
+def test_images_of_other_classes_are_refused(trained, tmp_path):
+    """The head would be a new one, trained at the low learning rate of a trained network."""
     recipe = runs.read_json(trained / "recipe.json") | {"dataset": "digits"}
     shutil.copytree(trained, tmp_path / "run")
     runs.write_json(tmp_path / "run" / "recipe.json", recipe)
-    assert main(["prune", str(tmp_path / "run"), "--run-dir", str(tmp_path / "new")]) == 2
-    said = capsys.readouterr().err
-    assert "`data_dir` must lead to the images that" in said and "of 0, 1, 2, 3, 4 and 5 more" in said
-    assert not (tmp_path / "new" / "recipe.json").exists()
+    with pytest.raises(RecipeError, match="0, 1, 2, 3, 4 and 5 more") as refusal:
+        compress(tmp_path / "run", tmp_path / "new", "prune")
+    assert refusal.value.argument == "data_dir"
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_quantised_run_is_no_start_for_another_training(compressed, tmp_path):
     recipe = dataclasses.replace(Recipe.from_settings(runs.read_json(compressed("qat") / "recipe.json")), compression=None)
     recipe = dataclasses.replace(recipe, weights=str(compressed("qat") / "model.keras"))
-    with pytest.raises(CheckpointError, match="a last step: start from the run before"):
+    with pytest.raises(CheckpointError):
         run(recipe, tmp_path / "run")
 
 
-def test_too_little_memory_names_flags_that_there_are(trained, tmp_path, monkeypatch, capsys):
+def test_too_little_memory_names_only_flags_of_the_command(trained, tmp_path, monkeypatch):
     def exhaust(*args, **kwargs):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")
 
     monkeypatch.setattr(keras.Model, "fit", exhaust)
-    assert main(["qat", str(trained), "--run-dir", str(tmp_path / "run")]) == 1
-    assert "train at a smaller --batch-size than 32, into another --run-dir" in capsys.readouterr().err
+    with pytest.raises(OutOfMemoryError) as failure:
+        compress(trained, tmp_path / "run", "qat")
+    assert failure.value.argument == "batch_size"
+    assert "--batch-size than 32" in failure.value.hint and "--image-size" not in failure.value.hint

@@ -56,7 +56,15 @@ def test_a_predicate_chooses():
         kernels(_classifier(), lambda path: False)
 
 
+@pytest.mark.parametrize("layers", [(), [], "stage1"])
+def test_no_names_or_one_string_are_refused(layers):
+    with pytest.raises(RecipeError) as refusal:
+        kernels(_classifier("cvt_tiny"), layers)
+    assert refusal.value.argument == "layers"
+
+
 def test_any_predicate_has_a_name_for_the_recipe():
+    assert describe(None) == []  # as recipe.json has it since version 0.1
     assert describe(("stage1",)) == ["stage1"]
     assert describe(shlex.quote) == "shlex.quote"
     assert "partial" in describe(functools.partial(str.startswith, "stage0"))

@@ -162,8 +162,9 @@ def test_ranges_are_told_by_their_place():
 def test_a_range_that_is_no_number_is_told():
     training, made = _started()
     made.get_layer("cvt").get_layer("norm").quantizers["inverse"].maximum.assign(np.nan)
-    with pytest.raises(RunError, match=r"no range was found for norm/inverse_quantizer.*--peak-learning-rate"):
+    with pytest.raises(RunError, match="norm/inverse_quantizer has no range") as failure:
         training.check(made)
+    assert failure.value.argument == "peak_learning_rate"
 
 
 def test_it_comes_back_from_a_file(tmp_path):
@@ -181,7 +182,7 @@ def test_half_precision_is_refused():
 
 
 def test_a_clustered_run_is_refused():
-    with pytest.raises(RecipeError, match="`RUN` must not be compressed by cluster already: training would move its values"):
+    with pytest.raises(RecipeError, match="must not be compressed by cluster already: training would move its values"):
         QuantizationAwareTraining(after={"method": "cluster"}).require(dataclasses.replace(SMOKE, precision="float32"))
 
 
@@ -189,5 +190,5 @@ def test_a_network_without_integer_form_is_refused():
     from cvt_keras import Stage, Variant
 
     variant = Variant((Stage(dim=8, depth=1, heads=1, projection="avg"),))
-    with pytest.raises(RecipeError, match=r"`variant` can't be trained for quantisation.*avg"):
+    with pytest.raises(RecipeError, match=r"`variant` has no quantised form.*avg"):
         QuantizationAwareTraining().wrap(build_classifier(variant, 2, (32, 32, 3)))

@@ -77,7 +77,7 @@ def test_a_config_that_says_what_can_not_be_is_refused_in_a_line(change, part, t
     assert part in line
 
 
-@pytest.mark.parametrize("text, part", [("{", "broken"), ("[]", "JSON object.*list"), ("{}", "`model_type`")])
+@pytest.mark.parametrize("text, part", [("{", "damaged"), ("[]", "JSON object.*list"), ("{}", "`model_type`")])
 def test_a_file_that_is_no_config_is_told(text, part, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=rf"config\.json is no config of a CvT.*{part}"):
@@ -90,9 +90,9 @@ def test_a_file_that_is_no_config_is_told(text, part, tmp_path):
 def test_class_names_are_those_that_somebody_gave(tmp_path):
     variant, preprocessing = configs.read(_write(tmp_path), 3)
     assert variant == TINY
-    assert preprocessing["class_names"] == [f"class {i}" for i in range(5)]
+    assert preprocessing.class_names == tuple(f"class {i}" for i in range(5))
     _, preprocessing = configs.read(_write(tmp_path, id2label={str(i): f"LABEL_{i}" for i in range(5)}), 3)
-    assert preprocessing["class_names"] is None
+    assert preprocessing.class_names is None
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,12 @@ def test_class_names_are_those_that_somebody_gave(tmp_path):
 )
 def test_every_form_of_an_image_processor_is_understood(processor, expected, tmp_path):
     _, found = configs.read(_write(tmp_path, processor), 3)
-    assert {name: found[name] for name in expected} == expected
+    assert found.replace(**expected) == found
 
 
 def test_imagenets_mean_is_not_that_of_four_channels(tmp_path):
     _, found = configs.read(_write(tmp_path), 4)
-    assert (found["mean"], found["std"]) == (None, None)
+    assert (found.mean, found.std) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cvt_keras.data import sources
+from cvt_keras.data.images import stretch
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
-from cvt_keras.data.sources import Split
+from cvt_keras.data.split import Split
 from cvt_keras.training.recipes import SMOKE
 
 PLAIN = dataclasses.replace(SMOKE, image_size=8, epochs=2, batch_size=16, flip=False, crop_padding=0)
@@ -113,7 +113,7 @@ def test_evaluation_batches_of_large_images_are_small():
 def test_small_images_are_stretched_as_they_are_used(split):
     recipe = dataclasses.replace(PLAIN, image_size=20, epochs=1)
     [(images, _), *_] = training_batches(split, 10, recipe).as_numpy_iterator()
-    whole = sources.stretch(split.images, 20).numpy()
+    whole = stretch(split.images, 20).numpy()
     for image in images:
         assert np.any(np.all(whole == image, axis=(1, 2, 3)))
     shown = np.concatenate([images for images, _ in evaluation_batches(split, 10, 20).as_numpy_iterator()])

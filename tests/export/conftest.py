@@ -4,6 +4,8 @@ import keras
 import numpy as np
 import pytest
 
+from cvt_keras import cli
+
 
 @pytest.fixture(scope="session")
 def trained(cifar10_dir, tmp_path_factory):
@@ -22,9 +24,7 @@ def trained(cifar10_dir, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(trained):
     """The same, exported."""
-    from cvt_keras.export.artifacts import main
-
-    assert main([str(trained)]) == 0
+    assert cli.main(["export", str(trained)]) == 0
     return trained
 
 
@@ -38,7 +38,7 @@ def test_images(cifar10_dir):
     """The run's 256 test images and their labels."""
     from cvt_keras.data import sources
 
-    split = sources.cifar10(str(cifar10_dir)).test
+    split = sources.load("cifar10", str(cifar10_dir)).test
     return split.images, split.labels
 
 

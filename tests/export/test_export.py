@@ -1,22 +1,26 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import keras
 import pytest
 import tensorflow as tf
-from cvt_keras.export import __main__ as command
+from cvt_keras.export import artifacts, export
 from cvt_keras.export.verify import BOUNDS, Artifact
 
-from cvt_keras import runs
+from cvt_keras import cli, runs
+from cvt_keras.errors import ArgumentError, BusyError, DataError, ExportError, NoRunError, RunError
 
 ROOT = Path(__file__).parent.parent.parent
+OLD_RUNS = ROOT / "tests" / "golden" / "old_runs"
 
 
 def _copy(trained, tmp_path):
@@ -52,10 +56,49 @@ def test_a_run_is_exported_whole(exported):
     assert "<h2>Exports</h2>" in page and "dynamic int8" in page
 
 
+@pytest.mark.parametrize("name, formats", [("plain", ("float32", "int8")), ("qat", ("int8",))])
+def test_a_run_of_version_0_1_is_exported_away_from_the_checkout(name, formats, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open(OLD_RUNS / f"{name}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    written = export(name, formats, verify_images=64)
+    assert [artifact.name for artifact in written] == list(formats)
+    assert all(artifact.passed and artifact.images == 64 for artifact in written)
+    report = json.loads((tmp_path / name / "export" / "report.json").read_text())
+    assert report["artifacts"] == [dataclasses.asdict(artifact) for artifact in written]
+    assert set(report) == {"artifacts", "calibration_images", "data_note", "dataset", "versions"}
+    assert (report["dataset"], report["calibration_images"]) == ("digits", 0 if name == "qat" else 99)  # of 128
+    assert all((tmp_path / name / artifact.path).stat().st_size == artifact.bytes for artifact in written)
+
+
+def test_help_and_refused_flags_load_neither_keras_nor_tensorflow():
+    for module in ("export", "export.web", "export.serving.client"):
+        code = (
+            "import sys\n"
+            "sys.modules['keras'] = sys.modules['tensorflow'] = None  # what Python does with it: every import fails\n"
+            "from cvt_keras import cli\n"
+            f"from cvt_keras.{module} import __name__ as imported\n"
+            "name = {'export': 'export', 'web': 'web', 'client': 'classify'}[imported.rpartition('.')[2]]\n"
+            "for flags, code in (['--help'], 0), (['x', '--no-such-flag'], 2):\n"
+            "    try:\n        cli.main([name, *flags])\n"
+            "    except SystemExit as ended:\n        assert ended.code == code\n"
+            "    else:\n        raise AssertionError(flags)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"usage: cvt-keras {'classify' if 'client' in module else module.rpartition('.')[2]} " in done.stdout
+
+
+@pytest.mark.parametrize("module", ["export", "export.web", "export.serving.client"])
+def test_the_modules_run_from_a_checkout(module):
+    done = subprocess.run([sys.executable, "-m", module, "x", "--no-such-flag"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "--no-such-flag" in done.stderr and "cvt-keras" in done.stderr
+
+
 def test_another_export_is_the_next_version_and_keeps_the_other_rows(exported, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(exported, run_dir)
-    assert command.main([str(run_dir), "--formats", "saved_model", "--verify-images", "20"]) == 0
+    assert cli.main(["export", str(run_dir), "--formats", "saved_model", "--verify-images", "20"]) == 0
     assert sorted(path.name for path in (run_dir / "export" / "saved_model").iterdir()) == ["1", "2"]
     rows = json.loads((run_dir / "export" / "report.json").read_text())["artifacts"]
     assert [row["name"] for row in rows] == list(BOUNDS)
@@ -66,37 +109,58 @@ def test_another_export_is_the_next_version_and_keeps_the_other_rows(exported, t
 def test_what_is_out_of_its_bounds_fails_and_is_not_put_in_place(trained, tmp_path, monkeypatch, capsys):
     run_dir = _copy(trained, tmp_path)
     monkeypatch.setitem(BOUNDS, "float16", dataclasses.replace(BOUNDS["float16"], max_abs_diff=0.0))
-    assert command.main([str(run_dir), "--formats", "float16", "float32", "--verify-images", "20"]) == 1
-    [line] = capsys.readouterr().err.strip().splitlines()[-1:]
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["export", str(run_dir), "--formats", "float16", "float32", "--verify-images", "20"]) == 1
+    out, err = capsys.readouterr()
+    [line] = err.strip().splitlines()[-1:]
     rows = {row["name"]: row for row in json.loads((run_dir / "export" / "report.json").read_text())["artifacts"]}
     assert "float16 is out of its bounds in max_abs_diff (0.0 at most)" in line
     assert f"Test image {rows['float16']['worst_image']} differs most" in line
     assert (rows["float16"]["passed"], rows["float32"]["passed"]) == (False, True)
+    assert re.search(r"float16 .* no: max_abs_diff", out) and re.search(r"float32 .* yes", out)
     assert [path.name for path in (run_dir / "export" / "tflite").iterdir()] == ["float32.tflite"]
     assert "FAILED: max_abs_diff" in (run_dir / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
-    "damage, flags, code, part",
+    "damage, arguments, kind, argument, part",
     [
-        (shutil.rmtree, [], 2, "`RUN` must be a run folder"),
-        (lambda run_dir: (run_dir / "model.keras").unlink(), [], 1, "no model.keras yet: finish its training by --resume"),
-        (lambda run_dir: (run_dir / "report.json").unlink(), [], 1, "no report.json yet"),
-        (lambda run_dir: (run_dir / "model.keras").write_text("hello"), [], 1, "model.keras can't be read"),
-        (_another_network, [], 1, "model.keras can't be read: `model` must be a `CvT`"),
-        (lambda run_dir: (run_dir / "recipe.json").write_text("{"), [], 1, "recipe.json is broken"),
-        (lambda run_dir: (run_dir / "recipe.json").write_text('{"epoch": 1}'), [], 1, "no epoch"),
-        (lambda run_dir: None, ["--data-dir", "nowhere"], 1, "nowhere"),
-        (lambda run_dir: None, ["--verify-images", "0"], 2, "`verify_images` must be at least 1"),
+        (shutil.rmtree, {}, NoRunError, "run_dir", "must be a run folder"),
+        (lambda run_dir: (run_dir / "model.keras").unlink(), {}, RunError, "run_dir", "is not finished: it has no model.keras"),
+        (lambda run_dir: (run_dir / "report.json").unlink(), {}, RunError, "run_dir", "is not finished: it has no report.json"),
+        (lambda run_dir: (run_dir / "model.keras").write_text("hello"), {}, RunError, None, "model.keras can't be read"),
+        (_another_network, {}, RunError, None, "model.keras can't be read: `model` must be a `CvT`"),
+        (lambda run_dir: (run_dir / "recipe.json").write_text("{"), {}, RunError, None, "recipe.json is damaged"),
+        (lambda run_dir: (run_dir / "recipe.json").write_text('{"epoch": 1}'), {}, RunError, None, "no epoch"),
+        (lambda run_dir: None, {"data_dir": "nowhere"}, DataError, None, "nowhere"),
+        (lambda run_dir: None, {"verify_images": 0}, ArgumentError, "verify_images", "verify_images=0"),
+        (lambda run_dir: None, {"formats": ["onnx"]}, ArgumentError, "formats", "saved_model, float32"),
+        (lambda run_dir: None, {"formats": ()}, ArgumentError, "formats", "formats=[]"),
     ],
 )
-def test_bad_input_is_told_in_a_line_and_leaves_nothing(damage, flags, code, part, trained, tmp_path, capsys):
+def test_bad_input_raises_and_leaves_nothing(damage, arguments, kind, argument, part, trained, tmp_path):
     run_dir = _copy(trained, tmp_path)
     damage(run_dir)
-    assert command.main([str(run_dir), *flags]) == code
-    [line] = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("export: ") and part in line
+    with pytest.raises(kind) as raised:
+        export(run_dir, **arguments)
+    assert raised.value.argument == argument and part in raised.value.summary
     assert not (run_dir / "export").exists()
+
+
+def test_images_of_other_classes_are_refused(trained, tmp_path):
+    run_dir = _copy(trained, tmp_path)
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    (run_dir / "recipe.json").write_text(json.dumps({**recipe, "dataset": "digits"}))
+    with pytest.raises(RunError, match="other classes than those of digits") as raised:
+        export(run_dir)
+    assert raised.value.argument == "data_dir" and not (run_dir / "export").exists()
+
+
+def test_the_command_tells_bad_input_in_a_line(tmp_path, capsys):
+    assert cli.main(["export", str(tmp_path)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("cvt-keras export: `run_dir` must be a run folder. ")
 
 
 def test_a_full_disk_leaves_nothing_half_written(trained, tmp_path, monkeypatch, capsys):
@@ -105,18 +169,17 @@ def test_a_full_disk_leaves_nothing_half_written(trained, tmp_path, monkeypatch,
 
     run_dir = _copy(trained, tmp_path)
     monkeypatch.setattr(runs, "place", full)
-    assert command.main([str(run_dir), "--formats", "float32", "--verify-images", "20"]) == 1
+    assert cli.main(["export", str(run_dir), "--formats", "float32", "--verify-images", "20"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{run_dir / 'export'} can't be written: " in line and "No space left on device" in line
+    assert str(run_dir / "export") in line and "No space left on device" in line
     assert not list((run_dir / "export").iterdir())
 
 
-def test_another_export_at_work_is_told(trained, tmp_path, capsys):
+def test_another_export_at_work_is_told(trained, tmp_path):
     run_dir = _copy(trained, tmp_path)
     (run_dir / "export").mkdir()
-    with runs.lock(run_dir / "export"):
-        assert command.main([str(run_dir), "--formats", "float32", "--verify-images", "20"]) == 1
-    assert f"another process is at work in {run_dir / 'export'}: wait for its end" in capsys.readouterr().err
+    with runs.lock(run_dir / "export"), pytest.raises(BusyError):
+        export(run_dir, ["float32"], verify_images=20)
 
 
 def test_another_backend_is_told_in_a_line(trained):
@@ -124,8 +187,9 @@ def test_another_backend_is_told_in_a_line(trained):
     done = subprocess.run(
         [sys.executable, "-m", "export", str(trained)], capture_output=True, text=True, cwd=ROOT, env=environment
     )
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == "export: exports need KERAS_BACKEND=tensorflow. Received: jax"
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("cvt-keras export: ") and line.endswith("Set KERAS_BACKEND=tensorflow")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -141,37 +205,36 @@ def test_a_signal_waits_until_a_file_is_written_and_leaves_nothing_half_written(
         return b"whole"
 
     run_dir = _copy(trained, tmp_path)
-    monkeypatch.setattr(command.tflite, "convert", convert)
-    assert command.main([str(run_dir), "--formats", "float32"]) == code
+    monkeypatch.setattr(artifacts.tflite, "convert", convert)
+    assert cli.main(["export", str(run_dir), "--formats", "float32"]) == code
     assert written == ["whole"]
     assert "stopped" in capsys.readouterr().err
     assert [path.name for path in (run_dir / "export").iterdir()] == ["labels.txt"]
 
 
-def test_a_file_that_can_not_grow_leaves_nothing_half_written(trained, tmp_path, capsys):
+def test_a_file_that_can_not_grow_leaves_nothing_half_written(trained, tmp_path):
     """Of TensorFlow's own writes, as on a full disk: not Python's errors."""
     run_dir = _copy(trained, tmp_path)
-    command.export(run_dir, ["float32"], verify_images=5)  # what comes before the write is loaded
+    export(run_dir, ["float32"], verify_images=5)  # what comes before the write is loaded
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        code = command.main([str(run_dir), "--formats", "saved_model", "--verify-images", "5"])
+        with pytest.raises(ExportError, match="saved_model can't be made: "):
+            export(run_dir, ["saved_model"], verify_images=5)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert code == 1
-    assert "export: saved_model can't be made: " in capsys.readouterr().err.strip().splitlines()[-1]
     assert sorted(path.name for path in (run_dir / "export").iterdir()) == ["labels.txt", "report.json", "tflite"]
 
 
-def test_what_was_done_before_a_failure_stands_in_the_report(trained, tmp_path, monkeypatch, capsys):
+def test_what_was_done_before_a_failure_stands_in_the_report(trained, tmp_path, monkeypatch):
     def fail(*_):
         raise tf.errors.ResourceExhaustedError(None, None, "No space left on device\nmore")
 
     run_dir = _copy(trained, tmp_path)
-    monkeypatch.setattr(command.saved_model, "write", fail)
-    assert command.main([str(run_dir), "--formats", "float32", "saved_model", "--verify-images", "5"]) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("saved_model can't be made: No space left on device")
+    monkeypatch.setattr(artifacts.saved_model, "write", fail)
+    with pytest.raises(ExportError, match=r"saved_model can't be made: No space left on device$"):
+        export(run_dir, ["float32", "saved_model"], verify_images=5)
     report = json.loads((run_dir / "export" / "report.json").read_text())
     assert [row["name"] for row in report["artifacts"]] == ["float32"]
     assert "calibration_images" not in report  # no int8 was made
@@ -184,7 +247,7 @@ def test_ctrl_c_leaves_nothing_half_written(trained, tmp_path, monkeypatch, caps
         raise KeyboardInterrupt
 
     run_dir = _copy(trained, tmp_path)
-    monkeypatch.setattr(command, "verify", stop)
-    assert command.main([str(run_dir), "--formats", "float32"]) == 130
+    monkeypatch.setattr(artifacts, "verify", stop)
+    assert cli.main(["export", str(run_dir), "--formats", "float32"]) == 130
     assert "stopped" in capsys.readouterr().err
     assert [path.name for path in (run_dir / "export").iterdir()] == ["labels.txt"]

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cvt_keras.export import tflite
+from cvt_keras.export.verify import TFLITE_FORMATS
 from PIL import Image
 from sklearn import datasets
 from tools import require
 
 from benchmarks import mediapipe_resize
-from cvt_keras import build_classifier
-from cvt_keras.data import sources
+from cvt_keras import build_classifier, preprocessing_of
+from cvt_keras.data import images
 
 # Both run TFLite's kernels in float32 with XNNPACK, MediaPipe those of its own build; uint8 probabilities are 1/256 apart, and
 # int8's accumulators round where two builds' kernels may differ: a step.
@@ -43,7 +44,7 @@ def _sampled(image, size):
     return np.floor(image + 0.5).astype("uint8")
 
 
-@pytest.mark.parametrize("kind", tflite.KINDS)
+@pytest.mark.parametrize("kind", TFLITE_FORMATS)
 def test_it_shows_the_names_and_the_probabilities_of_litert(kind, classify, exported, classifier, test_images, litert):
     file = exported / "export" / "tflite" / f"{kind}.tflite"
     sides = [(32, 32)] * 20 + [(64, 64), (50, 70), (20, 45), (33, 31), (480, 640)]  # height, width
@@ -53,7 +54,7 @@ def test_it_shows_the_names_and_the_probabilities_of_litert(kind, classify, expo
     ]
     images += datasets.load_sample_images().images  # two photos
     _, answers = classify(file, images)
-    names = classifier.get_layer("cvt").preprocessing["class_names"]
+    names = preprocessing_of(classifier).class_names
     for rows in answers:
         assert {row["index"]: row["category_name"] for row in rows} == dict(enumerate(names))
         assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
@@ -97,7 +98,7 @@ def test_the_docs_lines_take_a_photo_as_training_does(mode, classify, exported, 
     command = [mediapipe_resize.PYTHON, "-c", lines]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    pixels = sources.stretch(np.rot90(np.asarray(photo.convert("RGB")), -1), 32).numpy()
+    pixels = images.stretch(np.rot90(np.asarray(photo.convert("RGB")), -1), 32).numpy()
     found = litert(exported / "export" / "tflite" / "float32.tflite", [pixels])[0]
     names = (exported / "export" / "labels.txt").read_text().splitlines()
     rows = [line.rpartition(" ")[::2] for line in done.stdout.splitlines()]

@@ -19,6 +19,8 @@ from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from tensorflow_serving.apis import prediction_log_pb2
 from tools import require
 
+from cvt_keras import preprocessing_of
+
 # A real one, which scikit-learn carries.
 PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
 INVALID = tf.errors.InvalidArgumentError
@@ -63,7 +65,7 @@ def test_every_signature_answers_as_keras_does(batch, loaded, classifier, test_i
     logits = classifier.predict(images.astype("float32"), verbose=0)
     np.testing.assert_allclose(loaded.signatures["logits"](images=tf.constant(images))["logits"], logits, atol=1e-4)
     encoded = tf.constant([_encoded(image) for image in images])
-    names = np.array(classifier.get_layer("cvt").preprocessing["class_names"])
+    names = np.array(preprocessing_of(classifier).class_names)
     for answer in (
         loaded.signatures["serving_default"](images=tf.constant(images)),
         loaded.signatures["serving_bytes"](image_bytes=encoded),
@@ -177,7 +179,7 @@ def _graph(folder):
 def test_no_xla_is_baked_in(classifier, tmp_path):
     classifier.compile(jit_compile=True)  # as a GPU's user may have it
     classifier.predict(np.zeros((1, 32, 32, 3)), verbose=0)
-    names = classifier.get_layer("cvt").preprocessing["class_names"]
+    names = preprocessing_of(classifier).class_names
     saved_model.write(classifier, names, tmp_path / "1")
     graph = _graph(tmp_path / "1").graph_def
     functions = graph.library.function

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 from cvt_keras.export import tflite, verify
-from cvt_keras.export.tflite import KINDS
+from cvt_keras.export.verify import TFLITE_FORMATS
 from flatbuffers.table import Table
 from tensorflow.lite.python import schema_py_generated as schema
 
-from cvt_keras import Stage, Variant, build_classifier
-from cvt_keras.data.sources import Split
+from cvt_keras import Stage, Variant, build_classifier, preprocessing_of
+from cvt_keras.data.split import Split
 
 
 @pytest.fixture(scope="module")
 def files(exported):
-    return {kind: exported / "export" / "tflite" / f"{kind}.tflite" for kind in KINDS}
+    return {kind: exported / "export" / "tflite" / f"{kind}.tflite" for kind in TFLITE_FORMATS}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def interpreters(files):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TFLITE_FORMATS)
 def test_it_takes_one_image_of_raw_pixels(kind, interpreters):
     [taken], [given] = interpreters[kind].get_input_details(), interpreters[kind].get_output_details()
     assert (tuple(taken["shape"]), taken["dtype"]) == ((1, 32, 32, 3), np.uint8)
@@ -40,7 +40,7 @@ def test_it_takes_one_image_of_raw_pixels(kind, interpreters):
     assert interpreters[kind].get_signature_list() == {"serving_default": {"inputs": ["images"], "outputs": ["probabilities"]}}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TFLITE_FORMATS)
 def test_no_operation_is_tensorflows(kind, files):
     model = schema.ModelT.InitFromPackedBuf(files[kind].read_bytes(), 0)
     assert model.operatorCodes and not [code.customCode for code in model.operatorCodes if code.customCode]
@@ -85,12 +85,12 @@ def test_files_are_as_small_as_their_kind_says():
     assert sizes["dynamic_int8"] < 0.32 * sizes["float32"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TFLITE_FORMATS)
 def test_labels_are_in_the_metadata(kind, files, classifier):
     data = files[kind].read_bytes()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = archive.read("labels.txt").decode().splitlines()
-    assert names == classifier.get_layer("cvt").preprocessing["class_names"]
+    assert tuple(names) == preprocessing_of(classifier).class_names
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     [entry] = [entry for entry in model.metadata if entry.name == b"TFLITE_METADATA"]
     metadata = bytes(model.buffers[entry.buffer].data)

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 from cvt_keras.export import verify
-from cvt_keras.export.verify import BOUNDS, Bounds, compare
+from cvt_keras.export.verify import BOUNDS, FORMATS, TFLITE_FORMATS, Bounds, compare
+
+from cvt_keras.errors import ExportError
 
 LABELS = np.arange(1000) % 10
 
@@ -92,7 +94,7 @@ def test_a_float_in_an_integer_file_is_listed_with_its_reason(file):
 def test_answers_that_are_no_numbers_are_no_answers(file):
     probabilities = _sure(LABELS)
     probabilities[7, 7] = np.nan
-    with pytest.raises(RuntimeError, match="int8 does not run: its probabilities are infinite or no numbers"):
+    with pytest.raises(ExportError, match="int8 does not run: its probabilities are NaN or infinite"):
         compare("int8", file, "", LABELS, _sure(LABELS), _found(probabilities))
 
 
@@ -104,7 +106,7 @@ def test_batches_are_as_large_as_their_images_allow(side, parts):
 
 def test_what_does_not_run_is_told(file):
     np.save(file.with_name("images.npy"), np.zeros((2, 32, 32, 3), "uint8"))
-    with pytest.raises(RuntimeError, match="float32 does not run: "):
+    with pytest.raises(ExportError, match="float32 does not run: "):
         verify.verify("float32", file, "", file.with_name("images.npy"), LABELS[:2], _sure(LABELS)[:2])
 
 
@@ -121,6 +123,7 @@ def test_the_reason_is_what_the_process_died_of(code, stderr, why):
     assert verify.why_ended(code, stderr) == why
 
 
-def test_there_are_bounds_for_every_format():
-    assert list(BOUNDS) == ["saved_model", "float32", "float16", "dynamic_int8", "int8"]
+def test_every_format_has_bounds():
+    assert list(BOUNDS) == list(FORMATS) == ["saved_model", "float32", "float16", "dynamic_int8", "int8"]
+    assert FORMATS[1:] == TFLITE_FORMATS
     assert all(bounds.top1_drop <= 0.01 for bounds in BOUNDS.values())

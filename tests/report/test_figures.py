@@ -1,12 +1,14 @@
 import itertools
+import runpy
+import sys
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+from cvt_keras.errors import MissingPackageError
 from cvt_keras.report import figures
-from cvt_keras.search.space import Choice, Range
 
 HISTORY = [
     {
@@ -17,7 +19,7 @@ HISTORY = [
         "val_accuracy": accuracy,
         "val_cross_entropy": 0.9,
     }
-    for epoch, accuracy in enumerate([0.5, 0.75, 0.75])
+    for epoch, accuracy in enumerate([0.5, 0.75, 0.75], start=1)
 ]
 NAMES = ("a", "$b", "c")
 
@@ -62,46 +64,6 @@ def test_curves_count_epochs_from_one_and_mark_the_best():
 def test_an_epoch_that_could_not_be_kept_is_not_marked():
     accuracy, loss, _ = figures.curves(HISTORY, first_epoch=2).axes
     assert list(accuracy.lines[2].get_xdata()) == list(loss.lines[2].get_xdata()) == [3]
-
-
-FILES = [
-    {"run": "ten", "file": "float32", "top1": 0.84, "gzip": 4_000_000},
-    {"run": "ten", "file": "int8", "top1": 0.84, "gzip": 1_000_000},
-    {"run": "pruned", "file": "int8", "top1": 0.83, "gzip": 500_000},
-    {"run": "clustered", "file": "int8", "top1": 0.82, "gzip": 600_000},
-]
-
-
-def test_the_front_is_of_files_that_none_beats():
-    assert figures.pareto(FILES) == FILES[1:3]
-    assert figures.pareto([FILES[0], dict(FILES[0])]) == [FILES[0]] * 2
-
-
-def test_the_trade_shows_each_file_and_the_front():
-    figure = figures.trade(FILES)
-    [axes] = figure.axes
-    front, *points = axes.lines
-    assert (list(front.get_xdata()), list(front.get_ydata())) == ([0.5, 1.0], [0.83, 0.84])
-    assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in points] == [
-        (file["gzip"] / 1e6, file["top1"]) for file in FILES
-    ]
-    assert len({point.get_color() for point in points}) == len({file["run"] for file in FILES})
-    assert [text.get_text() for text in axes.get_legend().get_texts()][1:] == ["float32", "int8"]
-    [runs] = figure.legends
-    assert [text.get_text() for text in runs.get_texts()] == list(dict.fromkeys(file["run"] for file in FILES))
-    assert not axes.texts
-
-
-def test_a_file_far_below_the_best_does_not_press_the_others_together():
-    [axes] = figures.trade([*FILES, {"run": "lost", "file": "int8", "top1": 0.2, "gzip": 100_000}]).axes
-    assert axes.get_ylim()[0] == pytest.approx(0.84 - figures.MOST_POINTS)
-    assert _texts(axes) == ["20.0%"]
-
-
-def test_a_picture_is_saved_whole(tmp_path):
-    figures.save(figures.trade(FILES), tmp_path / "trade.png")
-    assert np.asarray(Image.open(tmp_path / "trade.png")).std() > 1
-    assert [path.name for path in tmp_path.iterdir()] == ["trade.png"]
 
 
 def test_confusion_shows_counts_and_shares():
@@ -163,62 +125,11 @@ def test_a_perfect_network_has_no_wrong_images(shown):
     shown["logits"] = np.eye(3, dtype="float32")[shown["labels"]]
     figure = figures.most_wrong(**shown, class_names=NAMES)
     assert not any(axes.images for axes in figure.axes)
-    assert "No test image is wrong" in figure._suptitle.get_text()
+    assert "No test image is misclassified" in figure._suptitle.get_text()
 
 
-@pytest.fixture
-def searched():
-    """Four trials of a search, the best first, and its space."""
-    space = {"peak_learning_rate": Range(1e-3, 4e-3, log=True), "stage0_depth": Choice((1, 2, 3))}
-    rows = [(0.6, 2e-3, 3), (0.5, 1e-3, 1), (0.4, 4e-3, 2), (0.2, 2.5e-3, 1)]
-    return [
-        {"trial": f"{i}", "val_accuracy": top1, "peak_learning_rate": rate, "stage0_depth": depth}
-        for i, (top1, rate, depth) in enumerate(rows)
-    ], space
-
-
-def test_parallel_coordinates_have_an_axis_for_each_name_and_a_line_for_each_trial(searched):
-    trials, space = searched
-    [axes] = figures.parallel_coordinates(trials, space, own="1").axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["peak learning rate", "stage0 depth", "top-1, validation"]
-    lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
-    worst, *_, best = lines
-    np.testing.assert_allclose(best.get_ydata(), [0.5, 1, 1])  # the geometric mean is half way up
-    assert worst.get_ydata()[-1] == 0 and best.get_linewidth() > worst.get_linewidth()
-    assert [line.get_linestyle() for line in lines].count("--") == 1
-    assert {text.get_text() for text in axes.texts} == {"0.001", "0.004", "1", "3", "20.0%", "60.0%"}
-
-
-def test_words_have_a_place_each_on_their_axis(searched):
-    trials, _ = searched
-    space = {"decay": Choice(("linear", "cosine", "constant"))}
-    words = [{**trial, "decay": word} for trial, word in zip(trials, ("constant", "cosine", "linear"))]
-    [axes] = figures.parallel_coordinates(words, space).axes
-    heights = [line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 2 and list(line.get_xdata()) == [0, 1]]
-    assert sorted(heights) == [0, 0.5, 1][: len(words)]
-    assert {"linear", "cosine", "constant"} <= {text.get_text() for text in axes.texts}
-
-
-def test_many_names_take_several_rows(searched):
-    trials, _ = searched
-    names = [f"name{i}" for i in range(23)]
-    space = dict.fromkeys(names, Range(0.0, 1.0))
-    rows = figures.parallel_coordinates([{**trial, **dict.fromkeys(names, 0.5)} for trial in trials], space).axes
-    assert [len(axes.get_xticklabels()) for axes in rows] == [13, 12]
-
-
-def test_the_best_curves_are_named_and_the_recipe_s_own_too():
-    curves = {"0": [0.1, 0.2], "1": [0.3, 0.5], "2": [0.2, 0.4], "3": [0.1, 0.1]}
-    [axes] = figures.best_curves(curves, ["1", "2"], own="0").axes
-    assert len(axes.lines) == 4
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "1: 50.0%",
-        "2: 40.0%",
-        "0: 20.0%, the recipe itself",
-    ]
-
-
-def test_the_most_important_name_is_at_the_top():
-    [axes] = figures.importance({"warmup": (0.5, 0.1), "peak_learning_rate": (0.2, 0.1)}).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["peak learning rate", "warmup"]
-    assert [bar.get_width() for bar in axes.patches] == [0.2, 0.5]
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingPackageError, match="pip install matplotlib"):
+        runpy.run_path(figures.__file__)

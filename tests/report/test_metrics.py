@@ -1,10 +1,12 @@
-import subprocess
+import runpy
 import sys
 
 import numpy as np
 import pytest
 
-from cvt_keras.report.metrics import CALIBRATION_BINS, confusion, metrics, per_class, predictions, reliability, worst
+from cvt_keras.errors import DivergedError, MissingPackageError
+from cvt_keras.report import metrics
+from cvt_keras.report.metrics import CALIBRATION_BINS, confusion, evaluate, per_class, predictions, reliability, worst
 
 LABELS = np.array([0, 1, 2, 5])
 
@@ -20,7 +22,7 @@ def test_metrics_by_hand():
         [0.1, 0.1, 0.5, 0.1, 0.1, 0.1],
         [0.3, 0.2, 0.2, 0.15, 0.1, 0.05],
     ]
-    result = metrics(_logits(probabilities), LABELS)
+    result = evaluate(_logits(probabilities), LABELS)
     assert result["top1"] == 0.5
     assert result["top5"] == 0.75
     assert result["loss"] == pytest.approx(-np.mean(np.log([0.5, 0.3, 0.5, 0.05])))
@@ -31,37 +33,75 @@ def test_metrics_by_hand():
 
 def test_logits_need_no_scale():
     logits = np.array([[1000.0, 0.0], [0.0, 1000.0]])
-    result = metrics(logits, np.array([0, 0]))
+    result = evaluate(logits, np.array([0, 0]))
     assert result["loss"] == pytest.approx(500)
     assert result["top1"] == 0.5
 
 
 def test_top5_of_few_classes_means_nothing():
-    assert metrics(np.eye(5), np.arange(5))["top5"] is None
+    assert evaluate(np.eye(5), np.arange(5))["top5"] is None
 
 
-def test_a_tie_is_no_hit():
-    assert metrics(np.zeros((4, 6)), LABELS)["top1"] == 0
-    assert [row["top1"] for row in per_class(np.zeros((4, 6)), LABELS, "abcdef")] == [0, 0, 0, None, None, 0]
-    assert not np.any(predictions(np.zeros((4, 6)), LABELS) == LABELS)
-    assert np.trace(confusion(np.zeros((4, 6)), LABELS, 6)) == 0
-    assert len(worst(np.zeros((4, 6)), LABELS, n=9)) == 4
+def test_macro_averages_by_hand():
+    # Recall 1/2, 1 and 0 of the classes a, b and c; precision 1/2, 2/3 and none. d has no images, but is predicted once.
+    logits = np.eye(4)[[0, 1, 1, 1, 0, 3]]
+    result = evaluate(logits, np.array([0, 0, 1, 1, 2, 2]))
+    assert result["top1"] == 0.5
+    assert result["balanced_accuracy"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert result["macro_f1"] == pytest.approx((1 / 2 + 4 / 5 + 0) / 3)
+    assert {type(value) for value in result.values()} == {float, int, type(None)}  # as JSON has them
 
 
-def test_classes_average_to_the_whole():
+def test_rare_classes_count_as_much_as_common_ones():
+    labels = np.array([0] * 9 + [1])
+    result = evaluate(np.tile([1.0, 0.0], (10, 1)), labels)  # always the common class
+    assert result["top1"] == 0.9
+    assert result["balanced_accuracy"] == 0.5
+    assert result["macro_f1"] == pytest.approx((2 * 0.9 / 1.9 + 0) / 2)
+
+
+def test_among_equal_logits_the_first_class_counts():
+    logits = np.array([[0.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]] * 3)
+    labels = np.array([1, 2, 6])
+    assert predictions(logits).tolist() == [1, 1, 1]
+    result = evaluate(logits, labels)
+    assert (result["top1"], result["top5"]) == (1 / 3, 2 / 3)  # the classes 1, 2, 3, 4 and 5 are the first five
+    assert [row["top1"] for row in per_class(logits, labels, "abcdefg")] == [None, 1, 0, None, None, None, 0]
+    assert np.argwhere(confusion(logits, labels, 7)).tolist() == [[1, 1], [2, 1], [6, 1]]
+    assert worst(logits, labels, n=9).tolist() == [2, 1]
+    assert np.nansum(reliability(logits, labels)[1]) == pytest.approx(1 / 3)
+
+
+def test_all_metrics_agree_on_top1():
     random = np.random.default_rng(0)
     logits, labels = random.integers(0, 3, (200, 6)), random.integers(0, 6, 200)  # many ties
+    top1 = evaluate(logits, labels)["top1"]
+    assert top1 == np.mean(np.argmax(logits, axis=1) == labels)
     rows = per_class(logits, labels, "abcdef")
-    assert np.average([row["top1"] for row in rows], weights=[row["images"] for row in rows]) == metrics(logits, labels)["top1"]
+    assert np.average([row["top1"] for row in rows], weights=[row["images"] for row in rows]) == pytest.approx(top1)
+    assert np.trace(confusion(logits, labels, 6)) / 200 == top1
+    assert 1 - len(worst(logits, labels, n=200)) / 200 == pytest.approx(top1)
+    _, accuracy, images = reliability(logits, labels)
+    assert np.nansum(accuracy * images) / 200 == pytest.approx(top1)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_are_no_numbers_are_refused(value):
+def test_a_network_that_gives_every_class_the_same_logit_has_diverged():
+    with pytest.raises(DivergedError, match="every class the same logit"):
+        evaluate(np.zeros((4, 6)), LABELS)
+    with pytest.raises(DivergedError):  # from image to image the logits may differ
+        evaluate(np.tile(np.arange(4.0)[:, None], 6), LABELS)
+    logits = np.zeros((4, 6))
+    logits[3, 5] = 1e-6
+    assert evaluate(logits, LABELS)["top1"] == 0.5
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_refused(value):
     logits = np.eye(6)[:4]
     logits[2, 3] = value
-    for figure in (metrics, predictions, reliability, lambda *both: worst(*both, n=1)):
-        with pytest.raises(FloatingPointError, match="logits"):
-            figure(logits, LABELS)
+    for metric in (evaluate, reliability, lambda *both: worst(*both, n=1), lambda logits, _: predictions(logits)):
+        with pytest.raises(DivergedError, match="logits are NaN or infinite"):
+            metric(logits, LABELS)
 
 
 def test_per_class_by_hand():
@@ -82,11 +122,6 @@ def test_confusion_has_a_row_for_each_label():
     assert confusion(logits, np.array([0, 0, 0, 1]), 4).tolist() == [[1, 2, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
-def test_a_prediction_is_the_highest_logit():
-    logits = np.array([[1.0, 3.0, 2.0], [3.0, 1.0, 3.0], [3.0, 1.0, 3.0]])
-    assert predictions(logits, np.array([2, 0, 1])).tolist() == [1, 2, 0]
-
-
 def test_the_worst_are_wrong_and_in_order():
     probabilities = [[0.4, 0.6], [0.9, 0.1], [0.1, 0.9], [0.3, 0.7]]
     assert worst(_logits(probabilities), np.zeros(4, int), n=9).tolist() == [2, 3, 0]
@@ -104,7 +139,8 @@ def test_reliability_sorts_by_confidence():
     assert np.isnan(confidence).sum() == np.isnan(accuracy).sum() == CALIBRATION_BINS - 2
 
 
-def test_without_scikit_learn_the_error_says_what_to_install():
-    code = "import sys; sys.modules['sklearn'] = None; import cvt_keras.evaluation"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ImportError: The figures of a run need scikit-learn: pip install scikit-learn" in result.stderr
+def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingPackageError, match="pip install scikit-learn"):
+        runpy.run_path(metrics.__file__)

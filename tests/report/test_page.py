@@ -1,13 +1,23 @@
 import html.parser
+import re
+import runpy
+import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cvt_keras import runs
+from cvt_keras.errors import MissingPackageError
 from cvt_keras.report import page
 
-SPLIT = {"top1": 0.8125, "top5": None, "loss": 0.5, "ece": 0.0625, "images": 1600}
+OLD_RUNS = Path(__file__).parent.parent / "golden" / "old_runs"
+SPLIT = {
+    **{"top1": 0.8125, "top5": None, "macro_f1": 0.7344, "balanced_accuracy": 0.7656, "loss": 0.5, "ece": 0.0625},
+    "images": 1600,
+}
 REPORT = {
     "dataset": "folder",
     "data_note": "tested on <a tenth>",
@@ -54,7 +64,7 @@ class _Page(html.parser.HTMLParser):
 @pytest.fixture
 def run_dir(tmp_path):
     runs.write_json(tmp_path / runs.REPORT, REPORT)
-    runs.write_csv(tmp_path / runs.HISTORY, [{"epoch": 0, "val_loss": 0.123456, "seconds": 61.23}])
+    runs.write_csv(tmp_path / runs.HISTORY, [{"epoch": 1, "val_loss": 0.123456, "seconds": 61.23}])
     (tmp_path / runs.PLOTS).mkdir()
     Image.fromarray(np.zeros((4, 4, 3), "uint8")).save(tmp_path / runs.PLOTS / "curves.png")
     return tmp_path
@@ -72,7 +82,7 @@ def test_the_page_stands_alone_and_tells_the_run(run_dir):
     assert [source.partition(",")[0] for source in read.sources] == ["data:image/png;base64"]
     for part in (
         *("cvt_cifar on folder", "a CPU & its cores", "81.2%", "75.0%", "6.2%", "1.25 M", "54.9 M", "10.0 min", "222", "1,600"),
-        *("0.1235", "61.2", "0.0023", "3.15.1", "n/a"),
+        *("73.4%", "76.6%", "0.1235", "61.2", "0.0023", "3.15.1", "n/a"),
     ):
         assert part in read.text, part
 
@@ -81,6 +91,21 @@ def test_names_are_text_whatever_they_hold(run_dir):
     read = _written(run_dir)
     assert "script" not in read.tags
     assert "<script>hard</script>" in read.text and "tested on <a tenth>" in read.text
+
+
+@pytest.mark.parametrize("name", ["plain", "qat"])
+def test_a_run_of_version_0_1_has_a_page(name, tmp_path):
+    with tarfile.open(OLD_RUNS / f"{name}.tar.xz") as archive:
+        for file in (runs.REPORT, runs.HISTORY):
+            archive.extract(f"{name}/{file}", tmp_path, filter="data")
+    report = runs.read_json(tmp_path / name / runs.REPORT)
+    assert "macro_f1" not in report["test"]
+    assert (tmp_path / name / runs.HISTORY).read_text().splitlines()[1].startswith("0,")
+    text = _written(tmp_path / name).text
+    assert "macro-F1" in text and f"{report['test']['top1']:.1%}" in text
+    epochs = (tmp_path / name / runs.PAGE).read_text().partition("Each epoch in numbers")[2].partition("</details>")[0]
+    assert re.findall(r"<tr><td>(\d+)</td>", epochs) == [f"{epoch}" for epoch in range(1, report["epochs"] + 1)]
+    assert ("int8 rounding" in text) == (name == "qat")
 
 
 def test_the_hardest_class_comes_first(run_dir):
@@ -112,15 +137,36 @@ def test_exports_are_on_the_page_once_there_are_some(run_dir):
 
 def test_a_compressed_run_says_how(run_dir):
     page.write(run_dir)
-    assert "zeros" not in _Page((run_dir / runs.PAGE).read_text()).text
+    assert "are zero" not in _Page((run_dir / runs.PAGE).read_text()).text
     pruned = {"method": "prune", "sparsity": 0.7, "pattern": "2:4", "layers": []}
     settings = {"method": "cluster", "clusters": 16, "keep_zeros": True, "layers": ["<b>"], "after": pruned}
     report = {**REPORT, "recipe": {**REPORT["recipe"], "compression": settings}, "compression": {"sparsity": 0.705}}
     runs.write_json(run_dir / runs.REPORT, report)
     page.write(run_dir)
-    said = 'Pruned (sparsity 0.7, pattern "2:4"), then clustered (clusters 16, keep zeros true, layers ["<b>"])'
-    assert f"{said}: 70.5% of these weights are zeros." in _Page((run_dir / runs.PAGE).read_text()).text
+    steps = 'Pruned (sparsity 0.7, pattern "2:4"), then clustered (clusters 16, keep zeros true, layers ["<b>"]).'
+    zeros = "70.5% of the weights in the compressed kernels are zero."
+    assert f"{steps} {zeros}" in _Page((run_dir / runs.PAGE).read_text()).text
     report["recipe"] = {**REPORT["recipe"], "compression": {"method": "qat", "keep_zeros": False}}
     runs.write_json(run_dir / runs.REPORT, report)
     page.write(run_dir)
-    assert "Trained for quantisation." in (text := _Page((run_dir / runs.PAGE).read_text()).text) and "are zeros" not in text
+    text = _Page((run_dir / runs.PAGE).read_text()).text
+    assert "Trained with int8 rounding." in text and "are zero" not in text
+    report["recipe"]["compression"]["after"] = pruned
+    runs.write_json(run_dir / runs.REPORT, report)
+    page.write(run_dir)
+    assert "70.5% of the weights in all kernels are zero." in _Page((run_dir / runs.PAGE).read_text()).text
+
+
+def test_without_jinja2_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingPackageError, match="pip install Jinja2"):
+        runpy.run_path(page.__file__)
+
+
+def test_a_template_whose_variable_is_missing_writes_no_page(tmp_path):
+    (tmp_path / "own.html").write_text('{% extends "base.html" %}{% block content %}{{ missing }}{% endblock %}')
+    with pytest.raises(page.jinja2.UndefinedError, match="missing"):
+        page.render(tmp_path / "own.html", tmp_path / "page.html", title="own")
+    page.render(tmp_path / "own.html", tmp_path / "page.html", title="own", missing="<b>")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["own.html", "page.html"]
+    assert "&lt;b&gt;" in (tmp_path / "page.html").read_text()

@@ -33,7 +33,7 @@ def no_pictures(monkeypatch):
     """Draws blanks: after each trial of each test a page with pictures would take most of the time."""
     from matplotlib.figure import Figure
 
-    from cvt_keras.report import figures
+    from cvt_keras.search import figures
 
     for name in ("parallel_coordinates", "best_curves", "importance"):
         monkeypatch.setattr(figures, name, lambda *_: Figure(figsize=(1, 1)))

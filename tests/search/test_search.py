@@ -13,7 +13,7 @@ import pytest
 from conftest import SMOKE
 
 from cvt_keras import cli, runs
-from cvt_keras.data import sources
+from cvt_keras.data import sources, tfds
 from cvt_keras.errors import (
     ArgumentError,
     DivergedError,
@@ -344,11 +344,11 @@ def test_a_broken_search_is_told_and_fresh_is_the_way_out(command, tmp_path, qui
 
 
 def test_what_auto_was_it_stays(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "cifar10", lambda *_: (_ for _ in ()).throw(UnavailableError("no network")))
+    monkeypatch.setattr(tfds, "cifar10", lambda *_: (_ for _ in ()).throw(UnavailableError("no network")))
     words = [word if word != "digits" else "auto" for word in command]
     assert _search(words) == 0
     assert "WARNING" in capsys.readouterr().err
-    monkeypatch.setattr(sources, "cifar10", None)  # as if it could be had by now: it is not asked for
+    monkeypatch.setattr(tfds, "cifar10", None)  # as if it could be had by now: it is not asked for
     assert _search([*words, "--trials", "5"]) == 0
     assert {recipe.dataset for recipe in quick_run} == {"digits"} and len(quick_run) == 5
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cvt_keras import build_classifier, runs
-from cvt_keras.errors import RecipeError, RunError
+from cvt_keras.errors import DivergedError, RecipeError, RunError
 from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.optimizers import make_optimizer
@@ -35,9 +35,10 @@ def test_a_loss_that_is_no_number_names_its_step():
     halt = HaltOnNaN("lower the rate")
     halt.on_epoch_begin(2)
     halt.on_train_batch_end(6, {"loss": 1.0})
-    with pytest.raises(FloatingPointError, match=r"step 8 of epoch 3.*lower the rate"):
+    with pytest.raises(DivergedError, match="step 8 of epoch 3") as error:
         halt.on_train_batch_end(7, {"loss": float("nan")})
-    with pytest.raises(FloatingPointError, match=r"last step of epoch 3.*lower the rate"):
+    assert error.value.hint == "lower the rate"
+    with pytest.raises(DivergedError, match="last step of epoch 3"):
         halt.on_test_end({"loss": float("inf")})
 
 
@@ -123,7 +124,7 @@ def test_a_checkpoint_holds_every_variable(tmp_path, precision):
     for variable, value in zip([*other.variables, *other.optimizer.variables], saved.values()):
         np.testing.assert_array_equal(np.asarray(variable), value)
     assert restored.history == checkpoints.history
-    assert [row["epoch"] for row in restored.history] == [0, 1]
+    assert [row["epoch"] for row in restored.history] == [1, 2]
     assert other_best.score == best.score
     for ours, theirs in zip(other_best.weights, best.weights):
         np.testing.assert_array_equal(ours, theirs)
@@ -162,7 +163,7 @@ def test_a_checkpoint_of_another_network_is_refused(checkpoint, tmp_path):
 
 
 def test_a_checkpoint_of_other_data_is_refused(checkpoint, tmp_path):
-    with pytest.raises(RecipeError, match=r"other data: train images was 8 and is 9\."):
+    with pytest.raises(RecipeError, match=r"other images: train images was 8 and is 9"):
         _restore(tmp_path, data={**DATA, "train images": 9})
 
 
@@ -179,7 +180,7 @@ def test_a_broken_checkpoint_is_named(checkpoint, tmp_path, name, sabotage):
         file.write_bytes(data[:300] + bytes(255 - byte for byte in data[300:400]) + data[400:])
     else:
         file.write_bytes(data[: len(data) // 2] if sabotage == "cut" else b"")
-    with pytest.raises(RunError, match=r"epoch-0001 is broken .*: remove it to train from the first epoch on$") as error:
+    with pytest.raises(RunError, match=r"epoch-0001 is damaged: ") as error:
         _restore(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -12,39 +12,46 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train
+from cvt_keras import cli
 from cvt_keras.conversion.layouts import microsoft_weights
-from cvt_keras.errors import RunError
+from cvt_keras.errors import DivergedError, OccupiedError, OutOfMemoryError, RecipeError, RunError
 from cvt_keras.signals import Terminated
-from cvt_keras.training import RECIPES, Recipe
+from cvt_keras.training import RECIPES, Recipe, flags, loop
+from cvt_keras.training.__main__ import Arguments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
+
+
+def parse(argv):
+    return flags.parse(argv, Arguments, "cvt-keras train", "Train a network.")
 
 
 def test_a_recipe_comes_first_and_its_values_are_the_defaults():
-    arguments = train.parse(["smoke", "--seed", "3"])
+    name, arguments = parse(["smoke", "--seed", "3"])
     recipe = arguments.recipe
-    assert (recipe.seed, recipe.epochs, recipe.variant) == (3, RECIPES["smoke"].epochs, "cvt_tiny")
-    assert arguments.run_dir == Path("runs/smoke-auto-cvt_tiny")
+    assert (name, recipe.seed, recipe.epochs, recipe.variant) == ("smoke", 3, RECIPES["smoke"].epochs, "cvt_tiny")
+    assert arguments.run_dir is None
     assert not arguments.resume
-    assert train.parse(["--dataset", "tfds:imagenette/160px-v2"]).run_dir == Path(
-        "runs/cifar10-tfds-imagenette-160px-v2-cvt_cifar"
-    )
 
 
 def test_without_a_name_it_is_the_default_recipe():
-    arguments = train.parse(["--epochs", "3", "--run-dir", "somewhere", "--resume"])
+    name, arguments = parse(["--epochs", "3", "--run-dir", "somewhere", "--resume"])
     recipe = arguments.recipe
-    assert (recipe.epochs, recipe.variant, recipe.batch_size) == (3, "cvt_cifar", RECIPES["cifar10"].batch_size)
+    assert (name, recipe.epochs, recipe.variant, recipe.batch_size) == (
+        "cifar10",
+        3,
+        "cvt_cifar",
+        RECIPES["cifar10"].batch_size,
+    )
     assert arguments.run_dir == Path("somewhere")
     assert arguments.resume
 
 
-def test_a_fine_tuning_is_called_as_its_weights():
-    arguments = train.parse(["finetune", "--weights", "microsoft/cvt-13", "--image-size", "384"])
-    assert arguments.run_dir == Path("runs/finetune-auto-cvt-13")
+def test_a_fine_tuning_takes_the_network_of_its_weights():
+    _, arguments = parse(["finetune", "--weights", "microsoft/cvt-13", "--image-size", "384"])
     assert (arguments.recipe.weights, arguments.recipe.image_size, arguments.recipe.variant) == ("microsoft/cvt-13", 384, None)
-    assert train.parse(["finetune", "--variant", "cvt_21"]).recipe.variant == "cvt_21"
+    assert arguments.recipe.variant_name == "cvt-13"
+    assert parse(["finetune", "--variant", "cvt_21"])[1].recipe.variant == "cvt_21"
 
 
 @pytest.mark.parametrize(
@@ -54,21 +61,19 @@ def test_a_fine_tuning_is_called_as_its_weights():
         (["finetune", "--weights", "nowhere.pth"], 2, "nowhere.pth"),
         (["finetune", "--weights", "{damaged}"], 1, "damaged.pth: it is damaged"),
         (["cifar10", "--weights", "{damaged}"], 1, "damaged.pth: it is damaged"),
-        (
-            ["finetune", "--weights", "{misfit}"],
-            1,
-            "The first: missing: stage0.blocks.0.attn.proj_k.bias. All of them are told by",
-        ),
+        (["finetune", "--weights", "{misfit}"], 1, "missing: stage0.blocks.0.attn.proj_k.bias"),
+        (["finetune", "--weights", "{misfit}"], 1, "misfit.pth all.keras"),
     ],
 )
-def test_weights_that_can_not_be_had_are_told_in_a_line(flags, code, part, tmp_path, capsys):
+def test_weights_that_can_not_be_had_are_told(flags, code, part, tmp_path, capsys):
     (tmp_path / "damaged.pth").write_text("hello")
     weights = [weight for weight in microsoft_weights("cvt_13") if "proj_k.bias" not in weight.key]
     torch.save({weight.key: torch.zeros(weight.shape) for weight in weights}, tmp_path / "misfit.pth")
     flags = [flag.format(damaged=tmp_path / "damaged.pth", misfit=tmp_path / "misfit.pth") for flag in flags]
-    assert train.main([*flags, "--run-dir", str(tmp_path / "run")]) == code
-    [line] = capsys.readouterr().err.strip().splitlines()
-    assert part in line
+    assert cli.main(["train", *flags, "--run-dir", str(tmp_path / "run")]) == code
+    error = capsys.readouterr().err
+    assert part in error
+    assert len(error.splitlines()) <= cli.MOST_DETAILS + 3
     assert not (tmp_path / "run").exists()
 
 
@@ -84,6 +89,7 @@ def test_every_field_has_a_flag():
         "--precision": ("precision", "mixed_float16"),
         "--xla": ("xla", "on"),
         "--train-limit": ("train_limit", 100),
+        "--validation-limit": ("validation_limit", 100),
         "--test-limit": ("test_limit", 100),
         "--crop-padding": ("crop_padding", 2),
         "--peak-learning-rate": ("peak_learning_rate", 0.5),
@@ -104,9 +110,9 @@ def test_every_field_has_a_flag():
         "--layer-decay": ("layer_decay", 0.25),
     }
     for flag, (field, value) in flags.items():
-        recipe = train.parse([flag, str(value)]).recipe
+        recipe = parse([flag, str(value)])[1].recipe
         assert getattr(recipe, field) == value != getattr(RECIPES["cifar10"], field), flag
-    assert not train.parse(["--no-flip"]).recipe.flip
+    assert not parse(["--no-flip"])[1].recipe.flip
     fields = {field.name for field in dataclasses.fields(Recipe)}
     assert {field for field, _ in flags.values()} | {"flip", "description", "compression"} == fields
 
@@ -124,45 +130,37 @@ def recipe_file(tmp_path):
     [["--recipe-file={}"], ["--recipe-file", "{}"], ["--recipe_file", "{}"], ["--recipe-file", "nowhere", "--recipe_file={}"]],
 )
 def test_a_recipe_comes_from_a_file_and_flags_change_it(recipe_file, flags):
-    arguments = train.parse([*(flag.format(recipe_file) for flag in flags), "--epochs", "9"])
+    name, arguments = parse([*(flag.format(recipe_file) for flag in flags), "--epochs", "9"])
     assert (arguments.recipe.seed, arguments.recipe.epochs, arguments.recipe.variant) == (5, 9, "cvt_tiny")
     assert arguments.recipe_file == recipe_file
-    assert arguments.run_dir == Path("runs/mine-auto-cvt_tiny")
+    assert name == "mine"
 
 
 def test_a_runs_recipe_is_called_as_the_run(recipe_file, monkeypatch):
     file = recipe_file.rename(recipe_file.parent / "recipe.json")
-    name = Path(f"runs/{file.parent.name}-auto-cvt_tiny")
-    assert train.parse(["--recipe-file", str(file)]).run_dir == name
+    assert parse(["--recipe-file", str(file)])[0] == file.parent.name
     monkeypatch.chdir(file.parent)
-    assert train.parse(["--recipe-file", "recipe.json"]).run_dir == name
+    assert parse(["--recipe-file", "recipe.json"])[0] == file.parent.name
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"epoch": 3}', '{"epochs": 0}', None])
-def test_a_file_that_is_no_recipe_ends_with_2_and_its_name(tmp_path, capsys, content):
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
     file = tmp_path / "mine.json"
     if content is not None:
         file.write_text(content)
-    assert train.main(["--recipe-file", str(file)]) == 2
-    [line] = capsys.readouterr().err.strip().splitlines()
-    assert str(file) in line
+    with pytest.raises(RecipeError, match=str(file)) as error:
+        parse(["--recipe-file", str(file)])
+    assert error.value.argument == "recipe_file"
 
 
-def test_a_recipe_is_named_or_comes_from_a_file(tmp_path, capsys):
-    assert train.main(["smoke", "--recipe-file", str(tmp_path / "mine.json")]) == 2
-    assert "not both" in capsys.readouterr().err
-
-
-def test_a_recipe_after_the_flags_is_told_where_it_belongs(capsys):
-    assert train.main(["--seed", "3", "smoke"]) == 2
-    assert "comes before the flags: python train.py smoke" in capsys.readouterr().err
-
-
-def test_an_unknown_recipe_ends_with_2_and_one_line(capsys):
-    assert train.main(["cifar11"]) == 2
-    [line] = capsys.readouterr().err.strip().splitlines()
-    for part in ("cifar11", "cifar10", "smoke"):
-        assert part in line
+@pytest.mark.parametrize(
+    "argv, argument",
+    [(["smoke", "--recipe-file", "mine.json"], "recipe_file"), (["--seed", "3", "smoke"], "RECIPE"), (["cifar11"], "RECIPE")],
+)
+def test_a_recipe_that_is_named_twice_late_or_not_at_all_is_refused(argv, argument):
+    with pytest.raises(RecipeError) as error:
+        parse(argv)
+    assert error.value.argument == argument
 
 
 @pytest.mark.parametrize(
@@ -177,7 +175,7 @@ def test_an_unknown_recipe_ends_with_2_and_one_line(capsys):
 )
 def test_a_wrong_flag_ends_with_2_and_its_name(arguments, parts, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main(arguments)
+        cli.main(["train", *arguments])
     assert stop.value.code == 2
     message = capsys.readouterr().err
     for part in parts:
@@ -186,61 +184,61 @@ def test_a_wrong_flag_ends_with_2_and_its_name(arguments, parts, capsys):
 
 def test_missing_data_ends_with_1_and_one_line(tmp_path, capsys):
     arguments = ["smoke", "--dataset", "cifar10", "--data-dir", str(tmp_path / "nowhere"), "--run-dir", str(tmp_path / "run")]
-    assert train.main(arguments) == 1
+    assert cli.main(["train", *arguments]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "nowhere" in line
+
+
+RESUME = "To resume: cvt-keras train smoke --run-dir 'my runs/one' --resume"
 
 
 @pytest.mark.parametrize(
     "raised, code, part",
     [
-        (
-            OSError("no space"),
-            1,
-            "no space; finished epochs are kept. To go on once that is mended: python train.py smoke --run-dir",
-        ),
-        (FloatingPointError("no number"), 1, "no number"),
-        (MemoryError("too small"), 1, "too small"),
-        (RunError("broken"), 1, "broken"),
-        (FileExistsError("a run"), 2, "a run"),
-        (KeyboardInterrupt(), 130, "To go on: python train.py smoke --run-dir 'my runs/one' --resume"),
-        (Terminated(), 143, "To go on: python train.py smoke --run-dir 'my runs/one' --resume"),
+        (OSError("no space"), 1, "no space; finished epochs are kept. To resume once that is mended: cvt-keras train smoke"),
+        (DivergedError("the loss is NaN", hint="Lower it"), 1, "the loss is NaN. Lower it"),
+        (OutOfMemoryError("too small"), 1, "too small"),
+        (RunError("damaged"), 1, "damaged"),
+        (OccupiedError("a run"), 2, "a run"),
+        (KeyboardInterrupt(), 130, RESUME),
+        (Terminated(), 143, RESUME),
     ],
 )
 def test_what_stops_a_run_is_told_in_one_line(raised, code, part, monkeypatch, capsys):
-    def stop(recipe, run_dir, resume):
+    def stop(recipe, run_dir, resume, name):
         raise raised
 
-    monkeypatch.setattr(train, "run", stop)
-    assert train.main(["smoke", "--run-dir", "my runs/one"]) == code
+    monkeypatch.setattr(loop, "run", stop)
+    assert cli.main(["train", "smoke", "--run-dir", "my runs/one"]) == code
     [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("cvt-keras train: ")
     assert part in line
 
 
 def test_a_run_that_left_the_test_images_alone_tells_validation(monkeypatch, capsys):
     report = SimpleNamespace(test=None, validation={"top1": 0.125, "images": 5_000})
-    monkeypatch.setattr(train, "run", lambda recipe, run_dir, resume: report)
-    assert train.main(["smoke"]) == 0
-    assert "12.50% top-1 on 5000 validation images" in capsys.readouterr().out
+    result = SimpleNamespace(report=report, run_dir="runs/x")
+    monkeypatch.setattr(loop, "run", lambda recipe, run_dir, resume, name: result)
+    assert cli.main(["train", "smoke"]) == 0
+    assert "12.50% top-1 on 5000 validation images; the run is in runs/x" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "missing, environment, part",
-    [("matplotlib", {}, "pip install matplotlib"), ("tyro", {}, "requirements.txt"), ("", {"KERAS_BACKEND": "foo"}, "foo")],
+    "missing, environment, code, part",
+    [("matplotlib", {}, 1, "pip install matplotlib"), ("", {"KERAS_BACKEND": "foo"}, 2, "foo")],
 )
-def test_what_can_not_be_imported_is_told_in_one_line(missing, environment, part):
-    code = "import runpy, sys\nsys.modules[sys.argv.pop(1)] = None\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    code = code.replace("sys.argv[0]", repr(str(ROOT / "train.py")))
+def test_what_can_not_be_imported_is_told_in_one_line(missing, environment, code, part):
+    code_of_process = "import sys\nsys.modules[sys.argv.pop(1)] = None\nfrom cvt_keras import cli\nsys.exit(cli.main())"
     ended = subprocess.run(
-        [sys.executable, "-c", code, missing, "smoke"],
+        [sys.executable, "-c", code_of_process, missing, "train", "smoke", "--dataset", "digits"],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env={**os.environ, **environment},
     )
-    assert ended.returncode == 1
+    assert ended.returncode == code
     line = ended.stderr.strip().splitlines()[-1]
-    assert line.startswith("train.py: ") and part in line
+    assert line.startswith("cvt-keras train: ") and part in line
     assert "Traceback" not in ended.stderr
 
 
@@ -261,14 +259,14 @@ def test_a_stopped_run_keeps_its_epochs_and_goes_on(cifar10_dir, tmp_path, numbe
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
-    assert error.strip().splitlines()[-1].endswith(f"To go on: {shlex.join([*process.args, '--resume'])}")
+    assert error.strip().splitlines()[-1].endswith(f"To resume: {shlex.join([*process.args, '--resume'])}")
     # Not at the end of the next epoch.
     assert [path.name for path in (run_dir / "checkpoints").glob("epoch-*")] == ["epoch-0001"]
     kept = (run_dir / "history.csv").read_text()
     assert not (run_dir / "report.json").exists()
 
-    assert train.main([*flags, "--resume"]) == 0
-    assert "going on after epoch 1 of 3" in capsys.readouterr().out
+    assert cli.main(["train", *flags, "--resume"]) == 0
+    assert "resuming after epoch 1 of 3" in capsys.readouterr().out
     assert (run_dir / "history.csv").read_text().startswith(kept)
     assert json.loads((run_dir / "report.json").read_text())["epochs"] == 3
 

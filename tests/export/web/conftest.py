@@ -19,7 +19,7 @@ def chromium():
 def samples(cifar10_dir):
     from cvt_keras.data import sources
 
-    found = first_of_each_class(sources.cifar10(str(cifar10_dir)))
+    found = first_of_each_class(sources.load("cifar10", str(cifar10_dir)))
     return [{"label": name, "png": tf.io.encode_png(image).numpy()} for name, image in found]
 
 

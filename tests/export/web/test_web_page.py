@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import tensorflow as tf
-from cvt_keras.export.tflite import KINDS
+from cvt_keras.export.verify import TFLITE_FORMATS
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tensorflow.lite.python import schema_py_generated as schema
 from tools import require_browser
 
-from cvt_keras.data import sources
+from cvt_keras.data import images, sources
 
 WAIT = 30_000  # milliseconds: the machine may be busy
 DCT = ("INTEGER_ACCURATE", "")
@@ -77,7 +77,7 @@ def _seen(card):
 
 
 def _stretched(pixels):
-    return sources.stretch(pixels, 32).numpy()
+    return images.stretch(pixels, 32).numpy()
 
 
 def _keras(classifier, pixels):
@@ -174,7 +174,7 @@ def test_every_model_file_answers_as_litert_does(page, exported, test_images, na
     image = test_images[0][0]
     card = _chosen(page, _file(_encoded(image)))
     answers = []
-    for kind in (*KINDS[1:], KINDS[0]):
+    for kind in (*TFLITE_FORMATS[1:], TFLITE_FORMATS[0]):
         page.locator(f"label[for={kind}]").click()
         cost = card.locator(".cost")
         _expect()(cost).to_contain_text(f"ms with {kind},", timeout=WAIT)
@@ -312,7 +312,7 @@ def test_paste(page, test_images):
 
 
 def test_a_sample(page, samples, cifar10_dir):
-    source = sources.cifar10(str(cifar10_dir))
+    source = sources.load("cifar10", str(cifar10_dir))
     buttons = page.locator("#samples").get_by_role("button")
     _expect()(buttons).to_have_count(10)
     assert buttons.all_text_contents() == list(source.class_names)

@@ -1,6 +1,5 @@
 import http.client
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,12 +12,13 @@ import urllib.request
 import numpy as np
 import pytest
 from cvt_keras.export.saved_model import MAX_PIXELS
-from cvt_keras.export.tflite import KINDS
+from cvt_keras.export.verify import TFLITE_FORMATS
 from cvt_keras.export.web import __main__ as command
 from cvt_keras.export.web import samples as module_of_samples
 from cvt_keras.export.web import server as module
-from cvt_keras.export.web.samples import ROOT, Samples, first_of_each_class
+from cvt_keras.export.web.samples import Samples, first_of_each_class
 
+from cvt_keras import cli
 from cvt_keras.data import sources
 
 
@@ -39,7 +39,7 @@ def test_what_of_a_run_is_served(server, exported):
     assert response.status == 200
     run = json.loads(body)
     assert run["labels"] == (exported / "export" / "labels.txt").read_text().splitlines()
-    assert [artifact["name"] for artifact in run["artifacts"]] == list(KINDS) == list(module.KINDS)
+    assert [artifact["name"] for artifact in run["artifacts"]] == list(TFLITE_FORMATS)
     for artifact in run["artifacts"]:
         response, body = _ask(server, f"/{artifact['name']}.tflite")
         assert body == (exported / "export" / "tflite" / f"{artifact['name']}.tflite").read_bytes()
@@ -123,11 +123,11 @@ def test_a_file_that_is_gone_is_not_found(exported, serve, tmp_path):
     server = serve(run_dir)
     (run_dir / "export" / "tflite" / "int8.tflite").unlink()
     assert _ask(server, "/int8.tflite")[0].status == 404
-    assert [artifact["name"] for artifact in json.loads(_ask(server, "/run.json")[1])["artifacts"]] == list(KINDS)[:3]
+    assert [artifact["name"] for artifact in json.loads(_ask(server, "/run.json")[1])["artifacts"]] == list(TFLITE_FORMATS)[:3]
 
 
 def test_samples_are_the_first_test_image_of_each_class(cifar10_dir):
-    source = sources.cifar10(str(cifar10_dir))
+    source = sources.load("cifar10", str(cifar10_dir))
     found = dict(first_of_each_class(source))
     assert list(found) == list(source.class_names)
     for label, image in enumerate(found.values()):
@@ -153,14 +153,9 @@ def installed(monkeypatch):
 @pytest.mark.parametrize(
     "damage, flags, code, part",
     [
-        (shutil.rmtree, [], 2, "`RUN` must be a run folder"),
-        (lambda run_dir: shutil.rmtree(run_dir / "export"), [], 1, "python -m export {run_dir} first"),
-        (
-            lambda run_dir: (run_dir / "export/labels.txt").unlink(),
-            [],
-            1,
-            "has no export/labels.txt: python -m export {run_dir}",
-        ),
+        (shutil.rmtree, [], 2, "`run_dir` must be a run folder"),
+        (lambda run_dir: shutil.rmtree(run_dir / "export"), [], 1, ". Export it first: cvt-keras export {run_dir}"),
+        (lambda run_dir: (run_dir / "export/labels.txt").unlink(), [], 1, "has no export/labels.txt. Export it first: "),
         (lambda run_dir: None, ["--port", "65536"], 2, "`port` must be within 0 and 65535. Received: port=65536"),
         (lambda run_dir: None, ["--port", "-1"], 2, "`port` must be within 0 and 65535. Received: port=-1"),
     ],
@@ -169,38 +164,41 @@ def test_bad_input_is_told_in_a_line(damage, flags, code, part, exported, tmp_pa
     run_dir = tmp_path / "run"
     shutil.copytree(exported, run_dir)
     damage(run_dir)
-    assert command.main([str(run_dir), *flags]) == code
+    assert cli.main(["web", str(run_dir), *flags]) == code
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("export.web: ") and part.format(run_dir=run_dir) in line
+    assert line.startswith("cvt-keras web: ") and part.format(run_dir=run_dir) in line
 
 
 def test_a_port_in_use_is_told_in_a_line(exported, capsys, installed):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert command.main([str(exported), "--port", str(port)]) == 1
+        assert cli.main(["web", str(exported), "--port", str(port)]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert line == f"export.web: port {port} is in use: choose another with --port"
+    assert line == f"cvt-keras web: `port` is in use: {port}. Choose another with --port"
 
 
-def test_a_missing_runtime_is_told_in_a_line(exported, capsys, monkeypatch):
+def test_a_missing_runtime_is_told_with_the_line_that_installs_it_where_the_page_looks(exported, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "RUNTIME", ("node_modules/none.js",))
-    monkeypatch.chdir(ROOT)
-    assert command.main([str(exported)]) == 1
-    [line] = capsys.readouterr().err.strip().splitlines()
-    assert line == "export.web: node_modules/none.js is not installed: npm ci --prefix export/web"
+    for folder, shown in ((module.WEB.parents[1], "export/web"), (tmp_path, str(module.WEB))):
+        monkeypatch.chdir(folder)
+        assert cli.main(["web", str(exported)]) == 1
+        [line] = capsys.readouterr().err.strip().splitlines()
+        assert "node_modules/none.js is missing" in line and line.endswith(f": npm ci --prefix {shown}")
 
 
 @pytest.fixture
 def start(tmp_path):
     """A function: flags of the command -> its process and the URL that it prints."""
     started = []
-    code = "import sys; from export.web import __main__ as c; c.RUNTIME = (); sys.exit(c.main(sys.argv[1:]))"
+    code = (
+        "import sys; from cvt_keras import cli; from cvt_keras.export.web import __main__ as command\n"
+        "command.RUNTIME = (); sys.exit(cli.main(['web', *sys.argv[1:]]))"
+    )
 
     def begin(*flags):
         process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, flags)],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -224,7 +222,7 @@ def test_signals_end_it_at_once_while_it_still_reads_samples(number, code, expor
     process.send_signal(number)
     _, said = process.communicate(timeout=5)
     assert process.returncode == code
-    assert said.strip() == "export.web: stopped"
+    assert said.strip() == "cvt-keras web: stopped"
 
 
 def test_samples_come_from_the_runs_data_set(exported, start, samples):
@@ -263,5 +261,5 @@ def test_without_the_data_there_are_no_samples_and_a_line_says_why(exported, tmp
     told = []
     samples = Samples(exported, str(tmp_path), told.append)
     assert samples() == []
-    assert told == [f"cifar10 is not in {tmp_path}, and is not downloaded: see --data-dir"]
+    assert told == [f"cifar10 is not in {tmp_path}, and is not downloaded. Name its folder with --data-dir"]
     assert not list(tmp_path.iterdir())

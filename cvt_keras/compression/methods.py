@@ -1,0 +1,122 @@
+"""The methods of compression by name, and the call that applies one to a finished run."""
+
+import dataclasses
+import inspect
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from cvt_keras import runs
+from cvt_keras.compression.clustering import WeightClustering
+from cvt_keras.compression.pruning import MagnitudePruning
+from cvt_keras.compression.quantization import QuantizationAwareTraining
+from cvt_keras.errors import RecipeError
+from cvt_keras.training.loop import run as train
+from cvt_keras.training.plan import RunResult
+from cvt_keras.training.recipes import read_recipe
+
+METHODS = {"prune": MagnitudePruning, "cluster": WeightClustering, "qat": QuantizationAwareTraining}
+# Of the run's own peak learning rate. A lower one keeps more of what the network has learned.
+LEARNING_RATE_SHARE = 0.25
+
+
+def compress(
+    run: str | os.PathLike[str],
+    run_dir: str | os.PathLike[str],
+    method: Literal["prune", "cluster", "qat"],
+    *,
+    epochs: int = 2,
+    peak_learning_rate: float | None = None,
+    batch_size: int | None = None,
+    precision: str | None = None,
+    seed: int | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    train_limit: int | None = None,
+    validation_limit: int | None = None,
+    test_limit: int | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> RunResult:
+    """Makes the network of a finished run smaller, and writes a run folder of its own.
+
+    `compress("runs/mine", "runs/pruned", "prune", sparsity=0.5)` continues the training of `runs/mine`, on the same images
+    and with the settings of its recipe. Moving average and `layer_decay` are off.
+
+    Args:
+        run: the run folder to start from.
+        run_dir: the run folder to write: one that does not exist yet, or is empty, unless `resume`.
+        method: `"prune"`, for `MagnitudePruning`; `"cluster"`, for `WeightClustering`; or `"qat"`, for
+            `QuantizationAwareTraining`.
+        epochs: passes over the training images.
+        peak_learning_rate: `None` means a quarter of the run's.
+        batch_size: in images; `None` means the run's. `"qat"` needs more memory than the training before it.
+        precision: `None` means `"auto"`, and for `"qat"` float32, the only one that it takes.
+        seed: `None` means the run's.
+        data_dir: where the images are now; `None` means where they were.
+        train_limit, validation_limit, test_limit: use the first N images only; `None` means as many as the run did.
+        resume: continue the run in `run_dir` after its last finished epoch.
+        options: the method's own arguments, `sparsity` or `clusters` for instance. Zeros of a pruned run stay, unless
+            `keep_zeros=False`.
+
+    Returns:
+        A `RunResult`.
+
+    Raises:
+        NoRunError: if `run` holds no run.
+        RunError: if that run is not finished or is damaged.
+        RecipeError: for a method or an option that does not exist, a value out of its range, or methods that can't follow
+            each other.
+        MissingPackageError: if tensorflow-model-optimization is not installed.
+        And what `cvt_keras.training.run` raises.
+    """
+    run, run_dir = Path(run), Path(run_dir)
+    runs.require_finished(run, argument="run")
+    recipe = read_recipe(run)
+    compressor = _compressor(method, options, recipe.compression)
+    settings = {
+        "peak_learning_rate": peak_learning_rate,
+        "batch_size": batch_size,
+        "precision": precision,
+        "seed": seed,
+        "data_dir": data_dir,
+        "train_limit": train_limit,
+        "validation_limit": validation_limit,
+        "test_limit": test_limit,
+    }
+    defaults = {
+        "peak_learning_rate": LEARNING_RATE_SHARE * recipe.peak_learning_rate,
+        # Settled anew, as this machine may be another. Quantisation of a network in half precision would round twice.
+        "precision": "float32" if method == "qat" else "auto",
+        "xla": "auto",
+        "weights": str(run / runs.MODEL),
+        "compression": None,
+        "epochs": epochs,
+        "ema": 0.0,
+        "layer_decay": 1.0,
+    }
+    recipe = dataclasses.replace(
+        recipe, **{**defaults, **{name: value for name, value in settings.items() if value is not None}}
+    )
+    return train(recipe, run_dir, resume=resume, compressor=compressor)
+
+
+def _compressor(method, options, after):
+    """The `Compressor` of a method.
+
+    Args:
+        method: a name in `METHODS`.
+        options: its arguments.
+        after: the `settings` of the compression that the run has, or `None`.
+    """
+    if method not in METHODS:
+        raise RecipeError(f"`method` must be one of {', '.join(METHODS)}. Received: method={method!r}", argument="method")
+    known = [name for name in inspect.signature(METHODS[method]).parameters if name != "after"]
+    if unknown := sorted(set(options) - set(known)):
+        raise RecipeError(
+            f"`{unknown[0]}` is not an option of {method}, which takes {', '.join(known)}. "
+            f"Received: {unknown[0]}={options[unknown[0]]!r}",
+            argument=unknown[0],
+        )
+    if "keep_zeros" in known:
+        options = {"keep_zeros": after is not None and after["method"] == "prune", **options}
+    return METHODS[method](**options, after=after)

@@ -1,0 +1,43 @@
+"""The handwritten digits that scikit-learn carries: images for which nothing has to be downloaded."""
+
+import numpy as np
+
+from cvt_keras.data import images, packages
+from cvt_keras.data.split import Source, Split
+
+
+def load(image_size=32):
+    """Loads the 1,797 digits: 1,297 to train, 200 to validate, 300 to test.
+
+    Args:
+        image_size: side of the square, in pixels, that the 8x8 pixels are stretched to.
+
+    Returns:
+        A `Source`.
+
+    Raises:
+        UnavailableError: if scikit-learn is not installed.
+    """
+    tf = packages.require("tensorflow")
+    load_digits = packages.require("sklearn.datasets", "scikit-learn").load_digits
+    train_test_split = packages.require("sklearn.model_selection", "scikit-learn").train_test_split
+
+    data = load_digits()
+    grey = np.round(data.images * (255 / 16)).astype("uint8")  # 0..16 -> 0..255
+    with tf.device("CPU:0"):
+        pixels = images.stretch(np.stack([grey] * 3, axis=-1), image_size).numpy()
+    labels = data.target.astype("int64")
+    rest, test = train_test_split(np.arange(len(labels)), test_size=300, stratify=labels, random_state=0)
+    train, validation = train_test_split(rest, test_size=200, stratify=labels[rest], random_state=0)
+    mean, std = images.mean_and_std(pixels[train])
+    return Source(
+        name="digits",
+        train=Split(pixels[train], labels[train]),
+        validation=Split(pixels[validation], labels[validation]),
+        test=Split(pixels[test], labels[test]),
+        class_names=tuple(map(str, range(10))),
+        mean=mean,
+        std=std,
+        note="scikit-learn's handwritten digits of 8x8 pixels, enlarged",
+        mirror=False,
+    )

@@ -1,0 +1,1 @@
+"""What a run tells its reader: metrics, figures and a page."""

@@ -1,0 +1,75 @@
+"""The command `cvt-keras export`: flags in, one call of `cvt_keras.export.export`."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cvt_keras import cli, environment, runs
+
+from .verify import FORMATS, summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run folder."""
+    formats: tuple[Literal[FORMATS], ...] = FORMATS  # Literal[("a", "b")] is Literal["a", "b"]
+    """What to write."""
+    data_dir: str | None = None
+    """Where the run's data set lies now, if not where it was."""
+    verify_images: int | None = None
+    """Verify on the first N test images only."""
+
+
+def main(argv):
+    description = "Write a run as SavedModel and TFLite files, and verify each of them."
+    arguments = tyro.cli(Arguments, prog="cvt-keras export", description=description, args=argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the converter warns about every file
+    environment.start()
+    from .artifacts import export
+
+    artifacts = export(arguments.run, arguments.formats, arguments.data_dir, arguments.verify_images)
+    console = Console()
+    if console.is_terminal:
+        console.print(_table(artifacts))
+    failed = [artifact for artifact in artifacts if not artifact.passed]
+    for artifact in failed:
+        broken = ", ".join(f"{name} ({artifact.bounds.get(name)} at most)" for name in artifact.broken)
+        print(
+            f"cvt-keras export: {artifact.name} is out of its bounds in {broken}, and was not put into "
+            f"{arguments.run / artifact.path}: {summary(artifact)}. Test image {artifact.worst_image} differs most",
+            file=sys.stderr,
+        )
+    if failed:
+        return 1
+    print(f"exported into {arguments.run / runs.EXPORT}; the table is in {arguments.run / runs.PAGE}")
+    return 0
+
+
+def _table(artifacts):
+    table = Table()
+    table.add_column("artifact", no_wrap=True)
+    for name in ("MB", "top-1", "same as Keras", "largest difference", "ms"):
+        table.add_column(name, justify="right")
+    table.add_column("passed", no_wrap=True)
+    for artifact in artifacts:
+        table.add_row(
+            artifact.name,
+            f"{artifact.bytes / 1e6:.2f}",
+            f"{artifact.top1:.2%}",
+            f"{artifact.agreement:.2%}",
+            f"{artifact.max_abs_diff:.2g}",
+            f"{artifact.milliseconds:.2f}",
+            "yes" if artifact.passed else f"no: {', '.join(artifact.broken)}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("export", sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""Small images with labels, and ways to compare them, for the tests of `cvt_keras.data`."""
+
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from cvt_keras.data import sources
+from cvt_keras.errors import UserError
+
+
+def noise(n, shape=(32, 32, 3)):
+    return np.random.default_rng(0).integers(0, 256, (n, *shape), "uint8")
+
+
+def labelled(images, num_classes=10, **features):
+    """Examples for `write_tfds`, with one class after the other."""
+    return [{"image": image, "label": i % num_classes, **features} for i, image in enumerate(images)]
+
+
+def sizes(source):
+    return [len(split) for split in (source.train, source.validation, source.test)]
+
+
+def rows(*splits):
+    return np.concatenate([split.images.reshape(len(split), -1) for split in splits])
+
+
+def same_rows(a, b):
+    """Whether the same rows lie in both, in any order, and each once."""
+    kept = np.unique(a, axis=0)
+    return len(kept) == len(a) and np.array_equal(kept, np.unique(b, axis=0))
+
+
+def resized(image, size):
+    return np.round(tf.image.resize(image, (size, size), antialias=True).numpy()).astype("uint8")
+
+
+def write_image(path, image=None, shape=(12, 16, 3)):
+    """Writes a file by its suffix, and returns the pixels: noise of its own for each name."""
+    if image is None:
+        image = np.random.default_rng(list(str(path).encode())).integers(0, 256, shape, "uint8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encode = tf.io.encode_png if path.suffix.lower() == ".png" else tf.io.encode_jpeg
+    path.write_bytes(encode(image).numpy())
+    return image
+
+
+def error_of(*arguments, **keywords):
+    """The error that `sources.load` raises: within seconds, in one line, in an argument's terms."""
+    started = time.monotonic()
+    with pytest.raises(UserError) as raised:
+        sources.load(*arguments, **keywords)
+    assert time.monotonic() - started < 20
+    error = raised.value
+    for inside in ("\n", "{{", "[Op:", " --"):  # a hint may name flags
+        assert inside not in error.summary
+    assert not error.summary.endswith(".") and not (error.hint or "").endswith(".")
+    return error

@@ -1,0 +1,74 @@
+"""Run folders that version 0.1 wrote go on working: they load, and are resumed. tests/export exports them."""
+
+import tarfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from cvt_keras import CvT, cli, preprocessing_of, runs
+from cvt_keras.errors import DifferentRunError
+from cvt_keras.training import RECIPES, run
+
+ARCHIVES = Path(__file__).parent / "golden" / "old_runs"
+# Of 8-bit roundings, one that falls the other way is a step of a logit.
+TOLERANCES = {"plain": 1e-5, "qat": 0.05}
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """Unpacks a run folder -> its path."""
+
+    def unpack(name):
+        with tarfile.open(ARCHIVES / f"{name}.tar.xz") as archive:
+            archive.extractall(tmp_path, filter="data")
+        return tmp_path / name
+
+    return unpack
+
+
+@pytest.mark.parametrize("name", ["plain", "qat"])
+def test_a_model_of_version_0_1_answers_as_it_did(name, old_run):
+    run_dir = old_run(name)
+    classifier = keras.saving.load_model(run_dir / "model.keras", compile=False)
+    images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3)).astype("float32")
+    with np.load(run_dir / "expected_logits.npz") as expected:
+        np.testing.assert_allclose(classifier.predict(images, verbose=0), expected["logits"], atol=TOLERANCES[name])
+    preprocessing = preprocessing_of(classifier)
+    assert preprocessing.class_names == tuple("0123456789")
+    assert preprocessing.image_size == (32, 32)
+
+
+def test_a_model_of_version_0_1_is_a_place_to_start_from(old_run):
+    model = CvT.from_pretrained(old_run("plain") / "model.keras", num_classes=3)
+    assert model.preprocessing.mean == pytest.approx(model.preprocessing.mean)
+    assert model.preprocessing.class_names is None
+    assert model.output_shape == (None, 3)
+
+
+def test_a_run_that_version_0_1_stopped_is_resumed_as_if_it_had_not_stopped(old_run, capsys):
+    run_dir = old_run("stopped")
+    # Its recipe.json has no `validation_limit`, and the recipe smoke has one by now.
+    assert cli.main(
+        ["train", "smoke", "--dataset", "digits", "--train-limit", "128", "--test-limit", "64", "--epochs", "3", "--ema", "0.9"]
+        + ["--run-dir", str(run_dir), "--resume"]
+    ) == 0  # fmt: skip
+    assert "resuming after epoch 1 of 3" in capsys.readouterr().out
+    resumed, whole = runs.read_history(run_dir), runs.read_history(run_dir / "expected")
+    assert [row["epoch"] for row in resumed] == [1, 2, 3]
+    timed = {"train_seconds", "seconds"}
+    for ours, theirs in zip(resumed, whole, strict=True):
+        for name in set(theirs) - timed:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    models = [keras.saving.load_model(folder / "model.keras") for folder in (run_dir, run_dir / "expected")]
+    for ours, theirs in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_run_of_version_0_1_is_resumed_with_its_own_settings_alone(old_run):
+    recipe = RECIPES["smoke"]
+    with pytest.raises(DifferentRunError) as error:
+        run(recipe, old_run("stopped"), resume=True)
+    assert "validation_limit" not in error.value.differences
+    assert "epochs was 3 and is 2" in error.value.differences

@@ -1,0 +1,66 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from cvt_keras import Preprocessing
+
+
+def test_it_is_frozen_and_compares_by_value():
+    preprocessing = Preprocessing([0.1, 0.2], np.array([0.3, 0.4]), ["a", "b"], [4, 6])
+    assert preprocessing == Preprocessing((0.1, 0.2), (0.3, 0.4), ("a", "b"), (4, 6), "stretch")
+    assert hash(preprocessing) == hash(Preprocessing((0.1, 0.2), (0.3, 0.4), ("a", "b"), (4, 6)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preprocessing.mean = (0.0, 0.0)
+
+
+@pytest.mark.parametrize("preprocessing", [Preprocessing(), Preprocessing((0.1,), (0.2,), ("a", "b"), (4, 6))])
+def test_its_config_is_json_and_the_way_back(preprocessing):
+    config = preprocessing.get_config()
+    assert json.loads(json.dumps(config)) == config
+    assert Preprocessing.from_config(config) == preprocessing
+    assert Preprocessing.from_config(preprocessing) is preprocessing
+
+
+def test_what_a_config_leaves_out_is_unknown():
+    assert Preprocessing.from_config(None) == Preprocessing.from_config({}) == Preprocessing()
+    assert Preprocessing.from_config({"mean": [0.5]}) == Preprocessing(mean=(0.5,))  # as version 0.1 wrote it
+
+
+def test_replace_keeps_what_is_given_as_none():
+    preprocessing = Preprocessing((0.1,), (0.2,), ("a",), (4, 6))
+    assert preprocessing.replace(mean=(0.3,), std=None) == Preprocessing((0.3,), (0.2,), ("a",), (4, 6))
+
+
+@pytest.mark.parametrize(
+    "fields, name",
+    [
+        ({"mean": 0.5}, "mean"),
+        ({"mean": ["a"]}, "mean"),
+        ({"mean": []}, "mean"),
+        ({"mean": [125.0, 123.0, 114.0]}, "mean"),
+        ({"std": [float("nan")]}, "std"),
+        ({"std": [0.5, 0.0]}, "std"),
+        ({"class_names": "cat"}, "class_names"),
+        ({"class_names": ["cat", 1]}, "class_names"),
+        ({"image_size": [224]}, "image_size"),
+        ({"image_size": [224, 0]}, "image_size"),
+        ({"image_size": [224.0, 224.0]}, "image_size"),
+        ({"resize": "crop"}, "resize"),
+    ],
+)
+def test_a_value_that_can_not_be_is_named(fields, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        Preprocessing(**fields)
+
+
+def test_an_unknown_key_is_named_beside_the_known_ones():
+    with pytest.raises(ValueError, match=r"mean, std, class_names, image_size, resize.*means"):
+        Preprocessing.from_config({"means": [0.5]})
+
+
+@pytest.mark.parametrize("preprocessing", [Preprocessing(), Preprocessing((0.5,), (0.5,)), Preprocessing((0.5,) * 3)])
+def test_channels_that_are_missing_are_named(preprocessing):
+    with pytest.raises(ValueError, match="3 channels"):
+        preprocessing.require_channels(3)

@@ -1,0 +1,37 @@
+"""Checked by mypy and never run: the public names with the types that a user's code sees.
+
+`.ci/run` checks it with `--strict` against an installed wheel, so that a public name without type hints is an error.
+"""
+
+from pathlib import Path
+from typing import Any, assert_type
+
+import cvt_keras
+from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, macs, preprocessing_of
+from cvt_keras.compression import compress
+from cvt_keras.training import RECIPES, Recipe, RunResult, run
+
+assert_type(cvt_keras.__version__, str)
+
+# === The network ===
+variant = Variant((Stage(dim=64, depth=1, heads=1), Stage(dim=128, depth=2, heads=2, cls_token=True)), stem=(32,))
+assert_type(VARIANTS["cvt_13"], Variant)
+assert_type(variant.stages[0].dim, int)
+assert_type(variant.stride, int)
+assert_type(variant.grids(224, 224), list[tuple[int, int]])
+assert_type(macs("cvt_13", (224, 224, 3), 1000), int)
+assert_type(CvT(variant, 10, (32, 32, 3)), CvT)
+assert_type(CvT.from_variant("cvt_13", num_classes=1000), CvT)
+model = assert_type(CvT.from_pretrained(Path("CvT-13-224x224-IN-1k.pth"), num_classes=0), CvT)
+assert_type(model.features([]), dict[str, Any])
+classifier = build_classifier(variant, mean=[0.5] * 3, std=[0.25] * 3, class_names=["cat", "dog"])
+assert_type(preprocessing_of(classifier), Preprocessing)
+Preprocessing(mean=[0.5], std=(0.25,), class_names=["cat", "dog"], image_size=(32, 32))
+
+# === Training and what follows it ===
+recipe = assert_type(RECIPES["smoke"], Recipe)
+assert_type(Recipe.from_settings(recipe.settings()), Recipe)
+result = assert_type(run(recipe, "runs/mine", resume=True), RunResult)
+assert_type(result.run_dir, Path)
+assert_type(result.history[-1]["epoch"], float)
+assert_type(compress(result.run_dir, "runs/pruned", "prune", sparsity=0.5, epochs=1), RunResult)
