@@ -427,7 +427,7 @@ def test_a_chief_and_two_workers_as_processes(space_file, tmp_path, address, tab
 
     processes = [start(flag) for flag in ("--chief", "--worker", "--worker")]
     try:
-        said = [process.communicate(timeout=110)[0] for process in processes]
+        said = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
