@@ -15,7 +15,7 @@ def holds_search(search_dir):
         search_dir: a path.
 
     Raises:
-        OccupiedError: if it holds something else, or is no folder.
+        OccupiedError: if it holds something else, or is not a folder.
         ArgumentError: if it can't be written to.
     """
     another = "Name another with --search-dir"

@@ -1,4 +1,7 @@
-"""How a recipe is searched, and which options go together. Nothing heavy is imported here: the command refuses flags by it."""
+"""The options of a search, and which go together.
+
+Nothing heavy is imported here, so that the command refuses wrong flags at once.
+"""
 
 import math
 import re
@@ -9,8 +12,8 @@ import tyro
 
 from cvt_keras.errors import ArgumentError, RecipeError
 
-HEARTBEAT_SECONDS = 5.0  # between a worker's signs of life
-MISSED_HEARTBEATS = 3  # that a chief must bear before it gives a worker up
+HEARTBEAT_SECONDS = 5.0  # between two messages of a worker that it is alive
+MISSED_HEARTBEATS = 3  # in a row; fewer do not mean that a worker is gone
 
 Algorithm = Literal["bayesian", "hyperband", "random"]
 
@@ -22,9 +25,9 @@ class Options:
     # The string under a field is its flag's help in `cvt-keras search`.
 
     trials: int = 20
-    """How many candidates are trained. A larger number continues a finished search."""
+    """Candidates to train. A larger number continues a finished search."""
     algorithm: Algorithm = "bayesian"
-    """Of keras-tuner. hyperband: many for few epochs, and the best of them again for more, up to --epochs."""
+    """One of keras-tuner's. hyperband: many for few epochs, and the best of them again for more, up to --epochs."""
     max_macs: Annotated[float | None, tyro.conf.arg(metavar="M")] = None
     """Multiply-accumulates per image that a network may take, 55e6 for instance: a larger one is not trained."""
     chief: bool = False
@@ -32,9 +35,9 @@ class Options:
     worker: bool = False
     """Train what the chief at --address hands out."""
     address: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")] = "127.0.0.1:7171"
-    """Where the chief listens; for workers on other machines one that they reach. There is no password."""
+    """Where the chief listens. Workers on other machines must reach it. There is no password."""
     worker_timeout: float = 120.0
-    """Seconds without a word from a worker after which its trial goes to another, or the chief ends if there is none."""
+    """After so many seconds without a heartbeat a worker's trial goes to another worker; without any worker the chief ends."""
     fresh: bool = False
     """Delete the search in the folder, after asking, and start over."""
 

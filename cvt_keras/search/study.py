@@ -1,4 +1,4 @@
-"""A search from its first check to its best recipe: what a notebook calls."""
+"""A search, from checking its arguments to its best recipe."""
 
 import contextlib
 import dataclasses
@@ -123,7 +123,7 @@ def _search(recipe, space, search_dir, options):
     if stored is not None and recipe.dataset == "auto":
         recipe = dataclasses.replace(recipe, dataset=stored["recipe"]["dataset"])
     if options.chief:
-        tf.config.set_visible_devices([], "GPU")  # they are for workers on this machine
+        tf.config.set_visible_devices([], "GPU")  # the GPUs are for workers on this machine
     oracle, settings = _settle(recipe, space, options)
     oracle.require_one()
     _require_same(stored, settings, search_dir)
@@ -198,7 +198,7 @@ def _require_same(stored, settings, search_dir):
 
 
 def _clear(search_dir):
-    """Deletes the search and nothing else. If it is killed on its way, the folder still holds a search, or none."""
+    """Deletes the search and nothing else. After a kill on the way the folder holds a search, or nothing of one."""
     for name in (*results.FILES, folder.TRIALS, folder.ORACLE, folder.SEARCH):
         if (path := search_dir / name).exists():
             path.rename(search_dir / f".{os.getpid()}-{name}")
@@ -206,7 +206,7 @@ def _clear(search_dir):
 
 
 def _run_trials(oracle, settings, search_dir, options):
-    """Runs the trials that are left, or hands them to workers, and renews the search's page as each ends."""
+    """Runs the trials that are left, or hands them to workers, and writes the search's page after each."""
     oracle.open(search_dir / folder.ORACLE)
     if reason := oracle.candidates.left_out():
         print(f"the recipe itself is not tried: {reason}", flush=True)
@@ -248,11 +248,11 @@ def _result(oracle, search_dir):
 
 @contextlib.contextmanager
 def _undisturbed():
-    """Keeps what the process was set to from the search during the block, and the other way round."""
+    """Quiets TensorFlow and hides keras-tuner's environment variables during the block; both are restored after it."""
     logger = tf.get_logger()
     level = logger.level
-    logger.setLevel("ERROR")  # else each trial warns that it traces its functions anew
-    # With these keras-tuner takes any search for a worker's.
+    logger.setLevel("ERROR")  # it warns that each trial traces its functions anew
+    # With these set, keras-tuner takes every search for a worker's.
     before = _keras_tuner_variables()
     _unset(before)
     try:

@@ -228,7 +228,7 @@ def test_a_worker_whose_disk_has_another_search_ends(make_oracle, tmp_path, addr
         other = dataclasses.replace(SMOKE, precision="float32", xla="off", seed=9)
         runs.write_json(run_dir / runs.RECIPE, other.settings())
     chief = _Chief(make_oracle(trials=2), address, patience=2.0)
-    with pytest.raises(RecipeError, match="holds runs of a different search: seed was 9 and is 0"):
+    with pytest.raises(RecipeError, match=r"holds runs of a different search: .* seed was 9 and is 0"):
         _worker(make_oracle, tmp_path, address, trials=2).search()
     chief.join(10)
     assert chief.oracle.trials["0"].status == TrialStatus.RUNNING
@@ -427,7 +427,7 @@ def test_a_chief_and_two_workers_as_processes(space_file, tmp_path, address, tab
 
     processes = [start(flag) for flag in ("--chief", "--worker", "--worker")]
     try:
-        said = [process.communicate(timeout=110)[0] for process in processes]
+        said = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

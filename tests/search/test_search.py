@@ -154,6 +154,10 @@ def test_ctrl_c_says_how_to_go_on(command, quick_run, no_pictures, monkeypatch, 
     assert _search([*command, "--fresh", "--yes"]) == 130
     error = capsys.readouterr().err
     assert error.endswith(shlex.join(["cvt-keras", "search", *command]) + "\n")  # without --fresh and --yes
+    typed = ["python", "-m", "cvt_keras.search"]
+    monkeypatch.setattr(sys, "orig_argv", [*typed, *command, "--fresh", "--yes"])
+    assert _search([*command, "--fresh", "--yes"]) == 130
+    assert capsys.readouterr().err.endswith(shlex.join([*typed, *command]) + "\n")
 
 
 def test_fresh_asks_before_it_deletes(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
