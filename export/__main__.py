@@ -19,7 +19,7 @@ from .verify import FORMATS, summary
 class Arguments:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder."""
-    formats: tuple[Literal[FORMATS], ...] = FORMATS  # Literal[("a", "b")] is Literal["a", "b"]
+    formats: tuple[Literal[FORMATS], ...] = FORMATS  # type: ignore[valid-type]  # which wants the names written here
     """What to write."""
     data_dir: str | None = None
     """Where the run's data set lies now, if not where it was."""
