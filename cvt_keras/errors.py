@@ -87,7 +87,7 @@ class MissingPackageError(UserError, ImportError):
 
 
 class DivergedError(UserError, FloatingPointError):
-    """A loss or an output that is NaN or infinite."""
+    """A loss or an output that is NaN or infinite, or the same for every class."""
 
 
 class OutOfMemoryError(UserError, MemoryError):

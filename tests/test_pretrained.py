@@ -17,8 +17,8 @@ from transformers import AutoImageProcessor, CvtConfig, CvtForImageClassificatio
 from benchmarks.network import differences, golden_model
 from benchmarks.pretrained import CASES, logits, peak_memory, reference_model
 from benchmarks.pretrained import differences as live_differences
-from cvt_keras import VARIANTS, CvT, Stage, Variant, build_classifier, pretrained
-from cvt_keras.conversion import configs
+from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, cli, preprocessing_of
+from cvt_keras.conversion import checkpoint, configs, layouts
 from cvt_keras.conversion.checkpoint import load_state_dict
 from cvt_keras.conversion.layouts import LAYOUTS, microsoft_weights, transformers_weights
 from cvt_keras.errors import CheckpointError
@@ -47,7 +47,7 @@ def _arrays(weights, counters=True):
     random = np.random.default_rng(0)
     arrays = {weight.key: random.normal(size=weight.shape).astype("float32") for weight in weights}
     arrays |= {key: np.abs(array) for key, array in arrays.items() if key.endswith("running_var")}
-    return {**arrays, **({key: np.zeros((), "int64") for key in pretrained._counters(weights)} if counters else {})}
+    return {**arrays, **({key: np.zeros((), "int64") for key in layouts.counters(weights)} if counters else {})}
 
 
 def _save_torch(path, arrays, wrap=lambda arrays: arrays, **options):
@@ -64,7 +64,7 @@ def _config(variant, num_classes, **change):
 def shallow_too(monkeypatch):
     """`shallow` is one of the paper's networks to these tests: CvT-13's 80 MB would take them minutes."""
     monkeypatch.setitem(VARIANTS, "shallow", SHALLOW)
-    monkeypatch.setattr(pretrained, "PAPER", (*pretrained.PAPER, "shallow"))
+    monkeypatch.setattr(layouts, "PAPER", (*layouts.PAPER, "shallow"))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_transformers_has_the_keys_and_shapes_of_the_papers_networks(name):
     with torch.device("meta"):  # shapes without memory
         reference = CvtForImageClassification(CvtConfig(**_config(name, 1000))).state_dict()
     weights = transformers_weights(name, 1000)
-    ours = {weight.key: weight.shape for weight in weights} | {key: () for key in pretrained._counters(weights)}
+    ours = {weight.key: weight.shape for weight in weights} | {key: () for key in layouts.counters(weights)}
     assert ours == {key: tuple(value.shape) for key, value in reference.items()}
 
 
@@ -160,7 +160,7 @@ def test_transformers_has_the_keys_and_shapes_of_the_papers_networks(name):
 
 
 def _keras_shapes(weights):
-    return {weight.path: pretrained._transposed(weight.shape, weight.axes) for weight in weights}
+    return {weight.path: checkpoint._transposed(weight.shape, weight.axes) for weight in weights}
 
 
 @pytest.mark.parametrize("name", ["cvt_13", "cvt_21", "cvt_w24", "cvt_tiny"])
@@ -216,8 +216,7 @@ def test_a_state_dict_is_used_whole_or_refused():
     damaged[variance] = -damaged[variance]
     with pytest.raises(CheckpointError) as error:
         load_state_dict(model, damaged, weights)
-    head, *faults = str(error.value).splitlines()
-    assert "1 missing, 2 unused, 5 of wrong shape or type" in head
+    assert "1 missing, 2 unused, 5 of wrong shape or type" in error.value.summary
     expected = {
         "missing: head.bias",
         "unused: head.extra",
@@ -228,7 +227,8 @@ def test_a_state_dict_is_used_whole_or_refused():
         "stage0.patch_embed.norm.bias: it holds a NaN, an infinity or what float32 can't hold",
         f"{variance}: it holds a negative variance",
     }
-    assert {fault.strip() for fault in faults} == expected
+    assert set(error.value.details) == expected
+    assert str(error.value).splitlines()[1:] == [f"  {detail}" for detail in error.value.details]
     for ours, old in zip(model.get_weights(), before):
         np.testing.assert_array_equal(ours, old)
 
@@ -244,16 +244,16 @@ def test_a_state_dict_is_used_whole_or_refused():
 def test_the_array_that_is_cut_is_the_one_that_is_told(key, shape, tmp_path):
     arrays = {**_arrays(microsoft_weights(SHALLOW, 5)), key: np.zeros(shape, "float32")}
     with pytest.raises(CheckpointError) as error:
-        pretrained.read(_save_torch(tmp_path / "weights.pth", arrays))
-    _, line = str(error.value).splitlines()
-    assert line.startswith(f"  {key}: its shape must be (")
+        checkpoint.read(_save_torch(tmp_path / "weights.pth", arrays))
+    [line] = error.value.details
+    assert line.startswith(f"{key}: its shape must be (")
     assert line.endswith(f"Received: {shape}")
 
 
 def test_a_head_that_disagrees_with_itself_is_told(tmp_path):
     arrays = {**_arrays(microsoft_weights(SHALLOW, 5)), "head.bias": np.zeros(4, "float32")}
     with pytest.raises(CheckpointError, match=r"head\.weight and head\.bias .*\(5, 384\) and \(4,\)"):
-        pretrained.read(_save_torch(tmp_path / "weights.pth", arrays))
+        checkpoint.read(_save_torch(tmp_path / "weights.pth", arrays))
 
 
 def test_a_lost_cls_token_is_told_with_the_way_out(tmp_path):
@@ -263,10 +263,10 @@ def test_a_lost_cls_token_is_told_with_the_way_out(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"the paper's shallow.*\(another network needs `variant`\)[^\n]*\n.*: stage2\.cls_token$"
     ):
-        pretrained.read(file)
+        checkpoint.read(file)
     stages = SHALLOW.stages
     without = Variant((*stages[:2], dataclasses.replace(stages[2], cls_token=False)))
-    assert pretrained.read(file, without).variant == without
+    assert checkpoint.read(file, without).variant == without
 
 
 def test_the_weights_are_the_networks_own(tmp_path):
@@ -291,7 +291,7 @@ def test_the_weights_are_the_networks_own(tmp_path):
 def test_a_stray_key_of_the_other_layout_is_told_as_one(tmp_path):
     arrays = {**_arrays(microsoft_weights(SHALLOW, 5)), "cvt.encoder": np.ones(3, "float32")}
     with pytest.raises(CheckpointError, match=r"; 0 missing, 1 unused, 0 of[^\n]*\n  unused: cvt\.encoder$"):
-        pretrained.read(_save_torch(tmp_path / "weights.pth", arrays))
+        checkpoint.read(_save_torch(tmp_path / "weights.pth", arrays))
 
 
 def test_what_float32_can_not_hold_is_refused():
@@ -314,7 +314,7 @@ def test_a_map_of_another_network_is_refused():
 @pytest.mark.parametrize("name", ["cvt_13", "cvt_21", "cvt_w24"])
 def test_the_papers_networks_are_known_by_their_shapes(name):
     shapes = {weight.key: weight.shape for weight in microsoft_weights(name, 5, 4)}
-    assert pretrained._paper_network(shapes) == name
+    assert layouts.paper_network(shapes) == name
 
 
 @pytest.mark.files
@@ -331,7 +331,7 @@ def test_lost_blocks_and_biases_make_no_smaller_network(tmp_path):
     for told, lost in damages.items():
         arrays = {key: array for key, array in sound.items() if not re.match(lost, key)}
         with pytest.raises(CheckpointError, match=told):
-            pretrained.read(_save_torch(tmp_path / "weights.pth", arrays))
+            checkpoint.read(_save_torch(tmp_path / "weights.pth", arrays))
 
 
 @pytest.mark.files
@@ -339,7 +339,7 @@ def test_another_variant_than_the_weights_is_told_with_the_right_one(shallow_fil
     with pytest.raises(
         CheckpointError, match=r"do not fit `variant` \(their widths, kernels and depths are those of shallow\); \d+ m"
     ):
-        pretrained.read(shallow_file, "cvt_21")
+        checkpoint.read(shallow_file, "cvt_21")
 
 
 @pytest.mark.files
@@ -348,15 +348,10 @@ def test_the_authors_file_says_its_resolution_by_its_name(shallow_file, tmp_path
     assert model.input_shape == (None, 64, 96, 3)
     assert model.num_classes == 5
     assert model.variant.activation == "quick_gelu"
-    assert model.preprocessing == {
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-        "class_names": None,
-        "image_size": [64, 96],
-    }
+    assert model.preprocessing == Preprocessing([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], None, [64, 96])
     for name in ("weights", "cvt13_2x4gpu", "cvt-2x2", "run_12x08"):
-        assert configs.published_preprocessing(VARIANTS["cvt_13"], 3, name)["image_size"] == [224, 224]
-    assert configs.published_preprocessing(VARIANTS["cvt_w24"], 3, "weights")["image_size"] == [384, 384]
+        assert configs.published_preprocessing(VARIANTS["cvt_13"], 3, name).image_size == (224, 224)
+    assert configs.published_preprocessing(VARIANTS["cvt_w24"], 3, "weights").image_size == (384, 384)
 
 
 @pytest.mark.files
@@ -371,12 +366,7 @@ def test_a_transformers_folder_is_read_with_its_configs(suffix, give, tiny_folde
     file = folder / ("model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin")
     model = CvT.from_pretrained(folder if give == "folder" else str(file))
     assert model.variant == TINY
-    assert model.preprocessing == {
-        "mean": [0.1, 0.2, 0.3],
-        "std": [0.4, 0.5, 0.6],
-        "class_names": [f"class {i}" for i in range(5)],
-        "image_size": [64, 64],
-    }
+    assert model.preprocessing == Preprocessing([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [f"class {i}" for i in range(5)], [64, 64])
     assert model.input_shape == (None, 64, 64, 3)
     expected = _arrays(transformers_weights(TINY, 5))
     for key, array in to_torch_state_dict(model, "transformers").items():
@@ -406,11 +396,11 @@ def test_other_floats_become_float32(dtype, suffix, tiny_folder, tmp_path):
 
 def test_a_new_head_where_the_classes_differ(tiny_folder):
     same = CvT.from_pretrained(tiny_folder, num_classes=5)
-    assert same.preprocessing["class_names"] == [f"class {i}" for i in range(5)]
+    assert same.preprocessing.class_names == tuple(f"class {i}" for i in range(5))
     other = CvT.from_pretrained(tiny_folder, num_classes=3)
     assert other.output_shape == (None, 3)
-    assert other.preprocessing["class_names"] is None
-    assert other.preprocessing["mean"] == [0.1, 0.2, 0.3]
+    assert other.preprocessing.class_names is None
+    assert other.preprocessing.mean == (0.1, 0.2, 0.3)
     ours, theirs = _loaded(other), _loaded(same)
     assert 0 < np.abs(ours["head/kernel"]).max() < 0.2  # its initialiser's
     for path in set(ours) - {"head/kernel", "head/bias"}:
@@ -429,7 +419,7 @@ def test_a_damaged_head_is_refused_also_where_it_is_not_used(tiny_folder, tmp_pa
 def test_any_size_of_image_will_do(tiny_folder):
     model = CvT.from_pretrained(tiny_folder, input_shape=(96, 64, 3))
     assert model.input_shape == (None, 96, 64, 3)
-    assert model.preprocessing["image_size"] == [64, 64]  # the checkpoint's
+    assert model.preprocessing.image_size == (64, 64)  # the checkpoint's
     assert transformers_processor(model)["size"] == {"height": 96, "width": 64}  # what it is for now
     free = CvT.from_pretrained(tiny_folder, input_shape=(None, None, 3))
     images = np.random.default_rng(0).normal(size=(1, 96, 64, 3)).astype("float32")
@@ -480,14 +470,14 @@ def test_a_variant_is_a_shape_and_the_weights_know_the_activation(tmp_path):
     arrays = _arrays(transformers_weights("cvt_13", 5))
     safetensors.numpy.save_file(arrays, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"config\.json must lie beside it"):
-        pretrained.read(folder / "model.safetensors")
-    assert pretrained.read(folder / "model.safetensors", "cvt_13").variant.activation == "gelu"
-    assert pretrained.read(folder / "model.safetensors", VARIANTS["cvt_13"]).variant.activation == "gelu"
+        checkpoint.read(folder / "model.safetensors")
+    assert checkpoint.read(folder / "model.safetensors", "cvt_13").variant.activation == "gelu"
+    assert checkpoint.read(folder / "model.safetensors", VARIANTS["cvt_13"]).variant.activation == "gelu"
     (folder / "config.json").write_text(json.dumps(_config("cvt_13", 5)))
-    assert pretrained.read(folder, "cvt_13").variant.activation == "gelu"
+    assert checkpoint.read(folder, "cvt_13").variant.activation == "gelu"
     heads = [dataclasses.replace(stage, heads=2) for stage in VARIANTS["cvt_13"].stages]
     with pytest.raises(ValueError, match=r"`variant` .*heads of stage 0 is 1, not 2"):
-        pretrained.read(folder, Variant(tuple(heads)))
+        checkpoint.read(folder, Variant(tuple(heads)))
 
 
 def test_precision_and_name_go_to_the_network(tiny_folder):
@@ -497,12 +487,7 @@ def test_precision_and_name_go_to_the_network(tiny_folder):
 
 def test_preprocessing_that_is_given_stands_beside_the_checkpoints(tiny_folder):
     model = CvT.from_pretrained(tiny_folder, preprocessing={"mean": [0.3, 0.2, 0.1]})
-    assert model.preprocessing == {
-        "mean": [0.3, 0.2, 0.1],
-        "std": [0.4, 0.5, 0.6],
-        "class_names": [f"class {i}" for i in range(5)],
-        "image_size": [64, 64],
-    }
+    assert model.preprocessing == Preprocessing([0.3, 0.2, 0.1], [0.4, 0.5, 0.6], [f"class {i}" for i in range(5)], [64, 64])
     model = CvT.from_pretrained(tiny_folder, preprocessing={"image_size": [96, 64]})
     assert model.input_shape == (None, 96, 64, 3)
 
@@ -523,7 +508,7 @@ def test_the_way_back_is_float32_whatever_the_precision(dtype, tiny_folder):
 @pytest.mark.parametrize(
     "damage, parts",
     [
-        (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "broken"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "damaged"]),
         (lambda folder: (folder / "preprocessor_config.json").write_text('{"size": 4}'), ["preprocessor_config.json", "4x4"]),
         (
             lambda folder: (folder / "config.json").write_text(
@@ -568,8 +553,8 @@ def test_a_network_that_the_shapes_do_not_settle_asks_for_the_variant(tmp_path):
         other = Variant(tuple(dataclasses.replace(stage, **change) for stage in SHALLOW.stages))
         file = _save_torch(tmp_path / "other.pth", _arrays(microsoft_weights(other, 5)))
         with pytest.raises(CheckpointError, match="another network needs `variant`"):
-            pretrained.read(file)
-        assert pretrained.read(file, other).variant == other
+            checkpoint.read(file)
+        assert checkpoint.read(file, other).variant == other
 
 
 @pytest.mark.files
@@ -582,7 +567,7 @@ def test_a_network_that_the_shapes_do_not_settle_asks_for_the_variant(tmp_path):
         ({"input_shape": (64, 64, 1)}, "3 channels"),
         ({"input_shape": 224}, "input_shape=224"),
         ({"input_shape": (8, 8, 3)}, "16x16"),
-        ({"num_classes": 0}, "`num_classes`"),
+        ({"num_classes": -1}, "`num_classes`"),
     ],
 )
 def test_arguments_that_do_not_fit_are_told(arguments, part, shallow_file):
@@ -675,8 +660,8 @@ def test_what_is_trained_here_loads_into_transformers(tmp_path):
     normalized = keras.ops.convert_to_numpy(classifier.get_layer("normalization")(pixels.astype("float32")))
     np.testing.assert_allclose(prepared.transpose(0, 2, 3, 1), normalized, atol=1e-5)
     again = CvT.from_pretrained(tmp_path)
-    assert again.preprocessing == model.preprocessing
-    assert model.preprocessing == {"mean": mean, "std": [0.4, 0.5, 0.6], "class_names": names, "image_size": [64, 96]}
+    assert again.preprocessing == preprocessing_of(classifier)
+    assert again.preprocessing == Preprocessing(mean, [0.4, 0.5, 0.6], names, [64, 96])
 
 
 def test_a_network_of_four_channels_goes_to_transformers(tmp_path):
@@ -686,7 +671,7 @@ def test_a_network_of_four_channels_goes_to_transformers(tmp_path):
     images = np.random.default_rng(0).normal(size=(1, 64, 64, 4)).astype("float32")
     theirs = CvtForImageClassification.from_pretrained(tmp_path).eval()
     np.testing.assert_allclose(logits(theirs, images), keras.ops.convert_to_numpy(model(images)), atol=1e-4)
-    assert CvT.from_pretrained(tmp_path).preprocessing["mean"] is None  # ImageNet's is of three
+    assert CvT.from_pretrained(tmp_path).preprocessing.mean is None  # ImageNet's is of three
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -733,7 +718,7 @@ def test_the_command_converts(tiny_folder, tmp_path):
     assert "5 classes, images of 64x64, gelu" in done.stdout.splitlines()[-1]
     model = keras.saving.load_model(out)
     assert isinstance(model, CvT)
-    assert model.preprocessing["class_names"][4] == "class 4"
+    assert model.preprocessing.class_names[4] == "class 4"
     for ours, theirs in zip(model.get_weights(), CvT.from_pretrained(tiny_folder).get_weights()):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -741,14 +726,14 @@ def test_the_command_converts(tiny_folder, tmp_path):
 @pytest.mark.files
 def test_the_commands_variant_is_heard(tmp_path, capsys):
     file = _save_torch(tmp_path / "weights.pth", _arrays(microsoft_weights("cvt_tiny", 5)))
-    assert pretrained.main([str(file), str(tmp_path / "out.keras")]) == 1
+    assert cli.main(["convert", str(file), str(tmp_path / "out.keras")]) == 1
     assert "give `variant`" in capsys.readouterr().err
-    assert pretrained.main([str(file), str(tmp_path / "out.keras"), "--variant", "cvt_tiny"]) == 0
+    assert cli.main(["convert", str(file), str(tmp_path / "out.keras"), "--variant", "cvt_tiny"]) == 0
     assert keras.saving.load_model(tmp_path / "out.keras").variant == VARIANTS["cvt_tiny"]
     CvT("cvt_tiny", 5, (None, None, 3)).save(tmp_path / "any.keras")
-    assert pretrained.main([str(tmp_path / "any.keras"), str(tmp_path / "any-out.keras")]) == 0
+    assert cli.main(["convert", str(tmp_path / "any.keras"), str(tmp_path / "any-out.keras")]) == 0
     assert "images of any size" in capsys.readouterr().out
-    assert pretrained.main([str(file), str(tmp_path / "more.keras"), "--variant", "cvt_14"]) == 2
+    assert cli.main(["convert", str(file), str(tmp_path / "more.keras"), "--variant", "cvt_14"]) == 2
     assert "'cvt_14'" in capsys.readouterr().err
 
 
@@ -759,9 +744,9 @@ def test_the_command_tells_of_a_full_disk(tiny_folder, tmp_path, monkeypatch, ca
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(CvT, "save", save)
-    assert pretrained.main([str(tiny_folder), str(tmp_path / "out.keras")]) == 1
+    assert cli.main(["convert", str(tiny_folder), str(tmp_path / "out.keras")]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line == f"cvt_keras.pretrained: {tmp_path / 'out.keras'} can't be written: No space left on device"
+    assert line == f"cvt-keras convert: {tmp_path / 'out.keras'} can't be written: No space left on device"
     assert not list(tmp_path.iterdir())
 
 
@@ -772,7 +757,7 @@ def test_the_command_tells_of_a_full_disk(tiny_folder, tmp_path, monkeypatch, ca
         ("nowhere.pth", "out.keras", 2, ["nowhere.pth"]),
         ("damaged.pth", "out.keras", 1, ["damaged.pth"]),
         ("damaged.pth", "out.h5", 2, ["must end in .keras", "out.h5"]),
-        ("damaged.pth", "there.keras", 2, ["there already", "there.keras"]),
+        ("damaged.pth", "there.keras", 2, ["already exists", "there.keras"]),
         ("damaged.pth", "nowhere/out.keras", 2, ["nowhere/out.keras"]),
         ("damaged.pth", "/proc/out.keras", 2, ["/proc/out.keras", "can be written to"]),
     ],
@@ -781,9 +766,9 @@ def test_the_command_tells_a_wrong_argument_in_a_line(source, out, code, parts, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged.pth").write_text("hello")
     (tmp_path / "there.keras").write_text("mine")
-    assert pretrained.main([source, out]) == code
+    assert cli.main(["convert", source, out]) == code
     [line] = capsys.readouterr().err.splitlines()
-    for part in ("cvt_keras.pretrained: ", *parts):
+    for part in ("cvt-keras convert: ", *parts):
         assert part in line
     assert (tmp_path / "there.keras").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.pth", "there.keras"]
@@ -795,7 +780,7 @@ def test_the_command_ends_with_130_and_nothing_when_stopped(tiny_folder, tmp_pat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CvT, "save", stop)
-    assert pretrained.main([str(tiny_folder), str(tmp_path / "out.keras")]) == 130
+    assert cli.main(["convert", str(tiny_folder), str(tmp_path / "out.keras")]) == 130
     assert "stopped" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.keras")) and not list(tmp_path.glob(".*"))
 

@@ -138,10 +138,13 @@ def read(source, variant=None):
 
     Raises:
         CheckpointError: for a file that is damaged or holds something else.
-        ValueError: for a `source` that there is not, or an unknown `variant`.
-        ImportError: if the package that reads the file is missing, with what to install.
+        ArgumentError: for a `source` that does not exist, or a `variant` that is unknown or another network.
+        MissingPackageError: if the package that reads the file is not installed.
     """
-    variant = None if variant is None else get_variant(variant)
+    try:
+        variant = None if variant is None else get_variant(variant)
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(str(error), argument="variant") from error
     try:
         file = state_dicts.locate(source)
         if file.suffix.lower() == ".keras":

@@ -65,7 +65,7 @@ def finished(result):
 
 
 def test_a_run_returns_what_its_folder_holds(result):
-    assert result.history == runs.readruns.read_history(result.run_dir)
+    assert result.history == runs.read_history(result.run_dir)
     assert json.loads((result.run_dir / "report.json").read_text()) == dataclasses.asdict(result.report)
 
 
