@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import shutil
 import statistics
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,12 +18,9 @@ from typing import Annotated
 import numpy as np
 import tyro
 from ai_edge_litert.interpreter import Interpreter
-from playwright.sync_api import sync_playwright
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
+from cvt_keras.export.web.__main__ import installation
 from cvt_keras.export.web.server import RUNTIME, WEB, Server, artifacts
+from playwright.sync_api import sync_playwright
 
 from cvt_keras import environment
 
@@ -59,7 +55,7 @@ class Arguments:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
         if not artifacts(self.run):
-            raise ValueError(f"`run` must be an exported run: python -m export {self.run} first. Received: run={self.run}")
+            raise ValueError(f"`run` must be an exported run: cvt-keras export {self.run} first. Received: run={self.run}")
 
 
 def main(arguments):
@@ -99,8 +95,8 @@ def main(arguments):
 
 
 def missing():
-    """What is to be installed before the page runs here -> the lines that do it."""
-    lines = [] if all((WEB / name).exists() for name in RUNTIME) else [f"npm ci --prefix {WEB.relative_to(ROOT)}"]
+    """The command lines that install what the page lacks to run here."""
+    lines = [] if all((WEB / name).exists() for name in RUNTIME) else [installation()]
     return lines if CHROMIUM else [*lines, "apt-get install chromium"]
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -17,16 +16,13 @@ from typing import Annotated
 import numpy as np
 import tensorflow as tf
 import tyro
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from cvt_keras.export.verify import why_ended
+from PIL import Image
 
 from cvt_keras import environment, runs
 from cvt_keras.data import sources
 from cvt_keras.data.images import stretch
-from cvt_keras.training import Recipe
+from cvt_keras.training.recipes import read_recipe
 
 ROOT = Path(__file__).parent.parent
 PYTHON = Path(os.environ.get("CVT_MEDIAPIPE_PYTHON") or ROOT / ".venv-mediapipe" / "bin" / "python")
@@ -89,7 +85,7 @@ def halved(image, size):
 
 
 def main(arguments):
-    recipe = Recipe.from_settings(runs.read_json(arguments.run / runs.RECIPE))
+    recipe = read_recipe(arguments.run)
     size = recipe.image_size
     # Not at the network's size: what is smoothed on reading can't alias any more.
     source = sources.load(recipe.dataset, arguments.data_dir or recipe.data_dir, max(arguments.sides))

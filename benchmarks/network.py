@@ -5,21 +5,18 @@ transformers on the files in tests/golden.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 from keras import ops
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from cvt_keras import VARIANTS, CvT, environment, macs
 from cvt_keras.conversion.checkpoint import load_state_dict
 from cvt_keras.conversion.configs import variant_from_microsoft, variant_from_transformers
 from cvt_keras.conversion.layouts import microsoft_weights, transformers_weights
 
+ROOT = Path(__file__).parent.parent
 # Where each network is at home: side of the image and classes.
 HOME = {"cvt_13": (224, 1000), "cvt_21": (224, 1000), "cvt_w24": (384, 1000)}
 GOLDEN = ROOT / "tests" / "golden"

@@ -136,10 +136,10 @@ class CvT(keras.Model):
             kwargs: as in `CvT`; what `preprocessing` holds takes the place of the checkpoint's.
 
         Raises:
-            ValueError: `cvt_keras.CheckpointError` for a damaged file and for missing, unused, mis-shaped or integer
-                arrays, each named; else for an argument that does not fit.
-            ImportError: if the package that reads the file is missing: PyTorch for `.pth` and `.bin`, safetensors,
-                huggingface_hub.
+            CheckpointError: for a damaged file, and for missing, unused, mis-shaped or integer arrays, each named.
+            ArgumentError: for an argument that does not fit. Both errors are a `ValueError`.
+            MissingPackageError: if the package that reads the file is not installed: PyTorch for `.pth` and `.bin`,
+                safetensors, huggingface_hub. It is an `ImportError`.
         """
         if input_shape is not None and (not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3):
             raise ArgumentError(

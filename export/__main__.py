@@ -19,7 +19,7 @@ from .verify import FORMATS, summary
 class Arguments:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder."""
-    formats: tuple[Literal[FORMATS], ...] = FORMATS  # Literal[("a", "b")] is Literal["a", "b"]
+    formats: tuple[Literal[FORMATS], ...] = FORMATS  # type: ignore[valid-type]  # which wants the names written here
     """What to write."""
     data_dir: str | None = None
     """Where the run's data set lies now, if not where it was."""
@@ -55,8 +55,8 @@ def main(argv):
 def _table(artifacts):
     table = Table()
     table.add_column("artifact", no_wrap=True)
-    for name in ("MB", "top-1", "same as Keras", "largest difference", "ms"):
-        table.add_column(name, justify="right")
+    for name in ("MB", "top-1", "same as\nKeras", "largest\ndifference", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("passed", no_wrap=True)
     for artifact in artifacts:
         table.add_row(
@@ -66,7 +66,7 @@ def _table(artifacts):
             f"{artifact.agreement:.2%}",
             f"{artifact.max_abs_diff:.2g}",
             f"{artifact.milliseconds:.2f}",
-            "yes" if artifact.passed else f"no: {', '.join(artifact.broken)}",
+            "yes" if artifact.passed else "no",
         )
     return table
 

@@ -1,6 +1,7 @@
 """Writes a run's model in the forms that others run, each verified on real images."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
@@ -18,12 +19,17 @@ from cvt_keras.report import page
 from cvt_keras.training.recipes import read_recipe
 
 from . import saved_model, tflite
-from .verify import BOUNDS, FORMATS, QUANTIZED, batches, summary, verify
+from .verify import BOUNDS, FORMATS, QUANTIZED, Artifact, batches, summary, verify
 
 IMAGES = "images.npy"
 
 
-def export(run_dir, formats=FORMATS, data_dir=None, verify_images=None):
+def export(
+    run_dir: str | Path,
+    formats: Sequence[str] = FORMATS,
+    data_dir: str | None = None,
+    verify_images: int | None = None,
+) -> list[Artifact]:
     """Writes a run as SavedModel and TFLite files into `RUN/export/`, and their table into `report.html`.
 
     Each file is verified on the run's test images. A file that is out of its bounds is in the report, but is not put into

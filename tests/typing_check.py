@@ -6,9 +6,12 @@
 from pathlib import Path
 from typing import Any, assert_type
 
+from cvt_keras.export import Artifact, export
+
 import cvt_keras
 from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, macs, preprocessing_of
 from cvt_keras.compression import compress
+from cvt_keras.search import SearchResult, search
 from cvt_keras.training import RECIPES, Recipe, RunResult, run
 
 assert_type(cvt_keras.__version__, str)
@@ -35,3 +38,5 @@ result = assert_type(run(recipe, "runs/mine", resume=True), RunResult)
 assert_type(result.run_dir, Path)
 assert_type(result.history[-1]["epoch"], float)
 assert_type(compress(result.run_dir, "runs/pruned", "prune", sparsity=0.5, epochs=1), RunResult)
+assert_type(export("runs/pruned", formats=["float32", "int8"], verify_images=100), list[Artifact])
+assert_type(search(recipe, "runs/search", trials=8), SearchResult | None)

@@ -1,9 +1,9 @@
-"""The layers of a network in 8-bit integers: what `model.keras` of a run trained for quantisation holds.
+"""Fake-quantised layers: those of a network in 8-bit integers, in the `model.keras` of a quantisation-aware training.
 
-Each stands for an integer operation of a TFLite file: kernels and outputs are rounded to the 256 values that they have there
-(fake quantisation, Jacob et al., arXiv 1712.05877), with BatchNorm folded into the convolution before it. Two things are not
-rounded here: biases, which have 32 bits there, and the scale and shift of a LayerNorm, which have 8. Without `quantized` they
-are the same folded network in floats. They need Keras alone, so that such a file opens like any other.
+Each layer stands for an integer operation of a TFLite file. It rounds kernels and outputs to the 256 values that they have in
+the file (fake quantisation, Jacob et al., arXiv 1712.05877), and BatchNorm is folded into the convolution before it. Biases,
+which have 32 bits in the file, and the scale and shift of a LayerNorm, which have 8, are not rounded. With `quantized=False`
+the layers are the same folded network in floats. They need Keras only, so that the file opens like any other.
 """
 
 import keras
@@ -13,7 +13,7 @@ from cvt_keras.layers import NORM_EPSILON, DropPath
 from cvt_keras.variants import PROJECTION_KERNEL_SIZE
 
 LEVELS = 255  # steps between the least and the largest of 8 bits
-# What TFLite's integer softmax and sigmoid give, whatever comes in.
+# The output range of TFLite's integer softmax and sigmoid, for every input.
 PROBABILITIES = (0.0, LEVELS / 256)
 PIXELS = (0.0, 255.0)
 INITIAL_LIMIT = 6.0  # where tfmot's quantizers start too
@@ -21,19 +21,19 @@ INITIAL_LIMIT = 6.0  # where tfmot's quantizers start too
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class FakeQuantize(layers.Layer):
-    """Rounds to the 256 values that 8 bits hold between two limits, and clips to them.
+    """Clips to a range, and rounds to the 256 values that 8 bits hold in it.
 
-    The gradient goes through as if it did not, and is 0 beyond the limits.
+    The gradient is 1 inside the range and 0 outside.
 
     Args:
-        axis: with limits for each entry of this axis, symmetric and of 255 values: what weights have. `None` is one range,
-            which includes 0: what activations have.
-        limits: `(minimum, maximum)` that are known; `None` where training finds them.
+        axis: for weights: the axis whose entries each have a range, symmetric and of 255 values. `None`, for activations, is
+            one range that includes 0.
+        limits: a fixed `(minimum, maximum)`. `None` means variables that the training sets.
 
     Attributes:
-        minimum, maximum: variables, or the limits that are known.
-        observer: while training, what finds the limits: takes the tensor, `minimum` and `maximum`, sets these and gives the
-            rounded tensor. `None` leaves them as they are.
+        minimum, maximum: the limits: variables, or fixed.
+        observer: called in training with the tensor, `minimum` and `maximum`. It sets these two and returns the rounded
+            tensor. `None` keeps the limits as they are.
 
     Input shape: any.
     Output shape: the same.
@@ -75,7 +75,7 @@ def fake_quantize(quantized, name, dtype, **kwargs):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedConv(layers.Layer):
-    """A convolution of the whole network's integer form: also what is a Dense elsewhere, with a kernel of 1x1.
+    """A convolution. With a kernel of 1x1 it also takes the place of a Dense.
 
     Args:
         filters: output channels; `None` is a depthwise convolution.
@@ -83,9 +83,10 @@ class QuantizedConv(layers.Layer):
         stride: of the convolution.
         padding: zeros added on each of the four sides.
         quantized: whether kernel and output are rounded.
-        rounds_output: whether the output is; where it is not, the next layer does: TFLite loses one of two roundings in a row.
-        scale: what kernel and bias are multiplied by before they are rounded. In the file it is in them; in training it is
-            not, as an optimizer's steps are as large for small weights as for large ones.
+        rounds_output: whether the output is rounded here, and not by the next layer. TFLite drops one of two roundings in a
+            row.
+        scale: multiplies kernel and bias before they are rounded. The file holds the products. The variables do not, as an
+            optimizer's steps are as large for small weights as for large ones.
 
     Input shape: `(batch, height, width, channels)`.
     Output shape: `(batch, new_height, new_width, filters)`.
@@ -119,7 +120,7 @@ class QuantizedConv(layers.Layer):
 
     @property
     def kernel(self):
-        """As it is in the file, but for its rounding."""
+        """The kernel of the file, before it is rounded."""
         return self.conv.kernel * self.scale
 
     def call(self, x):
@@ -148,10 +149,10 @@ class QuantizedConv(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedLayerNorm(layers.Layer):
-    """LayerNorm over the last axis, of operations that TFLite has in integers; each of its steps is rounded.
+    """LayerNorm over the last axis, in steps that TFLite has in integers. The result of each step is rounded.
 
     Args:
-        quantized: whether they are.
+        quantized: whether to round.
         rounds_output: see `QuantizedConv`.
 
     Input shape: any, with its last axis known.
@@ -179,13 +180,13 @@ class QuantizedLayerNorm(layers.Layer):
         rounded = self.quantizers
         mean = rounded["mean"](ops.mean(x, axis=-1, keepdims=True))
         centred = rounded["centred"](x - mean)
-        # Of what is not rounded yet: TFLite has a squared difference in integers, but no square.
+        # Takes the difference before it is rounded: TFLite has an integer squared difference, but no square.
         square = rounded["square"](ops.square(x - mean))
         variance = rounded["variance"](ops.mean(square, axis=-1, keepdims=True))
         shifted = rounded["shifted"](variance + NORM_EPSILON)
         if self.quantized and training:
-            # Rounded to 0 its root has no inverse: TFLite gives the largest value of the inverse's range then, and so does the
-            # rounding of infinity. Here that would set the range, and its gradient is no number.
+            # A variance that is rounded to 0 has an infinite inverse root. Inference clips it to the inverse's range, as TFLite
+            # does. In training it would widen the range to infinity, and its gradient would be NaN.
             shifted = ops.maximum(shifted, rounded["shifted"].maximum / (2 * LEVELS))
         inverse = rounded["inverse"](ops.rsqrt(shifted))
         normalized = rounded["normalized"](centred * inverse)
@@ -200,11 +201,11 @@ class QuantizedLayerNorm(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedActivation(layers.Layer):
-    """GELU, its output rounded.
+    """GELU with a rounded output.
 
     Args:
         activation: `"quick_gelu"` or `"gelu"`.
-        quantized: whether it is.
+        quantized: whether to round.
 
     Input shape: any.
     Output shape: the same.
@@ -275,10 +276,10 @@ class QuantizedStem(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedConcatenation(layers.Layer):
-    """A cls token before a grid's tokens: TFLite wants what goes together at one scale.
+    """Puts a cls token before a grid's tokens, rounded in one range: TFLite concatenates tensors of equal scale only.
 
     Args:
-        quantized: whether they are brought to it.
+        quantized: whether to round.
 
     Input shape: `(batch, 1, 1, dim)` and `(batch, height, width, dim)`.
     Output shape: `(batch, 1 + height * width, 1, dim)`.

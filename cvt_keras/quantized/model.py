@@ -20,14 +20,14 @@ from cvt_keras.variants import get_variant, to_dict
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedCvT(keras.Model):
-    """A `CvT` in the form that becomes integers, of raw pixels: normalisation is its first convolution.
+    """A fake-quantised `CvT` of raw pixels. Normalisation is its first convolution.
 
     Args:
         variant: a `Variant`, its dict, or a name in `VARIANTS`; its projections `"dw_bn"` or `"linear"`.
         num_classes: outputs of the head.
         input_shape: `(height, width, channels)` of the images.
-        preprocessing: a `Preprocessing` or its dict: what the pixels were normalised by.
-        quantized: whether weights and activations are rounded; without it the same network in floats.
+        preprocessing: a `Preprocessing` or its dict, whose mean and std are in the first convolution.
+        quantized: whether weights and activations are rounded. `False` is the same network in floats.
 
     Input shape: `(batch, height, width, channels)`, pixels in 0..255.
     Output shape: `(batch, num_classes)`, logits.
@@ -114,16 +114,16 @@ class QuantizedCvT(keras.Model):
 
 
 def quantize(classifier):
-    """A classifier's integer form, with its weights; the limits of its activations are still to be found.
+    """Returns the fake-quantised form of a classifier, with its weights. The training has to set the activations' limits.
 
     Args:
-        classifier: of raw pixels, as `build_classifier` makes it, in float32.
+        classifier: a float32 classifier of raw pixels, as `build_classifier` returns it.
 
     Returns:
-        A `keras.Model` of raw pixels; its `QuantizedCvT` is the layer named as the `CvT` was.
+        A `keras.Model` of raw pixels. Its `QuantizedCvT` is the layer with the name of the `CvT`.
 
     Raises:
-        ValueError: for a network whose projections have no integer form.
+        ValueError: for a network with projections that have no integer form.
     """
     network, preprocessing = cvt_of(classifier), preprocessing_of(classifier)
     made = QuantizedCvT(network.variant, network.num_classes, network.input_shape[1:], preprocessing, name=network.name)
@@ -138,10 +138,10 @@ def quantize(classifier):
 
 
 def float_form(classifier):
-    """The same network without its roundings: what float files of a quantisation-aware run are made of.
+    """Returns the same network without rounding, from which the float files of a quantisation-aware run are made.
 
     Args:
-        classifier: as `quantize` gives it.
+        classifier: as `quantize` returns it.
     """
     network = quantized_cvt_of(classifier)
     made = QuantizedCvT(**{**network.get_config(), "quantized": False})

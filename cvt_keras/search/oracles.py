@@ -15,7 +15,7 @@ import numpy as np
 from cvt_keras import runs
 from cvt_keras.errors import MissingPackageError, RecipeError, RunError
 from cvt_keras.search import space as spaces
-from cvt_keras.training.plan import same_weights
+from cvt_keras.training.resume import same_weights
 
 try:
     import keras_tuner

@@ -17,7 +17,6 @@ from cvt_keras.data.split import Source, Split
 from cvt_keras.errors import (
     ArgumentError,
     CheckpointError,
-    DifferentRunError,
     RecipeError,
     RunError,
 )
@@ -25,8 +24,9 @@ from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.report.metrics import Report
 from cvt_keras.training.callbacks import stored_data
 from cvt_keras.training.compressor import Compressor
-from cvt_keras.training.recipes import Recipe, read_recipe
-from cvt_keras.variants import Variant, get_variant, named
+from cvt_keras.training.recipes import Recipe
+from cvt_keras.training.resume import read_stored_run
+from cvt_keras.variants import get_variant, named
 
 RUNS = Path("runs")  # where a run is written that is given no folder
 
@@ -94,12 +94,13 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
     """
     compressor = compressor or Compressor()
     recipe = _with_compression(recipe, compressor)
-    run_dir, stored, newer_fields = _locate(recipe, run_dir, resume, name)
-    recipe, was_auto = resolve(recipe, stored, newer_fields), recipe.dataset == "auto"
+    run_dir, stored = _locate(recipe, run_dir, resume, name)
+    was_auto = recipe.dataset == "auto"
+    recipe = resolve(recipe) if stored is None else stored.completed(recipe)
     compressor.require(recipe)
     print(f"{environment.device()}, {recipe.precision}, XLA {recipe.xla}", flush=True)
     if stored is not None and (result := _finished(run_dir, evaluate_test)) is not None:
-        _require_same(_without_images(recipe, stored), stored, run_dir)
+        stored.require_same(recipe, images_known=False)
         print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
         return result
     runs.require_writable(run_dir or RUNS)
@@ -113,9 +114,7 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
         source = dataclasses.replace(source, fallback=because)
     if source.fallback:
         warn(source.fallback)
-    # The images must be normalised as those that the weights know.
-    fixed = {field: getattr(preprocessing, field) for field in ("mean", "std") if getattr(preprocessing, field)}
-    source = dataclasses.replace(source, **fixed)
+    source = _normalized_like(source, preprocessing)
     recipe = dataclasses.replace(recipe, flip=recipe.flip and source.mirror)
     if run_dir is None:
         run_dir = default_run_dir(name, recipe)
@@ -133,8 +132,9 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
     )
     require_fit(recipe, plan.train)
     if stored is not None:
-        _require_same(recipe, stored, run_dir)
-        plan = dataclasses.replace(plan, recipe=dataclasses.replace(recipe, weights=stored.weights))  # as recipe.json spells it
+        stored.require_same(recipe)
+        recipe = dataclasses.replace(recipe, weights=stored.recipe.weights)  # as recipe.json spells them
+        plan = dataclasses.replace(plan, recipe=recipe)
     _show_counts(plan)
     return plan
 
@@ -154,6 +154,12 @@ def load_images(recipe):
     source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
     dataset = source.name if recipe.dataset == "auto" else recipe.dataset
     return dataclasses.replace(recipe, dataset=dataset), source
+
+
+def _normalized_like(source, preprocessing):
+    """The source with the mean and std that the weights know, if they know any."""
+    known = {field: getattr(preprocessing, field) for field in ("mean", "std") if getattr(preprocessing, field)}
+    return dataclasses.replace(source, **known)
 
 
 def default_run_dir(name, recipe, dataset=None):
@@ -185,11 +191,10 @@ def _with_compression(recipe, compressor):
 
 
 def _locate(recipe, run_dir, resume, name):
-    """The run folder and the recipe of the run in it.
+    """Finds the run folder, and the run to resume in it.
 
     Returns:
-        A path, or `None` where it depends on which data set `auto` turns out to be; a `Recipe`, or `None` for a new run; and
-        the names of the fields that its recipe.json lacks, as the version that wrote it did not have them.
+        A path, or `None` where it depends on which data set `auto` turns out to be; and a `StoredRun`, or `None` for a new run.
     """
     if run_dir is None and recipe.dataset != "auto":
         run_dir = default_run_dir(name, recipe)
@@ -207,38 +212,18 @@ def _locate(recipe, run_dir, resume, name):
     if run_dir is None:
         if resume:
             print(f"no run to resume in {RUNS}: starting from epoch 1", flush=True)
-        return None, None, ()
+        return None, None
     run_dir = Path(run_dir)
-    stored, newer_fields = _stored_recipe(run_dir) if resume else (None, ())
+    stored = read_stored_run(run_dir) if resume else None
     if stored is None:
         runs.require_vacant(run_dir)
         if resume:
             print(f"no run to resume in {run_dir}: starting from epoch 1", flush=True)
-    return run_dir, stored, newer_fields
+    return run_dir, stored
 
 
-def resolve(recipe, stored=None, newer_fields=()):
-    """Settles what is `auto` in a recipe, the data set aside.
-
-    Args:
-        recipe: a `Recipe`.
-        stored: the recipe of the run to resume, or `None`.
-        newer_fields: the fields that its version did not have.
-
-    Returns:
-        The recipe, with `precision` and `xla` as this machine will run them. With `stored`: with `dataset`, `precision`, `xla`
-        and `newer_fields` as they were then, and with the variant that the weights had.
-    """
-    if stored is not None:
-        left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
-        left_open += newer_fields
-        if (
-            recipe.weights
-            and same_weights(stored.weights, recipe.weights)
-            and _leaves_open(recipe.variant, get_variant(stored.variant))
-        ):
-            left_open.append("variant")
-        return dataclasses.replace(recipe, **{name: getattr(stored, name) for name in left_open})
+def resolve(recipe):
+    """The recipe with `precision` and `xla` as this machine will run them, where they are `auto`."""
     gpus = tf.config.list_physical_devices("GPU")
     precision, xla = recipe.precision, recipe.xla
     if precision == "auto":
@@ -281,7 +266,7 @@ def _starting_point(recipe, run_dir, stored):
     trained_on = stored_data(run_dir) if stored is not None else None
     if trained_on is not None:
         # A stored epoch holds all that the weights gave: their file may be gone.
-        _require_same(_without_images(recipe, stored), stored, run_dir)
+        stored.require_same(recipe, images_known=False)
         return recipe, None, Preprocessing(trained_on.get("mean"), trained_on.get("std"))
     checkpoint = read_weights(recipe)
     if checkpoint is None:
@@ -355,73 +340,6 @@ def require_fit(recipe, train):
         get_variant(recipe.variant).grids(recipe.image_size, recipe.image_size)
     except ValueError as error:
         raise RecipeError(f"`image_size` is too small for {recipe.variant_name}: {error}", argument="image_size") from error
-
-
-def same_weights(was, is_now):
-    """Whether these are the same weights, even if they were moved, or are named from another folder."""
-    if was == is_now or was is None or is_now is None:
-        return was == is_now
-    before, after = Path(was).expanduser(), Path(is_now).expanduser()
-    return _same_place(was, is_now) or (before.name == after.name and after.exists() and not before.exists())
-
-
-def _leaves_open(variant, settled):
-    """Whether `variant`, as given beside weights, left open what they settled: all of it, or the activation."""
-    return variant is None or dataclasses.replace(get_variant(variant), activation=settled.activation) == settled
-
-
-def _stored_recipe(run_dir):
-    """The recipe of the run in `run_dir`, or `None` where no run has begun, and the names of the fields that it lacks.
-
-    Raises:
-        RunError: if its recipe.json is damaged.
-    """
-    path = run_dir / runs.RECIPE
-    if not path.exists():
-        return None, ()
-    hint = "Put the run's own back, or train in another --run-dir"
-    recipe = read_recipe(run_dir, hint)
-    if unsettled := [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]:
-        raise RunError(f"{path} is not from a run: it leaves {', '.join(unsettled)} open", hint=hint)
-    lacking = set(recipe.settings()) - set(runs.read_json(path))
-    return recipe, sorted(lacking - {"compression"})
-
-
-def _without_images(recipe, stored):
-    """The recipe without loading the images, which may be gone: whether they can be mirrored is stored."""
-    return dataclasses.replace(recipe, flip=recipe.flip and stored.flip)
-
-
-def _require_same(recipe, stored, run_dir):
-    """Raises unless a run is resumed with its own settings.
-
-    Raises:
-        DifferentRunError: if `recipe` has others, naming them.
-    """
-    was, is_now = stored.settings(), recipe.settings()
-    for settings in (was, is_now):
-        settings["variant"] = settings["variant"] and named(get_variant(settings["variant"]))
-    names = [name for name in is_now | was if was.get(name) != is_now.get(name)]
-    # Where TFDS keeps a data set may change; another folder of images is another data set. Its images are compared with the
-    # checkpoint's.
-    if recipe.dataset != "folder" or _same_place(was["data_dir"], is_now["data_dir"]):
-        names = [name for name in names if name != "data_dir"]
-    if same_weights(was["weights"], is_now["weights"]):
-        names = [name for name in names if name != "weights"]
-    elif "variant" in names:  # which comes from the weights
-        names = ["weights", *(name for name in names if name not in ("weights", "variant"))]
-    if names:
-        differences = ", ".join(f"{name} was {_shown(was.get(name))} and is {_shown(is_now.get(name))}" for name in names)
-        raise DifferentRunError(run_dir, differences)
-
-
-def _shown(value):
-    return "a Variant of its own" if isinstance(value, Variant) else repr(value)
-
-
-def _same_place(*paths):
-    """Whether paths, of which any may be `None`, lead to the same file or folder, however they are spelled."""
-    return len({path and Path(path).expanduser().resolve() for path in paths}) == 1
 
 
 def _show_counts(plan):

@@ -14,7 +14,7 @@ from tyro.conf import Suppress
 
 from cvt_keras import runs
 from cvt_keras.data import sources
-from cvt_keras.errors import RecipeError, RunError
+from cvt_keras.errors import ArgumentError, RecipeError, RunError
 from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
 
 COMPRESSIONS = ("prune", "cluster", "qat")
@@ -116,9 +116,12 @@ class Recipe:
         try:
             if self.variant is not None:
                 get_variant(self.variant)
-            sources.check_name(self.dataset)
         except (ValueError, TypeError) as error:
-            raise RecipeError(str(error)) from error
+            raise RecipeError(str(error), argument="variant") from error
+        try:
+            sources.check_name(self.dataset)
+        except ArgumentError as error:
+            raise RecipeError(error.summary, argument=error.argument, hint=error.hint) from error
         if self.compression is not None and self.compression.get("method") not in COMPRESSIONS:
             raise RecipeError(
                 f"`compression` must have a `method`, one of {', '.join(COMPRESSIONS)}. "

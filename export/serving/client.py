@@ -20,8 +20,9 @@ import sys
 import time
 import types
 import urllib.parse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import tyro
 
@@ -100,7 +101,15 @@ class Client:
         MissingPackageError: if gRPC's packages are missing.
     """
 
-    def __init__(self, address=None, protocol="grpc", model=MODEL, version=None, timeout=10.0, retries=3):
+    def __init__(
+        self,
+        address: str | None = None,
+        protocol: str = "grpc",
+        model: str = MODEL,
+        version: int | None = None,
+        timeout: float = 10.0,
+        retries: int = 3,
+    ) -> None:
         if protocol not in ADDRESSES:
             raise _argument_error("protocol", f"be one of {', '.join(ADDRESSES)}", protocol)
         address = ADDRESSES[protocol] if address is None else address
@@ -120,18 +129,19 @@ class Client:
         self.version = version
         self.timeout = timeout
         self.retries = retries
-        self._server = {"grpc": _Grpc, "rest": _Rest}[protocol](address, model, version, timeout)
+        server = _Grpc if protocol == "grpc" else _Rest
+        self._server: _Grpc | _Rest = server(address, model, version, timeout)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         self._server.close()
 
-    def classify(self, images):
+    def classify(self, images: Iterable[bytes]) -> list[Answer | ImageError]:
         """Asks for all images at once, and for each alone if the server refuses the whole because of one.
 
         Args:
@@ -144,20 +154,18 @@ class Client:
             ArgumentError: if one of them is not `bytes`.
             ServingError: if the server does not answer.
         """
-        images = _checked(images)
+        files = _checked(images)
         # One bad image fails its whole batch, and on a server that merges requests also those of strangers. So bytes that are
         # plainly no image are not sent.
-        answers = [None if image.startswith(MAGIC) else ImageError("neither a PNG nor a JPEG") for image in images]
-        sent = [index for index, answer in enumerate(answers) if answer is None]
+        sent = [file for file in files if file.startswith(MAGIC)]
+        answers: Iterator[Answer | ImageError]
         try:
-            found = self.predict([images[index] for index in sent]) if sent else []
+            answers = iter(self.predict(sent) if sent else ())
         except ImageError:
-            found = [self._alone(images[index]) for index in sent]
-        for index, answer in zip(sent, found):
-            answers[index] = answer
-        return answers
+            answers = map(self._alone, sent)
+        return [next(answers) if file.startswith(MAGIC) else ImageError("neither a PNG nor a JPEG") for file in files]
 
-    def predict(self, images):
+    def predict(self, images: Iterable[bytes]) -> list[Answer]:
         """One request, tried again after passing failures.
 
         Args:
@@ -171,15 +179,15 @@ class Client:
             ImageError: if the server refuses one of them. It does not say which.
             ServingError: if it does not answer.
         """
-        images = _checked(images)
-        if not images:
+        files = _checked(images)
+        if not files:
             raise ArgumentError("`images` must be at least one. Received: none", argument="images")
         try:
-            return self._try(lambda: self._server.predict(images))
+            return self._try(lambda: self._server.predict(files))
         except _NotFoundError as error:
             raise self._missing(self.versions()) from error
 
-    def versions(self):
+    def versions(self) -> list[int]:
         """The versions of the model that the server has loaded, ascending.
 
         Raises:
@@ -187,7 +195,7 @@ class Client:
         """
         return self._try(self._server.versions)
 
-    def _alone(self, image):
+    def _alone(self, image: bytes) -> Answer | ImageError:
         # A server that merges requests refuses a good image together with a stranger's bad one. Only an image that it refuses
         # each time is bad.
         for _ in range(self.retries + 1):

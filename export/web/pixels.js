@@ -1,4 +1,4 @@
-/* From a file to the pixels that the network sees, as cvt_keras.data.sources.stretch makes them. */
+/* From a file to the pixels that the network sees, as cvt_keras.data.images.stretch makes them. */
 
 // As export/saved_model.py has it.
 export const MAX_PIXELS = 50_000_000;

@@ -1,5 +1,6 @@
 import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 from cvt_keras.export import tflite
@@ -45,6 +46,7 @@ def test_a_row_for_each_file_with_both_times(benchmark, run_dir, capsys):
     [("RUNTIME", ["none.js"], "npm ci --prefix export/web"), ("CHROMIUM", None, "apt-get install chromium")],
 )
 def test_what_is_missing_is_told(name, value, install, benchmark, run_dir, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setattr(benchmark, "RUNTIME", ())
     monkeypatch.setattr(benchmark, "CHROMIUM", "chromium")
     monkeypatch.setattr(benchmark, name, value)

@@ -33,6 +33,7 @@ from cvt_keras.report import metrics
 from cvt_keras.training import loop, plan
 from cvt_keras.training.plan import resolve
 from cvt_keras.training.recipes import SMOKE
+from cvt_keras.training.resume import same_weights
 from cvt_keras.variants import macs, to_dict
 
 ROOT = Path(__file__).parent.parent.parent
@@ -604,16 +605,16 @@ def test_the_weights_of_a_run_are_the_same_where_they_were_moved(tmp_path):
     here, there = tmp_path / "a" / "model.keras", tmp_path / "b" / "model.keras"
     there.parent.mkdir()
     there.touch()
-    assert plan.same_weights(str(here), str(there))  # from where there is nothing
-    assert not plan.same_weights(str(there), str(here))
-    assert not plan.same_weights(str(here), str(there.with_name("other.keras")))
+    assert same_weights(str(here), str(there))  # from where there is nothing
+    assert not same_weights(str(there), str(here))
+    assert not same_weights(str(here), str(there.with_name("other.keras")))
     here.parent.mkdir()
     here.touch()
-    assert not plan.same_weights(str(here), str(there))
-    assert not plan.same_weights("microsoft/cvt-13", "me/cvt-13")
-    assert plan.same_weights("microsoft/cvt-13", "microsoft/cvt-13")
-    assert plan.same_weights(str(here), f"{tmp_path}/b/../a/model.keras")
-    assert not plan.same_weights(None, str(here))
+    assert not same_weights(str(here), str(there))
+    assert not same_weights("microsoft/cvt-13", "me/cvt-13")
+    assert same_weights("microsoft/cvt-13", "microsoft/cvt-13")
+    assert same_weights(str(here), f"{tmp_path}/b/../a/model.keras")
+    assert not same_weights(None, str(here))
 
 
 def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):

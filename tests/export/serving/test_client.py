@@ -2,8 +2,6 @@ import contextlib
 import os
 import pty
 import random
-import re
-import shutil
 import signal
 import socket
 import struct
@@ -21,11 +19,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cvt_keras.export.serving import client as module
-from cvt_keras.export.serving.client import ADDRESSES, ERASE, Client, main
+from cvt_keras.export.serving.client import ADDRESSES, ERASE, Client
 
-from cvt_keras.errors import ImageError, ServingError
+from cvt_keras import cli, preprocessing_of
+from cvt_keras.errors import ArgumentError, ImageError, MissingPackageError, ServingError
 
-ROOT = Path(__file__).parents[3]
+COMMAND = [sys.executable, "-m", "cvt_keras.export.serving.client"]
 STATUS = grpc.StatusCode
 UNAVAILABLE = (STATUS.UNAVAILABLE, "The batch scheduling queue to which this task was submitted is full")
 # A PNG by its beginning, and nothing after it.
@@ -65,7 +64,7 @@ def _address(server, protocol):
 
 
 def _main(server, protocol, *flags):
-    return main([*map(str, flags), "--protocol", protocol, "--address", _address(server, protocol)])
+    return cli.main(["classify", *map(str, flags), "--protocol", protocol, "--address", _address(server, protocol)])
 
 
 def _nobody():
@@ -112,7 +111,7 @@ def peer():
 @both
 def test_it_answers_as_keras_does(protocol, server, images, test_images, classifier):
     expected = keras.ops.softmax(classifier.predict(test_images[0][:70].astype("float32"), verbose=0))
-    names = classifier.get_layer("cvt").preprocessing["class_names"]
+    names = preprocessing_of(classifier).class_names
     with _client(server, protocol) as client:
         answers = client.classify(images)
         assert client.classify([]) == []
@@ -165,7 +164,7 @@ def test_lines_are_written_in_order_and_batches(protocol, folder, server, export
     # Without labels.txt the server's own word is all there is.
     assert _main(server, protocol, *flags) == 0
     out, err = capsys.readouterr()
-    assert err == "client: without `labels`, an export's labels.txt, classes after the first are numbers\n"
+    assert err == "cvt-keras classify: without --labels, an export's labels.txt, classes after the first are numbers\n"
     for row, bare in zip(rows, out.splitlines()):
         assert bare.split("\t")[1] == row[1] and [names[int(index)] for index in bare.split("\t")[3::2]] == row[3::2]
     assert _main(server, protocol, folder / "0.png") == 0
@@ -185,13 +184,13 @@ def test_images_may_stand_on_both_sides_of_a_flag(folder, server, capsys):
 def test_progress_is_for_a_terminal_alone_and_erased_before_lines(folder, server, tmp_path):
     (folder / "bad.png").write_bytes(BAD)
     flags = [folder, "--protocol", "rest", "--address", server.rest_address, "--batch", "3", "--retries", "0"]
-    command = [sys.executable, "-m", "export.serving.client", *map(str, flags)]
+    command = [*COMMAND, *map(str, flags)]
 
     def said(**streams):
         """On a terminal, where only the errors come, and where all does."""
         reading, terminal = pty.openpty()
         more = {name: terminal if stream is None else stream for name, stream in streams.items()}
-        done = subprocess.run(command, cwd=ROOT, **more)
+        done = subprocess.run(command, **more)
         os.close(terminal)
         assert done.returncode == 1
         with contextlib.suppress(OSError), open(reading, "rb", closefd=False) as file:  # at its end Linux raises
@@ -200,8 +199,8 @@ def test_progress_is_for_a_terminal_alone_and_erased_before_lines(folder, server
     with open(tmp_path / "lines.txt", "w+") as lines:
         first, *rest = said(stdout=lines, stderr=None).split(ERASE)
         assert not first and not rest[-1]
-        refused = [part for part in rest if "client: " in part]
-        assert len(refused) == 1 and refused[0].startswith("client: ") and "\r\n" in refused[0]
+        refused = [part for part in rest if "classify: " in part]
+        assert len(refused) == 1 and refused[0].startswith("cvt-keras classify: ") and "\r\n" in refused[0]
         progress = [part.rpartition("\n")[2] for part in rest]
         assert [part for part in progress if part] == ["3 of 8 images", "6 of 8 images", "8 of 8 images"]
         assert len((tmp_path / "lines.txt").read_text().splitlines()) == 7
@@ -250,38 +249,38 @@ def test_odd_names_of_files_keep_to_their_column_and_line(encoding, images, serv
     (tmp_path / "bad\nname.png").write_bytes(BAD)
     flags = [str(tmp_path), "--protocol", "rest", "--address", server.rest_address, "--batch", "1", "--retries", "0"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    command = [sys.executable, "-m", "export.serving.client", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
-    assert done.returncode == 1 and rf"client: {tmp_path}/bad\nname.png: refused by" in done.stderr.decode(encoding)
+    done = subprocess.run([*COMMAND, *flags], env=environment, capture_output=True)
+    assert done.returncode == 1 and rf"cvt-keras classify: {tmp_path}/bad\nname.png: refused by" in done.stderr.decode(encoding)
     rows = [line.split("\t") for line in done.stdout.decode(encoding).splitlines()]
     assert {len(row) for row in rows} == {3}
     accented = "caf\u00e9.png" if encoding == "utf-8" else r"caf\xe9.png"
     assert {row[0] for row in rows} == {f"{tmp_path}/{name}" for name in (r"a\tb\nc.png", accented, r"\udcff.png")}
 
 
-def test_the_files_that_the_docs_name_are_all_that_the_class_needs(tmp_path):
-    text = (ROOT / "docs" / "serving.md").read_text().partition("copy these beside it")[2].partition("\n\n")[0]
-    for name in re.findall(r"`(export/\S+)`", text):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    code = "from export.serving import client; print(client.__file__); client.Client(protocol='rest').close()"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout == f"{tmp_path}/export/serving/client.py\n", done.stderr
+def test_the_class_needs_neither_numpy_nor_keras():
+    code = (
+        "import sys\n"
+        "for name in ('keras', 'numpy', 'tensorflow'):\n"
+        "    sys.modules[name] = None  # what Python does with it: every import fails\n"
+        "from cvt_keras.export.serving.client import Client\n"
+        "Client(protocol='rest').close()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_process_imports_no_keras_nor_tensorflow(folder, server):
     code = (
-        "import runpy, sys\n"
-        "sys.argv = ['client', *sys.argv[1:]]\n"
-        "try:\n    runpy.run_module('export.serving.client', run_name='__main__')\n"
-        "except SystemExit as ended:\n    assert not ended.code, ended.code\n"
+        "import sys\n"
+        "from cvt_keras.export.serving import client\n"
+        "assert 'tensorflow' not in sys.modules  # nor a module in its place\n"
+        "from cvt_keras import cli\n"
+        "assert cli.main(['classify', *sys.argv[1:]]) == 0\n"
         "loaded = {'keras', 'numpy', 'tensorflow.python', 'tensorflow_serving'} & set(sys.modules)\n"
         "assert loaded == ({'tensorflow_serving'} if 'grpc' in sys.argv else set()), loaded\n"
     )
     for protocol in ADDRESSES:
         flags = [str(folder), "--protocol", protocol, "--address", _address(server, protocol)]
-        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert len(done.stdout.splitlines()) == 7
 
@@ -297,8 +296,8 @@ def test_bad_images_are_named_and_the_good_ones_answered(protocol, folder, serve
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 7
     bad, text = err.strip().splitlines()
-    assert f"client: {folder / 'bad.png'}: refused by the server: " in bad and "{{" not in bad and "[[" not in bad
-    assert f"client: {folder / 'text.png'}: neither a PNG nor a JPEG" in text
+    assert f"cvt-keras classify: {folder / 'bad.png'}: refused by the server: " in bad and "{{" not in bad and "[[" not in bad
+    assert f"cvt-keras classify: {folder / 'text.png'}: neither a PNG nor a JPEG" in text
     # All but the text at once, then each alone, the bad one twice.
     assert [asked.images for asked in server.asked] == [8, *[1] * 9]
 
@@ -333,11 +332,10 @@ def test_a_strangers_bad_image_costs_nothing_but_requests(protocol, server, imag
 )
 def test_what_are_no_images_is_not_sent(images, received, server):
     with _client(server, "rest") as client:
-        with pytest.raises(ValueError, match=f"`images` must be .* Received: {received}$"):
-            client.predict(images)
-        if images:
-            with pytest.raises(ValueError, match=f"Received: {received}$"):
-                client.classify(images)
+        for ask in (client.predict, *([client.classify] if images else [])):
+            with pytest.raises(ArgumentError, match=f"Received: {received}$") as raised:
+                ask(images)
+            assert raised.value.argument == "images"
     assert not server.asked
 
 
@@ -403,7 +401,7 @@ def test_retries_come_to_an_end(protocol, folder, server, capsys):
     assert len(server.asked) == 2
     [line] = capsys.readouterr().err.splitlines()
     said = "is not available, 2 tries: The batch scheduling queue"
-    assert line.startswith(f"client: the server at {_address(server, protocol)} {said}")
+    assert line.startswith(f"cvt-keras classify: the server at {_address(server, protocol)} {said}")
 
 
 def test_pauses_grow_to_a_bound(monkeypatch):
@@ -431,7 +429,7 @@ def test_a_late_server_is_told(protocol, folder, server, capsys):
     assert _main(server, protocol, folder / "0.png", "--timeout", 0.2, "--retries", 1) == 1
     assert time.monotonic() - started < 1.0
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert "gave no answer within 0.2 s, 2 tries" in line and "`timeout`" in line
+    assert "gave no answer within 0.2 s, 2 tries" in line and "--timeout" in line
     time.sleep(1.2)  # until the double is done with them
 
 
@@ -490,7 +488,7 @@ def test_the_server_is_told_the_deadline(server, images):
 @both
 def test_a_server_that_is_not_there(protocol, folder, capsys):
     address = _nobody()
-    assert main([str(folder), "--protocol", protocol, "--address", address, "--retries", "1"]) == 1
+    assert cli.main(["classify", str(folder), "--protocol", protocol, "--address", address, "--retries", "1"]) == 1
     out, err = capsys.readouterr()
     [line] = err.strip().splitlines()
     assert f"the server at {address} is not available, 2 tries: " in line and "docker compose -f" in line and not out
@@ -500,14 +498,14 @@ def test_a_server_that_is_not_there(protocol, folder, capsys):
 def test_a_model_that_is_not_there(protocol, folder, server, capsys):
     assert _main(server, protocol, folder, "--model", "dog/cat") == 1
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert line.endswith("has no model dog/cat: give `model` a name in its models.config")
+    assert "does not have the model dog/cat. " in line and "--model" in line
 
 
 @both
 def test_a_version_that_is_not_there(protocol, folder, server, capsys):
     assert _main(server, protocol, folder, "--version", 1) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert line.endswith("has no version 1 of cvt: give `version` one of 2, 3")
+    assert "does not have version 1 of cvt, but 2, 3. " in line and line.endswith("--version")
 
 
 @both
@@ -530,32 +528,32 @@ def test_a_model_of_which_nothing_is_loaded(protocol, version, images, server):
         ([(503, b"busy")], "is not available, 2 tries: busy"),
         ([(503, b"busy"), (200, b'{"model_version_status": []}')], "has no version of cvt loaded at the moment"),
         ([(500, b'{"error": "broken"}')], "failed with HTTP 500: broken"),
-        ([(404, b'{"error": "Could not find"}')], "has no model cvt: give `model` a name in its models.config"),
+        ([(404, b'{"error": "Could not find"}')], "does not have the model cvt. "),
     ],
 )
 def test_only_a_server_that_says_so_has_no_model(status, said, peer, folder, capsys):
     address = peer(POST=[(404, b'{"error": "Servable not found"}')], GET=status)
-    assert main([str(folder), "--protocol", "rest", "--address", address, "--retries", "1"]) == 1
+    assert cli.main(["classify", str(folder), "--protocol", "rest", "--address", address, "--retries", "1"]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert f"client: the server at {address} {said}" in line
+    assert f"cvt-keras classify: the server at {address} {said}" in line
 
 
 @both
 def test_a_batch_that_the_server_does_not_take(protocol, server, images):
-    with _client(server, protocol) as client, pytest.raises(ServingError, match="make `batch` smaller") as raised:
+    with _client(server, protocol) as client, pytest.raises(ServingError, match="so many images") as raised:
         client.classify(images * 4)
-    assert not isinstance(raised.value, ImageError) and len(server.asked) == 1
+    assert not isinstance(raised.value, ImageError) and raised.value.argument == "images" and len(server.asked) == 1
 
 
 @both
 def test_a_model_of_another_kind(protocol, server, images, monkeypatch):
     with _client(server, protocol) as client:
         monkeypatch.setattr(module, "SIGNATURE", "bytes")
-        with pytest.raises(ServingError, match="has not the signature bytes"):
+        with pytest.raises(ServingError, match="does not have an export's signature bytes"):
             client.classify(images[:1])
         monkeypatch.undo()
         monkeypatch.setattr(server, "_run", lambda *_: {"scores": np.zeros((1, 3), "float32")})
-        with pytest.raises(ServingError, match="has not the signature serving_bytes"):
+        with pytest.raises(ServingError, match="does not have an export's signature serving_bytes"):
             client.classify(images[:1])
 
 
@@ -571,21 +569,17 @@ def test_labels_of_another_model(protocol, folder, server, tmp_path, capsys):
     for text in ("a\nb\n", "a\n" * 10):
         (tmp_path / "labels.txt").write_text(text)
         assert _main(server, protocol, folder / "0.png", "--labels", tmp_path / "labels.txt") == 1
-        assert "client: `labels` are those of another model" in capsys.readouterr().err
+        assert "cvt-keras classify: `labels` are those of another model" in capsys.readouterr().err
 
 
 def test_grpcs_packages_missing(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)  # what Python does with it: every import fails
-    assert main([str(folder)]) == 1
+    with pytest.raises(MissingPackageError) as raised:
+        Client()
+    assert raised.value.argument == "protocol"
+    assert cli.main(["classify", str(folder)]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "pip install tensorflow-serving-api" in line and "--no-deps" in line
-
-
-def test_tyro_missing(folder, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    assert main([str(folder)]) == 1
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("client: the command needs tyro (") and line.endswith("): pip install tyro")
 
 
 @pytest.mark.parametrize(
@@ -600,7 +594,7 @@ def test_tyro_missing(folder, monkeypatch, capsys):
         (["--retries", "-1"], "`retries` must be at least 0, which is a single try. Received: retries=-1"),
         (["--model", ""], "`model` must be a name in models.config, as cvt. Received: model="),
         (["--labels", "nowhere"], "`labels` must be an export's labels.txt. Received: nowhere, which can't be read"),
-        (["nowhere.png"], "`IMAGE` must be a file or a folder of images. Received: nowhere.png, which is not there"),
+        (["nowhere.png"], "`images` must be files or folders of images. Received: nowhere.png, which does not exist"),
         *(
             (["--address", address], f"`address` must be HOST:PORT, as localhost:8500. Received: address={address}")
             for address in (
@@ -617,23 +611,24 @@ def test_tyro_missing(folder, monkeypatch, capsys):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_flags_are_told_in_a_line(flags, said, folder, capsys):
-    assert main([str(folder), *flags]) == 2
+    assert cli.main(["classify", str(folder), *flags]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("client: ") and said in line
+    assert line.startswith("cvt-keras classify: ") and said in line
 
 
 def test_no_images_at_all(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("hello")
     for flags, said in (([], "none"), ([str(tmp_path)], f"{tmp_path}, with no .png")):
-        assert main(flags) == 2
+        assert cli.main(["classify", *flags]) == 2
         assert f"Received: {said}" in capsys.readouterr().err
 
 
 def test_an_unknown_protocol():
-    with pytest.raises(ValueError, match=r"`protocol` must be one of grpc, rest. Received: protocol=soap"):
+    with pytest.raises(ArgumentError, match=r"must be one of grpc, rest\. Received: protocol=soap") as raised:
         Client(protocol="soap")
+    assert raised.value.argument == "protocol"
     with pytest.raises(SystemExit) as ended:
-        main(["a.png", "--protocol", "soap"])
+        cli.main(["classify", "a.png", "--protocol", "soap"])
     assert ended.value.code == 2
 
 
@@ -646,14 +641,13 @@ def test_addresses_by_protocol():
 def test_a_stop_is_told(number, code, folder, server, monkeypatch, capsys, heard):
     monkeypatch.setattr(Client, "classify", lambda *_: signal.raise_signal(number))
     assert _main(server, "grpc", folder) == code
-    assert capsys.readouterr().err == "\nclient: stopped\n"
+    assert capsys.readouterr().err == "\ncvt-keras classify: stopped\n"
 
 
 def test_a_reader_that_leaves_is_no_traceback(folder, server):
     flags = [str(folder), "--protocol", "rest", "--address", server.rest_address]
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "export.serving.client", *flags]
-    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*COMMAND, *flags], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
@@ -72,7 +73,7 @@ def test_batching_parameters_are_those_of_the_server():
 
 
 def test_the_clients_batch_is_one_that_the_server_takes():
-    assert client._arguments(["a.png"]).batch <= int(_batching()["max_batch_size"])
+    assert client.parse(["a.png"]).batch <= int(_batching()["max_batch_size"])
 
 
 def test_the_clients_help_names_the_largest_batch(capsys):
@@ -130,6 +131,8 @@ def test_the_health_check_tells_whether_the_model_is_there(service, serving):
     assert not healthy(1)
 
 
-def test_the_way_to_start_it_names_the_file():
-    path, variable = re.search(r"-f (\S+)", client.START)[1], re.match(r"(\w+)=", client.START)[1]
-    assert (ROOT / path).is_file() and variable == "RUN"
+def test_the_way_to_start_it_names_the_file(monkeypatch, tmp_path):
+    for folder in (ROOT, tmp_path):
+        monkeypatch.chdir(folder)
+        command = client.start_command()
+        assert Path(re.search(r"-f (\S+)", command)[1]).is_file() and command.startswith("RUN=")
