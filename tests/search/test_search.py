@@ -75,7 +75,7 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
         "The best curves",
         "Importance",
         f"trial {best['trial']}",
-        "multiply-adds an image, at most",
+        "multiply-adds per image, at most",
     ):
         assert part in page, part
     assert page.count("data:image/png") == 3 and "; the other trials in grey" in page
