@@ -4,13 +4,9 @@ One seed and one epoch tell differences of several points only.
 """
 
 import dataclasses
-import sys
 import tempfile
-from pathlib import Path
 
 import tyro
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cvt_keras import Stage, Variant
 from cvt_keras.training import RECIPES, run

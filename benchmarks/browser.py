@@ -18,11 +18,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 from ai_edge_litert.interpreter import Interpreter
-from cvt_keras.export.web.__main__ import installation
-from cvt_keras.export.web.server import RUNTIME, WEB, Server, artifacts
 from playwright.sync_api import sync_playwright
 
 from cvt_keras import environment
+from cvt_keras.export.web.__main__ import installation
+from cvt_keras.export.web.server import RUNTIME, WEB, Server, artifacts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # It asks Google's hosts for this and that of its own accord.

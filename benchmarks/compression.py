@@ -22,9 +22,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from cvt_keras import environment, runs
 from cvt_keras.errors import NoRunError, RunError
 from cvt_keras.report import figures

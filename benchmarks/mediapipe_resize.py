@@ -16,12 +16,12 @@ from typing import Annotated
 import numpy as np
 import tensorflow as tf
 import tyro
-from cvt_keras.export.verify import why_ended
 from PIL import Image
 
 from cvt_keras import environment, runs
 from cvt_keras.data import sources
 from cvt_keras.data.images import stretch
+from cvt_keras.export.verify import why_ended
 from cvt_keras.training.recipes import read_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -7,16 +7,12 @@ machine treats both alike.
 import dataclasses
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 import tyro
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cvt_keras import build_classifier, environment
 from cvt_keras.data.pipeline import training_batches

@@ -19,8 +19,6 @@ import transformers
 from transformers import CvtConfig, CvtForImageClassification
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 import keras
 
 from cvt_keras import CvT, environment

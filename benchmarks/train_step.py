@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from keras import ops
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # it also runs where the package is not installed
 
 from cvt_keras import CvT, environment, macs
 from cvt_keras.training.optimizers import decays

@@ -6,11 +6,10 @@
 from pathlib import Path
 from typing import Any, assert_type
 
-from cvt_keras.export import Artifact, export
-
 import cvt_keras
 from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, macs, preprocessing_of
 from cvt_keras.compression import compress
+from cvt_keras.export import Artifact, export
 from cvt_keras.search import SearchResult, search
 from cvt_keras.training import RECIPES, Recipe, RunResult, run
 

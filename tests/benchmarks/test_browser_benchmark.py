@@ -3,10 +3,10 @@ import re
 from pathlib import Path
 
 import pytest
-from cvt_keras.export import tflite
 from tools import require, require_browser
 
 from cvt_keras import build_classifier
+from cvt_keras.export import tflite
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@ import shutil
 
 import numpy as np
 import pytest
-from cvt_keras.export import tflite
 from PIL import Image
 
 from benchmarks import compression
 from cvt_keras import build_classifier, runs
+from cvt_keras.export import tflite
 from cvt_keras.report import figures
 
 

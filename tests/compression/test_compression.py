@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
-from cvt_keras.export.verify import BOUNDS, QUANTIZED
 from tensorflow.lite.python import schema_py_generated as schema
 
 from cvt_keras import cli, runs
@@ -18,6 +17,7 @@ from cvt_keras.compression import compress
 from cvt_keras.compression.kernels import kernels, share_of_zeros
 from cvt_keras.compression.pruning import MagnitudePruning
 from cvt_keras.errors import CheckpointError, NoRunError, OccupiedError, OutOfMemoryError, RecipeError, RunError
+from cvt_keras.export.verify import BOUNDS, QUANTIZED
 from cvt_keras.quantized.layers import FakeQuantize, QuantizedConv
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
 from cvt_keras.training import Recipe, RunResult, callbacks, run

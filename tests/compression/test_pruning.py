@@ -6,12 +6,12 @@ import keras
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
-from cvt_keras.export import tflite
 
 from cvt_keras import Stage, Variant, build_classifier
 from cvt_keras.compression.kernels import kernels, share_of_zeros
 from cvt_keras.compression.pruning import MagnitudePruning
 from cvt_keras.errors import RecipeError, RunError
+from cvt_keras.export import tflite
 from cvt_keras.training.recipes import SMOKE
 
 

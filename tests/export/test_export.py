@@ -13,11 +13,11 @@ from pathlib import Path
 import keras
 import pytest
 import tensorflow as tf
-from cvt_keras.export import artifacts, export
-from cvt_keras.export.verify import BOUNDS, Artifact
 
 from cvt_keras import cli, runs
 from cvt_keras.errors import ArgumentError, BusyError, DataError, ExportError, NoRunError, RunError
+from cvt_keras.export import artifacts, export
+from cvt_keras.export.verify import BOUNDS, Artifact
 
 ROOT = Path(__file__).parent.parent.parent
 OLD_RUNS = ROOT / "tests" / "golden" / "old_runs"

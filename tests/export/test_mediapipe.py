@@ -8,8 +8,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cvt_keras.export import tflite
-from cvt_keras.export.verify import TFLITE_FORMATS
 from PIL import Image
 from sklearn import datasets
 from tools import require
@@ -17,6 +15,8 @@ from tools import require
 from benchmarks import mediapipe_resize
 from cvt_keras import build_classifier, preprocessing_of
 from cvt_keras.data import images
+from cvt_keras.export import tflite
+from cvt_keras.export.verify import TFLITE_FORMATS
 
 # Both run TFLite's kernels in float32 with XNNPACK, MediaPipe those of its own build; uint8 probabilities are 1/256 apart, and
 # int8's accumulators round where two builds' kernels may differ: a step.

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import tensorflow as tf
-from cvt_keras.export import saved_model
-from cvt_keras.export.saved_model import WARM_UP
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from tensorflow_serving.apis import prediction_log_pb2
 from tools import require
 
 from cvt_keras import preprocessing_of
+from cvt_keras.export import saved_model
+from cvt_keras.export.saved_model import WARM_UP
 
 # A real one, which scikit-learn carries.
 PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"

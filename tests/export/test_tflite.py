@@ -5,13 +5,13 @@ import flatbuffers
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
-from cvt_keras.export import tflite, verify
-from cvt_keras.export.verify import TFLITE_FORMATS
 from flatbuffers.table import Table
 from tensorflow.lite.python import schema_py_generated as schema
 
 from cvt_keras import Stage, Variant, build_classifier, preprocessing_of
 from cvt_keras.data.split import Split
+from cvt_keras.export import tflite, verify
+from cvt_keras.export.verify import TFLITE_FORMATS
 
 
 @pytest.fixture(scope="module")

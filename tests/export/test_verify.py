@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from cvt_keras.export import verify
-from cvt_keras.export.verify import BOUNDS, FORMATS, TFLITE_FORMATS, Bounds, compare
 
 from cvt_keras.errors import ExportError
+from cvt_keras.export import verify
+from cvt_keras.export.verify import BOUNDS, FORMATS, TFLITE_FORMATS, Bounds, compare
 
 LABELS = np.arange(1000) % 10
 

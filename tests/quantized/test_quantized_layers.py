@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
-from cvt_keras.export import tflite
 from layer_battery import check_layer
 
 from cvt_keras import Stage, Variant, build_classifier, preprocessing_of
 from cvt_keras.compression.quantization import QuantizationAwareTraining
+from cvt_keras.export import tflite
 from cvt_keras.quantized import layers
 from cvt_keras.quantized.layers import (
     FakeQuantize,

@@ -18,11 +18,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cvt_keras.export.serving import client as module
-from cvt_keras.export.serving.client import ADDRESSES, ERASE, Client
 
 from cvt_keras import cli, preprocessing_of
 from cvt_keras.errors import ArgumentError, ImageError, MissingPackageError, ServingError
+from cvt_keras.export.serving import client as module
+from cvt_keras.export.serving.client import ADDRESSES, ERASE, Client
 
 COMMAND = [sys.executable, "-m", "cvt_keras.export.serving.client"]
 STATUS = grpc.StatusCode

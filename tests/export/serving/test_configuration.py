@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 import yaml
-from cvt_keras.export.saved_model import WARM_UP, WARM_UP_BATCHES
-from cvt_keras.export.serving import client
 from double import SERVING, models_config
 from tensorflow_serving.apis import prediction_log_pb2
+
+from cvt_keras.export.saved_model import WARM_UP, WARM_UP_BATCHES
+from cvt_keras.export.serving import client
 
 ROOT = SERVING.parents[1]
 

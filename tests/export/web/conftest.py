@@ -4,9 +4,10 @@ import threading
 
 import pytest
 import tensorflow as tf
+from tools import require_browser
+
 from cvt_keras.export.web.samples import first_of_each_class
 from cvt_keras.export.web.server import Server
-from tools import require_browser
 
 
 @pytest.fixture(scope="module")  # no longer: while it is open, nothing else can start an event loop

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import tensorflow as tf
-from cvt_keras.export.verify import TFLITE_FORMATS
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tensorflow.lite.python import schema_py_generated as schema
 from tools import require_browser
 
 from cvt_keras.data import images, sources
+from cvt_keras.export.verify import TFLITE_FORMATS
 
 WAIT = 30_000  # milliseconds: the machine may be busy
 DCT = ("INTEGER_ACCURATE", "")

@@ -11,15 +11,15 @@ import urllib.request
 
 import numpy as np
 import pytest
+
+from cvt_keras import cli
+from cvt_keras.data import sources
 from cvt_keras.export.saved_model import MAX_PIXELS
 from cvt_keras.export.verify import TFLITE_FORMATS
 from cvt_keras.export.web import __main__ as command
 from cvt_keras.export.web import samples as module_of_samples
 from cvt_keras.export.web import server as module
 from cvt_keras.export.web.samples import Samples, first_of_each_class
-
-from cvt_keras import cli
-from cvt_keras.data import sources
 
 
 def _ask(server, path, method="GET", **headers):
