@@ -12,18 +12,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import keras
 import numpy as np
 import safetensors.torch
 import torch
 import transformers
 from transformers import CvtConfig, CvtForImageClassification
 
-ROOT = Path(__file__).parent.parent
-import keras
-
 from cvt_keras import CvT, environment
 from cvt_keras.conversion.layouts import microsoft_weights
 from cvt_keras.pretrained import to_torch_state_dict, transformers_config
+
+ROOT = Path(__file__).parent.parent
 
 CASES = [("cvt_13", (224, 224)), ("cvt_13", (192, 256)), ("cvt_13", (384, 384)), ("cvt_21", (224, 224)), ("cvt_21", (384, 384))]
 

@@ -30,11 +30,15 @@ class Arguments:
 def main(argv):
     description = "Write a run as SavedModel and TFLite files, and verify each of them."
     arguments = tyro.cli(Arguments, prog="cvt-keras export", description=description, args=argv)
+    runs.require_finished(arguments.run)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the converter warns about every file
     environment.start()
     from .artifacts import export
 
-    artifacts = export(arguments.run, arguments.formats, arguments.data_dir, arguments.verify_images)
+    try:
+        artifacts = export(arguments.run, arguments.formats, arguments.data_dir, arguments.verify_images)
+    except KeyboardInterrupt as stop:
+        raise type(stop)("Files that were verified are kept; what was being written is removed") from stop
     console = Console()
     if console.is_terminal:
         console.print(_table(artifacts))

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from cvt_keras import cli, environment
+from cvt_keras import cli, environment, runs
 
 Layers = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")]
 
@@ -94,6 +94,7 @@ def main(argv):
         argv: the method's name and its flags.
     """
     arguments = tyro.cli(Prune | Cluster | Qat, prog="cvt-keras", description="Makes a run's network smaller.", args=argv)
+    runs.require_finished(arguments.run)
     environment.start()
     from cvt_keras.compression.methods import compress
 

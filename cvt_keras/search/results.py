@@ -75,7 +75,7 @@ def best_recipe(oracle, row):
     """The recipe of a row, for all images and as many epochs as the search was given."""
     candidates = oracle.candidates
     recipe = candidates.of({name: row[name] for name in candidates.space})
-    return dataclasses.replace(recipe, train_limit=None, test_limit=None)
+    return dataclasses.replace(recipe, train_limit=None, validation_limit=None, test_limit=None)
 
 
 def importance(trials, space):

@@ -120,8 +120,8 @@ def _search(recipe, space, search_dir, options):
     held = folder.holds_search(search_dir)
     deletes = held and options.fresh
     stored = folder.read_settings(search_dir) if held and not deletes else None  # one that is deleted may be damaged
-    if stored is not None and recipe.dataset == "auto":
-        recipe = dataclasses.replace(recipe, dataset=stored["recipe"]["dataset"])
+    if stored is not None:
+        recipe = _completed(recipe, stored["recipe"])
     if options.chief:
         tf.config.set_visible_devices([], "GPU")  # the GPUs are for workers on this machine
     oracle, settings = _settle(recipe, space, options)
@@ -138,6 +138,15 @@ def _search(recipe, space, search_dir, options):
             runs.write_json(search_dir / folder.SEARCH, settings)
         _run_trials(oracle, settings, search_dir, options)
     return _result(oracle, search_dir)
+
+
+def _completed(recipe, stored):
+    """The recipe with what it leaves open as a stored search has it: `auto`, and fields that its version did not have."""
+    newer_fields = set(recipe.settings()) - set(stored)
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe) if field.name in newer_fields}
+    if recipe.dataset == "auto":
+        defaults["dataset"] = stored["dataset"]
+    return dataclasses.replace(recipe, **defaults)
 
 
 def _settle(recipe, space, options):
