@@ -94,7 +94,7 @@ def main(argv):
         argv: the method's name and its flags.
     """
     arguments = tyro.cli(Prune | Cluster | Qat, prog="cvt-keras", description="Makes a run's network smaller.", args=argv)
-    runs.require_finished(arguments.run)
+    runs.require_finished(arguments.run, argument="run")
     environment.start()
     from cvt_keras.compression.methods import compress
 
