@@ -4,9 +4,9 @@ The public names are imported when they are first used, so that `import cvt_kera
 commands answer `--help` without either.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
+from cvt_keras import lazy
 from cvt_keras import registration as _registration  # noqa: F401 - for its effect
 
 if TYPE_CHECKING:
@@ -47,20 +47,15 @@ __all__ = [
     "preprocessing_of",
 ]
 
-_MODULES = {
-    **dict.fromkeys(("VARIANTS", "Stage", "Variant", "macs"), "variants"),
-    **dict.fromkeys(("CvT", "build_classifier", "preprocessing_of"), "model"),
-    "Preprocessing": "preprocessing",
-}  # of the other names: layers
-
-
-def __getattr__(name):
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'layers')}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "layers": (
+            *("AverageProjection", "ConvAttention", "ConvProjection", "ConvStem", "ConvTokenEmbedding"),
+            *("CvTBlock", "DropPath", "MLP", "PixelNormalization"),
+        ),
+        "model": ("CvT", "build_classifier", "preprocessing_of"),
+        "preprocessing": ("Preprocessing",),
+        "variants": ("VARIANTS", "Stage", "Variant", "macs"),
+    },
+)

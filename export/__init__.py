@@ -3,8 +3,9 @@
 The names are imported when they are first used: `export` needs TensorFlow, the client of a server and the page do not.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from cvt_keras import lazy
 
 if TYPE_CHECKING:
     from .artifacts import export
@@ -12,10 +13,4 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Artifact", "export"]
 
-_MODULES = {"FORMATS": "verify", "Artifact": "verify", "export": "artifacts"}
-
-
-def __getattr__(name):
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy.attach(__name__, {"artifacts": ("export",), "verify": ("FORMATS", "Artifact")})

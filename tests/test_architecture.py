@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # What each part of the package may import of the others. `cli` imports the commands by name, when they are asked for.
 ALLOWED = {
     "errors": set(),
+    "lazy": set(),
     "signals": set(),
     "variants": set(),
     "preprocessing": set(),
@@ -43,9 +44,21 @@ ALLOWED = {
             "variants",
         )
     },
-    "search": {"cli", "data", "environment", "errors", "report", "runs", "signals", "training", "variants"},
-    "compression": {"cli", "data", "environment", "errors", "layers", "model", "quantized", "runs", "signals", "training"},
-    "export": {"cli", "data", "environment", "errors", "model", "quantized", "report", "runs", "signals", "training"},
+    "search": {"cli", "data", "environment", "errors", "lazy", "report", "runs", "signals", "training", "variants"},
+    "compression": {
+        "cli",
+        "data",
+        "environment",
+        "errors",
+        "layers",
+        "lazy",
+        "model",
+        "quantized",
+        "runs",
+        "signals",
+        "training",
+    },
+    "export": {"cli", "data", "environment", "errors", "lazy", "model", "quantized", "report", "runs", "signals", "training"},
 }
 # Keras and NumPy alone, so that they run on every backend.
 PORTABLE = ("layers", "model", "conversion", "quantized", "training.optimizers")

@@ -3,8 +3,9 @@
 The names are imported when they are first used: all of them need TensorFlow, and `--help` does not.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from cvt_keras import lazy
 
 if TYPE_CHECKING:
     from cvt_keras.compression.clustering import WeightClustering
@@ -14,15 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["MagnitudePruning", "QuantizationAwareTraining", "WeightClustering", "compress"]
 
-_MODULES = {
-    "MagnitudePruning": "cvt_keras.compression.pruning",
-    "QuantizationAwareTraining": "cvt_keras.compression.quantization",
-    "WeightClustering": "cvt_keras.compression.clustering",
-    "compress": "cvt_keras.compression.methods",
-}
-
-
-def __getattr__(name):
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "clustering": ("WeightClustering",),
+        "methods": ("compress",),
+        "pruning": ("MagnitudePruning",),
+        "quantization": ("QuantizationAwareTraining",),
+    },
+)

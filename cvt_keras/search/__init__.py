@@ -3,8 +3,9 @@
 The names are imported when they are first used: `search` needs TensorFlow and keras-tuner, the space does not.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from cvt_keras import lazy
 
 if TYPE_CHECKING:
     from cvt_keras.search.space import Choice, Range
@@ -12,15 +13,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "Range", "SearchResult", "search"]
 
-_MODULES = {
-    "Choice": "cvt_keras.search.space",
-    "Range": "cvt_keras.search.space",
-    "SearchResult": "cvt_keras.search.study",
-    "search": "cvt_keras.search.study",
-}
-
-
-def __getattr__(name):
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy.attach(__name__, {"space": ("Choice", "Range"), "study": ("SearchResult", "search")})

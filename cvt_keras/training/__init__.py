@@ -3,8 +3,9 @@
 The names are imported when they are first used: `run` needs TensorFlow, the recipes and `training.optimizers` do not.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from cvt_keras import lazy
 
 if TYPE_CHECKING:
     from cvt_keras.errors import RecipeError
@@ -14,16 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RECIPES", "Recipe", "RecipeError", "RunResult", "run"]
 
-_MODULES = {
-    "RECIPES": "cvt_keras.training.recipes",
-    "Recipe": "cvt_keras.training.recipes",
-    "RecipeError": "cvt_keras.errors",
-    "RunResult": "cvt_keras.training.plan",
-    "run": "cvt_keras.training.loop",
-}
-
-
-def __getattr__(name):
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy.attach(
+    __name__, {"recipes": ("RECIPES", "Recipe", "RecipeError"), "plan": ("RunResult",), "loop": ("run",)}
+)
