@@ -81,7 +81,7 @@ def run(name, argv):
         most_details = len(error.details) if name == "convert" else MOST_DETAILS
         return _fail(name, message(error, most_details), error.exit_code)
     except ImportError as error:
-        return _fail(name, f"{error}. Install what is missing: pip install 'cvt-keras[train]'", 1)
+        return _fail(name, f"{error}. Install what is missing: the extra `train` of cvt-keras, or requirements.txt", 1)
     except (MemoryError, OSError) as error:
         return _fail(name, str(error) or type(error).__name__, 1)
     except KeyboardInterrupt as stop:

@@ -48,7 +48,7 @@ def start(backend="tensorflow"):
                 tf.config.list_physical_devices()
     except ImportError as error:
         raise MissingPackageError(
-            f"Keras can't be imported: {error}", hint="Install what it needs: pip install 'cvt-keras[train]'"
+            f"Keras can't be imported: {error}", hint="Install what it needs: pip install keras tensorflow"
         ) from error
     except ValueError as error:  # Keras', for an unknown backend
         raise ArgumentError(f"Keras can't start: {error}", hint="Unset KERAS_BACKEND") from error

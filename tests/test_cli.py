@@ -39,7 +39,7 @@ def _raise(error):
         (UserError("it failed"), 1, "it failed"),
         (UserError("it failed", hint="Give --x"), 1, "it failed. Give --x"),
         (ArgumentError("`x` must be 1", argument="x"), 2, "`x` must be 1"),
-        (ImportError("No module named foo"), 1, "No module named foo. Install what is missing: pip install 'cvt-keras[train]'"),
+        (ImportError("No foo"), 1, "No foo. Install what is missing: the extra `train` of cvt-keras, or requirements.txt"),
         (OSError(28, "No space left"), 1, "[Errno 28] No space left"),
         (MemoryError(), 1, "MemoryError"),
         (KeyboardInterrupt(), 130, "stopped"),

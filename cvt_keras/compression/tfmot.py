@@ -44,7 +44,7 @@ def load():
     except ImportError as error:
         raise MissingPackageError(
             f"compression needs tensorflow-model-optimization: {error}",
-            hint="Install it: pip install 'cvt-keras[compress]'",
+            hint="Install it: pip install tensorflow-model-optimization==0.8.1 tf_keras",
         ) from error
     finally:
         if before is None:

@@ -23,7 +23,7 @@ try:
     from sklearn.exceptions import ConvergenceWarning
 except ImportError as error:
     raise MissingPackageError(
-        f"a search needs keras-tuner and scikit-learn: {error}", hint="Install them: pip install 'cvt-keras[search]'"
+        f"a search needs keras-tuner and scikit-learn: {error}", hint="Install them: pip install keras-tuner scikit-learn"
     ) from error
 
 OBJECTIVE = "val_accuracy"

@@ -54,7 +54,7 @@ def test_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_model_optimization", None)
     with pytest.raises(MissingPackageError) as failure:
         tfmot.load()
-    assert failure.value.hint == "Install it: pip install 'cvt-keras[compress]'"
+    assert failure.value.hint == "Install it: pip install tensorflow-model-optimization==0.8.1 tf_keras"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     [pin] = [package for package in extras["compress"] if package.startswith("tensorflow-model-optimization")]
     assert pin in (ROOT / "requirements.txt").read_text().splitlines()
