@@ -134,6 +134,19 @@ def test_tensorflow_model_optimization_is_imported_in_one_place():
     assert importing == {"cvt_keras.compression.tfmot"}
 
 
+def _exits(tree):
+    """The calls of sys.exit that a module would make if it is imported or called: not those of `if __name__ == "__main__"`."""
+    body = [node for node in tree.body if not (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))]
+    calls = [node for part in body for node in ast.walk(part) if isinstance(node, ast.Call)]
+    return [call for call in calls if ast.unparse(call.func) in ("sys.exit", "exit", "quit", "os._exit")]
+
+
+def test_no_imported_module_exits():
+    for module, path in MODULES.items():
+        assert not _exits(ast.parse(path.read_text(encoding="utf-8"))), module
+    assert _exits(ast.parse("def main():\n    sys.exit(1)"))
+
+
 def _run(code, **environment):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
