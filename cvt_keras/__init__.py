@@ -47,15 +47,16 @@ __all__ = [
     "preprocessing_of",
 ]
 
-__getattr__, __dir__ = lazy.attach(
-    __name__,
-    {
-        "layers": (
-            *("AverageProjection", "ConvAttention", "ConvProjection", "ConvStem", "ConvTokenEmbedding"),
-            *("CvTBlock", "DropPath", "MLP", "PixelNormalization"),
-        ),
-        "model": ("CvT", "build_classifier", "preprocessing_of"),
-        "preprocessing": ("Preprocessing",),
-        "variants": ("VARIANTS", "Stage", "Variant", "macs"),
-    },
-)
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    __getattr__, __dir__ = lazy.attach(
+        __name__,
+        {
+            "layers": (
+                *("AverageProjection", "ConvAttention", "ConvProjection", "ConvStem", "ConvTokenEmbedding"),
+                *("CvTBlock", "DropPath", "MLP", "PixelNormalization"),
+            ),
+            "model": ("CvT", "build_classifier", "preprocessing_of"),
+            "preprocessing": ("Preprocessing",),
+            "variants": ("VARIANTS", "Stage", "Variant", "macs"),
+        },
+    )

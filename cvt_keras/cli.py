@@ -21,6 +21,8 @@ from cvt_keras import signals
 from cvt_keras.errors import RunError, UserError
 
 MOST_DETAILS = 10  # shown of the many faults that an error may have
+# Arguments that a command takes without a flag. Each other argument is a flag of its name.
+POSITIONAL = {"RECIPE", "run", "source", "out", "images"}
 
 
 class Command(NamedTuple):
@@ -81,6 +83,9 @@ def run(name, argv):
         most_details = len(error.details) if name == "convert" else MOST_DETAILS
         return _fail(name, message(error, most_details), error.exit_code)
     except ImportError as error:
+        if (error.name or "").partition(".")[0] == "cvt_keras":
+            hint = "Install the package with pip install -r requirements.txt, or pip install -e . in a checkout"
+            return _fail(name, f"{error}. {hint}", 1)
         return _fail(name, f"{error}. Install what is missing: the extra `train` of cvt-keras, or requirements.txt", 1)
     except (MemoryError, OSError) as error:
         return _fail(name, str(error) or type(error).__name__, 1)
@@ -90,9 +95,12 @@ def run(name, argv):
 
 
 def message(error, most_details=MOST_DETAILS):
-    """What a command prints of a `UserError`."""
+    """What a command prints of a `UserError`: with its hint, or else with the flag of the argument at fault."""
     if not error.details:
-        return f"{error.summary}. {error.hint}" if error.hint else error.summary
+        if error.hint:
+            return f"{error.summary}. {error.hint}"
+        is_flag = error.argument is not None and error.argument not in POSITIONAL
+        return f"{error.summary} (--{error.argument.replace('_', '-')})" if is_flag else error.summary
     lines = [error.summary, *(f"  {detail}" for detail in error.details[:most_details])]
     if len(error.details) > most_details:
         lines.append(f"  and {len(error.details) - most_details} more")
@@ -122,7 +130,7 @@ def resumable(name, argv, again=None):
 
 
 def _program(name, argv):
-    """What was typed before `argv`, or what does the same."""
+    """The words that were typed before `argv`, or words that start the same command."""
     script = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
     if sys.orig_argv[len(script) :] == argv and Path(sys.argv[0]).name != "cvt-keras":
         return script  # python train.py, by whichever Python

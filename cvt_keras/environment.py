@@ -1,30 +1,13 @@
 """The machine and what runs on it: its device, its packages, and a quiet start of TensorFlow."""
 
-import contextlib
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
+from cvt_keras import greetings
 from cvt_keras.errors import ArgumentError, MissingPackageError
-
-# What TensorFlow writes to standard error as it starts, whatever happens. Everything else is shown.
-_GREETINGS = re.compile(
-    r"WARNING: All log messages before absl::InitializeLog\(\) is called are written to STDERR"
-    r"|[IWE]\d{4} .*(?:"
-    r"port\.cc:\d+\] oneDNN custom operations are on"
-    r"|cudart_stub\.cc:\d+\] Could not find cuda drivers on your machine"
-    r"|cuda_platform\.cc:\d+\] failed call to cuInit"
-    r"|cpu_feature_guard\.cc:\d+\] This TensorFlow binary is optimized"
-    r"|Unable to register cu\w+ factory"
-    r"|computation placer already registered)"
-    r"|.*oneDNN custom operations are on\."
-    r"|To enable the following instructions: .* rebuild TensorFlow"
-)
 
 
 def start(backend="tensorflow"):
@@ -39,7 +22,7 @@ def start(backend="tensorflow"):
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # its INFO lines would break the progress bar
     try:
-        with _without_greetings():
+        with greetings.held_back():
             import keras
 
             if keras.config.backend() == "tensorflow":
@@ -52,41 +35,26 @@ def start(backend="tensorflow"):
         ) from error
     except ValueError as error:  # Keras', for an unknown backend
         raise ArgumentError(f"Keras can't start: {error}", hint="Unset KERAS_BACKEND") from error
-    if backend is not None and keras.config.backend() != backend:
+    if backend is not None:
+        require_backend(backend)
+
+
+def require_backend(backend):
+    """Raises unless Keras runs on a backend.
+
+    Args:
+        backend: its name: `"tensorflow"`.
+
+    Raises:
+        ArgumentError: if it runs on another.
+    """
+    import keras
+
+    if keras.config.backend() != backend:
         raise ArgumentError(
             f"Keras must run on its {backend} backend. Received: {keras.config.backend()}, from KERAS_BACKEND or keras.json",
             hint=f"Set KERAS_BACKEND={backend}",
         )
-
-
-@contextlib.contextmanager
-def _without_greetings():
-    """Holds back what is written to file descriptor 2 during the block, and then writes what is no greeting of TensorFlow's.
-
-    By descriptor, as TensorFlow's own code writes there and not to `sys.stderr`. If the block raises, all of it is written.
-    """
-    try:
-        stderr = os.dup(2)
-    except OSError:  # there is no standard error
-        yield
-        return
-    with tempfile.TemporaryFile() as held:
-        if sys.stderr is not None:
-            sys.stderr.flush()
-        os.dup2(held.fileno(), 2)
-        shown = re.compile("")  # all of it
-        try:
-            yield
-            shown = re.compile(rf"(?!{_GREETINGS.pattern})")
-        finally:
-            if sys.stderr is not None:
-                sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            held.seek(0)
-            for line in held:
-                if shown.match(line.decode(errors="replace")):
-                    os.write(2, line)
 
 
 def cpu():

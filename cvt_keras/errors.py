@@ -40,16 +40,24 @@ class DifferentRunError(RecipeError):
 
     Args:
         run_dir: the run folder.
-        differences: the settings that differ, with both values, as text.
+        differences: name of the setting -> the value of the run, and the one received, as text.
     """
 
     def __init__(self, run_dir, differences):
+        self.run_dir = run_dir
+        self.differences = dict(differences)
         super().__init__(
-            f"`run_dir` holds a run with other settings: {run_dir}. {differences}",
+            f"`run_dir` holds a run with other settings: {run_dir}. {self.differences_text}",
             argument="run_dir",
             hint="Resume it with its own settings, or train in another --run-dir",
         )
-        self.differences = differences
+
+    @property
+    def differences_text(self):
+        return ", ".join(f"{name} was {stored} and is {received}" for name, (stored, received) in self.differences.items())
+
+    def __reduce__(self):  # by pickle, which would call the class with the message alone
+        return type(self), (self.run_dir, self.differences)
 
 
 class OccupiedError(ArgumentError, FileExistsError):

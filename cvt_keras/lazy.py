@@ -1,6 +1,7 @@
 """Public names of a package that are imported when they are first used (PEP 562)."""
 
 import importlib
+import importlib.util
 
 
 def attach(package, modules):
@@ -16,9 +17,12 @@ def attach(package, modules):
     homes = {name: f"{package}.{module}" for module, names in modules.items() for name in names}
 
     def get_attribute(name):
-        if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(homes[name]), name)
+        if name in homes:
+            return getattr(importlib.import_module(homes[name]), name)
+        # A module of the package can be used without an import of its own.
+        if not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}"):
+            return importlib.import_module(f"{package}.{name}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def list_names():
         return sorted({*vars(importlib.import_module(package)), *homes})

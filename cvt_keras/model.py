@@ -149,11 +149,12 @@ class CvT(keras.Model):
         checkpoint = checkpoints.read(source, variant)
         own = kwargs.pop("preprocessing", None)
         own = own.get_config() if isinstance(own, Preprocessing) else own or {}
-        preprocessing = Preprocessing.from_config({**checkpoint.preprocessing.get_config(), **own})
+        known = {name: value for name, value in own.items() if value is not None}
+        preprocessing = Preprocessing.from_config({**checkpoint.preprocessing.get_config(), **known})
         if num_classes is None:
             num_classes = checkpoint.num_classes
         elif num_classes != checkpoint.num_classes:
-            preprocessing = Preprocessing.from_config({**preprocessing.get_config(), "class_names": None})
+            preprocessing = preprocessing.replace(class_names=None)
         input_shape = tuple(input_shape or (*(preprocessing.image_size or (None, None)), checkpoint.channels))
         if input_shape[-1] != checkpoint.channels:
             raise ArgumentError(
@@ -175,6 +176,7 @@ class CvT(keras.Model):
             A dict from `"stage0"`, `"stage1"`, ... to the stage's grid of tokens `(batch, height, width, dim)`; for a stage
             with a cls token to a pair, of that and `(batch, 1, dim)`.
         """
+        self.variant.grids(*images.shape[1:3])
         if self._features is None:
             names = [f"stage{i}" for i in range(len(self.variant.stages))]
             outputs = {name: self.get_layer(name).output for name in names}
@@ -297,9 +299,13 @@ def build_classifier(
         raise ValueError("`model_or_variant` must have a head. Received: num_classes=0")
 
     channels = image_shape[2]
-    preprocessing = Preprocessing(mean=(0.5,) * channels, std=(0.5,) * channels)
-    for known in (model.preprocessing, Preprocessing(mean=mean, std=std, class_names=class_names)):
-        preprocessing = preprocessing.replace(**known.get_config())
+    settled = {
+        name: value for name, value in {"mean": mean, "std": std, "class_names": class_names}.items() if value is not None
+    }
+    preprocessing = model.preprocessing.replace(**settled)
+    for name in ("mean", "std"):
+        if getattr(preprocessing, name) is None:
+            preprocessing = preprocessing.replace(**{name: (0.5,) * channels})
     preprocessing.require_channels(channels)
     if None not in image_shape[:2]:
         preprocessing = preprocessing.replace(image_size=image_shape[:2])
@@ -334,11 +340,9 @@ def preprocessing_of(model: keras.Model) -> Preprocessing:
     Raises:
         ValueError: if it holds none.
     """
-    # A classifier's first layer before its network: in files of version 0.1 only the network has one.
-    holders = [part for part in (*getattr(model, "layers", ()), model) if hasattr(part, "preprocessing")]
-    if not holders:
-        raise ValueError(f"`model` must be a `CvT` or a classifier around one. Received: {type(model).__name__}")
-    return holders[0].preprocessing
+    if preprocessing := checkpoints.preprocessing_in(model):
+        return preprocessing
+    raise ValueError(f"`model` must be a `CvT` or a classifier around one. Received: {type(model).__name__}")
 
 
 def cvt_of(model: keras.Model) -> CvT:

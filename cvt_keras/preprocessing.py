@@ -37,11 +37,10 @@ class Preprocessing:
             value = getattr(self, name)
             if value is None:
                 continue
-            if hasattr(value, "tolist"):  # a NumPy array
-                value = value.tolist()
+            value = _plain(value)
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise ValueError(f"`{name}` must be a sequence. Received: {name}={value!r}")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, tuple(map(_plain, value)))
         for name in ("mean", "std"):
             _check_statistic(name, getattr(self, name))
         if self.std is not None and min(self.std) <= 0:
@@ -75,8 +74,8 @@ class Preprocessing:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
 
     def replace(self, **fields: Any) -> Self:
-        """A copy with these fields changed; a field that is given as `None` keeps its value."""
-        return dataclasses.replace(self, **{name: value for name, value in fields.items() if value is not None})
+        """A copy with these fields changed."""
+        return dataclasses.replace(self, **fields)
 
     def require_channels(self, channels: int) -> None:
         """Raises ValueError unless `mean` and `std` are known and have one number for each of `channels`."""
@@ -84,6 +83,11 @@ class Preprocessing:
             values = getattr(self, name)
             if values is None or len(values) != channels:
                 raise ValueError(f"`{name}` must have one number for each of {channels} channels. Received: {name}={values}")
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy array as a list, a NumPy number as Python's; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _check_statistic(name: str, values: Sequence[float] | None) -> None:

@@ -40,7 +40,7 @@ def to_torch_state_dict(model, layout="microsoft"):
 
     from cvt_keras.model import cvt_of
 
-    model = cvt_of(model)
+    model = _with_head(cvt_of(model))
     activation = LAYOUTS[layout].activation
     if model.variant.activation != activation:
         warnings.warn(
@@ -65,7 +65,7 @@ def transformers_config(model_or_variant):
 
     config = {"model_type": "cvt", "architectures": ["CvtForImageClassification"]}
     if isinstance(model_or_variant, keras.Model):
-        model = cvt_of(model_or_variant)
+        model = _with_head(cvt_of(model_or_variant))
         names = preprocessing_of(model_or_variant).class_names or [f"LABEL_{i}" for i in range(model.num_classes)]
         config["num_channels"] = model.input_shape[-1]
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
@@ -98,6 +98,13 @@ def transformers_processor(model):
         "image_mean": list(preprocessing.mean or [0.5] * channels),
         "image_std": list(preprocessing.std or [0.5] * channels),
     }
+
+
+def _with_head(model):
+    """Returns the model; raises ValueError if it has no head, as PyTorch's classifiers have one."""
+    if not model.num_classes:
+        raise ValueError("`model` must have a head. Received: num_classes=0")
+    return model
 
 
 # === The command line ===

@@ -13,4 +13,5 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Artifact", "export"]
 
-__getattr__, __dir__ = lazy.attach(__name__, {"artifacts": ("export",), "verify": ("FORMATS", "Artifact")})
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    __getattr__, __dir__ = lazy.attach(__name__, {"artifacts": ("export",), "verify": ("FORMATS", "Artifact")})

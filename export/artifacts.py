@@ -113,11 +113,7 @@ def _checked(formats, verify_images):
         raise ArgumentError(
             f"`verify_images` must be at least 1. Received: verify_images={verify_images}", argument="verify_images"
         )
-    if keras.config.backend() != "tensorflow":
-        raise ArgumentError(
-            f"export needs Keras' tensorflow backend. Received: {keras.config.backend()}, from KERAS_BACKEND or keras.json",
-            hint="Set KERAS_BACKEND=tensorflow",
-        )
+    environment.require_backend("tensorflow")
     return tuple(dict.fromkeys(formats))
 
 

@@ -83,7 +83,7 @@ def decode(data, shape):
     height, width = tf.unstack(tf.cond(png, lambda: _png_sides(data), lambda: _jpeg_sides(data)))
     small = (height <= MAX_PIXELS) & (width <= MAX_PIXELS) & (height * width <= MAX_PIXELS)  # a product alone may overflow
     data = _after(data, small, f"an image may have at most {MAX_PIXELS:,} pixels; its header says", width, "x", height)
-    pixels = images.stretch(tf.io.decode_image(data, channels=3, expand_animations=False), shape[0])
+    pixels = images.stretch(images.decode(data), shape[0])
     return tf.ensure_shape(pixels, shape)
 
 

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cvt_keras import environment, runs
 from cvt_keras.errors import ExportError
@@ -292,6 +291,8 @@ def _float_tensors(interpreter):
 
 def _progress(n, said):
     """A bar where someone looks; gone when it is full."""
+    from tqdm import tqdm  # here, as --help does without it
+
     return tqdm(total=n, desc=said, unit=" images", leave=False, disable=None, file=sys.stdout)
 
 

@@ -1,6 +1,6 @@
-import contextlib
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,14 +52,30 @@ E0000 00:00:1795749507.129324    2780 cuda_platform.cc:52] failed call to cuInit
 LINE = "W0000 00:00:1795749507.129324    2780 gpu_device.cc:2342] Cannot dlopen some GPU libraries.\n"
 
 
-@pytest.mark.parametrize("raises, shown", [(False, LINE), (True, GREETINGS + LINE)])
-def test_greetings_of_tensorflow_are_held_back_unless_something_raises(raises, shown, capfd):
-    with contextlib.suppress(ZeroDivisionError), environment._without_greetings():
-        os.write(2, (GREETINGS + LINE).encode())
-        if raises:
-            raise ZeroDivisionError
-    os.write(2, b"after\n")
-    assert capfd.readouterr().err == shown + "after\n"
+HELD = """
+import os, sys
+from cvt_keras import greetings
+with greetings.held_back():
+    os.write(2, sys.argv[1].encode())
+    if sys.argv[2] == "raises":
+        raise SystemExit(3)
+    if sys.argv[2] == "aborts":
+        os.abort()
+os.write(2, b"after\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    "fate, code, shown",
+    [
+        ("ends", 0, LINE + "after\n"),
+        ("raises", 3, LINE + GREETINGS),
+        ("aborts", -signal.SIGABRT, LINE + GREETINGS),
+    ],
+)
+def test_greetings_are_held_back_unless_tensorflow_fails(fate, code, shown):
+    done = subprocess.run([sys.executable, "-c", HELD, GREETINGS + LINE, fate], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, shown)
 
 
 def test_the_first_line_of_a_command_is_ours(tmp_path):

@@ -378,6 +378,12 @@ def test_features_are_the_tokens_of_each_stage_by_name(tmp_path):
         np.testing.assert_array_equal(ops.convert_to_numpy(ours), ops.convert_to_numpy(theirs))
 
 
+def test_features_of_an_image_under_the_strides_are_refused():
+    model = CvT.from_variant("cvt_13", 10, (None, None, 3))
+    with pytest.raises(ValueError, match=r"16x16.*8x24"):
+        model.features(_images(1, 8, 24, 3))
+
+
 def test_features_in_training_drop_paths():
     variant = Variant((Stage(8, 2, 1, drop_path=0.9),))
     model = CvT(variant, 10, (16, 16, 3))
@@ -415,3 +421,8 @@ def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="vit"):
         cvt_keras.vit  # noqa: B018
     assert set(cvt_keras.__all__) <= set(dir(cvt_keras))
+
+
+def test_modules_are_attributes_of_the_package():
+    assert cvt_keras.layers.MLP is cvt_keras.MLP
+    assert cvt_keras.variants.VARIANTS is cvt_keras.VARIANTS

@@ -28,9 +28,15 @@ def test_what_a_config_leaves_out_is_unknown():
     assert Preprocessing.from_config({"mean": [0.5]}) == Preprocessing(mean=(0.5,))  # as version 0.1 wrote it
 
 
-def test_replace_keeps_what_is_given_as_none():
+def test_replace_changes_what_is_given():
     preprocessing = Preprocessing((0.1,), (0.2,), ("a",), (4, 6))
-    assert preprocessing.replace(mean=(0.3,), std=None) == Preprocessing((0.3,), (0.2,), ("a",), (4, 6))
+    assert preprocessing.replace(mean=(0.3,), class_names=None) == Preprocessing((0.3,), (0.2,), None, (4, 6))
+
+
+def test_numpy_numbers_become_pythons():
+    preprocessing = Preprocessing(mean=(np.float32(0.5),), image_size=(np.int64(4), np.int64(6)))
+    assert preprocessing == Preprocessing(mean=(0.5,), image_size=(4, 6))
+    assert [type(side) for side in preprocessing.image_size] == [int, int]
 
 
 @pytest.mark.parametrize(

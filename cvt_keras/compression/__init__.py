@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = ["MagnitudePruning", "QuantizationAwareTraining", "WeightClustering", "compress"]
 
-__getattr__, __dir__ = lazy.attach(
-    __name__,
-    {
-        "clustering": ("WeightClustering",),
-        "methods": ("compress",),
-        "pruning": ("MagnitudePruning",),
-        "quantization": ("QuantizationAwareTraining",),
-    },
-)
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    __getattr__, __dir__ = lazy.attach(
+        __name__,
+        {
+            "clustering": ("WeightClustering",),
+            "methods": ("compress",),
+            "pruning": ("MagnitudePruning",),
+            "quantization": ("QuantizationAwareTraining",),
+        },
+    )

@@ -204,14 +204,12 @@ def _read_keras(file, variant):
         raise
     except Exception as error:
         raise CheckpointError(f"it holds no CvT ({state_dicts.first_line(error)})") from error
-    parts = (model, *getattr(model, "layers", ()))
-    network = next((part for part in parts if isinstance(getattr(part, "variant", None), Variant)), None)
+    network = network_in(model)
     if network is None:
         raise CheckpointError("it holds no CvT")
     if hasattr(network, "quantized"):
         raise CheckpointError("it was trained for quantisation, which is a last step: start from the run before it")
-    # A classifier's own, or the network's; in files of version 0.1 the network's is the classifier's.
-    preprocessing = next(part.preprocessing for part in (*parts[1:], network) if hasattr(part, "preprocessing"))
+    preprocessing = preprocessing_in(model)
     arrays = {weight.path: keras.ops.convert_to_numpy(weight) for weight in network.weights}
     if None not in network.input_shape[1:3]:
         preprocessing = preprocessing.replace(image_size=network.input_shape[1:3])
@@ -223,6 +221,21 @@ def _read_keras(file, variant):
         network.input_shape[-1],
         preprocessing,
     )
+
+
+def network_in(model):
+    """The network in a model, told by its `Variant`: itself, or a layer of a classifier. `None` if there is none."""
+    parts = (model, *getattr(model, "layers", ()))
+    return next((part for part in parts if isinstance(getattr(part, "variant", None), Variant)), None)
+
+
+def preprocessing_in(model):
+    """The `Preprocessing` that a model holds, or `None`.
+
+    It is that of a classifier's first layer, or of the network itself, as in quantised classifiers and files of version 0.1.
+    """
+    held = (getattr(part, "preprocessing", None) for part in (*getattr(model, "layers", ()), model))
+    return next((preprocessing for preprocessing in held if isinstance(preprocessing, Preprocessing)), None)
 
 
 def _settled(found, variant):

@@ -1,12 +1,12 @@
 """The config files of published weights -> `Variant` and `Preprocessing`."""
 
 import contextlib
+import json
 import math
 import re
 
-from cvt_keras import runs
 from cvt_keras.conversion import state_dicts
-from cvt_keras.errors import CheckpointError, RunError
+from cvt_keras.errors import CheckpointError
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.variants import VARIANTS, Stage, Variant, is_integer
 
@@ -145,10 +145,10 @@ def read(file, channels):
 
 
 def _read_object(file):
-    found = runs.read_json(file)
-    if not isinstance(found, dict):
-        raise ValueError(f"it must hold a JSON object. Received: {type(found).__name__}")
-    return found
+    contents = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(contents, dict):
+        raise ValueError(f"it must hold a JSON object. Received: {type(contents).__name__}")
+    return contents
 
 
 @contextlib.contextmanager
@@ -156,7 +156,7 @@ def _named(what):
     """Names the file in what goes wrong in it, in one line."""
     try:
         yield
-    except (RunError, ValueError, TypeError, OverflowError, OSError) as error:
+    except (ValueError, TypeError, OverflowError, OSError) as error:
         raise CheckpointError(f"{what}: {state_dicts.first_line(error)}") from error
 
 

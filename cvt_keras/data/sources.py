@@ -6,8 +6,6 @@ import re
 from cvt_keras.data import digits, folder, packages, tfds
 from cvt_keras.errors import ArgumentError, DataError, UnavailableError
 
-NAMES = ("auto", "cifar10", "cifar100", "tfds:NAME", "folder", "digits")
-
 
 def check_name(dataset):
     """Raises unless `load` knows a data set of this name. Whether TFDS has one is found out by `load` alone.
@@ -42,13 +40,9 @@ def load(dataset, data_dir=None, image_size=32):
         DataError: if the images are broken or do not fit into memory.
     """
     check_name(dataset)
+    kind, _, name = dataset.partition(":")
     try:
-        if dataset == "digits":
-            return digits.load(image_size)
-        if dataset.startswith("tfds:"):
-            return tfds.load(dataset.removeprefix("tfds:"), data_dir, image_size)
-        loaders = {"auto": auto, "cifar10": tfds.cifar10, "cifar100": tfds.cifar100, "folder": folder.load}
-        return loaders[dataset](data_dir, image_size)
+        return _LOADERS[kind](name, data_dir, image_size)
     except OSError as error:
         raise DataError(f"{dataset} can't be read: {packages.reason(error)}", argument="data_dir") from error
     except Exception as error:
@@ -82,3 +76,15 @@ def auto(data_dir=None, image_size=32):
         # A report keeps it, and names the way out too.
         because = ". ".join(filter(None, (str(error), error.hint)))
         return dataclasses.replace(source, fallback=f"scikit-learn's digits stand in for CIFAR-10: {because}")
+
+
+# How the data set of each kind is loaded: (what follows the colon in its name, data_dir, image_size) -> `Source`.
+_LOADERS = {
+    "auto": lambda name, data_dir, image_size: auto(data_dir, image_size),
+    "cifar10": lambda name, data_dir, image_size: tfds.cifar10(data_dir, image_size),
+    "cifar100": lambda name, data_dir, image_size: tfds.cifar100(data_dir, image_size),
+    "tfds": lambda name, data_dir, image_size: tfds.load(name, data_dir, image_size),
+    "folder": lambda name, data_dir, image_size: folder.load(data_dir, image_size),
+    "digits": lambda name, data_dir, image_size: digits.load(image_size),
+}
+NAMES = tuple(f"{kind}:NAME" if kind == "tfds" else kind for kind in _LOADERS)

@@ -13,4 +13,5 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "Range", "SearchResult", "search"]
 
-__getattr__, __dir__ = lazy.attach(__name__, {"space": ("Choice", "Range"), "study": ("SearchResult", "search")})
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    __getattr__, __dir__ = lazy.attach(__name__, {"space": ("Choice", "Range"), "study": ("SearchResult", "search")})

@@ -18,6 +18,7 @@ from cvt_keras.search.space import Choice, Range
 from cvt_keras.search.tuner import RecipeTuner
 from cvt_keras.training.plan import load_images, read_weights, require_fit, warn
 from cvt_keras.training.recipes import Recipe
+from cvt_keras.training.resume import newer_fields, without_newer_fields
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def _search(recipe, space, search_dir, options):
     deletes = held and options.fresh
     stored = folder.read_settings(search_dir) if held and not deletes else None  # one that is deleted may be damaged
     if stored is not None:
-        recipe = _completed(recipe, stored["recipe"])
+        recipe = without_newer_fields(recipe, newer_fields(stored["recipe"]))
+        if recipe.dataset == "auto":
+            recipe = dataclasses.replace(recipe, dataset=stored["recipe"]["dataset"])
     if options.chief:
         tf.config.set_visible_devices([], "GPU")  # the GPUs are for workers on this machine
     oracle, settings = _settle(recipe, space, options)
@@ -138,15 +141,6 @@ def _search(recipe, space, search_dir, options):
             runs.write_json(search_dir / folder.SEARCH, settings)
         _run_trials(oracle, settings, search_dir, options)
     return _result(oracle, search_dir)
-
-
-def _completed(recipe, stored):
-    """The recipe with what it leaves open as a stored search has it: `auto`, and fields that its version did not have."""
-    newer_fields = set(recipe.settings()) - set(stored)
-    defaults = {field.name: field.default for field in dataclasses.fields(Recipe) if field.name in newer_fields}
-    if recipe.dataset == "auto":
-        defaults["dataset"] = stored["dataset"]
-    return dataclasses.replace(recipe, **defaults)
 
 
 def _settle(recipe, space, options):

@@ -55,7 +55,7 @@ class RecipeTuner(keras_tuner.Tuner):
             history = self.run_trial(trial)
         except DifferentRunError as error:  # a worker's own disk, with the runs of an earlier search
             raise RecipeError(
-                f"`search_dir` holds runs of a different search: {self.trials_dir}. {error.differences}",
+                f"`search_dir` holds runs of a different search: {self.trials_dir}. {error.differences_text}",
                 argument="search_dir",
                 hint="Name another with --search-dir, or remove its trials",
             ) from error

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RECIPES", "Recipe", "RecipeError", "RunResult", "run"]
 
-__getattr__, __dir__ = lazy.attach(
-    __name__, {"recipes": ("RECIPES", "Recipe", "RecipeError"), "plan": ("RunResult",), "loop": ("run",)}
-)
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    __getattr__, __dir__ = lazy.attach(
+        __name__, {"recipes": ("RECIPES", "Recipe", "RecipeError"), "plan": ("RunResult",), "loop": ("run",)}
+    )

@@ -21,11 +21,20 @@ class RecipeFile:
     """A recipe.json, a run's for instance, in place of RECIPE: its values are the flags' defaults."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _UncheckedRecipe(Recipe):
+    """A recipe as its flags are typed. tyro would print what `Recipe` refuses in words of its own, without the way out."""
+
+    def __post_init__(self):
+        pass
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeFlags(RecipeFile):
     """A command's flags: it adds its own."""
 
-    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    recipe: tyro.conf.OmitArgPrefixes[_UncheckedRecipe]
+    """A `Recipe`, once `parse` has checked it."""
 
 
 def parse(argv, kind, program, description):
@@ -74,10 +83,14 @@ def parse(argv, kind, program, description):
         prog=f"{program} [RECIPE]",
         description=f"{description} RECIPE, one of {', '.join(RECIPES)}, comes first; it defaults to {DEFAULT}. "
         f"The defaults below are those of {name}: {defaults.description}",
-        default=kind(**{**required, "recipe": defaults}),
+        default=kind(**{**required, "recipe": _UncheckedRecipe(**_fields(defaults))}),
         args=flags,
     )
-    return name, arguments
+    return name, dataclasses.replace(arguments, recipe=Recipe(**_fields(arguments.recipe)))
+
+
+def _fields(recipe):
+    return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
 
 
 def _read(file):
@@ -85,5 +98,9 @@ def _read(file):
         return Recipe.from_settings(runs.read_json(file))
     except OSError as error:
         raise RecipeError(f"`recipe_file` can't be read: {file}: {error.strerror}", argument="recipe_file") from error
-    except (RecipeError, RunError) as error:
-        raise RecipeError(f"`recipe_file` must be a recipe.json. Received: {file}: {error}", argument="recipe_file") from error
+    except RunError as error:  # which names the file
+        raise RecipeError(f"`recipe_file` must be a recipe.json. {error.summary}", argument="recipe_file") from error
+    except RecipeError as error:
+        raise RecipeError(
+            f"`recipe_file` must be a recipe.json. Received: {file}: {error.summary}", argument="recipe_file"
+        ) from error

@@ -208,9 +208,8 @@ def finish(plan, best, history):
     classifier = plan.compressor.wrap(_build(plan, "float32"))
     classifier.set_weights(best.weights)
     compression = plan.compressor.check(classifier)
-    with runs.whole(run_dir / runs.MODEL) as aside:
-        classifier.save(aside)
-
+    # Before the model is written: a network that answers nothing leaves none.
+    validation = metrics.evaluate(_logits(classifier, plan.validation, plan), plan.validation.labels)
     tested = {"test": None, "per_class": None, "confusion": None}
     shown = {}
     if plan.test is not None:
@@ -221,6 +220,8 @@ def finish(plan, best, history):
             "confusion": metrics.confusion(logits, labels, plan.num_classes).tolist(),
         }
         shown = {"images": plan.test.images, "logits": logits, "labels": labels, "class_names": plan.source.class_names}
+    with runs.whole(run_dir / runs.MODEL) as unfinished:
+        classifier.save(unfinished)
     report = metrics.Report(
         dataset=plan.source.name,
         data_note=". ".join(filter(None, (plan.source.note, plan.source.fallback))),
@@ -235,7 +236,7 @@ def finish(plan, best, history):
         macs=macs(recipe.variant, plan.image_shape, plan.num_classes),
         train_seconds=sum(row["seconds"] for row in history),
         train_images_per_second=_images_per_second(plan, history),
-        validation=metrics.evaluate(_logits(classifier, plan.validation, plan), plan.validation.labels),
+        validation=validation,
         **tested,
         compression=compression,
         device=environment.device(),

@@ -1,11 +1,11 @@
 """Everything that is settled and checked before the first training step."""
 
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import keras
 import tensorflow as tf
 
 from cvt_keras import environment, runs
@@ -28,7 +28,7 @@ from cvt_keras.training.recipes import Recipe
 from cvt_keras.training.resume import read_stored_run
 from cvt_keras.variants import get_variant, named
 
-RUNS = Path("runs")  # where a run is written that is given no folder
+RUNS = Path("runs")  # the parent of default run folders
 
 
 @dataclass(frozen=True)
@@ -93,48 +93,43 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
         A `Plan`; or the `RunResult` of a run that is finished already.
     """
     compressor = compressor or Compressor()
-    recipe = _with_compression(recipe, compressor)
+    environment.require_backend("tensorflow")
     run_dir, stored = _locate(recipe, run_dir, resume, name)
-    was_auto = recipe.dataset == "auto"
-    recipe = resolve(recipe) if stored is None else stored.completed(recipe)
-    compressor.require(recipe)
-    print(f"{environment.device()}, {recipe.precision}, XLA {recipe.xla}", flush=True)
+    resolved = _resolved(recipe, stored, compressor)
+    print(f"{environment.device()}, {resolved.precision}, XLA {resolved.xla}", flush=True)
     if stored is not None and (result := _finished(run_dir, evaluate_test)) is not None:
-        stored.require_same(recipe, images_known=False)
+        stored.require_same(resolved, images_known=False)
         print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
         return result
     runs.require_writable(run_dir or RUNS)
-    if not tf.config.list_physical_devices("GPU") and environment.has_nvidia_device():
-        warn('this machine has an NVIDIA device that TensorFlow does not see: pip install "tensorflow[and-cuda]"')
+    _warn_of_unseen_gpu()
 
-    recipe, checkpoint, preprocessing = _starting_point(recipe, run_dir, stored)
-    recipe, source = load_images(recipe)
-    if was_auto and stored is not None and source.name == "digits":
-        because = "scikit-learn's digits stand in for CIFAR-10, as when this run began. For CIFAR-10 train in another folder"
-        source = dataclasses.replace(source, fallback=because)
+    started, checkpoint, preprocessing = _starting_point(resolved, run_dir, stored)
+    loaded, source = load_images(started)
+    if stored is not None and recipe.dataset == "auto" and source.name == "digits":
+        reason = "scikit-learn's digits stand in for CIFAR-10, as when this run began. For CIFAR-10 train in another folder"
+        source = dataclasses.replace(source, fallback=reason)
     if source.fallback:
         warn(source.fallback)
-    source = _normalized_like(source, preprocessing)
-    recipe = dataclasses.replace(recipe, flip=recipe.flip and source.mirror)
+    settled = dataclasses.replace(loaded, flip=loaded.flip and source.mirror)
+    if stored is not None:
+        stored.require_same(settled)
+        settled = dataclasses.replace(settled, weights=stored.recipe.weights)  # as recipe.json spells them
     if run_dir is None:
-        run_dir = default_run_dir(name, recipe)
+        run_dir = default_run_dir(name, settled)
         runs.require_vacant(run_dir)
     plan = Plan(
-        recipe=recipe,
+        recipe=settled,
         run_dir=run_dir,
         resumed=stored is not None,
-        source=source,
-        train=source.train.limit(recipe.train_limit),
-        validation=source.validation.limit(recipe.validation_limit),
-        test=source.test.limit(recipe.test_limit) if evaluate_test else None,
+        source=_normalized_like(source, preprocessing),
+        train=source.train.limit(settled.train_limit),
+        validation=source.validation.limit(settled.validation_limit),
+        test=source.test.limit(settled.test_limit) if evaluate_test else None,
         checkpoint=checkpoint,
         compressor=compressor,
     )
-    require_fit(recipe, plan.train)
-    if stored is not None:
-        stored.require_same(recipe)
-        recipe = dataclasses.replace(recipe, weights=stored.recipe.weights)  # as recipe.json spells them
-        plan = dataclasses.replace(plan, recipe=recipe)
+    require_fit(settled, plan.train)
     _show_counts(plan)
     return plan
 
@@ -163,7 +158,7 @@ def _normalized_like(source, preprocessing):
 
 
 def default_run_dir(name, recipe, dataset=None):
-    """The folder of a run that is given none: `runs/<recipe>-<dataset>-<variant>`.
+    """The default run folder: `runs/<recipe>-<dataset>-<variant>`.
 
     Args:
         name: the recipe's.
@@ -174,7 +169,8 @@ def default_run_dir(name, recipe, dataset=None):
     return RUNS / folder.replace(":", "-").replace("/", "-")
 
 
-def _with_compression(recipe, compressor):
+def _resolved(recipe, stored, compressor):
+    """The recipe with its compression, and with nothing left `auto` but the data set of a new run."""
     if recipe.compression is not None and compressor.settings is None:
         raise RecipeError(
             "`compression` can't be set in a recipe: call `cvt_keras.compression.compress` on a run. "
@@ -182,12 +178,15 @@ def _with_compression(recipe, compressor):
             argument="compression",
             hint="Use cvt-keras prune, cluster or qat",
         )
-    if keras.config.backend() != "tensorflow":
-        raise ArgumentError(
-            f"training needs Keras' tensorflow backend. Received: {keras.config.backend()}, from KERAS_BACKEND or keras.json",
-            hint="Set KERAS_BACKEND=tensorflow",
-        )
-    return dataclasses.replace(recipe, compression=compressor.settings)
+    recipe = dataclasses.replace(recipe, compression=compressor.settings)
+    recipe = resolve(recipe) if stored is None else stored.completed(recipe)
+    compressor.require(recipe)
+    return recipe
+
+
+def _warn_of_unseen_gpu():
+    if not tf.config.list_physical_devices("GPU") and environment.has_nvidia_device():
+        warn('this machine has an NVIDIA device that TensorFlow does not see: pip install "tensorflow[and-cuda]"')
 
 
 def _locate(recipe, run_dir, resume, name):
@@ -199,7 +198,7 @@ def _locate(recipe, run_dir, resume, name):
     if run_dir is None and recipe.dataset != "auto":
         run_dir = default_run_dir(name, recipe)
     elif run_dir is None and resume:
-        # Of `auto` itself version 0.1 named its folders.
+        # Version 0.1 named a folder after `auto` itself.
         candidates = [default_run_dir(name, recipe, dataset) for dataset in ("cifar10", "digits", "auto")]
         candidates = [candidate for candidate in candidates if (candidate / runs.RECIPE).exists()]
         if len(candidates) > 1:
@@ -295,14 +294,16 @@ def read_weights(recipe):
         checkpoint = checkpoints.read(recipe.weights, recipe.variant)
     except CheckpointError as error:
         if error.details:
-            variant = f" --variant {recipe.variant}" if isinstance(recipe.variant, str) else ""
-            error.hint = f"All of them are shown by: cvt-keras convert {recipe.weights} all.keras{variant}"
+            variant = ["--variant", recipe.variant] if isinstance(recipe.variant, str) else []
+            command = shlex.join(["cvt-keras", "convert", recipe.weights, "all.keras", *variant])
+            error.hint = f"To see all of them: {command}"
         raise
     except ArgumentError as error:
+        argument = "variant" if error.argument == "variant" else "weights"
         hint = (
             "The recipe finetune, without --variant, takes the network of the weights" if error.argument == "variant" else None
         )
-        raise RecipeError(f"`weights` can't be started from: {error}", argument=error.argument, hint=hint) from error
+        raise RecipeError(f"`weights` can't be started from: {error.summary}", argument=argument, hint=hint) from error
     except OSError as error:
         raise CheckpointError(f"{recipe.weights} can't be read: {error}") from error
     if checkpoint.channels != 3:

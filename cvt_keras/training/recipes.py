@@ -45,7 +45,7 @@ class Recipe:
     """Side of the square that the network sees; images of another size are resized."""
 
     # === Data ===
-    dataset: Annotated[str, tyro.conf.arg(metavar="{auto,cifar10,cifar100,tfds:NAME,folder,digits}")] = "auto"
+    dataset: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(sources.NAMES)}}}")] = "auto"
     """auto: cifar10, or where it can't be had the digits that scikit-learn carries."""
     data_dir: str | None = None
     """TFDS' folder, by default TFDS_DATA_DIR or ~/tensorflow_datasets; for `folder` the one with a folder for each class."""
@@ -125,30 +125,38 @@ class Recipe:
         if self.compression is not None and self.compression.get("method") not in COMPRESSIONS:
             raise RecipeError(
                 f"`compression` must have a `method`, one of {', '.join(COMPRESSIONS)}. "
-                f"Received: compression={self.compression}"
+                f"Received: compression={self.compression}",
+                argument="compression",
             )
         for name in ("epochs", "batch_size", "image_size", "train_limit", "validation_limit", "test_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise RecipeError(f"`{name}` must be at least 1. Received: {name}={value}")
+                raise RecipeError(f"`{name}` must be at least 1. Received: {name}={value}", argument=name)
         for name in (
             *("seed", "crop_padding", "rand_augment", "mixup", "cutmix"),
             *("peak_learning_rate", "adamw_ratio", "weight_decay", "gradient_clip"),
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RecipeError(
-                    f"`{name}` must be a finite number that is not negative. Received: {name}={getattr(self, name)}"
+                    f"`{name}` must be a finite number that is not negative. Received: {name}={getattr(self, name)}",
+                    argument=name,
                 )
         if self.seed >= 2**32:
-            raise RecipeError(f"`seed` must be under 2**32. Received: seed={self.seed}")
+            raise RecipeError(f"`seed` must be under 2**32. Received: seed={self.seed}", argument="seed")
         for name in ("warmup", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
-                raise RecipeError(f"`{name}` must be at least 0 and under 1. Received: {name}={getattr(self, name)}")
+                raise RecipeError(
+                    f"`{name}` must be at least 0 and under 1. Received: {name}={getattr(self, name)}", argument=name
+                )
         if not 0 < self.layer_decay <= 1:
-            raise RecipeError(f"`layer_decay` must be over 0 and at most 1. Received: layer_decay={self.layer_decay}")
+            raise RecipeError(
+                f"`layer_decay` must be over 0 and at most 1. Received: layer_decay={self.layer_decay}", argument="layer_decay"
+            )
         for name, most in {"erase": 1, "rand_augment_magnitude": 10}.items():
             if not 0 <= getattr(self, name) <= most:
-                raise RecipeError(f"`{name}` must be within 0 and {most}. Received: {name}={getattr(self, name)}")
+                raise RecipeError(
+                    f"`{name}` must be within 0 and {most}. Received: {name}={getattr(self, name)}", argument=name
+                )
 
     @property
     def variant_name(self) -> str:
@@ -184,15 +192,18 @@ class Recipe:
             RecipeError: for what is no dict, or a setting that there is not.
         """
         if not isinstance(settings, dict):
-            raise RecipeError(f"a recipe is a dict of settings. Received: {settings!r}")
+            raise RecipeError(f"`settings` must be a dict. Received: {settings!r}", argument="settings")
         unknown = set(settings) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
-            raise RecipeError(f"a recipe has no {', '.join(sorted(unknown))}. Known: {', '.join(cls().settings())}")
+            raise RecipeError(
+                f"`settings` must be fields of a recipe: {', '.join(cls().settings())}. Received: {', '.join(sorted(unknown))}",
+                argument="settings",
+            )
         if isinstance(settings.get("variant"), dict):
             try:
                 variant = get_variant(settings["variant"])
             except (ValueError, TypeError) as error:
-                raise RecipeError(str(error)) from error
+                raise RecipeError(str(error), argument="variant") from error
             settings = {**settings, "variant": named(variant)}
         return cls(**settings)
 
@@ -215,8 +226,6 @@ def read_recipe(run_dir, hint=None):
         raise
     try:
         recipe = Recipe.from_settings(settings)
-        if recipe.variant is not None:
-            get_variant(recipe.variant)
     except (TypeError, RecipeError) as error:
         raise RunError(f"{path} is damaged: {error}", hint=hint) from error
     return recipe
@@ -226,14 +235,14 @@ def _check_type(name, value, hint):
     """Python takes 2.5 epochs, and "no" for yes."""
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise RecipeError(f"`{name}` must be one of {get_args(hint)}. Received: {name}={value!r}")
+            raise RecipeError(f"`{name}` must be one of {get_args(hint)}. Received: {name}={value!r}", argument=name)
         return
     kinds = get_args(hint) or (hint,)
     taken = (*kinds, int) if float in kinds else kinds
     # To Python, True is an int.
     if not isinstance(value, taken) or (isinstance(value, bool) and bool not in kinds):
-        said = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
-        raise RecipeError(f"`{name}` must be {said}. Received: {name}={value!r}")
+        expected = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise RecipeError(f"`{name}` must be {expected}. Received: {name}={value!r}", argument=name)
 
 
 CIFAR10 = Recipe(

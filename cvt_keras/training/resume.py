@@ -30,8 +30,8 @@ class StoredRun:
         These are `dataset`, `precision` and `xla` where they are `auto`, the variant where it comes from the weights, and the
         fields that the run's version did not have.
         """
+        recipe = without_newer_fields(recipe, self.newer_fields)
         left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
-        left_open += self.newer_fields
         if recipe.weights and same_weights(self.recipe.weights, recipe.weights) and self._settles_variant_of(recipe):
             left_open.append("variant")
         return dataclasses.replace(recipe, **{name: getattr(self.recipe, name) for name in left_open})
@@ -68,8 +68,7 @@ class StoredRun:
         elif "variant" in names:  # which comes from the weights
             names = ["weights", *(name for name in names if name not in ("weights", "variant"))]
         if names:
-            differences = ", ".join(f"{name} was {_shown(was.get(name))} and is {_shown(is_now.get(name))}" for name in names)
-            raise DifferentRunError(self.run_dir, differences)
+            raise DifferentRunError(self.run_dir, {name: (_shown(was.get(name)), _shown(is_now.get(name))) for name in names})
 
 
 def read_stored_run(run_dir):
@@ -85,8 +84,25 @@ def read_stored_run(run_dir):
     recipe = read_recipe(run_dir, hint)
     if unsettled := [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]:
         raise RunError(f"{path} is not from a run: it leaves {', '.join(unsettled)} open", hint=hint)
-    newer_fields = set(recipe.settings()) - {"compression"} - set(runs.read_json(path))
-    return StoredRun(run_dir, recipe, tuple(sorted(newer_fields)))
+    return StoredRun(run_dir, recipe, newer_fields(runs.read_json(path)))
+
+
+def newer_fields(settings):
+    """The fields of a recipe that its stored settings lack, as the version that stored them did not have them.
+
+    Args:
+        settings: the dict in a recipe.json.
+    """
+    return tuple(name for name in Recipe().settings() if name not in settings)
+
+
+def without_newer_fields(recipe, names):
+    """The recipe with the defaults of these fields, as their absence meant. Prints each value that is not used then."""
+    defaults = {field.name: field.default for field in dataclasses.fields(recipe) if field.name in names}
+    for name, default in defaults.items():
+        if (value := getattr(recipe, name)) != default:
+            print(f"{name}={value} is not used: the version that began this had no {name}", flush=True)
+    return dataclasses.replace(recipe, **defaults)
 
 
 def same_weights(was, is_now):
