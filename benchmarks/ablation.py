@@ -62,7 +62,7 @@ def main(arguments):
                 train_limit=arguments.train_limit,
             )
             with tempfile.TemporaryDirectory() as run_dir:
-                report = run(recipe, run_dir, evaluate_test=False)
+                report = run(recipe, run_dir, evaluate_test=False).report
             rows.append(f"| {name} | {report.macs / 1e6:.1f} M | {report.validation['top1']:.1%} |")
     print(f"\n{report.device}, {report.versions}, {report.data_note}\n")
     print("\n".join(["| candidate | MACs | top-1 after one epoch |", "| --- | --- | --- |", *rows]))

@@ -38,7 +38,9 @@ def _raise(error):
     [
         (UserError("it failed"), 1, "it failed"),
         (UserError("it failed", hint="Give --x"), 1, "it failed. Give --x"),
-        (ArgumentError("`x` must be 1", argument="x"), 2, "`x` must be 1"),
+        (ArgumentError("`x_y` must be 1", argument="x_y"), 2, "`x_y` must be 1 (--x-y)"),
+        (ArgumentError("`x` must be 1", argument="x", hint="Give --x 1"), 2, "`x` must be 1. Give --x 1"),
+        (ArgumentError("`run` must be a run", argument="run"), 2, "`run` must be a run"),  # which has no flag
         (ImportError("No foo"), 1, "No foo. Install what is missing: the extra `train` of cvt-keras, or requirements.txt"),
         (OSError(28, "No space left"), 1, "[Errno 28] No space left"),
         (MemoryError(), 1, "MemoryError"),

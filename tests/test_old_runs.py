@@ -71,4 +71,4 @@ def test_a_run_of_version_0_1_is_resumed_with_its_own_settings_alone(old_run):
     with pytest.raises(DifferentRunError) as error:
         run(recipe, old_run("stopped"), resume=True)
     assert "validation_limit" not in error.value.differences
-    assert "epochs was 3 and is 2" in error.value.differences
+    assert error.value.differences["epochs"] == ("3", "2")
