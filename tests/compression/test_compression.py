@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import html
 import json
 import shutil
 

@@ -131,7 +131,7 @@ def test_what_is_out_of_its_bounds_fails_and_is_not_put_in_place(trained, tmp_pa
         (lambda run_dir: (run_dir / "model.keras").write_text("hello"), {}, RunError, None, "model.keras can't be read"),
         (_another_network, {}, RunError, None, "model.keras can't be read: `model` must be a `CvT`"),
         (lambda run_dir: (run_dir / "recipe.json").write_text("{"), {}, RunError, None, "recipe.json is damaged"),
-        (lambda run_dir: (run_dir / "recipe.json").write_text('{"epoch": 1}'), {}, RunError, None, "no epoch"),
+        (lambda run_dir: (run_dir / "recipe.json").write_text('{"epoch": 1}'), {}, RunError, None, "Received: epoch"),
         (lambda run_dir: None, {"data_dir": "nowhere"}, DataError, "data_dir", "nowhere"),
         (lambda run_dir: None, {"verify_images": 0}, ArgumentError, "verify_images", "verify_images=0"),
         (lambda run_dir: None, {"formats": ["onnx"]}, ArgumentError, "formats", "saved_model, float32"),
