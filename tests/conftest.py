@@ -1,5 +1,6 @@
 """The network's tests run on every backend; the rest needs TensorFlow's."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -65,6 +66,23 @@ def cifar10_dir(tmp_path_factory):
 def write_tfds():
     """`_write_tfds`, for the tests that make a folder of their own."""
     return _write_tfds
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A folder as transformers writes it, with a network of 5 classes: to be read, or copied by `copy_folder`."""
+    import safetensors.numpy
+    from checkpoint_files import TINY, config_of, random_arrays
+
+    from cvt_keras.conversion.layouts import transformers_weights
+
+    folder = tmp_path_factory.mktemp("transformers") / "tiny"
+    folder.mkdir()
+    safetensors.numpy.save_file(random_arrays(transformers_weights(TINY, 5)), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config_of(TINY, 5)))
+    processor = {"size": {"shortest_edge": 64}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
 
 
 @pytest.fixture

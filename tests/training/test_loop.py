@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,53 +15,22 @@ from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, preprocessin
 from cvt_keras.data import sources, tfds
 from cvt_keras.data.tfds import CIFAR10_CLASSES
 from cvt_keras.errors import (
-    ArgumentError,
     BusyError,
-    CheckpointError,
-    DataError,
-    DifferentRunError,
     DivergedError,
-    MissingPackageError,
     OccupiedError,
     OutOfMemoryError,
     RecipeError,
-    RunError,
-    UnavailableError,
 )
 from cvt_keras.report import metrics
-from cvt_keras.training import loop, plan
-from cvt_keras.training.plan import resolve
-from cvt_keras.training.recipes import SMOKE
-from cvt_keras.training.resume import same_weights
+from cvt_keras.training import loop
 from cvt_keras.variants import macs, to_dict
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="module")
-def recipe(cifar10_dir):
-    return dataclasses.replace(SMOKE, dataset="cifar10", data_dir=str(cifar10_dir), test_limit=100, peak_learning_rate=5e-3)
-
-
-@pytest.fixture
-def short(recipe):
-    """An epoch of two steps."""
-    return dataclasses.replace(recipe, epochs=1, train_limit=64)
-
-
 def run(*args, **kwargs):
     """Trains -> the report."""
     return loop.run(*args, **kwargs).report
-
-
-@pytest.fixture(scope="module")
-def result(recipe, tmp_path_factory):
-    return loop.run(recipe, tmp_path_factory.mktemp("runs") / "run")
-
-
-@pytest.fixture(scope="module")
-def finished(result):
-    return result.report, result.run_dir
 
 
 def test_a_run_returns_what_its_folder_holds(result):
@@ -200,17 +168,6 @@ def test_xla_can_be_forced(short, tmp_path, compiled):
     assert [model.jit_compile for model in compiled] == [True, False]
 
 
-def test_auto_follows_the_device(monkeypatch):
-    assert (resolve(SMOKE).precision, resolve(SMOKE).xla) == ("float32", "off")
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["a GPU"])
-    for capability, precision in (((8, 0), "mixed_bfloat16"), ((7, 5), "mixed_float16")):
-        details = {"compute_capability": capability}
-        monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu, details=details: details)
-        assert (resolve(SMOKE).precision, resolve(SMOKE).xla) == (precision, "on")
-    forced = dataclasses.replace(SMOKE, precision="float32", xla="off")
-    assert resolve(forced) == forced
-
-
 def test_label_smoothing_and_image_size_and_average_take_effect(short, tmp_path):
     change = {"label_smoothing": 0.5, "image_size": 16, "ema": 0.9}
     report = run(dataclasses.replace(short, **change), tmp_path / "run", evaluate_test=False)
@@ -235,124 +192,6 @@ def test_a_recipe_may_hold_a_variant_of_its_own(short, tmp_path):
     assert report.recipe["variant"] == to_dict(variant)
 
 
-def test_auto_says_at_start_and_end_what_stands_in_and_why(short, tmp_path, monkeypatch, capsys):
-    def unavailable(data_dir, image_size):
-        raise UnavailableError("CIFAR-10 is nowhere")
-
-    monkeypatch.setattr(tfds, "cifar10", unavailable)
-    report = run(dataclasses.replace(short, dataset="auto"), tmp_path / "run")
-    assert report.dataset == report.recipe["dataset"] == "digits"
-    assert report.recipe["flip"] is False  # a mirrored digit is another
-    assert "8x8" in report.data_note and "CIFAR-10 is nowhere" in report.data_note
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "CIFAR-10 is nowhere" in line]
-    assert len(warnings) == 2
-    assert warnings[0].startswith("WARNING: ")
-
-    (tmp_path / "run" / "report.json").unlink()
-    run(dataclasses.replace(short, dataset="auto"), tmp_path / "run", resume=True)
-    assert capsys.readouterr().err.count("WARNING: scikit-learn's digits stand in for CIFAR-10") == 2
-    run(dataclasses.replace(short, dataset="digits"), tmp_path / "run", resume=True)
-    assert "WARNING" not in capsys.readouterr().err
-
-
-def test_an_unseen_nvidia_device_is_told(short, tmp_path, monkeypatch, capsys):
-    for there in (True, False):
-        monkeypatch.setattr(plan.environment, "has_nvidia_device", lambda there=there: there)
-        with pytest.raises(DataError):
-            run(dataclasses.replace(short, data_dir=str(tmp_path / "nowhere")), tmp_path / "run")
-        assert ("tensorflow[and-cuda]" in capsys.readouterr().err) == there
-
-
-def test_a_finished_run_is_left_as_it_is(finished, recipe, capsys):
-    report, run_dir = finished
-    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    assert run(recipe, run_dir, resume=True) == report
-    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
-    assert "finished" in capsys.readouterr().out
-
-
-def test_a_finished_run_needs_its_images_no_more(finished, recipe, monkeypatch):
-    report, run_dir = finished
-    monkeypatch.setattr(sources, "load", None)
-    assert run(recipe, run_dir, resume=True) == report
-
-
-def test_a_folder_that_may_not_be_written_is_told_before_data_is_loaded(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "load", None)
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(RunError) as error:
-        run(recipe, tmp_path / "runs" / "mine")
-    assert error.value.argument == "run_dir"
-    assert "--run-dir" in error.value.hint
-
-
-def test_a_run_goes_on_with_its_own_settings_alone(finished, recipe):
-    _, run_dir = finished
-    with pytest.raises(DifferentRunError) as error:
-        run(dataclasses.replace(recipe, epochs=3, seed=1), run_dir, resume=True)
-    assert error.value.differences == "epochs was 2 and is 3, seed was 0 and is 1"
-
-
-def test_resume_begins_where_there_is_no_run_and_refuses_another_folder(short, tmp_path, capsys):
-    (tmp_path / "letters").mkdir()
-    (tmp_path / "letters" / "letter.txt").touch()
-    with pytest.raises(OccupiedError, match="letters"):
-        run(short, tmp_path / "letters", resume=True)
-    assert run(short, tmp_path / "run", resume=True, evaluate_test=False).epochs == 1
-    assert "no run to resume" in capsys.readouterr().out
-    for name in ("checkpoints", "plots"):
-        shutil.rmtree(tmp_path / "run" / name)
-    run(short, tmp_path / "run", resume=True, evaluate_test=False)
-    assert f"no finished epoch to resume from in {tmp_path}/run" in capsys.readouterr().out
-
-
-def test_a_run_that_was_killed_as_it_began_begins_again(short, tmp_path):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / ".7-recipe.json").write_text("{")
-    run(short, run_dir, evaluate_test=False)
-    assert not (run_dir / ".7-recipe.json").exists()
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"epochs": 0}', '{"epoch": 1}'])
-def test_a_broken_recipe_of_a_run_is_named(short, tmp_path, content):
-    (tmp_path / "recipe.json").write_text(content)
-    with pytest.raises(RunError, match=rf"{tmp_path}/recipe.json is (damaged|not from a run)") as error:
-        run(short, tmp_path, resume=True)
-    assert "--run-dir" in error.value.hint
-
-
-@pytest.mark.parametrize("content", ["{", "{}"])
-def test_a_broken_report_is_named(finished, recipe, tmp_path, content):
-    _, run_dir = finished
-    shutil.copytree(run_dir, tmp_path / "run")
-    path = tmp_path / "run" / "report.json"
-    path.write_text(content)
-    with pytest.raises(RunError, match=rf"{path} is damaged .*: remove it"):
-        run(recipe, tmp_path / "run", resume=True)
-
-
-def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path):
-    def add(name, i):
-        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), "uint8")
-        (tmp_path / "photos" / name / f"{i}.png").write_bytes(tf.io.encode_png(pixels).numpy())
-
-    for i in range(40):
-        add("cat" if i % 2 else "dog", i)
-    folder = dataclasses.replace(short, dataset="folder", data_dir=tmp_path / "photos", batch_size=8)
-    run(folder, tmp_path / "run")
-    (tmp_path / "run" / "report.json").unlink()
-    run(dataclasses.replace(folder, data_dir=f"{tmp_path}/run/../photos/"), tmp_path / "run", resume=True)
-    (tmp_path / "run" / "report.json").unlink()
-    add("cat", 40)  # shuffles anew which ones are held out
-    with pytest.raises(RecipeError, match=r"other images: number of train images was 32 and is 33"):
-        run(folder, tmp_path / "run", resume=True)
-    shutil.copytree(tmp_path / "photos", tmp_path / "others")
-    with pytest.raises(DifferentRunError, match=r"data_dir was"):
-        run(dataclasses.replace(folder, data_dir=tmp_path / "others"), tmp_path / "run", resume=True)
-
-
 def _exhaust(text):
     def exhaust(*args, **kwargs):
         raise tf.errors.ResourceExhaustedError(None, None, f"{text}\nand a page more")
@@ -375,20 +214,6 @@ def test_a_full_disk_is_told_from_too_little_memory(short, tmp_path, monkeypatch
         run(short, tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    "names",
-    [("model.keras", "report.json", "report.html", "history.csv"), ("report.html",), ("model.keras",), ("history.csv",)],
-)
-def test_what_a_run_lost_after_its_last_epoch_is_made_again(short, tmp_path, names):
-    report = run(short, tmp_path / "run")
-    for name in names:
-        (tmp_path / "run" / name).unlink()
-    assert run(short, tmp_path / "run", resume=True) == report
-    for name in names:
-        assert (tmp_path / "run" / name).exists()
-    assert len(runs.read_history(tmp_path / "run")) == 1
-
-
 def test_a_page_without_the_test_does_not_outlive_its_report(short, tmp_path, monkeypatch):
     run(short, tmp_path / "run", evaluate_test=False)
 
@@ -400,13 +225,6 @@ def test_a_page_without_the_test_does_not_outlive_its_report(short, tmp_path, mo
         run(short, tmp_path / "run", resume=True)
     report = run(short, tmp_path / "run", resume=True)
     assert f"{report.test['top1']:.1%}" in (tmp_path / "run" / "report.html").read_text()
-
-
-def test_the_test_images_may_be_asked_for_later(short, tmp_path):
-    assert run(short, tmp_path / "run", evaluate_test=False).test is None
-    report = run(short, tmp_path / "run", resume=True)
-    assert report.test["images"] == 100
-    assert run(short, tmp_path / "run", resume=True, evaluate_test=False) == report
 
 
 @pytest.mark.skipif(runs.fcntl is None, reason="Windows has no such locks")
@@ -498,42 +316,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(cifar10_dir, tmp_path):
     assert len(shown) == 4
 
 
-def test_a_run_is_never_overwritten(recipe, tmp_path):
-    (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(OccupiedError) as error:
-        run(recipe, tmp_path)
-    assert (error.value.argument, error.value.exit_code) == ("run_dir", 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_a_batch_larger_than_the_data_is_refused(recipe, tmp_path):
-    with pytest.raises(RecipeError) as error:
-        run(dataclasses.replace(recipe, train_limit=31), tmp_path / "run")
-    assert (error.value.argument, error.value.hint) == ("batch_size", "Give --batch-size 31 or less")
-    assert not (tmp_path / "run").exists()
-
-
-def test_another_backend_is_refused(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    with pytest.raises(ArgumentError, match="Received: jax") as error:
-        run(recipe, tmp_path / "run")
-    assert error.value.hint == "Set KERAS_BACKEND=tensorflow"
-
-
-def test_a_padding_wider_than_the_image_is_refused(recipe, tmp_path):
-    with pytest.raises(RecipeError) as error:
-        run(dataclasses.replace(recipe, crop_padding=32), tmp_path / "run")
-    assert error.value.argument == "crop_padding"
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_variant_too_coarse_for_the_images_is_refused(recipe, tmp_path, monkeypatch):
-    monkeypatch.setitem(VARIANTS, "coarse", Variant((Stage(8, 1, 1, kernel_size=63, stride=64, padding=31),)))
-    with pytest.raises(RecipeError, match=r"coarse.*64x64") as error:
-        run(dataclasses.replace(recipe, variant="coarse"), tmp_path / "run")
-    assert error.value.argument == "image_size"
-
-
 def test_a_loss_that_is_no_number_ends_the_run(recipe, tmp_path):
     wild = dataclasses.replace(recipe, peak_learning_rate=1e30, gradient_clip=0)
     with pytest.raises(DivergedError, match=r"step \d+ of epoch 1") as error:
@@ -542,25 +324,26 @@ def test_a_loss_that_is_no_number_ends_the_run(recipe, tmp_path):
     assert not (tmp_path / "run" / "model.keras").exists()
 
 
-def test_a_run_without_data_leaves_no_folder_in_the_way(recipe, tmp_path):
-    with pytest.raises(DataError):
-        run(dataclasses.replace(recipe, data_dir=str(tmp_path / "nowhere")), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_validation_can_be_limited(short, tmp_path):
+    report = run(dataclasses.replace(short, validation_limit=7), tmp_path / "run", evaluate_test=False)
+    assert report.validation["images"] == 7
+
+
+def test_a_refusal_after_the_folder_was_made_leaves_none(short, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RecipeError("no")
+
+    monkeypatch.setattr(loop, "_starting_classifier", refuse)
+    with pytest.raises(RecipeError):
+        run(short, tmp_path / "a" / "b" / "run")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RecipeError):
+        run(short, tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir()
 
 
 # === Starting from weights ===
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A network of 10 classes, every weight random."""
-    path = tmp_path_factory.mktemp("weights") / "tiny.keras"
-    preprocessing = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "class_names": list("abcdefghij"), "image_size": [64, 64]}
-    model = CvT("cvt_tiny", 10, (64, 64, 3), preprocessing=preprocessing)
-    random = np.random.default_rng(0)
-    model.set_weights([value + random.uniform(0.1, 0.2, value.shape).astype("float32") for value in model.get_weights()])
-    model.save(path)
-    return str(path)
 
 
 def _same_backbone(run_dir, weights):
@@ -589,60 +372,6 @@ def test_fine_tuning_starts_from_the_weights(short, weights, tmp_path, capsys):
     assert report.macs == macs("cvt_tiny", (48, 48, 3), 10)
 
 
-def _stop_in_second_epoch(recipe, run_dir, monkeypatch):
-    class Stopped(loop.Stopwatch):
-        def on_epoch_begin(self, epoch, logs=None):
-            if epoch == 1:
-                raise KeyboardInterrupt
-            super().on_epoch_begin(epoch, logs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "Stopwatch", Stopped)
-        run(recipe, run_dir, evaluate_test=False)
-
-
-def test_the_weights_of_a_run_are_the_same_where_they_were_moved(tmp_path):
-    here, there = tmp_path / "a" / "model.keras", tmp_path / "b" / "model.keras"
-    there.parent.mkdir()
-    there.touch()
-    assert same_weights(str(here), str(there))  # from where there is nothing
-    assert not same_weights(str(there), str(here))
-    assert not same_weights(str(here), str(there.with_name("other.keras")))
-    here.parent.mkdir()
-    here.touch()
-    assert not same_weights(str(here), str(there))
-    assert not same_weights("microsoft/cvt-13", "me/cvt-13")
-    assert same_weights("microsoft/cvt-13", "microsoft/cvt-13")
-    assert same_weights(str(here), f"{tmp_path}/b/../a/model.keras")
-    assert not same_weights(None, str(here))
-
-
-def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):
-    recipe = dataclasses.replace(short, weights=weights, variant=None, epochs=2, layer_decay=0.5)
-    whole = run(recipe, tmp_path / "whole", evaluate_test=False)
-    _stop_in_second_epoch(recipe, tmp_path / "run", monkeypatch)
-    for other in ({"weights": None, "variant": "cvt_cifar"}, {"weights": str(Path(weights).with_name("other.keras"))}):
-        with pytest.raises(DifferentRunError, match=r"weights was '.*tiny\.keras' and is (None|'.*other\.keras')$"):
-            run(dataclasses.replace(recipe, **other), tmp_path / "run", resume=True)
-    moved = tmp_path / Path(weights).name
-    shutil.copy(weights, moved)
-    with pytest.raises(DifferentRunError, match=r"weights was"):  # as long as both are there, they may be two
-        run(dataclasses.replace(recipe, weights=str(moved)), tmp_path / "run", resume=True)
-    # What the first epoch made of the weights is all that it takes: the file may be elsewhere, or gone.
-    Path(weights).rename(f"{weights}.away")
-    try:
-        monkeypatch.chdir(tmp_path)
-        again = run(dataclasses.replace(recipe, weights=moved.name), tmp_path / "run", resume=True, evaluate_test=False)
-        moved.unlink()
-        assert again.validation == whole.validation
-        assert again.recipe["weights"] == weights
-        assert run(recipe, tmp_path / "run", resume=True, evaluate_test=False) == again
-    finally:
-        Path(f"{weights}.away").rename(weights)
-    preprocessing = preprocessing_of(keras.saving.load_model(tmp_path / "run" / "model.keras"))
-    assert (preprocessing.mean, preprocessing.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-
-
 def test_the_same_classes_keep_the_head(short, weights, tmp_path):
     model = CvT.from_pretrained(weights)
     model.preprocessing = model.preprocessing.replace(class_names=CIFAR10_CLASSES)
@@ -660,110 +389,3 @@ def test_a_variants_name_beside_weights_settles_the_shape_alone(short, weights, 
     assert report.recipe["variant"]["activation"] == "gelu"
     assert report.variant == "cvt_tiny-gelu"
     assert run(recipe, tmp_path / "run", resume=True, evaluate_test=False) == report
-
-
-@pytest.mark.parametrize(
-    "change, argument, part",
-    [
-        ({"variant": None, "weights": None}, "weights", "neither"),
-        ({"variant": None, "weights": "nowhere.pth"}, "source", "nowhere.pth"),
-        ({"variant": "cvt_13"}, "variant", "not the checkpoint's network"),
-        ({"variant": None, "weights": "{grey}"}, "weights", "3 channels.*1"),
-    ],
-)
-def test_weights_that_do_not_fit_are_told_before_the_data_is_read(
-    change, argument, part, short, weights, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sources, "load", None)
-    CvT("cvt_tiny", 10, (16, 16, 1)).save(tmp_path / "grey.keras")
-    change = {name: value and value.format(grey=tmp_path / "grey.keras") for name, value in change.items()}
-    with pytest.raises(RecipeError, match=part) as error:
-        run(dataclasses.replace(short, **{"weights": weights, **change}), tmp_path / "run")
-    assert error.value.argument == argument
-    assert not (tmp_path / "run").exists()
-
-
-def test_weights_that_may_not_be_read_are_told(short, weights, tmp_path, monkeypatch):
-    def read(*_):  # root may read anything
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(plan.checkpoints, "read", read)
-    with pytest.raises(CheckpointError, match=r"tiny\.keras can't be read: .*Permission denied"):
-        run(dataclasses.replace(short, weights=weights), tmp_path / "run")
-
-
-def test_a_missing_package_for_the_weights_is_told(short, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "weights.pth").write_text("")
-    with pytest.raises(MissingPackageError, match="pip install torch"):
-        run(dataclasses.replace(short, weights=str(tmp_path / "weights.pth")), tmp_path / "run")
-
-
-# === The default folder, and refusals ===
-
-
-@pytest.fixture
-def no_cifar10(monkeypatch, tmp_path):
-    """A machine on which `auto` means the digits, and a folder of its own to write runs to."""
-
-    def unavailable(*_):
-        raise UnavailableError("CIFAR-10 is nowhere")
-
-    monkeypatch.setattr(tfds, "cifar10", unavailable)
-    monkeypatch.chdir(tmp_path)
-
-
-def test_the_default_folder_is_named_after_the_data_that_was_used(short, no_cifar10, capsys):
-    auto = dataclasses.replace(short, dataset="auto", data_dir=None)
-    result = loop.run(auto, name="smoke", evaluate_test=False)
-    assert result.run_dir == Path("runs/smoke-digits-cvt_tiny")
-    assert (result.run_dir / "report.json").exists()
-    with pytest.raises(OccupiedError):
-        loop.run(auto, name="smoke")
-    (result.run_dir / "report.html").unlink()
-    again = loop.run(auto, name="smoke", resume=True, evaluate_test=False)
-    assert (again.run_dir, again.report.validation) == (result.run_dir, result.report.validation)
-    assert "no run to resume" not in capsys.readouterr().out
-
-
-def test_a_default_folder_of_version_0_1_is_resumed(short, no_cifar10):
-    auto = dataclasses.replace(short, dataset="auto", data_dir=None)
-    result = loop.run(auto, "runs/smoke-auto-cvt_tiny", evaluate_test=False)
-    again = loop.run(auto, name="smoke", resume=True, evaluate_test=False)
-    assert again.run_dir == result.run_dir
-    shutil.copytree(result.run_dir, "runs/smoke-digits-cvt_tiny")
-    with pytest.raises(ArgumentError) as error:
-        loop.run(auto, name="smoke", resume=True)
-    assert error.value.argument == "run_dir"
-
-
-@pytest.mark.parametrize("dataset, folder", [("digits", "digits"), ("tfds:imagenette/160px-v2", "tfds-imagenette-160px-v2")])
-def test_a_folder_is_named_after_recipe_data_and_variant(dataset, folder):
-    recipe = dataclasses.replace(SMOKE, dataset=dataset)
-    assert plan.default_run_dir("smoke", recipe) == Path(f"runs/smoke-{folder}-cvt_tiny")
-
-
-def test_validation_can_be_limited(short, tmp_path):
-    report = run(dataclasses.replace(short, validation_limit=7), tmp_path / "run", evaluate_test=False)
-    assert report.validation["images"] == 7
-
-
-def test_a_refusal_after_the_folder_was_made_leaves_none(short, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise RecipeError("no")
-
-    monkeypatch.setattr(loop, "_starting_classifier", refuse)
-    with pytest.raises(RecipeError):
-        run(short, tmp_path / "a" / "b" / "run")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(RecipeError):
-        run(short, tmp_path / "mine")
-    assert (tmp_path / "mine").is_dir()
-
-
-def test_a_compression_in_a_recipe_is_refused_with_the_way_out(short, tmp_path):
-    with pytest.raises(RecipeError) as error:
-        run(dataclasses.replace(short, compression={"method": "prune"}), tmp_path / "run")
-    assert error.value.argument == "compression"
-    assert "cvt-keras prune" in error.value.hint

@@ -1,0 +1,397 @@
+import dataclasses
+import json
+import re
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from checkpoint_files import MICROSOFT, SHALLOW, TINY, config_of, copy_folder, random_arrays, save_torch, weights_of
+
+from benchmarks.network import golden_model
+from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier
+from cvt_keras.conversion import checkpoint, configs, layouts
+from cvt_keras.conversion.checkpoint import load_state_dict
+from cvt_keras.conversion.layouts import microsoft_weights, transformers_weights
+from cvt_keras.errors import CheckpointError
+from cvt_keras.pretrained import to_torch_state_dict
+
+
+@pytest.fixture(autouse=True)
+def shallow_too(monkeypatch):
+    """`shallow` is one of the paper's networks to these tests: CvT-13's 80 MB would take them minutes."""
+    monkeypatch.setitem(VARIANTS, "shallow", SHALLOW)
+    monkeypatch.setattr(layouts, "PAPER", (*layouts.PAPER, "shallow"))
+
+
+@pytest.fixture(scope="module")
+def shallow_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("microsoft") / "CvT-13-64x96-IN-1k.pth"
+    return save_torch(path, random_arrays(microsoft_weights(SHALLOW, 5)))
+
+
+# === Loading ===
+
+
+def test_a_state_dict_is_used_whole_or_refused():
+    model, state_dict, _ = golden_model(MICROSOFT[-1])
+    weights = microsoft_weights(model.variant, model.num_classes)
+    before = model.get_weights()
+    damaged = dict(state_dict)
+    damaged["head.extra"] = damaged.pop("head.bias")
+    damaged["norm.weight"] = np.ones(3, "float32")
+    damaged["head.weight"] = damaged["head.weight"].T
+    damaged["stage0.patch_embed.proj.bias"] = np.ones(16, "int64")
+    damaged["stage0.patch_embed.norm.bias"] = np.full(16, np.nan, "float32")
+    damaged["norm.num_batches_tracked"] = np.zeros((), "int64")  # there is no BatchNorm there
+    variance = "stage0.blocks.0.attn.conv_proj_q.bn.running_var"
+    damaged[variance] = -damaged[variance]
+    with pytest.raises(CheckpointError) as error:
+        load_state_dict(model, damaged, weights)
+    assert "1 missing, 2 unused, 5 of wrong shape or type" in error.value.summary
+    expected = {
+        "missing: head.bias",
+        "unused: head.extra",
+        "unused: norm.num_batches_tracked",
+        "norm.weight: its shape must be (64,). Received: (3,)",
+        "head.weight: its shape must be (10, 64). Received: (64, 10)",
+        "stage0.patch_embed.proj.bias: its dtype must be one of float16, bfloat16, float32, float64. Received: int64",
+        "stage0.patch_embed.norm.bias: it holds a NaN, an infinity or what float32 can't hold",
+        f"{variance}: it holds a negative variance",
+    }
+    assert set(error.value.details) == expected
+    assert str(error.value).splitlines()[1:] == [f"  {detail}" for detail in error.value.details]
+    for ours, old in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(ours, old)
+
+
+def test_the_weights_are_the_networks_own(tmp_path):
+    """JAX keeps the array that it is given: a file that changes, or goes, must not reach it."""
+    weights = microsoft_weights("cvt_tiny", 5)
+    arrays = random_arrays(weights)
+    expected = {path: (arrays[key].transpose(axes) if axes else arrays[key]).copy() for key, path, _, axes in weights}
+    file = save_torch(tmp_path / "weights.pth", arrays)
+    read, given = CvT.from_pretrained(file, variant="cvt_tiny", input_shape=(16, 16, 3)), CvT("cvt_tiny", 5, (16, 16, 3))
+    load_state_dict(given, arrays, weights)
+    size = file.stat().st_size
+    with open(file, "r+b") as opened:
+        opened.write(bytes(size))
+        opened.truncate(0)
+    for array in arrays.values():
+        array[...] = 0
+    for model in (read, given):
+        for path, array in weights_of(model).items():
+            np.testing.assert_array_equal(array, expected[path])
+
+
+def test_what_float32_can_not_hold_is_refused():
+    weights = transformers_weights(TINY, 5)
+    arrays = {**random_arrays(weights), "layernorm.weight": np.full(16, 1e300)}
+    with pytest.raises(CheckpointError, match=r"layernorm\.weight: it holds .*float32"):
+        load_state_dict(CvT(TINY, 5, (32, 32, 3)), arrays, weights)
+
+
+def test_a_map_of_another_network_is_refused():
+    model, _, _ = golden_model(MICROSOFT[-1])
+    weights = microsoft_weights("cvt_tiny", 10)
+    with pytest.raises(ValueError, match="stage1_block1"):
+        load_state_dict(model, random_arrays(weights), weights)
+
+
+# === Reading ===
+
+
+@pytest.mark.files
+def test_the_authors_file_says_its_resolution_by_its_name(shallow_file, tmp_path):
+    model = CvT.from_pretrained(shallow_file)
+    assert model.input_shape == (None, 64, 96, 3)
+    assert model.num_classes == 5
+    assert model.variant.activation == "quick_gelu"
+    assert model.preprocessing == Preprocessing([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], None, [64, 96])
+    for name in ("weights", "cvt13_2x4gpu", "cvt-2x2", "run_12x08"):
+        assert configs.published_preprocessing(VARIANTS["cvt_13"], 3, name).image_size == (224, 224)
+    assert configs.published_preprocessing(VARIANTS["cvt_w24"], 3, "weights").image_size == (384, 384)
+
+
+@pytest.mark.files
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("give", ["folder", "file"])
+def test_a_transformers_folder_is_read_with_its_configs(suffix, give, tiny_folder, tmp_path):
+    folder = copy_folder(tiny_folder, tmp_path / "tiny")
+    if suffix == ".bin":
+        file = folder / "model.safetensors"
+        save_torch(folder / "pytorch_model.bin", safetensors.numpy.load_file(file))
+        file.unlink()
+    file = folder / ("model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin")
+    model = CvT.from_pretrained(folder if give == "folder" else str(file))
+    assert model.variant == TINY
+    assert model.preprocessing == Preprocessing([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [f"class {i}" for i in range(5)], [64, 64])
+    assert model.input_shape == (None, 64, 64, 3)
+    expected = random_arrays(transformers_weights(TINY, 5))
+    for key, array in to_torch_state_dict(model, "transformers").items():
+        np.testing.assert_array_equal(array, expected[key])
+
+
+@pytest.mark.files
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_other_floats_become_float32(dtype, suffix, tiny_folder, tmp_path):
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    arrays = {key: array.astype(kind) for key, array in random_arrays(transformers_weights(TINY, 5), counters=False).items()}
+    folder = copy_folder(tiny_folder, tmp_path / "tiny")
+    file = folder / f"weights{suffix}"
+    if suffix == ".pth":
+        tensors = {key: torch.from_numpy(array.astype("float64")).to(getattr(torch, dtype)) for key, array in arrays.items()}
+        torch.save(tensors, file)
+    else:
+        safetensors.numpy.save_file(arrays, file)
+    model = CvT.from_pretrained(file)
+    np.testing.assert_array_equal(weights_of(model)["head/kernel"].T, arrays["classifier.weight"].astype("float32"))
+    assert {str(array.dtype) for array in weights_of(model).values()} == {"float32"}
+
+
+def test_a_keras_file_is_a_source_too(tiny_folder, tmp_path):
+    model = CvT.from_pretrained(tiny_folder)
+    model.save(tmp_path / "model.keras")
+    build_classifier(model).save(tmp_path / "classifier.keras")
+    for name in ("model.keras", "classifier.keras"):
+        again = CvT.from_pretrained(tmp_path / name)
+        assert (again.variant, again.preprocessing) == (model.variant, model.preprocessing)
+        for ours, theirs in zip(again.get_weights(), model.get_weights()):
+            np.testing.assert_array_equal(ours, theirs)
+    assert CvT.from_pretrained(tmp_path / "model.keras", num_classes=2).output_shape == (None, 2)
+    for side in (32, None):  # without preprocessing its own size is all that there is
+        CvT(TINY, 5, (side, side, 3)).save(tmp_path / "plain.keras")
+        assert CvT.from_pretrained(tmp_path / "plain.keras").input_shape == (None, side, side, 3)
+    other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    other.save(tmp_path / "other.keras")
+    with pytest.raises(CheckpointError, match=r"other\.keras: it holds no CvT"):
+        CvT.from_pretrained(tmp_path / "other.keras")
+    for text, said in {"hello": "download it again", "version https://git-lfs.github.com": "git lfs pull"}.items():
+        (tmp_path / "text.keras").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"text\.keras: it is damaged or no \.keras file: .*{said}"):
+            CvT.from_pretrained(tmp_path / "text.keras")
+
+
+def test_a_variant_is_a_shape_and_the_weights_know_the_activation(tmp_path):
+    folder = tmp_path / "cvt"
+    folder.mkdir()
+    arrays = random_arrays(transformers_weights("cvt_13", 5))
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"config\.json must lie beside it"):
+        checkpoint.read(folder / "model.safetensors")
+    assert checkpoint.read(folder / "model.safetensors", "cvt_13").variant.activation == "gelu"
+    assert checkpoint.read(folder / "model.safetensors", VARIANTS["cvt_13"]).variant.activation == "gelu"
+    (folder / "config.json").write_text(json.dumps(config_of("cvt_13", 5)))
+    assert checkpoint.read(folder, "cvt_13").variant.activation == "gelu"
+    heads = [dataclasses.replace(stage, heads=2) for stage in VARIANTS["cvt_13"].stages]
+    with pytest.raises(ValueError, match=r"`variant` .*heads of stage 0 is 1, not 2"):
+        checkpoint.read(folder, Variant(tuple(heads)))
+
+
+# === Refusals ===
+
+
+@pytest.mark.parametrize(
+    "key, shape",
+    [
+        ("stage0.blocks.0.mlp.fc1.bias", (255,)),
+        ("stage0.blocks.0.mlp.fc2.weight", (64, 255)),
+        ("stage0.patch_embed.norm.bias", (3,)),
+    ],
+)
+def test_the_array_that_is_cut_is_the_one_that_is_told(key, shape, tmp_path):
+    arrays = {**random_arrays(microsoft_weights(SHALLOW, 5)), key: np.zeros(shape, "float32")}
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.read(save_torch(tmp_path / "weights.pth", arrays))
+    [line] = error.value.details
+    assert line.startswith(f"{key}: its shape must be (")
+    assert line.endswith(f"Received: {shape}")
+
+
+def test_a_head_that_disagrees_with_itself_is_told(tmp_path):
+    arrays = {**random_arrays(microsoft_weights(SHALLOW, 5)), "head.bias": np.zeros(4, "float32")}
+    with pytest.raises(CheckpointError, match=r"head\.weight and head\.bias .*\(5, 384\) and \(4,\)"):
+        checkpoint.read(save_torch(tmp_path / "weights.pth", arrays))
+
+
+def test_a_lost_cls_token_is_told_with_the_way_out(tmp_path):
+    arrays = random_arrays(microsoft_weights(SHALLOW, 5))
+    del arrays["stage2.cls_token"]
+    file = save_torch(tmp_path / "weights.pth", arrays)
+    with pytest.raises(
+        CheckpointError, match=r"the paper's shallow.*\(another network needs `variant`\)[^\n]*\n.*: stage2\.cls_token$"
+    ):
+        checkpoint.read(file)
+    stages = SHALLOW.stages
+    without = Variant((*stages[:2], dataclasses.replace(stages[2], cls_token=False)))
+    assert checkpoint.read(file, without).variant == without
+
+
+def test_a_stray_key_of_the_other_layout_is_told_as_one(tmp_path):
+    arrays = {**random_arrays(microsoft_weights(SHALLOW, 5)), "cvt.encoder": np.ones(3, "float32")}
+    with pytest.raises(CheckpointError, match=r"; 0 missing, 1 unused, 0 of[^\n]*\n  unused: cvt\.encoder$"):
+        checkpoint.read(save_torch(tmp_path / "weights.pth", arrays))
+
+
+@pytest.mark.files
+def test_lost_blocks_and_biases_make_no_smaller_network(tmp_path):
+    sound = random_arrays(microsoft_weights("cvt_13", 5))
+    damages = {
+        r"its stages have \[1, 2, 9\].* \[1, 2, 10\] of cvt_13, \[1, 4, 16\] of cvt_21": r"stage2\.blocks\.9\.",
+        r"missing: stage2\.blocks\.4\.norm1\.weight": r"stage2\.blocks\.4\.",
+        r"missing: stage1\.blocks\.0\.attn\.proj_k\.bias": r"stage1\.blocks\.\d+\.attn\.proj_[qkv]\.bias",
+        r"missing: stage0\.blocks\.0\.attn\.proj_v\.bias": r".*\.attn\.proj_[qkv]\.bias",
+        r"missing: stage1\.patch_embed\.proj\.weight": r"stage1\.",
+        r"none of the paper's: give `variant`": r"stage2\.",
+    }
+    for told, lost in damages.items():
+        arrays = {key: array for key, array in sound.items() if not re.match(lost, key)}
+        with pytest.raises(CheckpointError, match=told):
+            checkpoint.read(save_torch(tmp_path / "weights.pth", arrays))
+
+
+@pytest.mark.files
+def test_another_variant_than_the_weights_is_told_with_the_right_one(shallow_file):
+    with pytest.raises(
+        CheckpointError, match=r"do not fit `variant` \(their widths, kernels and depths are those of shallow\); \d+ m"
+    ):
+        checkpoint.read(shallow_file, "cvt_21")
+
+
+def test_a_damaged_head_is_refused_also_where_it_is_not_used(tiny_folder, tmp_path):
+    folder = copy_folder(tiny_folder, tmp_path / "tiny")
+    arrays = random_arrays(transformers_weights(TINY, 5))
+    del arrays["classifier.weight"]
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: classifier\.weight"):
+        CvT.from_pretrained(folder, num_classes=3)
+
+
+@pytest.mark.files
+@pytest.mark.parametrize(
+    "damage, parts",
+    [
+        (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "Expecting property name"]),
+        (lambda folder: (folder / "preprocessor_config.json").write_text('{"size": 4}'), ["preprocessor_config.json", "4x4"]),
+        (
+            lambda folder: (folder / "config.json").write_text(
+                json.dumps(config_of(TINY, 5, qkv_projection_method=["avg", "avg"]))
+            ),
+            ["config.json", "projection='avg'"],
+        ),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["neither"]),
+        (lambda folder: (folder / "model.safetensors").write_text("hello"), ["damaged"]),
+        (
+            lambda folder: safetensors.numpy.save_file({"conv1.weight": np.ones(3)}, folder / "model.safetensors"),
+            ["no CvT", "conv1"],
+        ),
+        (
+            lambda folder: safetensors.numpy.save_file(
+                random_arrays(transformers_weights(TINY, 0)), folder / "model.safetensors"
+            ),
+            ["classifier.weight", "a class at least"],
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text(json.dumps(config_of(TINY, 4))),
+            ["config.json names 4 classes, and the weights are of 5"],
+        ),
+    ],
+)
+def test_a_damaged_folder_is_told_in_a_line(damage, parts, tiny_folder, tmp_path):
+    folder = copy_folder(tiny_folder, tmp_path / "tiny")
+    damage(folder)
+    with pytest.raises(CheckpointError) as error:
+        CvT.from_pretrained(folder, num_classes=3)
+    [line] = str(error.value).splitlines()
+    for part in (str(folder), *parts):
+        assert part in line
+
+
+@pytest.mark.files
+def test_a_network_that_the_shapes_do_not_settle_asks_for_the_variant(tmp_path):
+    variant = Variant((Stage(8, 1, 1), Stage(16, 1, 2)))
+    file = save_torch(tmp_path / "weights.pth", random_arrays(microsoft_weights(variant, 5)))
+    with pytest.raises(CheckpointError, match=r"give `variant`"):
+        CvT.from_pretrained(file)
+    assert CvT.from_pretrained(file, variant=variant, input_shape=(32, 32, 3)).variant == variant
+    for change in ({"projection": "linear"}, {"qkv_bias": False}, {"mlp_ratio": 2.0}):
+        other = Variant(tuple(dataclasses.replace(stage, **change) for stage in SHALLOW.stages))
+        file = save_torch(tmp_path / "other.pth", random_arrays(microsoft_weights(other, 5)))
+        with pytest.raises(CheckpointError, match="another network needs `variant`"):
+            checkpoint.read(file)
+        assert checkpoint.read(file, other).variant == other
+
+
+@pytest.mark.files
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        ({"variant": "cvt_14"}, "'cvt_14'"),
+        ({"variant": "cvt_cifar"}, "stem"),
+        ({"variant": "cvt_tiny"}, "missing: "),
+        ({"input_shape": (64, 64, 1)}, "3 channels"),
+        ({"input_shape": 224}, "input_shape=224"),
+        ({"input_shape": (8, 8, 3)}, "16x16"),
+        ({"num_classes": -1}, "`num_classes`"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(arguments, part, shallow_file):
+    with pytest.raises(ValueError) as error:
+        CvT.from_pretrained(shallow_file, **arguments)
+    assert part in str(error.value)
+
+
+def _damage(kind, random, arrays):
+    """Damages a state dict in place -> the keys of which one must be named."""
+    key = random.choice(sorted(key for key in arrays if not key.endswith("num_batches_tracked")))
+    array = arrays[key]
+    if kind == "dropped":
+        del arrays[key]
+    elif kind == "renamed":
+        at = random.integers(len(key))
+        renamed = f"{key[:at]}{'z' if key[at] != 'z' else 'y'}{key[at + 1 :]}"
+        arrays[renamed] = arrays.pop(key)
+        return key, renamed
+    elif kind == "reshaped":
+        shapes = [array[None], array.ravel() if array.ndim > 1 else array[:, None], array[:-1], np.concatenate([array, array])]
+        arrays[key] = np.ascontiguousarray(shapes[random.integers(4)])
+    elif kind == "integer":
+        arrays[key] = array.astype(random.choice(["int8", "int64", "uint8", "bool"]))
+    elif kind == "not finite":
+        array.flat[random.integers(array.size)] = random.choice([np.nan, np.inf, -np.inf])
+    elif kind == "negative":
+        key = random.choice([key for key in arrays if key.endswith("running_var")])
+        arrays[key].flat[0] = -1e-3
+    return (key,)
+
+
+@pytest.mark.files
+def test_200_damaged_checkpoints_are_refused_by_name(tmp_path, tiny_folder):
+    random = np.random.default_rng(0)
+    kinds = ["dropped", "renamed", "reshaped", "integer", "truncated", "not finite", "negative"]
+    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    files = {"weights.pth": microsoft_weights(SHALLOW, 5), "model.safetensors": transformers_weights(TINY, 5)}
+    files |= {"old.pth": microsoft_weights(SHALLOW, 5), "pytorch_model.bin": transformers_weights(TINY, 5)}
+    sound = {name: random_arrays(weights) for name, weights in files.items()}
+    for i in range(200):
+        kind, name = kinds[i % len(kinds)], list(files)[i // len(kinds) % len(files)]
+        arrays = dict(sound[name])
+        if kind in ("not finite", "negative"):
+            arrays = {key: array.copy() for key, array in arrays.items()}
+        keys = (name,) if kind == "truncated" else _damage(kind, random, arrays)
+        file = tmp_path / name
+        if file.suffix == ".safetensors":
+            safetensors.numpy.save_file(arrays, file)
+        else:
+            save_torch(file, arrays, _use_new_zipfile_serialization=name != "old.pth")
+        if kind == "truncated":
+            data = file.read_bytes()
+            file.write_bytes(data[: random.integers(len(data))])
+        with pytest.raises(CheckpointError) as error:
+            CvT.from_pretrained(file)
+        said = str(error.value)
+        assert str(file) in said, (i, kind, keys)
+        assert any(key in said for key in keys), (i, kind, keys, said)

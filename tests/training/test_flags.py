@@ -1,0 +1,127 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from cvt_keras.errors import RecipeError
+from cvt_keras.training import RECIPES, Recipe, flags
+from cvt_keras.training.__main__ import Arguments
+
+
+def parse(argv):
+    return flags.parse(argv, Arguments, "cvt-keras train", "Train a network.")
+
+
+def test_a_recipe_comes_first_and_its_values_are_the_defaults():
+    name, arguments = parse(["smoke", "--seed", "3"])
+    recipe = arguments.recipe
+    assert (name, recipe.seed, recipe.epochs, recipe.variant) == ("smoke", 3, RECIPES["smoke"].epochs, "cvt_tiny")
+    assert arguments.run_dir is None
+    assert not arguments.resume
+
+
+def test_without_a_name_it_is_the_default_recipe():
+    name, arguments = parse(["--epochs", "3", "--run-dir", "somewhere", "--resume"])
+    recipe = arguments.recipe
+    assert (name, recipe.epochs, recipe.variant, recipe.batch_size) == (
+        "cifar10",
+        3,
+        "cvt_cifar",
+        RECIPES["cifar10"].batch_size,
+    )
+    assert arguments.run_dir == Path("somewhere")
+    assert arguments.resume
+
+
+def test_a_fine_tuning_takes_the_network_of_its_weights():
+    _, arguments = parse(["finetune", "--weights", "microsoft/cvt-13", "--image-size", "384"])
+    assert (arguments.recipe.weights, arguments.recipe.image_size, arguments.recipe.variant) == ("microsoft/cvt-13", 384, None)
+    assert arguments.recipe.variant_name == "cvt-13"
+    assert parse(["finetune", "--variant", "cvt_21"])[1].recipe.variant == "cvt_21"
+
+
+def test_every_field_has_a_flag():
+    flags = {
+        "--variant": ("variant", "cvt_13"),
+        "--image-size": ("image_size", 64),
+        "--dataset": ("dataset", "tfds:mnist"),
+        "--data-dir": ("data_dir", "somewhere"),
+        "--epochs": ("epochs", 7),
+        "--batch-size": ("batch_size", 64),
+        "--seed": ("seed", 7),
+        "--precision": ("precision", "mixed_float16"),
+        "--xla": ("xla", "on"),
+        "--train-limit": ("train_limit", 100),
+        "--validation-limit": ("validation_limit", 100),
+        "--test-limit": ("test_limit", 100),
+        "--crop-padding": ("crop_padding", 2),
+        "--peak-learning-rate": ("peak_learning_rate", 0.5),
+        "--warmup": ("warmup", 0.25),
+        "--weight-decay": ("weight_decay", 0.25),
+        "--gradient-clip": ("gradient_clip", 0.25),
+        "--rand-augment": ("rand_augment", 2),
+        "--rand-augment-magnitude": ("rand_augment_magnitude", 7.0),
+        "--erase": ("erase", 0.25),
+        "--mixup": ("mixup", 0.25),
+        "--cutmix": ("cutmix", 0.25),
+        "--optimizer": ("optimizer", "adamw"),
+        "--adamw-ratio": ("adamw_ratio", 0.25),
+        "--decay": ("decay", "cosine"),
+        "--label-smoothing": ("label_smoothing", 0.25),
+        "--ema": ("ema", 0.25),
+        "--weights": ("weights", "microsoft/cvt-13"),
+        "--layer-decay": ("layer_decay", 0.25),
+    }
+    for flag, (field, value) in flags.items():
+        recipe = parse([flag, str(value)])[1].recipe
+        assert getattr(recipe, field) == value != getattr(RECIPES["cifar10"], field), flag
+    assert not parse(["--no-flip"])[1].recipe.flip
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert {field for field, _ in flags.values()} | {"flip", "description", "compression"} == fields
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(dataclasses.replace(RECIPES["smoke"], seed=5, epochs=7).settings()))
+    return file
+
+
+# As tyro takes every other flag.
+@pytest.mark.parametrize(
+    "flags",
+    [["--recipe-file={}"], ["--recipe-file", "{}"], ["--recipe_file", "{}"], ["--recipe-file", "nowhere", "--recipe_file={}"]],
+)
+def test_a_recipe_comes_from_a_file_and_flags_change_it(recipe_file, flags):
+    name, arguments = parse([*(flag.format(recipe_file) for flag in flags), "--epochs", "9"])
+    assert (arguments.recipe.seed, arguments.recipe.epochs, arguments.recipe.variant) == (5, 9, "cvt_tiny")
+    assert arguments.recipe_file == recipe_file
+    assert name == "mine"
+
+
+def test_a_runs_recipe_is_called_as_the_run(recipe_file, monkeypatch):
+    file = recipe_file.rename(recipe_file.parent / "recipe.json")
+    assert parse(["--recipe-file", str(file)])[0] == file.parent.name
+    monkeypatch.chdir(file.parent)
+    assert parse(["--recipe-file", "recipe.json"])[0] == file.parent.name
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"epoch": 3}', '{"epochs": 0}', None])
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
+    file = tmp_path / "mine.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(RecipeError, match=str(file)) as error:
+        parse(["--recipe-file", str(file)])
+    assert error.value.argument == "recipe_file"
+
+
+@pytest.mark.parametrize(
+    "argv, argument",
+    [(["smoke", "--recipe-file", "mine.json"], "recipe_file"), (["--seed", "3", "smoke"], "RECIPE"), (["cifar11"], "RECIPE")],
+)
+def test_a_recipe_that_is_named_twice_late_or_not_at_all_is_refused(argv, argument):
+    with pytest.raises(RecipeError) as error:
+        parse(argv)
+    assert error.value.argument == argument

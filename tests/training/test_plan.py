@@ -1,0 +1,220 @@
+import dataclasses
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+import tensorflow as tf
+
+from cvt_keras import VARIANTS, CvT, Stage, Variant
+from cvt_keras.data import sources, tfds
+from cvt_keras.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    MissingPackageError,
+    OccupiedError,
+    RecipeError,
+    RunError,
+    UnavailableError,
+)
+from cvt_keras.training import loop, plan
+from cvt_keras.training.plan import resolve
+from cvt_keras.training.recipes import SMOKE
+
+
+def run(*args, **kwargs):
+    """Trains -> the report."""
+    return loop.run(*args, **kwargs).report
+
+
+# === Device ===
+
+
+def test_auto_follows_the_device(monkeypatch):
+    assert (resolve(SMOKE).precision, resolve(SMOKE).xla) == ("float32", "off")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["a GPU"])
+    for capability, precision in (((8, 0), "mixed_bfloat16"), ((7, 5), "mixed_float16")):
+        details = {"compute_capability": capability}
+        monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu, details=details: details)
+        assert (resolve(SMOKE).precision, resolve(SMOKE).xla) == (precision, "on")
+    forced = dataclasses.replace(SMOKE, precision="float32", xla="off")
+    assert resolve(forced) == forced
+
+
+def test_an_unseen_nvidia_device_is_told(short, tmp_path, monkeypatch, capsys):
+    for there in (True, False):
+        monkeypatch.setattr(plan.environment, "has_nvidia_device", lambda there=there: there)
+        with pytest.raises(DataError):
+            run(dataclasses.replace(short, data_dir=str(tmp_path / "nowhere")), tmp_path / "run")
+        assert ("tensorflow[and-cuda]" in capsys.readouterr().err) == there
+
+
+def test_another_backend_is_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    with pytest.raises(ArgumentError, match="Received: jax") as error:
+        run(recipe, tmp_path / "run")
+    assert error.value.hint == "Set KERAS_BACKEND=tensorflow"
+
+
+# === Data ===
+
+
+def test_auto_says_at_start_and_end_what_stands_in_and_why(short, tmp_path, monkeypatch, capsys):
+    def unavailable(data_dir, image_size):
+        raise UnavailableError("CIFAR-10 is nowhere")
+
+    monkeypatch.setattr(tfds, "cifar10", unavailable)
+    report = run(dataclasses.replace(short, dataset="auto"), tmp_path / "run")
+    assert report.dataset == report.recipe["dataset"] == "digits"
+    assert report.recipe["flip"] is False  # a mirrored digit is another
+    assert "8x8" in report.data_note and "CIFAR-10 is nowhere" in report.data_note
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "CIFAR-10 is nowhere" in line]
+    assert len(warnings) == 2
+    assert warnings[0].startswith("WARNING: ")
+
+    (tmp_path / "run" / "report.json").unlink()
+    run(dataclasses.replace(short, dataset="auto"), tmp_path / "run", resume=True)
+    assert capsys.readouterr().err.count("WARNING: scikit-learn's digits stand in for CIFAR-10") == 2
+    run(dataclasses.replace(short, dataset="digits"), tmp_path / "run", resume=True)
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_a_run_without_data_leaves_no_folder_in_the_way(recipe, tmp_path):
+    with pytest.raises(DataError):
+        run(dataclasses.replace(recipe, data_dir=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# === The run folder ===
+
+
+@pytest.mark.parametrize("dataset, folder", [("digits", "digits"), ("tfds:imagenette/160px-v2", "tfds-imagenette-160px-v2")])
+def test_a_folder_is_named_after_recipe_data_and_variant(dataset, folder):
+    recipe = dataclasses.replace(SMOKE, dataset=dataset)
+    assert plan.default_run_dir("smoke", recipe) == Path(f"runs/smoke-{folder}-cvt_tiny")
+
+
+@pytest.fixture
+def no_cifar10(monkeypatch, tmp_path):
+    """A machine on which `auto` means the digits, and a folder of its own to write runs to."""
+
+    def unavailable(*_):
+        raise UnavailableError("CIFAR-10 is nowhere")
+
+    monkeypatch.setattr(tfds, "cifar10", unavailable)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_default_folder_is_named_after_the_data_that_was_used(short, no_cifar10, capsys):
+    auto = dataclasses.replace(short, dataset="auto", data_dir=None)
+    result = loop.run(auto, name="smoke", evaluate_test=False)
+    assert result.run_dir == Path("runs/smoke-digits-cvt_tiny")
+    assert (result.run_dir / "report.json").exists()
+    with pytest.raises(OccupiedError):
+        loop.run(auto, name="smoke")
+    (result.run_dir / "report.html").unlink()
+    again = loop.run(auto, name="smoke", resume=True, evaluate_test=False)
+    assert (again.run_dir, again.report.validation) == (result.run_dir, result.report.validation)
+    assert "no run to resume" not in capsys.readouterr().out
+
+
+def test_a_default_folder_of_version_0_1_is_resumed(short, no_cifar10):
+    auto = dataclasses.replace(short, dataset="auto", data_dir=None)
+    result = loop.run(auto, "runs/smoke-auto-cvt_tiny", evaluate_test=False)
+    again = loop.run(auto, name="smoke", resume=True, evaluate_test=False)
+    assert again.run_dir == result.run_dir
+    shutil.copytree(result.run_dir, "runs/smoke-digits-cvt_tiny")
+    with pytest.raises(ArgumentError) as error:
+        loop.run(auto, name="smoke", resume=True)
+    assert error.value.argument == "run_dir"
+
+
+def test_a_run_is_never_overwritten(recipe, tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(OccupiedError) as error:
+        run(recipe, tmp_path)
+    assert (error.value.argument, error.value.exit_code) == ("run_dir", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_folder_that_may_not_be_written_is_told_before_data_is_loaded(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "load", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(RunError) as error:
+        run(recipe, tmp_path / "runs" / "mine")
+    assert error.value.argument == "run_dir"
+    assert "--run-dir" in error.value.hint
+
+
+# === Settings that do not fit ===
+
+
+def test_a_batch_larger_than_the_data_is_refused(recipe, tmp_path):
+    with pytest.raises(RecipeError) as error:
+        run(dataclasses.replace(recipe, train_limit=31), tmp_path / "run")
+    assert (error.value.argument, error.value.hint) == ("batch_size", "Give --batch-size 31 or less")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_padding_wider_than_the_image_is_refused(recipe, tmp_path):
+    with pytest.raises(RecipeError) as error:
+        run(dataclasses.replace(recipe, crop_padding=32), tmp_path / "run")
+    assert error.value.argument == "crop_padding"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_variant_too_coarse_for_the_images_is_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "coarse", Variant((Stage(8, 1, 1, kernel_size=63, stride=64, padding=31),)))
+    with pytest.raises(RecipeError, match=r"coarse.*64x64") as error:
+        run(dataclasses.replace(recipe, variant="coarse"), tmp_path / "run")
+    assert error.value.argument == "image_size"
+
+
+def test_a_compression_in_a_recipe_is_refused_with_the_way_out(short, tmp_path):
+    with pytest.raises(RecipeError) as error:
+        run(dataclasses.replace(short, compression={"method": "prune"}), tmp_path / "run")
+    assert error.value.argument == "compression"
+    assert "cvt-keras prune" in error.value.hint
+
+
+# === Weights ===
+
+
+@pytest.mark.parametrize(
+    "change, argument, part",
+    [
+        ({"variant": None, "weights": None}, "weights", "neither"),
+        ({"variant": None, "weights": "nowhere.pth"}, "source", "nowhere.pth"),
+        ({"variant": "cvt_13"}, "variant", "not the checkpoint's network"),
+        ({"variant": None, "weights": "{grey}"}, "weights", "3 channels.*1"),
+    ],
+)
+def test_weights_that_do_not_fit_are_told_before_the_data_is_read(
+    change, argument, part, short, weights, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sources, "load", None)
+    CvT("cvt_tiny", 10, (16, 16, 1)).save(tmp_path / "grey.keras")
+    change = {name: value and value.format(grey=tmp_path / "grey.keras") for name, value in change.items()}
+    with pytest.raises(RecipeError, match=part) as error:
+        run(dataclasses.replace(short, **{"weights": weights, **change}), tmp_path / "run")
+    assert error.value.argument == argument
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_may_not_be_read_are_told(short, weights, tmp_path, monkeypatch):
+    def read(*_):  # root may read anything
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(plan.checkpoints, "read", read)
+    with pytest.raises(CheckpointError, match=r"tiny\.keras can't be read: .*Permission denied"):
+        run(dataclasses.replace(short, weights=weights), tmp_path / "run")
+
+
+def test_a_missing_package_for_the_weights_is_told(short, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "weights.pth").write_text("")
+    with pytest.raises(MissingPackageError, match="pip install torch"):
+        run(dataclasses.replace(short, weights=str(tmp_path / "weights.pth")), tmp_path / "run")
