@@ -1,4 +1,5 @@
 import dataclasses
+import pickle
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from cvt_keras.errors import (
     RunError,
 )
 from cvt_keras.training import loop
-from cvt_keras.training.resume import same_weights
+from cvt_keras.training.recipes import SMOKE
+from cvt_keras.training.resume import newer_fields, same_weights, without_newer_fields
 
 
 def run(*args, **kwargs):
@@ -97,12 +99,14 @@ def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):
     whole = run(recipe, tmp_path / "whole", evaluate_test=False)
     _stop_in_second_epoch(recipe, tmp_path / "run", monkeypatch)
     for other in ({"weights": None, "variant": "cvt_cifar"}, {"weights": str(Path(weights).with_name("other.keras"))}):
-        with pytest.raises(DifferentRunError, match=r"weights was '.*tiny\.keras' and is (None|'.*other\.keras')$"):
+        with pytest.raises(DifferentRunError) as error:
             run(dataclasses.replace(recipe, **other), tmp_path / "run", resume=True)
+        assert error.value.differences == {"weights": (repr(weights), repr(other["weights"]))}
     moved = tmp_path / Path(weights).name
     shutil.copy(weights, moved)
-    with pytest.raises(DifferentRunError, match=r"weights was"):  # as long as both are there, they may be two
+    with pytest.raises(DifferentRunError) as error:  # as long as both are there, they may be two
         run(dataclasses.replace(recipe, weights=str(moved)), tmp_path / "run", resume=True)
+    assert list(error.value.differences) == ["weights"]
     # What the first epoch made of the weights is all that it takes: the file may be elsewhere, or gone.
     Path(weights).rename(f"{weights}.away")
     try:
@@ -125,7 +129,21 @@ def test_a_run_goes_on_with_its_own_settings_alone(finished, recipe):
     _, run_dir = finished
     with pytest.raises(DifferentRunError) as error:
         run(dataclasses.replace(recipe, epochs=3, seed=1), run_dir, resume=True)
-    assert error.value.differences == "epochs was 2 and is 3, seed was 0 and is 1"
+    assert error.value.differences == {"epochs": ("2", "3"), "seed": ("0", "1")}
+    assert str(error.value).endswith("epochs was 2 and is 3, seed was 0 and is 1")
+    copied = pickle.loads(pickle.dumps(error.value))
+    assert (copied.differences, copied.run_dir, copied.argument) == (error.value.differences, run_dir, "run_dir")
+
+
+def test_fields_that_the_version_of_a_run_did_not_have_keep_their_default(capsys):
+    settings = SMOKE.settings()
+    assert newer_fields(settings) == ()
+    del settings["validation_limit"]
+    assert newer_fields(settings) == ("validation_limit",)
+    assert without_newer_fields(SMOKE, newer_fields(settings)).validation_limit is None
+    assert "validation_limit=128 is not used" in capsys.readouterr().out
+    without_newer_fields(dataclasses.replace(SMOKE, validation_limit=None), newer_fields(settings))
+    assert not capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path):
@@ -145,8 +163,9 @@ def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path):
     with pytest.raises(RecipeError, match=r"other images: number of train images was 32 and is 33"):
         run(folder, tmp_path / "run", resume=True)
     shutil.copytree(tmp_path / "photos", tmp_path / "others")
-    with pytest.raises(DifferentRunError, match=r"data_dir was"):
+    with pytest.raises(DifferentRunError) as error:
         run(dataclasses.replace(folder, data_dir=tmp_path / "others"), tmp_path / "run", resume=True)
+    assert list(error.value.differences) == ["data_dir"]
 
 
 def test_the_weights_of_a_run_are_the_same_where_they_were_moved(tmp_path):

@@ -46,12 +46,22 @@ def test_weights_that_can_not_be_had_are_told(flags, code, part, tmp_path, capsy
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        (["--variant", "cvt_14"], ["'cvt_14'", "cvt_cifar"]),
-        (["cifar10", "--epochs", "0"], ["epochs=0"]),
-        (["--precision", "float8"], ["float8", "mixed_bfloat16"]),
-        (["--epoch", "3"], ["--epoch"]),
+        (["--variant", "cvt_14"], ["'cvt_14'", "cvt_cifar", "(--variant)"]),
+        (["cifar10", "--epochs", "0"], ["epochs=0", "(--epochs)"]),
         (["--dataset", "mnist"], ["'mnist'", "tfds:NAME"]),
+        (["--label-smoothing", "1"], ["label_smoothing=1.0", "(--label-smoothing)"]),
     ],
+)
+def test_a_value_that_no_run_can_have_ends_with_2_and_one_line(arguments, parts, capsys):
+    assert cli.main(["train", *arguments]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    for part in ("cvt-keras train: ", *parts):
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [(["--precision", "float8"], ["float8", "mixed_bfloat16"]), (["--epoch", "3"], ["--epoch"])],
 )
 def test_a_wrong_flag_ends_with_2_and_its_name(arguments, parts, capsys):
     with pytest.raises(SystemExit) as stop:
