@@ -187,7 +187,7 @@ def test_a_compression_in_a_recipe_is_refused_with_the_way_out(short, tmp_path):
     "change, argument, part",
     [
         ({"variant": None, "weights": None}, "weights", "neither"),
-        ({"variant": None, "weights": "nowhere.pth"}, "source", "nowhere.pth"),
+        ({"variant": None, "weights": "nowhere.pth"}, "weights", "nowhere.pth"),
         ({"variant": "cvt_13"}, "variant", "not the checkpoint's network"),
         ({"variant": None, "weights": "{grey}"}, "weights", "3 channels.*1"),
     ],
