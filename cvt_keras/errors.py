@@ -120,3 +120,8 @@ class ServingError(UserError):
 
 class ImageError(ServingError):
     """An image that the server refuses. The message does not name it."""
+
+
+def first_line(error):
+    """The first line of an error's message without its full stop, or the error's name if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")

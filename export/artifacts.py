@@ -12,7 +12,7 @@ from tensorflow.lite.python.convert import ConverterError
 from cvt_keras import environment, runs, signals
 from cvt_keras.data import sources
 from cvt_keras.data.images import stretch
-from cvt_keras.errors import ArgumentError, ExportError, OutOfMemoryError, RunError
+from cvt_keras.errors import ArgumentError, ExportError, OutOfMemoryError, RunError, first_line
 from cvt_keras.model import preprocessing_of
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
 from cvt_keras.report import page
@@ -127,7 +127,7 @@ def _read(run_dir):
     except MemoryError:
         raise
     except Exception as error:
-        raise RunError(f"{run_dir / runs.MODEL} can't be read: {_first_line(error)}") from error
+        raise RunError(f"{run_dir / runs.MODEL} can't be read: {first_line(error)}") from error
     return recipe, classifier
 
 
@@ -143,16 +143,12 @@ def _write(classifier, class_names, name, calibration, file):
         else:
             file.write_bytes(tflite.convert(classifier, class_names, name, calibration))
     except (tf.errors.OpError, ConverterError) as error:  # also for a full disk or memory
-        raise ExportError(f"{name} can't be made: {_first_line(error)}") from error
+        raise ExportError(f"{name} can't be made: {first_line(error)}") from error
 
 
 def _probabilities(classifier, images):
     logits = [classifier.predict_on_batch(batch.astype("float32")) for batch in batches(images)]
     return tf.nn.softmax(np.concatenate(logits)).numpy()
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _pixels(images, size):

@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from cvt_keras import cli, environment, runs
-
-Layers = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")]
+from cvt_keras.compression import options
+from cvt_keras.training.recipes import COMPRESSIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,37 +44,23 @@ class Arguments:
     resume: bool = False
     """Continue the new run after its last finished epoch."""
 
+    def require(self):
+        """Raises unless the method's own options go together. A method without any has nothing to check."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prune(Arguments):
+class Prune(options.Pruning, Arguments):
     """Sets a run's smallest weights to zero. The file keeps its size, but gzip makes it smaller."""
 
     method = "prune"
 
-    sparsity: float | None = None
-    """Share of zeros in each pruned kernel; defaults to 0.7, or to 0.5 with 2:4."""
-    pattern: Literal["unstructured", "2:4", "4x1"] = "unstructured"
-    """Where zeros may lie: anywhere; two in each four inputs; or in blocks of four inputs, in Dense layers only."""
-    schedule: Literal["polynomial", "constant"] | None = None
-    """polynomial: more and more zeros over the first half of the training; constant: all zeros from the first step. Defaults to
-    polynomial. 2:4 has all zeros from the first step and takes neither."""
-    frequency: int | None = None
-    """Steps between the updates of polynomial; by default there are at least 20 updates, if there are as many steps."""
-    layers: Layers = None
-    """Layers to prune, such as stage1 or stage1_block0/mlp/fc1; defaults to all but stem, depthwise convolutions and head."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cluster(Arguments):
+class Cluster(options.Clustering, Arguments):
     """Gives each kernel of a run a few values. The file keeps its size, but gzip makes it smaller. Zeros of a pruned run
     stay."""
 
     method = "cluster"
-
-    clusters: int = 16
-    """Values in each clustered kernel."""
-    layers: Layers = None
-    """Layers to cluster, such as stage1 or stage1_block0/mlp/fc1; defaults to all but stem, depthwise convolutions and head."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,9 +70,6 @@ class Qat(Arguments):
     method = "qat"
 
 
-METHODS = ("prune", "cluster", "qat")
-
-
 def main(argv):
     """Compresses a run.
 
@@ -94,6 +77,7 @@ def main(argv):
         argv: the method's name and its flags.
     """
     arguments = tyro.cli(Prune | Cluster | Qat, prog="cvt-keras", description="Makes a run's network smaller.", args=argv)
+    arguments.require()
     runs.require_finished(arguments.run, argument="run")
     environment.start()
     from cvt_keras.compression.methods import compress
@@ -107,4 +91,4 @@ def main(argv):
 
 if __name__ == "__main__":
     method, *flags = sys.argv[1:] or ["--help"]
-    sys.exit(cli.run(method, flags) if method in METHODS else main([method, *flags]))
+    sys.exit(cli.run(method, flags) if method in COMPRESSIONS else main([method, *flags]))

@@ -1,12 +1,13 @@
 """Clustering: each kernel has a few values, which the training moves (Han et al., arXiv 1510.00149)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
 
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import Zeros, all_kernels, describe, kernels, require_layers, share_of_zeros
+from cvt_keras.compression.kernels import Zeros, all_kernels, describe, kernels, share_of_zeros
+from cvt_keras.compression.options import Clustering, Layers
 from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.training.compressor import Compressor
 
@@ -34,12 +35,12 @@ class WeightClustering(Compressor):
         "qat": "the ranges are set. Cluster the run before it",
     }
 
-    def __init__(self, clusters=16, keep_zeros=False, layers=None, after=None):
-        require_layers(layers)
+    def __init__(
+        self, clusters: int = 16, keep_zeros: bool = False, layers: Layers = None, after: dict[str, Any] | None = None
+    ) -> None:
+        Clustering(clusters=clusters, layers=layers).require()
         settings = {"method": "cluster", "clusters": clusters, "keep_zeros": keep_zeros, "layers": describe(layers)}
         super().__init__(settings, after)
-        if clusters < 2:
-            raise RecipeError(f"`clusters` must be at least 2. Received: clusters={clusters}", argument="clusters")
         self.clusters = clusters
         self.keep_zeros = keep_zeros
         self.layers = layers

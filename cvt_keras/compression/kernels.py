@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from cvt_keras.compression.options import require_layers
 from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.model import cvt_of
 
@@ -49,27 +50,6 @@ def kernels(classifier, layers=None):
                 )
             chosen.update(matching)
     return {path: kernel for path, kernel in known.items() if path in chosen}
-
-
-def require_layers(layers):
-    """Raises unless `layers` can choose kernels: before the network is there.
-
-    Args:
-        layers: as in `kernels`.
-
-    Raises:
-        RecipeError: if they are one string, or no names.
-    """
-    if layers is None or callable(layers):
-        return
-    if isinstance(layers, str):
-        raise RecipeError(f"`layers` must be a tuple of names, or a predicate. Received: layers={layers!r}", argument="layers")
-    if not len(layers):
-        raise RecipeError(
-            "`layers` must name at least one layer. Received no name",
-            argument="layers",
-            hint="Leave out --layers for the default layers, or give it names such as stage1",
-        )
 
 
 def describe(layers):

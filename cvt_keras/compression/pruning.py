@@ -1,17 +1,16 @@
 """Pruning: the smallest weights become zeros while the training continues (Zhu & Gupta, arXiv 1710.01878)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
 
 from cvt_keras.compression import tfmot
-from cvt_keras.compression.kernels import describe, kernels, require_layers, share_of_zeros
+from cvt_keras.compression.kernels import describe, kernels, share_of_zeros
+from cvt_keras.compression.options import Layers, Pattern, Pruning, Schedule
 from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.training.compressor import Compressor
 
-PATTERNS = ("unstructured", "2:4", "4x1")
-SCHEDULES = ("polynomial", "constant")
 # Share of the training in which zeros are added. In the rest they stay, and the other weights make up for them.
 RAMP = 0.5
 UPDATES = 20
@@ -42,43 +41,20 @@ class MagnitudePruning(Compressor):
         "qat": "the ranges are set. Prune first, then train for quantisation",
     }
 
-    def __init__(self, sparsity=None, pattern="unstructured", schedule=None, frequency=None, layers=None, after=None):
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: Pattern = "unstructured",
+        schedule: Schedule | None = None,
+        frequency: int | None = None,
+        layers: Layers = None,
+        after: dict[str, Any] | None = None,
+    ) -> None:
+        Pruning(sparsity=sparsity, pattern=pattern, schedule=schedule, frequency=frequency, layers=layers).require()
         if sparsity is None:
             sparsity = 0.5 if pattern == "2:4" else 0.7
-        if not 0 < sparsity < 1:
-            raise RecipeError(
-                f"`sparsity` is a share of zeros, and must be over 0 and under 1. Received: sparsity={sparsity}",
-                argument="sparsity",
-            )
-        for name, value, known in (("pattern", pattern, PATTERNS), ("schedule", schedule, (*SCHEDULES, None))):
-            if value not in known:
-                raise RecipeError(
-                    f"`{name}` must be one of {', '.join(filter(None, known))}. Received: {name}={value}", argument=name
-                )
-        if pattern == "2:4":
-            if sparsity != 0.5:
-                raise RecipeError(
-                    f"`sparsity` must be 0.5 with the pattern 2:4, which has two zeros in four. Received: sparsity={sparsity}",
-                    argument="sparsity",
-                )
-            if schedule:
-                raise RecipeError(
-                    "`schedule` must be left out with the pattern 2:4, whose zeros all come at the first step. "
-                    f"Received: schedule={schedule}",
-                    argument="schedule",
-                )
-        else:
+        if pattern != "2:4":
             schedule = schedule or "polynomial"
-        if frequency is not None:
-            if frequency < 1:
-                raise RecipeError(f"`frequency` must be at least 1 step. Received: frequency={frequency}", argument="frequency")
-            if schedule != "polynomial":
-                raise RecipeError(
-                    f"`frequency` must be left out with {schedule or pattern}, whose zeros all come at the first step. "
-                    f"Received: frequency={frequency}",
-                    argument="frequency",
-                )
-        require_layers(layers)
         self.sparsity = sparsity
         self.pattern = pattern
         self.schedule = schedule

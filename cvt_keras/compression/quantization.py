@@ -1,7 +1,7 @@
 """Quantisation-aware training: a network learns with the rounding that its integer file will have."""
 
 import contextlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -38,7 +38,7 @@ class QuantizationAwareTraining(Compressor):
         "qat": "start from the run before it",
     }
 
-    def __init__(self, keep_zeros=False, after=None):
+    def __init__(self, keep_zeros: bool = False, after: dict[str, Any] | None = None) -> None:
         super().__init__({"method": "qat", "keep_zeros": keep_zeros}, after)
         self.keep_zeros = keep_zeros
         self.parts = tfmot.load()

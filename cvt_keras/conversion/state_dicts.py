@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from cvt_keras.errors import ArgumentError, CheckpointError, MissingPackageError
+from cvt_keras.errors import ArgumentError, CheckpointError, MissingPackageError, first_line
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 # As transformers calls them. Of the weights' the first is preferred.
@@ -193,8 +193,3 @@ def import_or_tell(package, purpose, otherwise=""):
         return importlib.import_module(package)
     except ImportError as error:
         raise MissingPackageError(f"{purpose}, {package} is needed ({error}): pip install {package}{otherwise}") from error
-
-
-def first_line(error):
-    """Of an error's message, or its name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")

@@ -86,6 +86,8 @@ def rand_augment(images, seed, operations, magnitude):
         operations: how many, one after the other; each is one of the paper's fourteen.
         magnitude: of all of them, 0 to 10. What an operation does at 10 is in the source.
     """
+    # By hand: `keras.layers.RandAugment` draws its operations once per call, not per image, and evaluates every one of them.
+    # Its draws depend on a state, not on the seed and the step alone, so that a resumed run would draw others.
     for layer in _split(seed, operations):
         draw, direction = _split(layer, 2)
         batch = tf.shape(images)[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cvt_keras.data import images, packages
+from cvt_keras.data import failures, images, packages
 from cvt_keras.data.split import Source, Split, fixed_order
 from cvt_keras.errors import ArgumentError, DataError
 
@@ -154,9 +154,9 @@ def _read(classes, image_size):
             with tf.device("CPU:0"):
                 return images.stretch(images.decode(path.read_bytes()), image_size).numpy()
         except (OSError, ValueError, tf.errors.OpError) as error:
-            if isinstance(error, PermissionError) or packages.is_out_of_memory(error):
+            if isinstance(error, PermissionError) or failures.is_out_of_memory(error):
                 raise  # the image is sound
-            raise _error(f"{path} can't be decoded: {packages.reason(error)}", "Mend it, or remove it") from error
+            raise _error(f"{path} can't be decoded: {failures.reason(error)}", "Mend it, or remove it") from error
 
     paths, labels = zip(*(labelled[place] for place in fixed_order(len(labelled))))
     pixels = np.empty((len(labels), image_size, image_size, 3), "uint8")

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from cvt_keras.data import digits, folder, packages, tfds
+from cvt_keras.data import digits, failures, folder, tfds
 from cvt_keras.errors import ArgumentError, DataError, UnavailableError
 
 
@@ -44,12 +44,12 @@ def load(dataset, data_dir=None, image_size=32):
     try:
         return _LOADERS[kind](name, data_dir, image_size)
     except OSError as error:
-        raise DataError(f"{dataset} can't be read: {packages.reason(error)}", argument="data_dir") from error
+        raise DataError(f"{dataset} can't be read: {failures.reason(error)}", argument="data_dir") from error
     except Exception as error:
-        if not packages.is_out_of_memory(error):
+        if not failures.is_out_of_memory(error):
             raise
         raise DataError(
-            f"{dataset} does not fit into memory: {packages.reason(error)}. Received: image_size={image_size}",
+            f"{dataset} does not fit into memory: {failures.reason(error)}. Received: image_size={image_size}",
             argument="image_size",
             hint=f"Choose a smaller --image-size than {image_size}",
         ) from error

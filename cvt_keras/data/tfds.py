@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cvt_keras.data import images, packages, probe
+from cvt_keras.data import failures, images, packages, probe
 from cvt_keras.data.split import Source, Split, fixed_order
 from cvt_keras.errors import DataError, UnavailableError
 
@@ -147,12 +147,12 @@ def _builder(name, title, data_dir):
     except Exception as error:  # TFDS raises dozens of types for what a user sees as one thing
         if broken := _broken_info(root / family):
             raise DataError(
-                f"{title} can't be read: {broken} is broken ({packages.reason(error)})",
+                f"{title} can't be read: {broken} is broken ({failures.reason(error)})",
                 argument="data_dir",
                 hint=f"Remove {broken.parent} to download it again",
             ) from error
         raise DataError(
-            f"{title} can't be set up in {root}: {packages.reason(error)}", argument="dataset", hint=f"See {CATALOG}/{family}"
+            f"{title} can't be set up in {root}: {failures.reason(error)}", argument="dataset", hint=f"See {CATALOG}/{family}"
         ) from error
     for keys in (builder.info.supervised_keys, ("image", "label")):
         kinds = [type(features[key]) for key in keys or () if isinstance(key, str) and key in features]
@@ -200,7 +200,7 @@ def _prepare(builder, title):
         root = Path(builder.data_dir_root)
         raise UnavailableError(
             f"{title} is not in {root} (as {folder.relative_to(root)}/dataset_info.json and its records), and the download "
-            f"failed: {packages.reason(error)}",
+            f"failed: {failures.reason(error)}",
             argument="data_dir",
             hint=f"Name the folder that holds {builder.name}/ with --data-dir or TFDS_DATA_DIR, or connect to the network",
         ) from error
@@ -242,11 +242,11 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
             pixels[chosen], labels[chosen] = batch_pixels, batch_labels
             start += len(batch_labels)
     except Exception as error:
-        if packages.is_out_of_memory(error):
+        if failures.is_out_of_memory(error):
             raise  # the copy is sound
         denied = isinstance(error, (PermissionError, tf.errors.PermissionDeniedError))
         raise DataError(
-            f"{title} in {builder.data_dir_root} can't be read: {packages.reason(error)}",
+            f"{title} in {builder.data_dir_root} can't be read: {failures.reason(error)}",
             argument="data_dir",
             hint="Ask for the right to read it" if denied else f"Remove {builder.data_path} to download it again",
         ) from error

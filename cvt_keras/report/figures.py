@@ -15,7 +15,9 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 except ImportError as error:
-    raise MissingPackageError(f"the figures of a run need matplotlib ({error}): pip install matplotlib") from error
+    raise MissingPackageError(
+        f"the figures of a run need matplotlib: {error}", hint="Install it: pip install matplotlib"
+    ) from error
 
 CURVES = "curves.png"
 CONFUSION = "confusion.png"

@@ -10,7 +10,9 @@ try:
     import sklearn.metrics
     from scipy.special import log_softmax
 except ImportError as error:
-    raise MissingPackageError(f"the metrics of a run need scikit-learn ({error}): pip install scikit-learn") from error
+    raise MissingPackageError(
+        f"the metrics of a run need scikit-learn: {error}", hint="Install it: pip install scikit-learn"
+    ) from error
 
 CALIBRATION_BINS = 15  # Guo et al., arXiv 1706.04599
 ADVICE = "Train again in another --run-dir, at a lower --peak-learning-rate"

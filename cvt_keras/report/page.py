@@ -11,7 +11,7 @@ from cvt_keras.report import figures
 try:
     import jinja2
 except ImportError as error:
-    raise MissingPackageError(f"the page of a run needs Jinja2 ({error}): pip install Jinja2") from error
+    raise MissingPackageError(f"the page of a run needs Jinja2: {error}", hint="Install it: pip install Jinja2") from error
 
 TEMPLATES = Path(__file__).parent / "templates"
 COMPRESSED = {"prune": "pruned", "cluster": "clustered", "qat": "trained with int8 rounding"}

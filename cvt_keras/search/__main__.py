@@ -32,6 +32,8 @@ def main(argv):
     options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
     Options(**options).require(arguments.recipe)
     space = None if arguments.space is None else spaces.read(arguments.space, arguments.recipe)
+    if not arguments.worker:  # its folder has trials, and no search of its own
+        folder.require_usable(arguments.search_dir)
     if arguments.fresh and folder.holds_search(arguments.search_dir) and not (arguments.yes or _agreed(arguments.search_dir)):
         print(f"{arguments.search_dir} is left as it is", file=sys.stderr)
         return 1

@@ -158,7 +158,7 @@ def lead(oracle, address, patience, refresh):
     # Of a chief before this one workers may still be at their trials: they say so.
     oracle.hold = time.monotonic() + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
     server.start()
-    print(f"waiting for workers at {address}: the same command, with --worker in place of --chief", flush=True)
+    print(f"waiting for workers at {address}: start each like this chief, with `worker` in place of `chief`", flush=True)
     began, ended = time.monotonic(), len(oracle.end_order)
     try:
         while not servicer.stop_triggered or oracle.awaits_workers():

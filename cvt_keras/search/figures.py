@@ -9,7 +9,9 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 except ImportError as error:
-    raise MissingPackageError(f"the figures of a search need matplotlib ({error}): pip install matplotlib") from error
+    raise MissingPackageError(
+        f"the figures of a search need matplotlib: {error}", hint="Install it: pip install matplotlib"
+    ) from error
 
 MOST_AXES = 12  # of parallel coordinates, in a row
 

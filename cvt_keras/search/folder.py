@@ -9,7 +9,12 @@ ORACLE = "oracle"  # keras-tuner's
 
 
 def holds_search(search_dir):
-    """Whether a folder holds a search.
+    """Whether a folder holds a search."""
+    return (search_dir / SEARCH).exists()
+
+
+def require_usable(search_dir):
+    """Raises unless a search can be written to a folder, or resumed in it.
 
     Args:
         search_dir: a path.
@@ -25,13 +30,10 @@ def holds_search(search_dir):
         runs.require_writable(search_dir, "search_dir")
     except RunError as error:
         raise ArgumentError(error.summary, argument=error.argument, hint=error.hint) from error
-    if (search_dir / SEARCH).exists():
-        return True
-    if search_dir.exists() and not all(map(runs.is_aside, search_dir.iterdir())):
+    if search_dir.exists() and not holds_search(search_dir) and not all(map(runs.is_aside, search_dir.iterdir())):
         raise OccupiedError(
             f"`search_dir` holds something that is not a search: {search_dir}", argument="search_dir", hint=another
         )
-    return False
 
 
 def read_settings(search_dir):

@@ -19,7 +19,9 @@ try:
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
 except ImportError as error:
-    raise MissingPackageError(f"the results of a search need scikit-learn ({error}): pip install scikit-learn") from error
+    raise MissingPackageError(
+        f"the results of a search need scikit-learn: {error}", hint="Install it: pip install scikit-learn"
+    ) from error
 
 TRIALS = "trials.csv"
 BEST = "best.json"

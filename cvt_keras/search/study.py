@@ -118,6 +118,7 @@ def _work(recipe, space, search_dir, options):
 
 
 def _search(recipe, space, search_dir, options):
+    folder.require_usable(search_dir)
     held = folder.holds_search(search_dir)
     deletes = held and options.fresh
     stored = folder.read_settings(search_dir) if held and not deletes else None  # one that is deleted may be damaged
@@ -137,7 +138,7 @@ def _search(recipe, space, search_dir, options):
             _clear(search_dir)
         elif folder.holds_search(search_dir):  # once more: another process may have begun one meanwhile
             _require_same(folder.read_settings(search_dir), settings, search_dir)
-        if not (search_dir / folder.SEARCH).exists():
+        if not folder.holds_search(search_dir):
             runs.write_json(search_dir / folder.SEARCH, settings)
         _run_trials(oracle, settings, search_dir, options)
     return _result(oracle, search_dir)

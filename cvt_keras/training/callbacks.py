@@ -129,6 +129,10 @@ class Checkpoints(keras.callbacks.Callback):
         history: a dict for each finished epoch.
     """
 
+    # By hand: Keras' `BackupAndRestore` leaves out the seed state of dropout, so that the weights differ after a resume. After
+    # `SwapEMAWeights` it saves the averaged weights. It deletes its backup when training stops gracefully. It writes weights
+    # and metadata one after the other, so that a kill between them leaves a backup whose parts do not fit together.
+
     def __init__(self, run_dir, data, stopwatch, best, extra=()):
         super().__init__()
         self.extra = extra

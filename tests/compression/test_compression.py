@@ -4,7 +4,12 @@ import collections
 import dataclasses
 import html
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import keras
 import numpy as np
@@ -14,14 +19,17 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from tensorflow.lite.python import schema_py_generated as schema
 
 from cvt_keras import cli, runs
-from cvt_keras.compression import compress
+from cvt_keras.compression import compress, methods
+from cvt_keras.compression.__main__ import Arguments
 from cvt_keras.compression.kernels import kernels, share_of_zeros
 from cvt_keras.compression.pruning import MagnitudePruning
 from cvt_keras.errors import CheckpointError, NoRunError, OccupiedError, OutOfMemoryError, RecipeError, RunError
 from cvt_keras.export.verify import BOUNDS, QUANTIZED
 from cvt_keras.quantized.layers import FakeQuantize, QuantizedConv
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
+from cvt_keras.report import page
 from cvt_keras.training import Recipe, RunResult, callbacks, run
+from cvt_keras.training.recipes import COMPRESSIONS
 
 
 def _classifier(run_dir):
@@ -235,6 +243,37 @@ def test_a_wrong_argument_is_named(method, options, argument, trained, tmp_path)
     assert refusal.value.argument == argument or argument == "epochs"
     assert "--" not in refusal.value.summary
     assert not (tmp_path / "new").exists()
+
+
+def test_every_place_has_the_same_methods():
+    commands = {name for name, command in cli.COMMANDS.items() if command.module == "cvt_keras.compression.__main__"}
+    flags = {arguments.method for arguments in Arguments.__subclasses__()}
+    assert set(COMPRESSIONS) == commands == flags == set(methods.METHODS) == set(page.COMPRESSED)
+    assert set(COMPRESSIONS) == set(get_args(get_type_hints(compress)["method"]))
+
+
+def test_a_wrong_flag_is_refused_without_keras(tmp_path):
+    wrong = [
+        ("prune", "--sparsity", "1.5"),
+        ("prune", "--layers"),
+        ("prune", "--pattern", "2:4", "--frequency", "3"),
+        ("cluster", "--clusters", "1"),
+        ("cluster", "--layers"),
+        ("qat",),  # the run does not exist
+    ]
+    code = (
+        "import sys\n"
+        "from cvt_keras import cli\n"
+        f"for method, *flags in {wrong}:\n"
+        "    assert cli.main([method, 'none', '--run-dir', 'new', *flags]) == 2, (method, flags)\n"
+        "assert not {'keras', 'tensorflow', 'tensorflow_model_optimization'} & set(sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"cvt-keras {method}" for method, *_ in wrong]
+    assert [line.split("`")[1] for line in lines[:-1]] == ["sparsity", "layers", "frequency", "clusters", "layers"]
 
 
 @pytest.mark.parametrize("flags", [["--sparsity", "1.5"], ["--layers"]])

@@ -142,5 +142,6 @@ def test_reliability_sorts_by_confidence():
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingPackageError, match="pip install scikit-learn"):
+    with pytest.raises(MissingPackageError) as error:
         runpy.run_path(metrics.__file__)
+    assert error.value.hint == "Install it: pip install scikit-learn" and "pip" not in error.value.summary

@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from cvt_keras.errors import (
     UnavailableError,
     UserError,
 )
-from cvt_keras.search import distributed, results, search, study, tuner
+from cvt_keras.search import distributed, folder, results, search, study, tuner
 from cvt_keras.search.__main__ import Arguments, main
 from cvt_keras.search.space import Choice
 from cvt_keras.training import flags
@@ -210,7 +211,7 @@ def test_a_wrong_argument_and_help_are_answered_without_keras(command):
         "import sys\n"
         "from cvt_keras import cli\n"
         f"command = {command}\n"
-        "for words in (['--trials', '0'], ['--space', 'none.json'], ['--address', 'nowhere']):\n"
+        "for words in (['--trials', '0'], ['--space', 'none.json'], ['--address', 'nowhere'], ['--search-dir', 'train.py']):\n"
         "    assert cli.main(['search', *command, *words]) == 2\n"
         "for words in (['--help'], ['--nonsense']):\n"
         "    try:\n"
@@ -248,9 +249,9 @@ def test_a_notebook_hears_of_what_it_can_not_have(tmp_path, quick_run, no_pictur
         search(SMOKE, tmp_path / "search", space={"width": [1, 2]})
     assert error.value.argument == "space"
     (tmp_path / "thesis.txt").write_text("all of it")
-    for folder in (tmp_path, tmp_path / "thesis.txt"):
+    for search_dir in (tmp_path, tmp_path / "thesis.txt"):
         with pytest.raises(OccupiedError) as error:
-            search(SMOKE, folder, fresh=True)
+            search(SMOKE, search_dir, fresh=True)
         assert error.value.argument == "search_dir"
 
     def run(*_, **__):
@@ -293,6 +294,7 @@ def test_a_different_search_is_refused(change, part, command, tmp_path, quick_ru
 def test_a_folder_of_something_else_is_refused(command, tmp_path, capsys):
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "thesis.txt").write_text("all of it")
+    assert not folder.holds_search(tmp_path / "search")
     for words in ([], ["--fresh", "--yes"]):
         assert _search([*command, *words]) == 2
         assert "holds something that is not a search" in capsys.readouterr().err
@@ -351,6 +353,25 @@ def test_what_auto_was_it_stays(command, tmp_path, quick_run, no_pictures, monke
     monkeypatch.setattr(tfds, "cifar10", None)  # as if it could be had by now: it is not asked for
     assert _search([*words, "--trials", "5"]) == 0
     assert {recipe.dataset for recipe in quick_run} == {"digits"} and len(quick_run) == 5
+
+
+def test_a_search_that_version_0_1_began_is_resumed(tmp_path, space_file, quick_run, no_pictures, table, capsys):
+    with tarfile.open(ROOT / "tests" / "golden" / "old_runs" / "search.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    search_dir = tmp_path / "search"
+    before = table(search_dir)
+    # Its search.json has no `validation_limit`, and the recipe smoke has one by now.
+    assert SMOKE.validation_limit and "validation_limit" not in runs.read_json(search_dir / "search.json")["recipe"]
+    words = ["smoke", "--dataset", "digits", "--no-flip", "--space", str(space_file), "--search-dir", str(search_dir)]
+    assert _search([*words, "--trials", "3"]) == 0
+    assert "2 trials are done" in capsys.readouterr().out
+    [trained] = quick_run
+    assert trained.validation_limit is None  # so that the trials can be compared
+    after = table(search_dir)
+    assert len(after) == 3 and [row["val_accuracy"] for row in after[:2]] == [row["val_accuracy"] for row in before]
+    # Other settings are still another search.
+    assert _search([*words, "--trials", "3", "--epochs", "3"]) == 2
+    assert "epochs was 2 and is 3" in capsys.readouterr().err
 
 
 def test_an_own_space_of_what_no_training_can_have_is_told(command, tmp_path, quick_run, capsys):
