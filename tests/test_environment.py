@@ -90,6 +90,7 @@ def test_a_command_names_the_backend_that_it_needs(backend, monkeypatch):
     if backend is None:
         environment.start(backend=None)
         return
-    with pytest.raises(ArgumentError, match="Received: torch") as error:
+    with pytest.raises(ArgumentError) as error:
         environment.start(backend=backend)
+    assert "torch" in error.value.summary
     assert error.value.hint == f"Set KERAS_BACKEND={backend}"

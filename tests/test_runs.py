@@ -35,23 +35,27 @@ def test_a_vacant_folder_is_absent_or_empty(tmp_path):
     (tmp_path / ".123-recipe.json").touch()  # of a run that was killed as it began
     runs.require_vacant(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(OccupiedError, match=f"not a run: {tmp_path}"):
-        runs.require_vacant(tmp_path)
-    with pytest.raises(OccupiedError, match=f"not a folder: {tmp_path}/file"):
-        runs.require_vacant(tmp_path / "file")
+    for folder in (tmp_path, tmp_path / "file"):
+        with pytest.raises(OccupiedError) as error:
+            runs.require_vacant(folder)
+        assert error.value.argument == "run_dir" and "--resume" not in error.value.hint
+        assert error.value.summary.endswith(str(folder))
     (tmp_path / "recipe.json").touch()
-    with pytest.raises(OccupiedError, match=f"already holds a run: {tmp_path}"):
+    with pytest.raises(OccupiedError) as error:
         runs.require_vacant(tmp_path)
+    assert error.value.argument == "run_dir" and "--resume" in error.value.hint
+    assert error.value.summary.endswith(str(tmp_path))
 
 
 @pytest.mark.skipif(runs.fcntl is None, reason="Windows has no such locks")
 def test_a_run_folder_is_for_one_process_at_a_time(tmp_path):
     with (
         runs.lock(tmp_path),
-        pytest.raises(BusyError, match=str(tmp_path)),
+        pytest.raises(BusyError) as error,
         runs.lock(tmp_path),
     ):
         pass
+    assert str(tmp_path) in error.value.summary
     with runs.lock(tmp_path):
         assert not list(tmp_path.iterdir())
 
@@ -81,8 +85,9 @@ def test_what_was_half_written_is_swept_away(tmp_path):
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
 def test_broken_json_is_named(tmp_path, content):
     (tmp_path / "report.json").write_bytes(content)
-    with pytest.raises(RunError, match=f"^{tmp_path}/report.json is damaged"):
+    with pytest.raises(RunError) as error:
         runs.read_json(tmp_path / "report.json")
+    assert error.value.summary.startswith(f"{tmp_path}/report.json ")
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="tells by Linux' /proc what a descriptor is of")
@@ -149,5 +154,6 @@ def test_a_history_counts_epochs_from_one_also_where_version_0_1_wrote_it(tmp_pa
 @pytest.mark.parametrize("content", ["epoch,seconds\n1,x\n", "seconds\n1\n", "epoch,seconds\n1\n"])
 def test_a_damaged_history_is_named(tmp_path, content):
     (tmp_path / "history.csv").write_text(content)
-    with pytest.raises(RunError, match=r"history\.csv is damaged"):
+    with pytest.raises(RunError) as error:
         runs.read_history(tmp_path)
+    assert f"{tmp_path}/history.csv" in error.value.summary

@@ -97,8 +97,9 @@ def test_zeros_of_layers_that_are_not_clustered_stay(classifier):
     assert (np.asarray(kernel)[:, ::2] == 0).all()
     clustering.check(classifier)
     kernel.assign(np.ones(kernel.shape))
-    with pytest.raises(RunError, match="stage0_block0/mlp/fc1 has lost zeros"):
+    with pytest.raises(RunError) as failure:
         clustering.check(classifier)
+    assert "stage0_block0/mlp/fc1" in failure.value.summary
 
 
 def test_weights_that_are_no_numbers_do_not_hang_it(classifier):
@@ -117,26 +118,35 @@ def test_layers_can_be_named(classifier):
 
 @pytest.mark.parametrize("clusters", [1, 0, -3])
 def test_fewer_than_two_values_are_refused(clusters):
-    with pytest.raises(RecipeError, match=rf"`clusters` must be at least 2.*clusters={clusters}"):
+    with pytest.raises(RecipeError) as refusal:
         WeightClustering(clusters)
+    assert refusal.value.argument == "clusters"
+    assert f"clusters={clusters}" in refusal.value.summary
     with pytest.raises(RecipeError) as refusal:
         WeightClustering(layers=())
     assert refusal.value.argument == "layers"
 
 
 def test_more_values_than_there_are_are_refused(classifier):
-    with pytest.raises(RecipeError, match=r"`clusters` must be at most 64, .* stage0_block0/attention/proj_q"):
+    with pytest.raises(RecipeError) as refusal:
         WeightClustering(65).start(classifier, None, 10, 1)
+    assert refusal.value.argument == "clusters"
+    assert " 64" in refusal.value.summary and "stage0_block0/attention/proj_q" in refusal.value.summary
 
 
 def test_what_it_can_not_come_after_is_refused():
-    with pytest.raises(RecipeError, match="Cluster the run before it"):
+    with pytest.raises(RecipeError) as refusal:
         WeightClustering(after={"method": "qat"}).require(SMOKE)
-    with pytest.raises(RecipeError, match=r"`ema` must be 0.*ema=0.5"):
+    assert refusal.value.argument == "run" and "qat" in refusal.value.summary
+    with pytest.raises(RecipeError) as refusal:
         WeightClustering().require(dataclasses.replace(SMOKE, ema=0.5))
+    assert refusal.value.argument == "ema" and "ema=0.5" in refusal.value.summary
     WeightClustering(after={"method": "prune"}).require(SMOKE)
 
 
 def test_a_network_that_is_not_as_it_was_to_be_is_told(classifier):
-    with pytest.raises(RunError, match="stage0_block0/attention/proj_q has 64 values in place of 16"):
+    with pytest.raises(RunError) as failure:
         WeightClustering(16).check(classifier)
+    assert failure.value.argument == "clusters"
+    for part in ("stage0_block0/attention/proj_q", "64", "16"):
+        assert part in failure.value.summary

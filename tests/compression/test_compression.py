@@ -238,8 +238,9 @@ def _operations(file):
     ],
 )
 def test_a_wrong_argument_is_named(method, options, argument, trained, tmp_path):
-    with pytest.raises(RecipeError, match=rf"`{argument}` .* Received") as refusal:
+    with pytest.raises(RecipeError) as refusal:
         compress(trained, tmp_path / "new", method, **options)
+    assert f"`{argument}`" in refusal.value.summary
     assert refusal.value.argument == argument or argument == "epochs"
     assert "--" not in refusal.value.summary
     assert not (tmp_path / "new").exists()
@@ -296,9 +297,9 @@ def test_a_wrong_value_of_a_flag_is_one_line(flags, trained, tmp_path, capsys):
     ],
 )
 def test_methods_that_can_not_follow_each_other_are_refused(before, method, compressed, tmp_path):
-    with pytest.raises(RecipeError, match=f"must not be compressed by {before} already") as refusal:
+    with pytest.raises(RecipeError) as refusal:
         compress(compressed(before), tmp_path / "new", method)
-    assert refusal.value.argument == "run"
+    assert refusal.value.argument == "run" and before in refusal.value.summary
     assert not (tmp_path / "new").exists()
 
 
@@ -311,8 +312,9 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_a_run_without_a_model_is_refused(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "model.keras").unlink()
-    with pytest.raises(RunError, match=r"is not finished: it has no model\.keras") as refusal:
+    with pytest.raises(RunError) as refusal:
         compress(tmp_path / "run", tmp_path / "new", "qat")
+    assert "model.keras" in refusal.value.summary
     assert (refusal.value.argument, refusal.value.exit_code) == ("run", 1)
 
 
@@ -321,8 +323,9 @@ def test_a_damaged_recipe_is_called_damaged(compression, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     recipe = runs.read_json(trained / "recipe.json") | {"compression": compression}
     runs.write_json(tmp_path / "run" / "recipe.json", recipe)
-    with pytest.raises(RunError, match=r"recipe\.json is damaged: `compression` must have a `method`"):
+    with pytest.raises(RunError) as refusal:
         compress(tmp_path / "run", tmp_path / "new", "prune")
+    assert str(tmp_path / "run" / "recipe.json") in refusal.value.summary and "`compression`" in refusal.value.summary
 
 
 def test_a_run_is_never_overwritten(trained, compressed):
@@ -436,8 +439,9 @@ def test_what_does_not_go_with_compression_is_off(method, precision, trained, tm
 
 def test_what_can_not_be_combined_is_refused_from_python_too(trained, tmp_path):
     recipe = dataclasses.replace(Recipe.from_settings(runs.read_json(trained / "recipe.json")), ema=0.9)
-    with pytest.raises(RecipeError, match=r"`ema` must be 0 with pruning"):
+    with pytest.raises(RecipeError) as refusal:
         run(recipe, tmp_path / "run", compressor=MagnitudePruning())
+    assert refusal.value.argument == "ema"
     assert not (tmp_path / "run").exists()
 
 
@@ -446,9 +450,9 @@ def test_images_of_other_classes_are_refused(trained, tmp_path):
     recipe = runs.read_json(trained / "recipe.json") | {"dataset": "digits"}
     shutil.copytree(trained, tmp_path / "run")
     runs.write_json(tmp_path / "run" / "recipe.json", recipe)
-    with pytest.raises(RecipeError, match="0, 1, 2, 3, 4 and 5 more") as refusal:
+    with pytest.raises(RecipeError) as refusal:
         compress(tmp_path / "run", tmp_path / "new", "prune")
-    assert refusal.value.argument == "data_dir"
+    assert refusal.value.argument == "data_dir" and "0, 1, 2, 3, 4 and 5 more" in refusal.value.summary
     assert not (tmp_path / "new").exists()
 
 

@@ -46,14 +46,18 @@ def test_layers_can_be_named(names, number):
 
 @pytest.mark.parametrize("name", ["stage9", "stage0_block", "norm", "stage0_embed/proj/kernel", ""])
 def test_an_unknown_layer_is_refused_with_the_known(name):
-    with pytest.raises(RecipeError, match=rf"`layers` must name .*stage2_block0/mlp/fc1.* Received: {name}$"):
+    with pytest.raises(RecipeError) as refusal:
         kernels(_classifier(), [name])
+    assert refusal.value.argument == "layers"
+    assert "stage2_block0/mlp/fc1" in refusal.value.summary and refusal.value.summary.endswith(f": {name}")
 
 
 def test_a_predicate_chooses():
     assert list(kernels(_classifier(), lambda path: path == "head")) == ["head"]
-    with pytest.raises(RecipeError, match=r"`layers` must choose at least one of .*head. Received: .*lambda"):
+    with pytest.raises(RecipeError) as refusal:
         kernels(_classifier(), lambda path: False)
+    assert refusal.value.argument == "layers"
+    assert "head" in refusal.value.summary and "lambda" in refusal.value.summary
 
 
 @pytest.mark.parametrize("layers", [(), [], "stage1"])

@@ -124,85 +124,102 @@ def test_layers_can_be_chosen_by_a_predicate(classifier):
 @pytest.mark.parametrize("pattern", ["2:4", "4x1"])
 def test_inputs_that_do_not_come_in_fours_are_told_before_the_training(pattern):
     classifier = build_classifier(Variant((Stage(dim=18, depth=1, heads=1),)), 10, (32, 32, 3))
-    with pytest.raises(RecipeError, match=rf"multiple of 4 inputs with the pattern {pattern}.*proj_q, with 18"):
+    with pytest.raises(RecipeError) as refusal:
         MagnitudePruning(0.5, pattern).start(classifier, None, 10, 1)
+    assert refusal.value.argument == "layers"
+    assert pattern in refusal.value.summary and "proj_q, with 18" in refusal.value.summary
     MagnitudePruning(0.5, pattern, layers=["stage0_block0/mlp/fc2"]).start(classifier, None, 10, 1)
 
 
 def test_a_share_of_which_a_kernel_has_no_zero_is_refused(classifier):
     smallest = min(kernels(classifier).values(), key=lambda kernel: np.prod(kernel.shape))
     least = 0.5 / np.prod(smallest.shape)
-    with pytest.raises(RecipeError, match=rf"`sparsity` must be at least {least:.2g} for stage0_.* to have a zero"):
-        MagnitudePruning(0.9 * least).start(classifier, None, 10, 1)
-    with pytest.raises(RecipeError, match=rf"`sparsity` must be at least {4 * least:.2g} for stage0_.* to have a zero"):
-        MagnitudePruning(3.9 * least, "4x1").start(classifier, None, 10, 1)
+    for pattern, smallest_share in (("unstructured", least), ("4x1", 4 * least)):
+        with pytest.raises(RecipeError) as refusal:
+            MagnitudePruning(smallest_share - 0.1 * least, pattern).start(classifier, None, 10, 1)
+        assert refusal.value.argument == "sparsity"
+        assert f"{smallest_share:.2g} for stage0_" in refusal.value.summary
     MagnitudePruning(1.1 * least).start(classifier, None, 10, 1)
 
 
 def test_a_step_has_no_half(classifier):
-    with pytest.raises(RecipeError, match=r"`schedule` must be constant in a training of 1 step"):
+    with pytest.raises(RecipeError) as refusal:
         MagnitudePruning(0.5).start(classifier, None, 1, 1)
+    assert refusal.value.argument == "schedule"
     _train(pruning := MagnitudePruning(0.5, schedule="constant"), classifier, steps=1)
     assert pruning.check(classifier)["sparsity"] == pytest.approx(0.5, abs=2e-3)
 
 
 @pytest.mark.parametrize("frequency", [6, 1000])
 def test_a_schedule_that_would_do_nothing_is_refused(classifier, frequency):
-    with pytest.raises(RecipeError, match=rf"`frequency` must be at most 5 in a training of 10 steps.*frequency={frequency}"):
+    with pytest.raises(RecipeError) as refusal:
         MagnitudePruning(0.7, frequency=frequency).start(classifier, None, steps=10, epochs=1)
+    assert refusal.value.argument == "frequency"
+    for part in ("at most 5 ", "10 steps", f"frequency={frequency}"):
+        assert part in refusal.value.summary
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, argument, parts",
     [
-        ({"sparsity": 0}, "`sparsity` .* must be over 0 and under 1.*sparsity=0"),
-        ({"sparsity": 1.0}, "`sparsity` .* must be over 0 and under 1.*sparsity=1.0"),
-        ({"sparsity": -0.1}, "sparsity=-0.1"),
-        ({"sparsity": float("nan")}, "sparsity=nan"),
-        ({"sparsity": 0.7, "pattern": "2:4"}, "`sparsity` must be 0.5 with the pattern 2:4.*sparsity=0.7"),
-        ({"sparsity": 0.5, "pattern": "2:4", "schedule": "constant"}, "`schedule` must be left out with the pattern 2:4"),
-        ({"sparsity": 0.5, "pattern": "2:4", "frequency": 3}, "`frequency` must be left out with 2:4.*frequency=3"),
-        ({"schedule": "constant", "frequency": 3}, "`frequency` must be left out with constant.*frequency=3"),
-        ({"pattern": "3:4"}, "`pattern` must be one of unstructured, 2:4, 4x1.*3:4"),
-        ({"schedule": "cubic"}, "`schedule` must be one of polynomial, constant.*cubic"),
-        ({"frequency": 0}, "`frequency` must be at least 1.*frequency=0"),
-        ({"layers": ()}, "`layers` must name at least one layer"),
+        ({"sparsity": 0}, "sparsity", ["sparsity=0"]),
+        ({"sparsity": 1.0}, "sparsity", ["sparsity=1.0"]),
+        ({"sparsity": -0.1}, "sparsity", ["sparsity=-0.1"]),
+        ({"sparsity": float("nan")}, "sparsity", ["sparsity=nan"]),
+        ({"sparsity": 0.7, "pattern": "2:4"}, "sparsity", ["0.5", "2:4", "sparsity=0.7"]),
+        ({"sparsity": 0.5, "pattern": "2:4", "schedule": "constant"}, "schedule", ["2:4", "schedule=constant"]),
+        ({"sparsity": 0.5, "pattern": "2:4", "frequency": 3}, "frequency", ["2:4", "frequency=3"]),
+        ({"schedule": "constant", "frequency": 3}, "frequency", ["constant", "frequency=3"]),
+        ({"pattern": "3:4"}, "pattern", ["unstructured, 2:4, 4x1", "3:4"]),
+        ({"schedule": "cubic"}, "schedule", ["polynomial, constant", "cubic"]),
+        ({"frequency": 0}, "frequency", ["at least 1", "frequency=0"]),
+        ({"layers": ()}, "layers", []),
     ],
 )
-def test_an_argument_out_of_its_range_is_refused(arguments, message):
-    with pytest.raises(RecipeError, match=message) as refusal:
+def test_an_argument_out_of_its_range_is_refused(arguments, argument, parts):
+    with pytest.raises(RecipeError) as refusal:
         MagnitudePruning(**arguments)
-    assert refusal.value.argument in arguments
+    assert refusal.value.argument == argument
+    for part in parts:
+        assert part in refusal.value.summary
 
 
 def test_a_convolution_has_no_blocks(classifier):
-    with pytest.raises(RecipeError, match=r"`layers` must name Dense layers with the pattern 4x1.*stage1_embed/proj"):
+    with pytest.raises(RecipeError) as refusal:
         MagnitudePruning(0.5, pattern="4x1", layers=["stage1"]).start(classifier, None, 10, 1)
+    assert refusal.value.argument == "layers"
+    assert "4x1" in refusal.value.summary and "stage1_embed/proj" in refusal.value.summary
 
 
-@pytest.mark.parametrize(
-    "before, message", [("cluster", "Prune first, then cluster"), ("qat", "Prune first, then train for quantisation")]
-)
-def test_what_it_can_not_come_after_is_refused(before, message):
-    with pytest.raises(RecipeError, match=message):
+@pytest.mark.parametrize("before", ["cluster", "qat"])
+def test_what_it_can_not_come_after_is_refused(before):
+    with pytest.raises(RecipeError) as refusal:
         MagnitudePruning(after={"method": before}).require(SMOKE)
+    assert refusal.value.argument == "run" and before in refusal.value.summary
 
 
 def test_a_moving_average_is_refused():
-    with pytest.raises(RecipeError, match=r"`ema` must be 0.*ema=0.9"):
+    with pytest.raises(RecipeError) as refusal:
         MagnitudePruning().require(dataclasses.replace(SMOKE, ema=0.9))
+    assert refusal.value.argument == "ema" and "ema=0.9" in refusal.value.summary
     MagnitudePruning().require(SMOKE)
 
 
 @pytest.mark.parametrize("pattern, target", [("unstructured", 0.7), ("2:4", 0.5), ("4x1", 0.5)])
 def test_a_network_that_is_not_as_it_was_to_be_is_told(classifier, pattern, target):
     pruning = MagnitudePruning(target, pattern)
-    with pytest.raises(RunError, match=rf"stage0_block0/attention/proj_q has 0.00% zeros in place of {target:.0%}"):
+    with pytest.raises(RunError) as failure:
         pruning.check(classifier)
+    assert failure.value.argument == "layers"
+    for part in ("stage0_block0/attention/proj_q", " 0.00%", f" {target:.0%}"):
+        assert part in failure.value.summary
     for kernel in kernels(classifier).values():
         kernel.assign(np.zeros(kernel.shape))
-    with pytest.raises(RunError, match=rf"stage0_block0/attention/proj_q has 100.00% zeros in place of {target:.0%}"):
+    with pytest.raises(RunError) as failure:
         pruning.check(classifier)
+    assert failure.value.argument == "layers"
+    for part in ("stage0_block0/attention/proj_q", " 100.00%", f" {target:.0%}"):
+        assert part in failure.value.summary
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4x1"])
@@ -211,8 +228,9 @@ def test_zeros_in_the_wrong_places_are_told(classifier, pattern):
         values = np.ones(kernel.shape)
         values[..., 1 : values.shape[-2] // 2 + 1, :] = 0
         kernel.assign(values)
-    with pytest.raises(RunError, match=rf"the zeros of stage0_block0/attention/proj_q do not follow the pattern {pattern}"):
+    with pytest.raises(RunError) as failure:
         MagnitudePruning(0.5, pattern).check(classifier)
+    assert "stage0_block0/attention/proj_q" in failure.value.summary and f"pattern {pattern}" in failure.value.summary
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4x1"])

@@ -33,8 +33,9 @@ def test_lost_zeros_are_told():
     training, made = _started(True, _prune_half)
     kernel = made.get_layer("cvt").get_layer("stage0_block0").fc1.conv.kernel
     kernel.assign(np.ones(kernel.shape))
-    with pytest.raises(RunError, match="stage0_block0/fc1 has lost zeros"):
+    with pytest.raises(RunError) as failure:
         training.check(made)
+    assert "stage0_block0/fc1" in failure.value.summary
 
 
 def _fit(training, made, images=IMAGES):
@@ -162,9 +163,10 @@ def test_ranges_are_told_by_their_place():
 def test_a_range_that_is_no_number_is_told():
     training, made = _started()
     made.get_layer("cvt").get_layer("norm").quantizers["inverse"].maximum.assign(np.nan)
-    with pytest.raises(RunError, match="norm/inverse_quantizer has no range") as failure:
+    with pytest.raises(RunError) as failure:
         training.check(made)
     assert failure.value.argument == "peak_learning_rate"
+    assert "norm/inverse_quantizer" in failure.value.summary
 
 
 def test_it_comes_back_from_a_file(tmp_path):
@@ -176,19 +178,22 @@ def test_it_comes_back_from_a_file(tmp_path):
 
 
 def test_half_precision_is_refused():
-    with pytest.raises(RecipeError, match=r"`precision` must be float32.*mixed_bfloat16"):
+    with pytest.raises(RecipeError) as refusal:
         QuantizationAwareTraining().require(dataclasses.replace(SMOKE, precision="mixed_bfloat16"))
+    assert refusal.value.argument == "precision" and "mixed_bfloat16" in refusal.value.summary
     QuantizationAwareTraining(after={"method": "prune"}).require(dataclasses.replace(SMOKE, precision="float32"))
 
 
 def test_a_clustered_run_is_refused():
-    with pytest.raises(RecipeError, match="must not be compressed by cluster already: training would move its values"):
+    with pytest.raises(RecipeError) as refusal:
         QuantizationAwareTraining(after={"method": "cluster"}).require(dataclasses.replace(SMOKE, precision="float32"))
+    assert refusal.value.argument == "run" and "cluster" in refusal.value.summary
 
 
 def test_a_network_without_integer_form_is_refused():
     from cvt_keras import Stage, Variant
 
     variant = Variant((Stage(dim=8, depth=1, heads=1, projection="avg"),))
-    with pytest.raises(RecipeError, match=r"`variant` has no quantised form.*avg"):
+    with pytest.raises(RecipeError) as refusal:
         QuantizationAwareTraining().wrap(build_classifier(variant, 2, (32, 32, 3)))
+    assert refusal.value.argument == "variant" and "avg" in refusal.value.summary

@@ -15,7 +15,7 @@ from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classi
 from cvt_keras.conversion import checkpoint, configs, layouts
 from cvt_keras.conversion.checkpoint import load_state_dict
 from cvt_keras.conversion.layouts import microsoft_weights, transformers_weights
-from cvt_keras.errors import CheckpointError
+from cvt_keras.errors import ArgumentError, CheckpointError
 from cvt_keras.pretrained import to_torch_state_dict
 
 
@@ -89,8 +89,10 @@ def test_the_weights_are_the_networks_own(tmp_path):
 def test_what_float32_can_not_hold_is_refused():
     weights = transformers_weights(TINY, 5)
     arrays = {**random_arrays(weights), "layernorm.weight": np.full(16, 1e300)}
-    with pytest.raises(CheckpointError, match=r"layernorm\.weight: it holds .*float32"):
+    with pytest.raises(CheckpointError) as error:
         load_state_dict(CvT(TINY, 5, (32, 32, 3)), arrays, weights)
+    [line] = error.value.details
+    assert line.startswith("layernorm.weight: ") and "float32" in line
 
 
 def test_a_map_of_another_network_is_refused():
@@ -167,12 +169,14 @@ def test_a_keras_file_is_a_source_too(tiny_folder, tmp_path):
         assert CvT.from_pretrained(tmp_path / "plain.keras").input_shape == (None, side, side, 3)
     other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     other.save(tmp_path / "other.keras")
-    with pytest.raises(CheckpointError, match=r"other\.keras: it holds no CvT"):
+    with pytest.raises(CheckpointError) as error:
         CvT.from_pretrained(tmp_path / "other.keras")
+    assert "other.keras" in error.value.summary
     for text, said in {"hello": "download it again", "version https://git-lfs.github.com": "git lfs pull"}.items():
         (tmp_path / "text.keras").write_text(text)
-        with pytest.raises(CheckpointError, match=rf"text\.keras: it is damaged or no \.keras file: .*{said}"):
+        with pytest.raises(CheckpointError) as error:
             CvT.from_pretrained(tmp_path / "text.keras")
+        assert "text.keras" in error.value.summary and said in error.value.summary
 
 
 def test_a_variant_is_a_shape_and_the_weights_know_the_activation(tmp_path):
@@ -180,15 +184,18 @@ def test_a_variant_is_a_shape_and_the_weights_know_the_activation(tmp_path):
     folder.mkdir()
     arrays = random_arrays(transformers_weights("cvt_13", 5))
     safetensors.numpy.save_file(arrays, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"config\.json must lie beside it"):
+    with pytest.raises(CheckpointError) as error:
         checkpoint.read(folder / "model.safetensors")
+    assert "config.json" in error.value.summary
     assert checkpoint.read(folder / "model.safetensors", "cvt_13").variant.activation == "gelu"
     assert checkpoint.read(folder / "model.safetensors", VARIANTS["cvt_13"]).variant.activation == "gelu"
     (folder / "config.json").write_text(json.dumps(config_of("cvt_13", 5)))
     assert checkpoint.read(folder, "cvt_13").variant.activation == "gelu"
     heads = [dataclasses.replace(stage, heads=2) for stage in VARIANTS["cvt_13"].stages]
-    with pytest.raises(ValueError, match=r"`variant` .*heads of stage 0 is 1, not 2"):
+    with pytest.raises(ArgumentError) as error:
         checkpoint.read(folder, Variant(tuple(heads)))
+    assert error.value.argument == "variant"
+    assert "heads of stage 0 is 1, not 2" in error.value.summary
 
 
 # === Refusals ===
@@ -213,18 +220,20 @@ def test_the_array_that_is_cut_is_the_one_that_is_told(key, shape, tmp_path):
 
 def test_a_head_that_disagrees_with_itself_is_told(tmp_path):
     arrays = {**random_arrays(microsoft_weights(SHALLOW, 5)), "head.bias": np.zeros(4, "float32")}
-    with pytest.raises(CheckpointError, match=r"head\.weight and head\.bias .*\(5, 384\) and \(4,\)"):
+    with pytest.raises(CheckpointError) as error:
         checkpoint.read(save_torch(tmp_path / "weights.pth", arrays))
+    for part in ("head.weight", "head.bias", "(5, 384)", "(4,)"):
+        assert part in error.value.summary
 
 
 def test_a_lost_cls_token_is_told_with_the_way_out(tmp_path):
     arrays = random_arrays(microsoft_weights(SHALLOW, 5))
     del arrays["stage2.cls_token"]
     file = save_torch(tmp_path / "weights.pth", arrays)
-    with pytest.raises(
-        CheckpointError, match=r"the paper's shallow.*\(another network needs `variant`\)[^\n]*\n.*: stage2\.cls_token$"
-    ):
+    with pytest.raises(CheckpointError) as error:
         checkpoint.read(file)
+    assert "shallow" in error.value.summary and "`variant`" in error.value.summary
+    assert error.value.details == ("missing: stage2.cls_token",)
     stages = SHALLOW.stages
     without = Variant((*stages[:2], dataclasses.replace(stages[2], cls_token=False)))
     assert checkpoint.read(file, without).variant == without
@@ -232,33 +241,38 @@ def test_a_lost_cls_token_is_told_with_the_way_out(tmp_path):
 
 def test_a_stray_key_of_the_other_layout_is_told_as_one(tmp_path):
     arrays = {**random_arrays(microsoft_weights(SHALLOW, 5)), "cvt.encoder": np.ones(3, "float32")}
-    with pytest.raises(CheckpointError, match=r"; 0 missing, 1 unused, 0 of[^\n]*\n  unused: cvt\.encoder$"):
+    with pytest.raises(CheckpointError) as error:
         checkpoint.read(save_torch(tmp_path / "weights.pth", arrays))
+    assert error.value.details == ("unused: cvt.encoder",)
 
 
 @pytest.mark.files
 def test_lost_blocks_and_biases_make_no_smaller_network(tmp_path):
     sound = random_arrays(microsoft_weights("cvt_13", 5))
     damages = {
-        r"its stages have \[1, 2, 9\].* \[1, 2, 10\] of cvt_13, \[1, 4, 16\] of cvt_21": r"stage2\.blocks\.9\.",
-        r"missing: stage2\.blocks\.4\.norm1\.weight": r"stage2\.blocks\.4\.",
-        r"missing: stage1\.blocks\.0\.attn\.proj_k\.bias": r"stage1\.blocks\.\d+\.attn\.proj_[qkv]\.bias",
-        r"missing: stage0\.blocks\.0\.attn\.proj_v\.bias": r".*\.attn\.proj_[qkv]\.bias",
-        r"missing: stage1\.patch_embed\.proj\.weight": r"stage1\.",
-        r"none of the paper's: give `variant`": r"stage2\.",
+        r"stage2\.blocks\.9\.": ["[1, 2, 9]", "[1, 2, 10] of cvt_13", "[1, 4, 16] of cvt_21"],
+        r"stage2\.": ["`variant`"],
+        r"stage2\.blocks\.4\.": "missing: stage2.blocks.4.norm1.weight",
+        r"stage1\.blocks\.\d+\.attn\.proj_[qkv]\.bias": "missing: stage1.blocks.0.attn.proj_k.bias",
+        r".*\.attn\.proj_[qkv]\.bias": "missing: stage0.blocks.0.attn.proj_v.bias",
+        r"stage1\.": ["missing: stage1.patch_embed.proj.weight"],
     }
-    for told, lost in damages.items():
+    for lost, told in damages.items():
         arrays = {key: array for key, array in sound.items() if not re.match(lost, key)}
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError) as error:
             checkpoint.read(save_torch(tmp_path / "weights.pth", arrays))
+        if isinstance(told, str):
+            assert told in error.value.details
+        else:
+            assert all(part in error.value.summary for part in told), lost
 
 
 @pytest.mark.files
 def test_another_variant_than_the_weights_is_told_with_the_right_one(shallow_file):
-    with pytest.raises(
-        CheckpointError, match=r"do not fit `variant` \(their widths, kernels and depths are those of shallow\); \d+ m"
-    ):
+    with pytest.raises(CheckpointError) as error:
         checkpoint.read(shallow_file, "cvt_21")
+    assert "`variant`" in error.value.summary and "shallow" in error.value.summary
+    assert error.value.details
 
 
 def test_a_damaged_head_is_refused_also_where_it_is_not_used(tiny_folder, tmp_path):
@@ -266,8 +280,9 @@ def test_a_damaged_head_is_refused_also_where_it_is_not_used(tiny_folder, tmp_pa
     arrays = random_arrays(transformers_weights(TINY, 5))
     del arrays["classifier.weight"]
     safetensors.numpy.save_file(arrays, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing: classifier\.weight"):
+    with pytest.raises(CheckpointError) as error:
         CvT.from_pretrained(folder, num_classes=3)
+    assert error.value.details == ("missing: classifier.weight",)
 
 
 @pytest.mark.files
@@ -314,14 +329,16 @@ def test_a_damaged_folder_is_told_in_a_line(damage, parts, tiny_folder, tmp_path
 def test_a_network_that_the_shapes_do_not_settle_asks_for_the_variant(tmp_path):
     variant = Variant((Stage(8, 1, 1), Stage(16, 1, 2)))
     file = save_torch(tmp_path / "weights.pth", random_arrays(microsoft_weights(variant, 5)))
-    with pytest.raises(CheckpointError, match=r"give `variant`"):
+    with pytest.raises(CheckpointError) as error:
         CvT.from_pretrained(file)
+    assert "`variant`" in error.value.summary
     assert CvT.from_pretrained(file, variant=variant, input_shape=(32, 32, 3)).variant == variant
     for change in ({"projection": "linear"}, {"qkv_bias": False}, {"mlp_ratio": 2.0}):
         other = Variant(tuple(dataclasses.replace(stage, **change) for stage in SHALLOW.stages))
         file = save_torch(tmp_path / "other.pth", random_arrays(microsoft_weights(other, 5)))
-        with pytest.raises(CheckpointError, match="another network needs `variant`"):
+        with pytest.raises(CheckpointError) as error:
             checkpoint.read(file)
+        assert "`variant`" in error.value.summary
         assert checkpoint.read(file, other).variant == other
 
 

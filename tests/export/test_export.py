@@ -151,9 +151,10 @@ def test_images_of_other_classes_are_refused(trained, tmp_path):
     run_dir = _copy(trained, tmp_path)
     recipe = json.loads((run_dir / "recipe.json").read_text())
     (run_dir / "recipe.json").write_text(json.dumps({**recipe, "dataset": "digits"}))
-    with pytest.raises(RunError, match="other classes than those of digits") as raised:
+    with pytest.raises(RunError) as raised:
         export(run_dir)
-    assert raised.value.argument == "data_dir" and not (run_dir / "export").exists()
+    assert raised.value.argument == "data_dir" and "digits" in raised.value.summary
+    assert not (run_dir / "export").exists()
 
 
 def test_the_command_tells_bad_input_in_a_line(tmp_path, capsys):
@@ -219,10 +220,11 @@ def test_a_file_that_can_not_grow_leaves_nothing_half_written(trained, tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(ExportError, match="saved_model can't be made: "):
+        with pytest.raises(ExportError) as raised:
             export(run_dir, ["saved_model"], verify_images=5)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "saved_model" in raised.value.summary
     assert sorted(path.name for path in (run_dir / "export").iterdir()) == ["labels.txt", "report.json", "tflite"]
 
 
@@ -232,8 +234,9 @@ def test_what_was_done_before_a_failure_stands_in_the_report(trained, tmp_path, 
 
     run_dir = _copy(trained, tmp_path)
     monkeypatch.setattr(artifacts.saved_model, "write", fail)
-    with pytest.raises(ExportError, match=r"saved_model can't be made: No space left on device$"):
+    with pytest.raises(ExportError) as raised:
         export(run_dir, ["float32", "saved_model"], verify_images=5)
+    assert "saved_model" in raised.value.summary and raised.value.summary.endswith("No space left on device")
     report = json.loads((run_dir / "export" / "report.json").read_text())
     assert [row["name"] for row in report["artifacts"]] == ["float32"]
     assert "calibration_images" not in report  # no int8 was made

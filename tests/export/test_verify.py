@@ -94,8 +94,9 @@ def test_a_float_in_an_integer_file_is_listed_with_its_reason(file):
 def test_answers_that_are_no_numbers_are_no_answers(file):
     probabilities = _sure(LABELS)
     probabilities[7, 7] = np.nan
-    with pytest.raises(ExportError, match="int8 does not run: its probabilities are NaN or infinite"):
+    with pytest.raises(ExportError) as error:
         compare("int8", file, "", LABELS, _sure(LABELS), _found(probabilities))
+    assert "int8" in error.value.summary and "NaN" in error.value.summary
 
 
 @pytest.mark.parametrize("side, parts", [(32, [500, 500, 1]), (320, [5] * 200 + [1]), (1000, [1] * 1001)])
@@ -106,8 +107,9 @@ def test_batches_are_as_large_as_their_images_allow(side, parts):
 
 def test_what_does_not_run_is_told(file):
     np.save(file.with_name("images.npy"), np.zeros((2, 32, 32, 3), "uint8"))
-    with pytest.raises(ExportError, match="float32 does not run: "):
+    with pytest.raises(ExportError) as error:
         verify.verify("float32", file, "", file.with_name("images.npy"), LABELS[:2], _sure(LABELS)[:2])
+    assert "float32" in error.value.summary
 
 
 @pytest.mark.parametrize(

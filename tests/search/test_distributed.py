@@ -87,8 +87,9 @@ def test_workers_finish_what_a_chief_hands_out(make_oracle, tmp_path, address, q
 
 def test_a_chief_without_workers_ends(make_oracle, address):
     began = time.monotonic()
-    with pytest.raises(DistributedError, match=r"no worker was heard for 1 s"):
+    with pytest.raises(DistributedError) as error:
         lead(make_oracle(), address, 1.0, None)
+    assert "1 s" in error.value.summary and "--worker" in error.value.hint
     assert time.monotonic() - began < 6
 
 
@@ -106,24 +107,27 @@ def test_an_address_in_use_is_told(make_oracle, address):
     with socket.socket() as taken:
         taken.bind((host, int(port)))
         taken.listen()
-        with pytest.raises(DistributedError, match=f"nothing can listen .*{address}") as error:
+        with pytest.raises(DistributedError) as error:
             lead(make_oracle(), address, 1.0, None)
     assert error.value.argument == "address"
+    assert address in error.value.summary
 
 
 def test_a_worker_without_a_chief_ends(make_oracle, tmp_path, address, monkeypatch):
     assert distributed.NO_CHIEF_SECONDS < 45  # a minute, with its start
     monkeypatch.setattr(distributed, "NO_CHIEF_SECONDS", 0.5)
-    with pytest.raises(DistributedError, match=f"no chief answers at {address}$") as error:
+    with pytest.raises(DistributedError) as error:
         _worker(make_oracle, tmp_path, address)
+    assert error.value.summary.endswith(address)
     assert "--chief" in error.value.hint
 
 
 def test_a_worker_of_another_search_is_refused(make_oracle, tmp_path, address):
     _Chief(make_oracle(), address)
     other = dataclasses.replace(RECIPES["smoke"], dataset="digits", flip=False, seed=7)
-    with pytest.raises(RecipeError, match="has a different search: seed was 0 and is 7"):
+    with pytest.raises(RecipeError) as error:
         _worker(make_oracle, tmp_path, address, recipe=other)
+    assert "seed was 0 and is 7" in error.value.summary
 
 
 def _stub(address):
@@ -180,8 +184,9 @@ def test_a_worker_whose_chief_goes_stops_training(make_oracle, tmp_path, address
     # A shell has its background processes ignore Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with pytest.raises(DistributedError, match=r"no chief answers.*; finished epochs are kept$"):
+        with pytest.raises(DistributedError) as error:
             worker.search()
+        assert address in error.value.summary and "finished epochs are kept" in error.value.summary
     finally:
         signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "search").exists()  # which is the chief's to make
@@ -201,8 +206,9 @@ def test_a_worker_that_waits_for_an_answer_can_be_stopped(make_oracle, tmp_path,
     server = _served(Stuck(make_oracle()), address)
     worker = _worker(make_oracle, tmp_path, address)
     began = time.monotonic()
-    with pytest.raises(DistributedError, match=r"no chief answers at [^;]*$"):
+    with pytest.raises(DistributedError) as error:
         worker.search()
+    assert address in error.value.summary and "finished epochs" not in error.value.summary
     assert time.monotonic() - began < 10
     waiting.set()
     server.stop(None).wait()
@@ -228,8 +234,10 @@ def test_a_worker_whose_disk_has_another_search_ends(make_oracle, tmp_path, addr
         other = dataclasses.replace(SMOKE, precision="float32", xla="off", seed=9)
         runs.write_json(run_dir / runs.RECIPE, other.settings())
     chief = _Chief(make_oracle(trials=2), address, patience=2.0)
-    with pytest.raises(RecipeError, match=r"holds runs of a different search: .* seed was 9 and is 0"):
+    with pytest.raises(RecipeError) as error:
         _worker(make_oracle, tmp_path, address, trials=2).search()
+    assert error.value.argument == "search_dir"
+    assert "seed was 9 and is 0" in error.value.summary
     chief.join(10)
     assert chief.oracle.trials["0"].status == TrialStatus.RUNNING
 
@@ -401,8 +409,9 @@ def test_a_disk_that_is_full_ends_the_chief_and_its_workers(make_oracle, tmp_pat
 
     oracle._save_trial = full
     chief = _Chief(oracle, address)
-    with pytest.raises(DistributedError, match=r"the chief at .* failed: .*No space left"):
+    with pytest.raises(DistributedError) as error:
         _worker(make_oracle, tmp_path, address, trials=3).search()
+    assert address in error.value.summary and "No space left" in error.value.summary
     chief.join(10)
     assert "No space left" in str(chief.error)
     assert make_oracle(trials=3).create_trial("again").trial_id == "0"

@@ -128,8 +128,9 @@ def test_a_trial_that_was_not_handed_out_before_the_kill_is_made_anew(make_oracl
 def test_a_broken_file_is_told(make_oracle, tmp_path):
     _all(make_oracle())
     (tmp_path / "oracle" / "oracle.json").write_text("{")
-    with pytest.raises(RunError, match="is damaged") as error:
+    with pytest.raises(RunError) as error:
         make_oracle()
+    assert str(tmp_path / "oracle") in error.value.summary
     assert "--fresh" in error.value.hint
 
 
@@ -198,11 +199,15 @@ def test_a_space_of_no_networks_is_told(make_oracle, monkeypatch):
     oracle = make_oracle(space={"stage0_depth": Choice((1, 2))})
     oracle.candidates.own = None
     oracle.candidates.fits = lambda values: False
-    with pytest.raises(RecipeError, match=r"nothing to try: 30 candidates in a row were no networks for 32 pixels$"):
+    with pytest.raises(RecipeError) as error:
         oracle.require_one()
+    assert error.value.argument == "space"
+    assert "30 candidates" in error.value.summary and error.value.summary.endswith("32 pixels")
     oracle.candidates.max_macs = 10**9
-    with pytest.raises(RecipeError, match=r"for 32 pixels, or over the budget$"):
+    with pytest.raises(RecipeError) as error:
         oracle.require_one()
+    assert error.value.argument == "space"
+    assert "budget" in error.value.summary
 
 
 def test_how_strong_no_augmentation_is_makes_no_candidate(make_oracle):
@@ -234,9 +239,10 @@ def test_the_recipe_itself_is_not_tried_twice(make_oracle):
 
 
 def test_a_budget_that_nothing_meets_is_refused(make_oracle):
-    with pytest.raises(RecipeError, match=r"840,928 MACs an image.*Received: max_macs=840,927") as error:
+    with pytest.raises(RecipeError) as error:
         make_oracle(max_macs=840_927).require_one()
     assert error.value.argument == "max_macs"
+    assert "840,928" in error.value.summary and "max_macs=840,927" in error.value.summary
     make_oracle(max_macs=840_928).require_one()
 
 
@@ -334,8 +340,9 @@ def test_a_folder_may_be_called_anything(make_oracle, tmp_path):
 def test_a_trial_whose_file_is_gone_is_told(make_oracle, tmp_path):
     _all(make_oracle())
     (tmp_path / "oracle" / "trial_3" / "trial.json").unlink()
-    with pytest.raises(RunError, match="is damaged") as error:
+    with pytest.raises(RunError) as error:
         make_oracle()
+    assert str(tmp_path / "oracle") in error.value.summary
     assert "--fresh" in error.value.hint
 
 

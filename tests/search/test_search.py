@@ -235,9 +235,10 @@ def test_a_notebook_has_the_best_recipe_and_the_rows(tmp_path, quick_run, no_pic
     assert result.stopped is None and not result.failing
     again = search(recipe, tmp_path / "search", trials=4, algorithm="random", space=space)
     assert again == dataclasses.replace(result, search_dir=tmp_path / "search") and len(quick_run) == 4
-    with pytest.raises(RecipeError, match=r"holds a different search: .*algorithm was random and is bayesian") as error:
+    with pytest.raises(RecipeError) as error:
         search(recipe, tmp_path / "search", trials=4, space=space)
     assert error.value.argument == "search_dir"
+    assert "algorithm was random and is bayesian" in error.value.summary
     assert len(search(recipe, tmp_path / "search", trials=2, space=space, fresh=True).rows) == 2
 
 
@@ -258,8 +259,9 @@ def test_a_notebook_hears_of_what_it_can_not_have(tmp_path, quick_run, no_pictur
         raise DivergedError("the loss is NaN")
 
     monkeypatch.setattr(tuner, "run", run)
-    with pytest.raises(SearchError, match="The first failed: the loss is NaN"):
+    with pytest.raises(SearchError) as error:
         search(SMOKE, tmp_path / "search", trials=3)
+    assert "the loss is NaN" in error.value.summary
 
 
 def test_a_recipe_that_brings_no_network_is_refused(tmp_path, capsys):

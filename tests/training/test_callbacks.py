@@ -35,11 +35,13 @@ def test_a_loss_that_is_no_number_names_its_step():
     halt = HaltOnNaN("lower the rate")
     halt.on_epoch_begin(2)
     halt.on_train_batch_end(6, {"loss": 1.0})
-    with pytest.raises(DivergedError, match="step 8 of epoch 3") as error:
+    with pytest.raises(DivergedError) as error:
         halt.on_train_batch_end(7, {"loss": float("nan")})
+    assert "step 8 of epoch 3" in error.value.summary
     assert error.value.hint == "lower the rate"
-    with pytest.raises(DivergedError, match="last step of epoch 3"):
+    with pytest.raises(DivergedError) as error:
         halt.on_test_end({"loss": float("inf")})
+    assert "last step of epoch 3" in error.value.summary
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -158,13 +160,17 @@ def test_the_newest_checkpoint_is_that_of_the_highest_number(checkpoint, tmp_pat
 
 
 def test_a_checkpoint_of_another_network_is_refused(checkpoint, tmp_path):
-    with pytest.raises(RecipeError, match=r"epoch-0001 is of another network or optimizer"):
+    with pytest.raises(RecipeError) as error:
         _restore(tmp_path, ema=0.5)
+    assert error.value.argument == "run_dir"
+    assert str(checkpoint) in error.value.summary
 
 
 def test_a_checkpoint_of_other_data_is_refused(checkpoint, tmp_path):
-    with pytest.raises(RecipeError, match=r"other images: train images was 8 and is 9"):
+    with pytest.raises(RecipeError) as error:
         _restore(tmp_path, data={**DATA, "train images": 9})
+    assert error.value.argument == "data_dir"
+    assert "train images was 8 and is 9" in error.value.summary
 
 
 @pytest.mark.parametrize("name", ["state.npz", "best.npz", "state.json"])
@@ -180,8 +186,9 @@ def test_a_broken_checkpoint_is_named(checkpoint, tmp_path, name, sabotage):
         file.write_bytes(data[:300] + bytes(255 - byte for byte in data[300:400]) + data[400:])
     else:
         file.write_bytes(data[: len(data) // 2] if sabotage == "cut" else b"")
-    with pytest.raises(RunError, match=r"epoch-0001 is damaged: ") as error:
+    with pytest.raises(RunError) as error:
         _restore(tmp_path)
+    assert str(checkpoint) in error.value.summary
     assert "\n" not in str(error.value)
 
 

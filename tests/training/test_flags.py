@@ -112,9 +112,10 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
     file = tmp_path / "mine.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(RecipeError, match=str(file)) as error:
+    with pytest.raises(RecipeError) as error:
         parse(["--recipe-file", str(file)])
     assert error.value.argument == "recipe_file"
+    assert str(file) in error.value.summary
 
 
 @pytest.mark.parametrize(

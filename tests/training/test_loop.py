@@ -202,9 +202,10 @@ def _exhaust(text):
 @pytest.mark.parametrize(("module", "name"), [(keras.Model, "fit"), (loop, "_build"), (loop, "_logits")])
 def test_too_little_memory_names_the_batch_size(short, tmp_path, monkeypatch, module, name):
     monkeypatch.setattr(module, name, _exhaust("OOM when allocating"))
-    with pytest.raises(OutOfMemoryError, match="32 images") as error:
+    with pytest.raises(OutOfMemoryError) as error:
         run(short, tmp_path / "run")
     assert error.value.argument == "batch_size"
+    assert "32 images" in error.value.summary
     assert "--batch-size than 32 or --image-size than 32" in error.value.hint
 
 
@@ -246,8 +247,9 @@ def test_a_run_that_another_process_began_meanwhile_is_not_overwritten(recipe, t
         return load(*args)
 
     monkeypatch.setattr(sources, "load", begin)
-    with pytest.raises(OccupiedError, match="already holds a run"):
+    with pytest.raises(OccupiedError) as error:
         run(recipe, tmp_path)
+    assert error.value.argument == "run_dir"
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
 
 

@@ -120,8 +120,9 @@ def test_settings_hold_the_whole_variant():
     "settings, part", [([], "dict"), ({"epoch": 3}, "epoch"), ({"variant": {"stages": [{"dim": 8}]}}, "depth")]
 )
 def test_settings_of_no_recipe_are_refused(settings, part):
-    with pytest.raises(RecipeError, match=part):
+    with pytest.raises(RecipeError) as error:
         Recipe.from_settings(settings)
+    assert part in error.value.summary
 
 
 def test_reference_is_adam_without_anything():

@@ -43,8 +43,10 @@ def test_a_finished_run_needs_its_images_no_more(finished, recipe, monkeypatch):
 def test_resume_begins_where_there_is_no_run_and_refuses_another_folder(short, tmp_path, capsys):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "letter.txt").touch()
-    with pytest.raises(OccupiedError, match="letters"):
+    with pytest.raises(OccupiedError) as error:
         run(short, tmp_path / "letters", resume=True)
+    assert error.value.argument == "run_dir"
+    assert "letters" in error.value.summary
     assert run(short, tmp_path / "run", resume=True, evaluate_test=False).epochs == 1
     assert "no run to resume" in capsys.readouterr().out
     for name in ("checkpoints", "plots"):
@@ -160,8 +162,10 @@ def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path):
     run(dataclasses.replace(folder, data_dir=f"{tmp_path}/run/../photos/"), tmp_path / "run", resume=True)
     (tmp_path / "run" / "report.json").unlink()
     add("cat", 40)  # shuffles anew which ones are held out
-    with pytest.raises(RecipeError, match=r"other images: number of train images was 32 and is 33"):
+    with pytest.raises(RecipeError) as error:
         run(folder, tmp_path / "run", resume=True)
+    assert error.value.argument == "data_dir"
+    assert "number of train images was 32 and is 33" in error.value.summary
     shutil.copytree(tmp_path / "photos", tmp_path / "others")
     with pytest.raises(DifferentRunError) as error:
         run(dataclasses.replace(folder, data_dir=tmp_path / "others"), tmp_path / "run", resume=True)
@@ -190,8 +194,9 @@ def test_the_weights_of_a_run_are_the_same_where_they_were_moved(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"epochs": 0}', '{"epoch": 1}'])
 def test_a_broken_recipe_of_a_run_is_named(short, tmp_path, content):
     (tmp_path / "recipe.json").write_text(content)
-    with pytest.raises(RunError, match=rf"{tmp_path}/recipe.json is (damaged|not from a run)") as error:
+    with pytest.raises(RunError) as error:
         run(short, tmp_path, resume=True)
+    assert f"{tmp_path}/recipe.json" in error.value.summary
     assert "--run-dir" in error.value.hint
 
 
@@ -201,5 +206,6 @@ def test_a_broken_report_is_named(finished, recipe, tmp_path, content):
     shutil.copytree(run_dir, tmp_path / "run")
     path = tmp_path / "run" / "report.json"
     path.write_text(content)
-    with pytest.raises(RunError, match=rf"{path} is damaged .*: remove it"):
+    with pytest.raises(RunError) as error:
         run(recipe, tmp_path / "run", resume=True)
+    assert str(path) in error.value.summary

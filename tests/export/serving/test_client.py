@@ -333,9 +333,9 @@ def test_a_strangers_bad_image_costs_nothing_but_requests(protocol, server, imag
 def test_what_are_no_images_is_not_sent(images, received, server):
     with _client(server, "rest") as client:
         for ask in (client.predict, *([client.classify] if images else [])):
-            with pytest.raises(ArgumentError, match=f"Received: {received}$") as raised:
+            with pytest.raises(ArgumentError) as raised:
                 ask(images)
-            assert raised.value.argument == "images"
+            assert raised.value.argument == "images" and raised.value.summary.endswith(received)
     assert not server.asked
 
 
@@ -377,8 +377,9 @@ def test_grpc_connects_soon_after_a_server_is_up():
     with Client(address, "grpc", retries=0) as client:
         started = time.monotonic()
         while time.monotonic() < started + 3:  # by itself it would now wait for 2.5 s
-            with pytest.raises(ServingError, match="not available"):
+            with pytest.raises(ServingError) as raised:
                 client.versions()
+            assert module.start_command() in raised.value.hint
             time.sleep(0.1)
         server = grpc.server(futures.ThreadPoolExecutor(1))
         server.add_insecure_port(address)
@@ -417,8 +418,9 @@ def test_pauses_grow_to_a_bound(monkeypatch):
 @both
 def test_other_failures_are_not_tried_again(protocol, server, images):
     server.faults.append((STATUS.INTERNAL, "broken"))
-    with _client(server, protocol) as client, pytest.raises(ServingError, match=r"failed with .*: broken"):
+    with _client(server, protocol) as client, pytest.raises(ServingError) as raised:
         client.classify(images[:1])
+    assert raised.value.hint is None and raised.value.summary.endswith("broken")
     assert len(server.asked) == 1
 
 
@@ -452,8 +454,9 @@ def test_a_server_that_drips_is_late(whole):
         threading.Thread(target=drip, args=(listening,), daemon=True).start()
         started = time.monotonic()
         client = Client(f"127.0.0.1:{listening.getsockname()[1]}", "rest", timeout=0.3, retries=0)
-        with client, pytest.raises(ServingError, match=r"no answer within 0\.3 s, 1 try"):
+        with client, pytest.raises(ServingError) as raised:
             client.versions()
+    assert raised.value.argument == "timeout" and "0.3 s, 1 try" in raised.value.summary
     assert time.monotonic() - started < 1.5
 
 
@@ -468,15 +471,17 @@ def test_a_server_that_ends_amid_an_answer_is_not_available():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=end, args=(listening,), daemon=True).start()
         client = Client(f"127.0.0.1:{listening.getsockname()[1]}", "rest", retries=1)
-        with client, pytest.raises(ServingError, match="is not available, 2 tries: the answer broke off"):
+        with client, pytest.raises(ServingError) as raised:
             client.versions()
+    assert module.start_command() in raised.value.hint and "2 tries" in raised.value.summary
 
 
 def test_a_server_that_does_not_read_is_late():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         client = Client(f"127.0.0.1:{listening.getsockname()[1]}", "rest", timeout=0.3, retries=0)
-        with client, pytest.raises(ServingError, match=r"no answer within 0\.3 s"):
+        with client, pytest.raises(ServingError) as raised:
             client.predict([bytes(30_000_000)])
+    assert raised.value.argument == "timeout" and "0.3 s" in raised.value.summary
 
 
 def test_the_server_is_told_the_deadline(server, images):
@@ -514,8 +519,9 @@ def test_a_model_of_which_nothing_is_loaded(protocol, version, images, server):
     server.states = {1: "END", 2: "LOADING", 3: "LOADING"}
     with _client(server, protocol, version=version) as client:
         assert client.versions() == []
-        with pytest.raises(ServingError, match="has no version of cvt loaded at the moment; its log says why"):
+        with pytest.raises(ServingError) as raised:
             client.classify(images[:1])
+        assert raised.value.argument is None and "no version of cvt" in raised.value.summary
 
 
 @pytest.mark.parametrize(
@@ -540,7 +546,7 @@ def test_only_a_server_that_says_so_has_no_model(status, said, peer, folder, cap
 
 @both
 def test_a_batch_that_the_server_does_not_take(protocol, server, images):
-    with _client(server, protocol) as client, pytest.raises(ServingError, match="so many images") as raised:
+    with _client(server, protocol) as client, pytest.raises(ServingError) as raised:
         client.classify(images * 4)
     assert not isinstance(raised.value, ImageError) and raised.value.argument == "images" and len(server.asked) == 1
 
@@ -549,19 +555,23 @@ def test_a_batch_that_the_server_does_not_take(protocol, server, images):
 def test_a_model_of_another_kind(protocol, server, images, monkeypatch):
     with _client(server, protocol) as client:
         monkeypatch.setattr(module, "SIGNATURE", "bytes")
-        with pytest.raises(ServingError, match="does not have an export's signature bytes"):
+        with pytest.raises(ServingError) as raised:
             client.classify(images[:1])
+        assert raised.value.argument == "model" and raised.value.summary.endswith(" bytes")
         monkeypatch.undo()
         monkeypatch.setattr(server, "_run", lambda *_: {"scores": np.zeros((1, 3), "float32")})
-        with pytest.raises(ServingError, match="does not have an export's signature serving_bytes"):
+        with pytest.raises(ServingError) as raised:
             client.classify(images[:1])
+        assert raised.value.argument == "model" and raised.value.summary.endswith(" serving_bytes")
 
 
 def test_what_answers_but_speaks_otherwise(server, images):
-    with Client(server.rest_address, "grpc", retries=0) as client, pytest.raises(ServingError, match=r"not gRPC's: .* 8500"):
+    with Client(server.rest_address, "grpc", retries=0) as client, pytest.raises(ServingError) as raised:
         client.versions()
-    with Client(server.grpc_address, "rest", retries=0) as client, pytest.raises(ServingError, match="8501"):
+    assert "8500" in raised.value.summary
+    with Client(server.grpc_address, "rest", retries=0) as client, pytest.raises(ServingError) as raised:
         client.versions()
+    assert "8501" in raised.value.summary
 
 
 @both
@@ -624,9 +634,10 @@ def test_no_images_at_all(tmp_path, capsys):
 
 
 def test_an_unknown_protocol():
-    with pytest.raises(ArgumentError, match=r"must be one of grpc, rest\. Received: protocol=soap") as raised:
+    with pytest.raises(ArgumentError) as raised:
         Client(protocol="soap")
     assert raised.value.argument == "protocol"
+    assert "grpc, rest" in raised.value.summary and "protocol=soap" in raised.value.summary
     with pytest.raises(SystemExit) as ended:
         cli.main(["classify", "a.png", "--protocol", "soap"])
     assert ended.value.code == 2
