@@ -38,7 +38,7 @@ class WeightClustering(Compressor):
     def __init__(
         self, clusters: int = 16, keep_zeros: bool = False, layers: Layers = None, after: dict[str, Any] | None = None
     ) -> None:
-        Clustering(clusters=clusters, layers=layers).require()
+        Clustering(clusters=clusters, layers=layers).require()  # type: ignore[arg-type]  # a predicate has no flag
         settings = {"method": "cluster", "clusters": clusters, "keep_zeros": keep_zeros, "layers": describe(layers)}
         super().__init__(settings, after)
         self.clusters = clusters

@@ -50,7 +50,8 @@ class MagnitudePruning(Compressor):
         layers: Layers = None,
         after: dict[str, Any] | None = None,
     ) -> None:
-        Pruning(sparsity=sparsity, pattern=pattern, schedule=schedule, frequency=frequency, layers=layers).require()
+        options = {"sparsity": sparsity, "pattern": pattern, "schedule": schedule, "frequency": frequency, "layers": layers}
+        Pruning(**options).require()  # type: ignore[arg-type]  # a predicate has no flag
         if sparsity is None:
             sparsity = 0.5 if pattern == "2:4" else 0.7
         if pattern != "2:4":
