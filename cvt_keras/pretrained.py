@@ -8,7 +8,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -18,10 +18,17 @@ from cvt_keras.conversion import configs, layouts, state_dicts
 from cvt_keras.conversion.layouts import LAYOUTS
 from cvt_keras.errors import ArgumentError, RunError
 
+if TYPE_CHECKING:
+    import keras
+
+    from cvt_keras.variants import Variant
+
 # Keras and the model are imported by the functions that need them: the command answers --help without.
 
 
-def to_torch_state_dict(model, layout="microsoft"):
+def to_torch_state_dict(
+    model: "keras.Model", layout: Literal["microsoft", "transformers"] = "microsoft"
+) -> dict[str, np.ndarray[Any, Any]]:
     """The weights as PyTorch has them: what `torch.from_numpy` takes, array by array, or safetensors' `save_file`.
 
     Args:
@@ -57,13 +64,13 @@ def to_torch_state_dict(model, layout="microsoft"):
     return {**state_dict, **{key: np.zeros((), "int64") for key in sorted(layouts.counters(weights))}}
 
 
-def transformers_config(model_or_variant):
+def transformers_config(model_or_variant: "keras.Model | Variant") -> dict[str, Any]:
     """The config.json with which transformers builds the same network: a dict, made of a `CvT`, a classifier or a variant."""
     import keras
 
     from cvt_keras.model import cvt_of, preprocessing_of
 
-    config = {"model_type": "cvt", "architectures": ["CvtForImageClassification"]}
+    config: dict[str, Any] = {"model_type": "cvt", "architectures": ["CvtForImageClassification"]}
     if isinstance(model_or_variant, keras.Model):
         model = _with_head(cvt_of(model_or_variant))
         names = preprocessing_of(model_or_variant).class_names or [f"LABEL_{i}" for i in range(model.num_classes)]
@@ -74,7 +81,7 @@ def transformers_config(model_or_variant):
     return config | configs.config_of(layouts.without_stem(model_or_variant, "transformers"))
 
 
-def transformers_processor(model):
+def transformers_processor(model: "keras.Model") -> dict[str, Any]:
     """The preprocessor_config.json with which transformers prepares images as `model` wants them: a dict.
 
     Args:

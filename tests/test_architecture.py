@@ -30,7 +30,7 @@ ALLOWED = {
     "conversion": {"errors", "preprocessing", "variants"},
     "model": {"conversion", "errors", "layers", "preprocessing", "variants"},
     "quantized": {"layers", "model", "preprocessing", "variants"},
-    "pretrained": {"conversion", "environment", "errors", "model", "runs"},
+    "pretrained": {"conversion", "environment", "errors", "model", "runs", "variants"},
     "data": {"errors"},
     "report": {"errors", "runs"},
     "training": {

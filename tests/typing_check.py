@@ -8,9 +8,11 @@ from typing import Any, assert_type
 
 import cvt_keras
 from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, macs, preprocessing_of
-from cvt_keras.compression import compress
+from cvt_keras.compression import MagnitudePruning, QuantizationAwareTraining, WeightClustering, compress
 from cvt_keras.export import Artifact, export
-from cvt_keras.search import SearchResult, search
+from cvt_keras.export.serving.client import Answer, Client
+from cvt_keras.pretrained import to_torch_state_dict, transformers_config, transformers_processor
+from cvt_keras.search import Choice, Range, SearchResult, search
 from cvt_keras.training import RECIPES, Recipe, RunResult, run
 
 assert_type(cvt_keras.__version__, str)
@@ -39,3 +41,16 @@ assert_type(result.history[-1]["epoch"], float)
 assert_type(compress(result.run_dir, "runs/pruned", "prune", sparsity=0.5, epochs=1), RunResult)
 assert_type(export("runs/pruned", formats=["float32", "int8"], verify_images=100), list[Artifact])
 assert_type(search(recipe, "runs/search", trials=8), SearchResult | None)
+MagnitudePruning(sparsity=0.5, layers=["stage1"])
+WeightClustering(clusters=8, layers=lambda path: "mlp" in path)
+QuantizationAwareTraining(keep_zeros=True)
+assert_type(Range(1e-3, 1e-2, log=True).place(2e-3), float)
+assert_type(Choice(("linear", "cosine")).values, tuple[float | str, ...])
+
+# === Other programs ===
+assert_type(transformers_config(variant), dict[str, Any])
+assert_type(transformers_processor(model), dict[str, Any])
+to_torch_state_dict(model, "transformers")["cls_token"].tobytes()
+with Client(protocol="rest") as client:
+    assert_type(client.predict([b""]), list[Answer])
+    client.close()

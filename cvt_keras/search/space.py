@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cvt_keras import runs
 from cvt_keras.errors import RecipeError, RunError
@@ -38,7 +38,7 @@ class Range:
     high: float
     log: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not all(_is_number(bound) for bound in (self.low, self.high)):
             raise RecipeError(f"`low` and `high` must be finite numbers. Received: low={self.low!r}, high={self.high!r}")
         if not isinstance(self.log, bool):
@@ -48,29 +48,29 @@ class Range:
         if self.log and self.low <= 0:
             raise RecipeError(f"`low` must be over 0 with `log`. Received: low={self.low}")
 
-    def __contains__(self, value):
+    def __contains__(self, value: Any) -> bool:
         return _is_number(value) and self.low <= value <= self.high
 
     @property
-    def ends(self):
+    def ends(self) -> tuple[float, float]:
         return self.low, self.high
 
     @property
-    def kind(self):
+    def kind(self) -> type[float]:
         """Of all its values."""
         return float
 
     @property
-    def values_to_check(self):
+    def values_to_check(self) -> tuple[float, float]:
         """If a recipe can have these, it can have all of them."""
         return self.ends
 
     @property
-    def marks(self):
+    def marks(self) -> tuple[float, float]:
         """What names an axis of it: the ends."""
         return self.ends
 
-    def place(self, value):
+    def place(self, value: float) -> float:
         """Where a value is on the way from one end, 0, to the other, 1."""
         low, high = self.ends
         if self.log:
@@ -88,7 +88,7 @@ class Choice:
 
     values: tuple[float | str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.values, (tuple, list)):
             raise RecipeError(f"a choice must be a list of finite numbers, or of words. Received: {self.values!r}")
         words = all(isinstance(value, str) for value in self.values)
@@ -99,31 +99,31 @@ class Choice:
         if len(self.values) < 2:
             raise RecipeError(f"a choice must have two values at least. Received: {list(self.values)}")
 
-    def __contains__(self, value):
+    def __contains__(self, value: Any) -> bool:
         return isinstance(value, str) == (self.kind is str) and value in self.values
 
     @property
-    def ends(self):
+    def ends(self) -> tuple[Any, Any]:
         return self.values[0], self.values[-1]
 
     @property
-    def kind(self):
+    def kind(self) -> type[float] | type[str]:
         """Of all its values."""
         if isinstance(self.values[0], str):
             return str
         return int if all(isinstance(value, int) for value in self.values) else float
 
     @property
-    def values_to_check(self):
+    def values_to_check(self) -> tuple[float | str, ...]:
         """All of them, as one may be allowed and the next not."""
         return self.values
 
     @property
-    def marks(self):
+    def marks(self) -> tuple[float | str, ...]:
         """What names an axis of it: the ends, or all words, as a place says nothing of them."""
         return self.values if self.kind is str else self.ends
 
-    def place(self, value):
+    def place(self, value: Any) -> float:
         """Where a value is on the way from one end, 0, to the other, 1; words are as far from each other."""
         if self.kind is str:
             return self.values.index(value) / (len(self.values) - 1)
