@@ -14,9 +14,9 @@ import numpy as np
 import tyro
 
 from cvt_keras import environment, runs
-from cvt_keras.conversion import configs, layouts, state_dicts
+from cvt_keras.conversion import configs, layouts
 from cvt_keras.conversion.layouts import LAYOUTS
-from cvt_keras.errors import ArgumentError, RunError
+from cvt_keras.errors import ArgumentError, RunError, first_line
 
 if TYPE_CHECKING:
     import keras
@@ -154,7 +154,7 @@ def main(argv):
         with runs.whole(out) as aside:
             model.save(aside)
     except OSError as error:
-        raise RunError(f"{out} can't be written: {error.strerror or state_dicts.first_line(error)}") from error
+        raise RunError(f"{out} can't be written: {error.strerror or first_line(error)}") from error
     size = "x".join(map(str, model.preprocessing.image_size or ["any size"]))
     print(
         f"{out}: {model.count_params():,} weights, {model.num_classes} classes, images of {size}, "

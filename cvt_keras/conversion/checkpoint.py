@@ -9,7 +9,7 @@ import numpy as np
 
 from cvt_keras.conversion import configs, layouts, state_dicts
 from cvt_keras.conversion.layouts import LAYOUTS, Weight
-from cvt_keras.errors import ArgumentError, CheckpointError
+from cvt_keras.errors import ArgumentError, CheckpointError, first_line
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.variants import VARIANTS, Variant, get_variant
 
@@ -203,7 +203,7 @@ def _read_keras(file, variant):
     except (MemoryError, PermissionError):
         raise
     except Exception as error:
-        raise CheckpointError(f"it holds no CvT ({state_dicts.first_line(error)})") from error
+        raise CheckpointError(f"it holds no CvT ({first_line(error)})") from error
     network = network_in(model)
     if network is None:
         raise CheckpointError("it holds no CvT")

@@ -6,7 +6,7 @@ import math
 import re
 
 from cvt_keras.conversion import state_dicts
-from cvt_keras.errors import CheckpointError
+from cvt_keras.errors import CheckpointError, first_line
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.variants import VARIANTS, Stage, Variant, is_integer
 
@@ -157,7 +157,7 @@ def _named(what):
     try:
         yield
     except (ValueError, TypeError, OverflowError, OSError) as error:
-        raise CheckpointError(f"{what}: {state_dicts.first_line(error)}") from error
+        raise CheckpointError(f"{what}: {first_line(error)}") from error
 
 
 def _processor(config, default, channels):
