@@ -1,15 +1,10 @@
 import csv
-import dataclasses
 import json
 
 import pytest
+from small_search import SMOKE, SPACE
 
-from cvt_keras.search.space import Choice, Range, space_of
-from cvt_keras.training import RECIPES
-
-SMOKE = dataclasses.replace(RECIPES["smoke"], dataset="digits", flip=False)
-# Of which 840,928 MACs are the recipe's own.
-SPACE = {"peak_learning_rate": Range(1e-3, 8e-3, log=True), "stage0_depth": Choice((1, 2, 3)), "mixup": Range(0.0, 0.4)}
+from cvt_keras.search.space import space_of
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import SMOKE
 from keras_tuner.engine.trial import TrialStatus
 from keras_tuner.src import protos
+from small_search import SMOKE
 
 from cvt_keras import runs
 from cvt_keras.errors import BusyError, DistributedError, DivergedError, RecipeError

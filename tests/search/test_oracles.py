@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SPACE
 from keras_tuner.engine.trial import TrialStatus
+from small_search import SPACE
 
 from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.search import oracles, results

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SMOKE
+from small_search import SMOKE
 
 from cvt_keras import cli, runs
 from cvt_keras.data import sources, tfds
@@ -403,7 +403,7 @@ def test_hyperband_tells_the_epochs_of_the_best(command, quick_run, no_pictures,
 
 
 def test_epochs_have_an_axis_where_they_differ():
-    from conftest import SPACE
+    from small_search import SPACE
 
     assert results._axes([{"epochs": 3}, {"epochs": 3}], SPACE) == SPACE
     axes = results._axes([{"epochs": 1}, {"epochs": 9}], SPACE)
@@ -471,7 +471,7 @@ def test_a_trial_that_ends_while_the_page_is_written_waits_for_the_next(command,
 
 
 def test_the_importance_is_of_what_matters():
-    from conftest import SPACE
+    from small_search import SPACE
 
     rows = [
         {"status": "completed", "epochs": 2, "val_accuracy": 0.5 + 0.01 * i, "peak_learning_rate": 1e-3 * 1.1**i}
