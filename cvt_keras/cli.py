@@ -148,7 +148,7 @@ def _help():
             "",
             *rows,
             "",
-            "cvt-keras COMMAND --help shows its arguments.",
+            "cvt-keras COMMAND --help shows its arguments, cvt-keras --version the version.",
         ]
     )
 

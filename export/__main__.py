@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cvt_keras import cli, environment, runs
 
-from .verify import FORMATS, summary
+from .verify import FORMATS, checked, summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Arguments:
 def main(argv):
     description = "Write a run as SavedModel and TFLite files, and verify each of them."
     arguments = tyro.cli(Arguments, prog="cvt-keras export", description=description, args=argv)
-    runs.require_finished(arguments.run)
+    checked(arguments.formats, arguments.verify_images)
+    runs.require_finished(arguments.run, argument="run")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the converter warns about every file
     environment.start()
     from .artifacts import export

@@ -1,6 +1,7 @@
 """Writes a run's model in the forms that others run, each verified on real images."""
 
 import dataclasses
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,14 +13,14 @@ from tensorflow.lite.python.convert import ConverterError
 from cvt_keras import environment, runs, signals
 from cvt_keras.data import sources
 from cvt_keras.data.images import stretch
-from cvt_keras.errors import ArgumentError, ExportError, OutOfMemoryError, RunError, first_line
+from cvt_keras.errors import ExportError, OutOfMemoryError, RunError, first_line
 from cvt_keras.model import preprocessing_of
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
 from cvt_keras.report import page
 from cvt_keras.training.recipes import read_recipe
 
 from . import saved_model, tflite
-from .verify import BOUNDS, FORMATS, QUANTIZED, Artifact, batches, summary, verify
+from .verify import BOUNDS, FORMATS, QUANTIZED, Artifact, batches, checked, summary, verify
 
 IMAGES = "images.npy"
 
@@ -53,7 +54,8 @@ def export(
         OSError: if a file can't be written.
     """
     run_dir = Path(run_dir)
-    formats = _checked(formats, verify_images)
+    formats = checked(formats, verify_images)
+    environment.require_backend("tensorflow")
     recipe, classifier = _read(run_dir)
     source = sources.load(recipe.dataset, data_dir or recipe.data_dir, recipe.image_size)
     class_names = preprocessing_of(classifier).class_names
@@ -104,23 +106,12 @@ def export(
     return artifacts
 
 
-def _checked(formats, verify_images):
-    """The formats, each once."""
-    formats = [formats] if isinstance(formats, str) else list(formats)
-    if not formats or set(formats) - set(FORMATS):
-        raise ArgumentError(f"`formats` must be of {', '.join(FORMATS)}. Received: formats={formats}", argument="formats")
-    if verify_images is not None and verify_images < 1:
-        raise ArgumentError(
-            f"`verify_images` must be at least 1. Received: verify_images={verify_images}", argument="verify_images"
-        )
-    environment.require_backend("tensorflow")
-    return tuple(dict.fromkeys(formats))
-
-
 def _read(run_dir):
     """A run's recipe and its classifier."""
     runs.require_finished(run_dir)
     recipe = read_recipe(run_dir)
+    if not zipfile.is_zipfile(run_dir / runs.MODEL):
+        raise RunError(f"{run_dir / runs.MODEL} is damaged", hint="Remove it, and resume the run: it is written again")
     try:
         classifier = keras.saving.load_model(run_dir / runs.MODEL, compile=False)
         preprocessing_of(classifier)

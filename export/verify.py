@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cvt_keras import environment, runs
-from cvt_keras.errors import ExportError
+from cvt_keras.errors import ArgumentError, ExportError
 
 # Pixels of a batch, 500 images of 32x32: attention's memory grows with the image.
 BATCH_PIXELS = 512_000
@@ -110,6 +110,22 @@ def summary(artifact):
         f"{artifact.top1:.2%} top-1, {artifact.agreement:.2%} same as Keras, {artifact.milliseconds:.2f} ms, "
         f"{artifact.bytes / 1e6:.2f} MB{floats}, {'passed' if artifact.passed else 'FAILED'}"
     )
+
+
+def checked(formats, verify_images):
+    """Returns the formats, each once.
+
+    Raises:
+        ArgumentError: for an unknown format, or none, or fewer images than one.
+    """
+    formats = [formats] if isinstance(formats, str) else list(formats)
+    if not formats or set(formats) - set(FORMATS):
+        raise ArgumentError(f"`formats` must be of {', '.join(FORMATS)}. Received: formats={formats}", argument="formats")
+    if verify_images is not None and verify_images < 1:
+        raise ArgumentError(
+            f"`verify_images` must be at least 1. Received: verify_images={verify_images}", argument="verify_images"
+        )
+    return tuple(dict.fromkeys(formats))
 
 
 def batches(images):

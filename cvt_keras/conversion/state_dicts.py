@@ -172,7 +172,7 @@ def _read_safetensors(file):
         raise CheckpointError(f"it is damaged or no checkpoint ({first_line(error)}): {advice(file)}") from error
 
 
-def advice(file):
+def advice(file, otherwise="download it again"):
     """What to do about a file that can't be read, by what it begins with."""
     with open(file, "rb") as opened:
         start = opened.read(64)
@@ -184,7 +184,7 @@ def advice(file):
         return "it is a web page: download the file behind it"
     if file.suffix != ".safetensors" and start[8:9] == b"{":
         return "it looks like safetensors: call it .safetensors"
-    return "download it again"
+    return otherwise
 
 
 def import_or_tell(package, purpose, otherwise=""):

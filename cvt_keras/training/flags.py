@@ -33,8 +33,7 @@ class _UncheckedRecipe(Recipe):
 class RecipeFlags(RecipeFile):
     """A command's flags: it adds its own."""
 
-    recipe: tyro.conf.OmitArgPrefixes[_UncheckedRecipe]
-    """A `Recipe`, once `parse` has checked it."""
+    recipe: tyro.conf.OmitArgPrefixes[_UncheckedRecipe]  # a `Recipe`, once `parse` has checked it
 
 
 def parse(argv, kind, program, description):

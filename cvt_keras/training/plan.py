@@ -330,6 +330,10 @@ def require_fit(recipe, train):
             argument="batch_size",
             hint=f"Give --batch-size {len(train)} or less",
         )
+    try:
+        get_variant(recipe.variant).grids(recipe.image_size, recipe.image_size)
+    except ValueError as error:
+        raise RecipeError(f"`image_size` is too small for {recipe.variant_name}: {error}", argument="image_size") from error
     if recipe.crop_padding >= recipe.image_size:
         raise RecipeError(
             f"`crop_padding` must be less than `image_size`. "
@@ -337,10 +341,6 @@ def require_fit(recipe, train):
             argument="crop_padding",
             hint="Give --crop-padding 0, or a larger --image-size",
         )
-    try:
-        get_variant(recipe.variant).grids(recipe.image_size, recipe.image_size)
-    except ValueError as error:
-        raise RecipeError(f"`image_size` is too small for {recipe.variant_name}: {error}", argument="image_size") from error
 
 
 def _show_counts(plan):
