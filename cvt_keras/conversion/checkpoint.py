@@ -197,7 +197,8 @@ def _read_pytorch(file, variant):
 def _read_keras(file, variant):
     """A `CvT` saved by Keras, or a classifier around one, as a checkpoint of Keras' own paths."""
     if not zipfile.is_zipfile(file):
-        raise CheckpointError(f"it is damaged or no .keras file: {state_dicts.advice(file, otherwise='write it again')}")
+        advice = state_dicts.advice(file, otherwise="download or write it again")
+        raise CheckpointError(f"it is damaged or no .keras file: {advice}")
     try:
         model = keras.saving.load_model(file, compile=False)
     except (MemoryError, PermissionError):

@@ -172,7 +172,7 @@ def test_a_keras_file_is_a_source_too(tiny_folder, tmp_path):
     with pytest.raises(CheckpointError) as error:
         CvT.from_pretrained(tmp_path / "other.keras")
     assert "other.keras" in error.value.summary
-    for text, said in {"hello": "download it again", "version https://git-lfs.github.com": "git lfs pull"}.items():
+    for text, said in {"hello": "download or write it again", "version https://git-lfs.github.com": "git lfs pull"}.items():
         (tmp_path / "text.keras").write_text(text)
         with pytest.raises(CheckpointError) as error:
             CvT.from_pretrained(tmp_path / "text.keras")
