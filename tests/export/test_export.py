@@ -160,7 +160,7 @@ def test_images_of_other_classes_are_refused(trained, tmp_path):
 def test_the_command_tells_bad_input_in_a_line(tmp_path, capsys):
     assert cli.main(["export", str(tmp_path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("cvt-keras export: `run_dir` must be a run folder. ")
+    assert line.startswith("cvt-keras export: `run` must be a run folder. ")
 
 
 def test_a_full_disk_leaves_nothing_half_written(trained, tmp_path, monkeypatch, capsys):
