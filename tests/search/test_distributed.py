@@ -75,7 +75,7 @@ def _served(servicer, address, threads=4):
 
 
 def test_workers_finish_what_a_chief_hands_out(make_oracle, tmp_path, address, quick_run):
-    chief = _Chief(make_oracle(trials=5), address)
+    chief = _Chief(make_oracle(trials=5), address, patience=30.0)  # a busy machine stands still for seconds
     worker = _worker(make_oracle, tmp_path, address, trials=5)
     worker.search()
     chief.join(10)
@@ -219,7 +219,7 @@ def test_the_chief_knows_why_a_trial_failed(make_oracle, tmp_path, address, monk
         raise DivergedError("the loss is NaN: größer", hint="Train anew")
 
     monkeypatch.setattr(tuner, "run", run)
-    chief = _Chief(make_oracle(trials=5), address)
+    chief = _Chief(make_oracle(trials=5), address, patience=30.0)  # a busy machine stands still for seconds
     _worker(make_oracle, tmp_path, address, trials=5).search()
     chief.join(10)
     assert [trial.status for trial in chief.oracle.trials.values()] == [TrialStatus.FAILED] * 3
