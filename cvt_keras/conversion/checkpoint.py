@@ -225,7 +225,7 @@ def _read_keras(file, variant):
 
 
 def network_in(model):
-    """The network in a model, told by its `Variant`: itself, or a layer of a classifier. `None` if there is none."""
+    """The part of a model that holds a `Variant`: the model itself, or a layer of a classifier. `None` if no part does."""
     parts = (model, *getattr(model, "layers", ()))
     return next((part for part in parts if isinstance(getattr(part, "variant", None), Variant)), None)
 

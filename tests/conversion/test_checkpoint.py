@@ -257,14 +257,14 @@ def test_lost_blocks_and_biases_make_no_smaller_network(tmp_path):
         r".*\.attn\.proj_[qkv]\.bias": "missing: stage0.blocks.0.attn.proj_v.bias",
         r"stage1\.": ["missing: stage1.patch_embed.proj.weight"],
     }
-    for lost, told in damages.items():
+    for lost, detail in damages.items():
         arrays = {key: array for key, array in sound.items() if not re.match(lost, key)}
         with pytest.raises(CheckpointError) as error:
             checkpoint.read(save_torch(tmp_path / "weights.pth", arrays))
-        if isinstance(told, str):
-            assert told in error.value.details
+        if isinstance(detail, str):
+            assert detail in error.value.details
         else:
-            assert all(part in error.value.summary for part in told), lost
+            assert all(part in error.value.summary for part in detail), lost
 
 
 @pytest.mark.files
