@@ -118,8 +118,8 @@ class ServingError(UserError):
     """A server that does not answer, or answers with something else."""
 
 
-class ImageError(ServingError):
-    """An image that the server refuses. The message does not name it."""
+class ImageError(UserError, ValueError):
+    """An image that can't be read, or that a server refuses. The message does not name it."""
 
 
 def first_line(error):

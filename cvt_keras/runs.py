@@ -16,6 +16,7 @@ except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
 RECIPE = "recipe.json"
+IMAGES = "images.csv"
 HISTORY = "history.csv"
 MODEL = "model.keras"
 REPORT = "report.json"

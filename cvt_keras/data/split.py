@@ -1,5 +1,6 @@
 """A data set in memory: its splits, and what they are called."""
 
+import dataclasses
 import zlib
 from dataclasses import dataclass
 
@@ -13,17 +14,24 @@ class Split:
     Args:
         images: uint8 `(n, height, width, 3)`: as small as they came, or stretched to the size asked for; see `load`.
         labels: int64 `(n,)`.
+        digests: the SHA-256 of each image's file in hexadecimal digits, `(n,)`; `None` for a data set that is no folder.
     """
 
     images: np.ndarray
     labels: np.ndarray
+    digests: tuple[str, ...] | None = None
 
     def __len__(self):
         return len(self.labels)
 
     def limit(self, n):
         """The first `n`, or all if `n` is `None`."""
-        return Split(self.images[:n], self.labels[:n])
+        return Split(self.images[:n], self.labels[:n], self.digests and self.digests[:n])
+
+    def take(self, places):
+        """The images at these places, a sequence of integers, in that order."""
+        digests = self.digests and tuple(self.digests[place] for place in places)
+        return Split(self.images[places], self.labels[places], digests)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Source:
         note: what a reader of a figure must know about the data; empty if nothing.
         mirror: whether a mirrored image keeps its label.
         fallback: if this stands in for what was asked for: why, and how to get that; else empty.
+        warnings: what a user must see at the start and in the report, a sentence each.
+        left_out: why files of a folder were not used -> how many.
     """
 
     name: str
@@ -50,6 +60,8 @@ class Source:
     note: str = ""
     mirror: bool = True
     fallback: str = ""
+    warnings: tuple[str, ...] = ()
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def fingerprint(self):
         """What tells these images and labels from others: a dict of numbers and strings, as JSON keeps them."""

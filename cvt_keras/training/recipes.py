@@ -55,6 +55,10 @@ class Recipe:
     """Validate on the first N images only."""
     test_limit: int | None = None
     """Test on the first N images only."""
+    skip_broken: bool = False
+    """Leave out files of a folder that can't be read, and count them in the report."""
+    class_weights: str = "none"
+    """auto: weigh each image's loss by the inverse of its class's share, for unequal classes; FILE: JSON of a weight per class."""
 
     # === Augmentation ===
     flip: bool = True
@@ -75,6 +79,10 @@ class Recipe:
     # === Optimization ===
     epochs: int = 10
     """Passes over the training images."""
+    early_stopping: int = 0
+    """Stop after so many epochs without a better one; 0 is off."""
+    freeze: Annotated[str | None, tyro.conf.arg(metavar="backbone|N")] = None
+    """Keep weights as they start: of all but the head, or of the first N stages. For small sets, with --weights."""
     batch_size: int = 128
     """Images a step."""
     optimizer: Literal["adamw", "muon"] = "muon"
