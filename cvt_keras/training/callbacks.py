@@ -75,15 +75,17 @@ class Stopwatch(keras.callbacks.Callback):
 
 
 class BestWeights(keras.callbacks.Callback):
-    """Keeps the weights that validated best, the earliest of equals.
+    """Keeps the weights of the epoch that `report.metrics.best_epoch` names: highest validation accuracy, then lowest loss.
 
-    It must stand before Keras' `SwapEMAWeights`, which takes the averaged weights away again at the end of a validation.
+    With few validation images many epochs have the same accuracy. It must stand before Keras' `SwapEMAWeights`, which takes the
+    averaged weights away again at the end of a validation.
 
     Args:
         first_epoch: counted from 0; those before it are not looked at.
 
     Attributes:
         score: validation accuracy, a fraction of 1.
+        loss: the validation loss of the same epoch.
         weights: as `model.get_weights()` gives them.
     """
 
@@ -91,6 +93,7 @@ class BestWeights(keras.callbacks.Callback):
         super().__init__()
         self.first_epoch = first_epoch
         self.score = -1.0
+        self.loss = math.inf
         self.weights = None
         self._epoch = 0
 
@@ -98,8 +101,10 @@ class BestWeights(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_test_end(self, logs=None):
-        if self._epoch >= self.first_epoch and logs["accuracy"] > self.score:
-            self.score = float(logs["accuracy"])
+        # Python's floats, as history.csv has them: a resumed run compares with those.
+        accuracy, loss = float(logs["accuracy"]), float(logs["loss"])
+        if self._epoch >= self.first_epoch and (accuracy, -loss) > (self.score, -self.loss):
+            self.score, self.loss = accuracy, loss
             self.weights = self.model.get_weights()
 
 
@@ -117,7 +122,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     A checkpoint is a folder `epoch-0003` that appears whole; it then takes the place of the one before. It holds the raw
     weights and the seeds' states, the optimizer's variables with the moving average, the best weights so far, and in
-    `state.json` the best score, the history and what tells the data from others. After it `history.csv` is written.
+    `state.json` the best score and loss, the history and what tells the data from others. After it `history.csv` is written.
 
     Args:
         run_dir: the run folder.
@@ -176,6 +181,7 @@ class Checkpoints(keras.callbacks.Callback):
         for name, variable in variables.items():
             variable.assign(values[name])
         self.history, self.best.score, self.best.weights = runs.from_one(history), score, list(best.values()) or None
+        self.best.loss = state.get("best_loss", _loss_of_first(self.history[self.best.first_epoch :], score))
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)  # which the kill may have come before
 
     def on_epoch_end(self, epoch, logs=None):
@@ -190,7 +196,10 @@ class Checkpoints(keras.callbacks.Callback):
         with runs.whole_folder(self._folder / f"epoch-{epoch + 1:04d}") as aside:
             np.savez(aside / "state.npz", **{name: np.asarray(v) for name, v in self._state(self.model).items()})
             np.savez(aside / "best.npz", *(self.best.weights or ()))
-            runs.write_json(aside / "state.json", {"best_score": self.best.score, "history": self.history, "data": self.data})
+            best = {"best_score": self.best.score}
+            if self.best.weights is not None:  # else it is infinite, which JSON has not
+                best["best_loss"] = self.best.loss
+            runs.write_json(aside / "state.json", {**best, "history": self.history, "data": self.data})
         for older in _stored(self.run_dir)[:-1]:
             shutil.rmtree(older)
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)
@@ -216,6 +225,11 @@ def stored_data(run_dir):
         return runs.read_json(stored[-1] / "state.json")["data"] if stored else None
     except (OSError, LookupError, TypeError, RunError):
         return None  # `Checkpoints.restore` tells of it
+
+
+def _loss_of_first(history, score):
+    """The validation loss of the first epoch with this validation accuracy, whose weights older versions kept."""
+    return next((row["val_loss"] for row in history if row["val_accuracy"] == score), math.inf)
 
 
 def _stored(run_dir):

@@ -85,11 +85,13 @@ def fit(plan):
     classifier = _compiled(plan, _starting_classifier(plan))
     if not plan.resumed:
         runs.write_json(run_dir / runs.RECIPE, recipe.settings())
+        _write_record(plan)
     (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
 
     stopwatch, best = Stopwatch(), BestWeights(compressor.first_epoch)
     checkpoints = Checkpoints(run_dir, _data(plan), stopwatch, best, compressor.variables)
     checkpoints.restore(classifier)
+    _write_record(plan)  # of a run that was killed before, or of an older version: by its checkpoint the images are the same
     finished = len(checkpoints.history)
     if finished:
         print(f"resuming after epoch {finished} of {recipe.epochs}", flush=True)
@@ -117,6 +119,14 @@ def fit(plan):
             ],
         )
     return best, checkpoints.history
+
+
+def _write_record(plan):
+    """Writes which image is in which split, unless the run has that already or is not on a folder of images."""
+    path = plan.run_dir / runs.IMAGES
+    if plan.record is not None and not path.exists():
+        with runs.whole(path) as unfinished:
+            plan.record.write(unfinished)
 
 
 def _starting_classifier(plan):
@@ -239,6 +249,12 @@ def finish(plan, best, history):
         validation=validation,
         **tested,
         compression=compression,
+        data_warnings=list(plan.warnings),
+        left_out=plan.source.left_out,
+        epochs_trained=len(history),
+        kept_epoch=metrics.best_epoch(history, plan.compressor.first_epoch)["epoch"],
+        test_images=len(plan.source.test.limit(recipe.test_limit)),
+        train_images_per_class=np.bincount(plan.train.labels, minlength=plan.num_classes).tolist(),
         device=environment.device(),
         versions=environment.versions(),
     )

@@ -13,6 +13,7 @@ from cvt_keras.conversion import checkpoint as checkpoints
 from cvt_keras.conversion.checkpoint import Checkpoint
 from cvt_keras.data import sources
 from cvt_keras.data.pipeline import batches_per_epoch
+from cvt_keras.data.record import ImageRecord
 from cvt_keras.data.split import Source, Split
 from cvt_keras.errors import (
     ArgumentError,
@@ -22,6 +23,7 @@ from cvt_keras.errors import (
 )
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.report.metrics import Report
+from cvt_keras.training import held_out
 from cvt_keras.training.callbacks import stored_data
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.recipes import Recipe
@@ -59,6 +61,8 @@ class Plan:
         test: the images to test on; `None` leaves the test split untouched.
         checkpoint: the weights to start from, or `None`.
         compressor: a `Compressor`.
+        record: which image of a folder is in which split; `None` for a data set that is no folder.
+        warnings: what a user must know about the images, a sentence each.
     """
 
     recipe: Recipe
@@ -70,6 +74,8 @@ class Plan:
     test: Split | None
     checkpoint: Checkpoint | None
     compressor: Compressor
+    record: ImageRecord | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_classes(self):
@@ -111,6 +117,7 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
         source = dataclasses.replace(source, fallback=reason)
     if source.fallback:
         warn(source.fallback)
+    source, record, differences = held_out.settle(source, run_dir if stored is not None else None, started.weights)
     settled = dataclasses.replace(loaded, flip=loaded.flip and source.mirror)
     if stored is not None:
         stored.require_same(settled)
@@ -128,9 +135,13 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
         test=source.test.limit(settled.test_limit) if evaluate_test else None,
         checkpoint=checkpoint,
         compressor=compressor,
+        record=record,
+        warnings=(*source.warnings, *differences),
     )
     require_fit(settled, plan.train)
     _show_counts(plan)
+    for warning in plan.warnings:
+        warn(warning)
     return plan
 
 
@@ -146,7 +157,7 @@ def load_images(recipe):
     Raises:
         DataError: if the images can't be had.
     """
-    source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
+    source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size, skip_broken=recipe.skip_broken)
     dataset = source.name if recipe.dataset == "auto" else recipe.dataset
     return dataclasses.replace(recipe, dataset=dataset), source
 

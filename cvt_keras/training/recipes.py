@@ -58,7 +58,7 @@ class Recipe:
     skip_broken: bool = False
     """Leave out files of a folder that can't be read, and count them in the report."""
     class_weights: str = "none"
-    """auto: weigh each image's loss by the inverse of its class's share, for unequal classes; FILE: JSON of a weight per class."""
+    """For unequal classes. auto: weigh each image's loss by the inverse of its class's share; FILE: JSON {class: weight}."""
 
     # === Augmentation ===
     flip: bool = True

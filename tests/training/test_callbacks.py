@@ -82,11 +82,18 @@ def test_the_best_weights_are_the_averaged_ones_of_the_best_epoch():
     # `fit` leaves the averages in the model.
     for ours, theirs in zip(best.weights, model.get_weights()):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    score, kept = best.score, best.weights
-    best.on_test_end({"accuracy": score})  # an equal one comes too late
-    assert best.weights is kept
-    best.on_test_end({"accuracy": score + 0.1})
-    assert best.weights is not kept
+
+
+def test_of_epochs_with_equal_accuracy_the_one_with_the_lowest_loss_is_kept():
+    best = BestWeights()
+    best.set_model(build_classifier("cvt_tiny", 3, (16, 16, 3)))
+    kept = []
+    for accuracy, loss in ((0.5, 1.0), (0.5, 1.0), (0.5, 0.5), (0.4, 0.1), (0.5, 0.6), (0.75, 2.0)):
+        before = best.weights
+        best.on_test_end({"accuracy": accuracy, "loss": loss})
+        kept.append(best.weights is not before)
+    assert kept == [True, False, True, False, False, True]  # among equals in both the earliest
+    assert (best.score, best.loss) == (0.75, 2.0)
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
@@ -127,7 +134,8 @@ def test_a_checkpoint_holds_every_variable(tmp_path, precision):
         np.testing.assert_array_equal(np.asarray(variable), value)
     assert restored.history == checkpoints.history
     assert [row["epoch"] for row in restored.history] == [1, 2]
-    assert other_best.score == best.score
+    assert (other_best.score, other_best.loss) == (best.score, best.loss)
+    assert best.loss == min(row["val_loss"] for row in checkpoints.history if row["val_accuracy"] == best.score)
     for ours, theirs in zip(other_best.weights, best.weights):
         np.testing.assert_array_equal(ours, theirs)
     with open(tmp_path / "history.csv") as file:
@@ -157,6 +165,15 @@ def test_the_newest_checkpoint_is_that_of_the_highest_number(checkpoint, tmp_pat
     best = BestWeights()
     Checkpoints(tmp_path, DATA, Stopwatch(), best).restore(_trained()[0])
     assert best.score == "epoch-10000"
+
+
+def test_a_checkpoint_of_an_older_version_has_no_loss(checkpoint, tmp_path):
+    state = runs.read_json(checkpoint / "state.json")
+    loss = state.pop("best_loss")
+    runs.write_json(checkpoint / "state.json", state)
+    best = BestWeights()
+    Checkpoints(tmp_path, DATA, Stopwatch(), best).restore(_trained()[0])
+    assert best.loss == loss  # from the history
 
 
 def test_a_checkpoint_of_another_network_is_refused(checkpoint, tmp_path):
@@ -198,7 +215,7 @@ def test_weights_before_the_first_epoch_that_counts_are_not_kept():
     best.set_model(classifier)
     for epoch, accuracy in enumerate((0.9, 0.5)):
         best.on_epoch_begin(epoch)
-        best.on_test_end({"accuracy": accuracy})
+        best.on_test_end({"accuracy": accuracy, "loss": 1.0})
         assert (best.weights is None) == (epoch == 0)
     assert best.score == 0.5
 
