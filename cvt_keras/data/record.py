@@ -169,8 +169,14 @@ def without_copies(source):
 
 
 def _gather(source, places):
-    """The images at `places`, pairs of a split's name and a place in it, as a `Split`."""
+    """The images at `places`, pairs of a split's name and a place in it, as a `Split` in the order of their digests."""
     splits = {name: getattr(source, name) for name in SPLITS}
+
+    def key(where):  # the order of a folder's images: it must not depend on where they lay
+        name, place = where
+        return splits[name].digests[place], splits[name].labels[place]
+
+    places = sorted(places, key=key)
     images = np.empty((len(places), *source.train.images.shape[1:]), "uint8")
     for row, (name, place) in enumerate(places):
         images[row] = splits[name].images[place]

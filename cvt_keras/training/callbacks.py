@@ -10,6 +10,9 @@ import numpy as np
 
 from cvt_keras import runs, signals
 from cvt_keras.errors import DivergedError, RecipeError, RunError
+from cvt_keras.report.metrics import best_epoch
+
+CLASS_WEIGHTS = "class weights"  # key of a checkpoint's `data`
 
 
 class HaltOnNaN(keras.callbacks.Callback):
@@ -108,6 +111,38 @@ class BestWeights(keras.callbacks.Callback):
             self.weights = self.model.get_weights()
 
 
+class EarlyStopping(keras.callbacks.Callback):
+    """Ends the training after a number of epochs without a better one, by the rule of `BestWeights`.
+
+    Not Keras' own: it compares one metric alone, and forgets on a resume. This one reads the history, which a checkpoint holds.
+
+    Args:
+        patience: the number of epochs; 0 never ends it.
+        checkpoints: the `Checkpoints`, which stand before this callback.
+        first_epoch: counted from 0; those before it don't count.
+    """
+
+    def __init__(self, patience, checkpoints, first_epoch=0):
+        super().__init__()
+        self.patience = patience
+        self.checkpoints = checkpoints
+        self.first_epoch = first_epoch
+
+    @property
+    def is_due(self):
+        """Whether the epochs so far end the training."""
+        history = self.checkpoints.history
+        if not self.patience or len(history) <= self.first_epoch:
+            return False
+        return len(history) - best_epoch(history, self.first_epoch)["epoch"] >= self.patience
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.is_due and epoch + 1 < self.params["epochs"]:
+            best = best_epoch(self.checkpoints.history, self.first_epoch)["epoch"]
+            print(f"stopped after epoch {epoch + 1} of {self.params['epochs']}: epoch {best} is still the best", flush=True)
+            self.model.stop_training = True
+
+
 class TensorBoard(keras.callbacks.TensorBoard):
     """Keras' own, which keeps values back for two minutes, so that a run that is killed loses them."""
 
@@ -168,6 +203,12 @@ class Checkpoints(keras.callbacks.Callback):
         changed = [name for name, value in self.data.items() if data.get(name) != value]
         if changed:
             differences = ", ".join(f"{name} was {data.get(name)!r} and is {self.data[name]!r}" for name in changed)
+            if changed == [CLASS_WEIGHTS]:
+                raise RecipeError(
+                    f"the run in {self.run_dir} can't be resumed with other class weights: {differences}",
+                    argument="class_weights",
+                    hint="Give the former weights to --class-weights, or train in another --run-dir",
+                )
             raise RecipeError(
                 f"the run in {self.run_dir} can't be resumed with other images: {differences}",
                 argument="data_dir",

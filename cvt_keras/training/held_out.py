@@ -45,12 +45,17 @@ def settle(source, run_dir=None, weights=None):
         settled, comparison = earlier.apply(settled)
         warnings += _differences(comparison, earlier_dir)
     for name in SPLITS:
-        if not len(getattr(settled, name)):
-            raise DataError(
-                f"no image is left for the split {name}: those of {run_dir if own else earlier_dir or 'the folder'} are gone",
-                argument="data_dir",
-                hint="Bring the images back, or name the folder where they are with --data-dir",
+        if len(getattr(settled, name)):
+            continue
+        if own or earlier:
+            reason = f"those of {run_dir if own else earlier_dir} are gone"
+            hint = "Bring the images back, or name the folder where they are with --data-dir"
+        else:
+            reason, hint = (
+                "each is a copy of one in another split",
+                "Give that split images of its own, or move its folder away",
             )
+        raise DataError(f"no image is left for the split {name}: {reason}", argument="data_dir", hint=hint)
     if own:
         return settled, own, warnings
     record = ImageRecord.of_source(settled)

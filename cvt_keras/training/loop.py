@@ -14,8 +14,18 @@ from cvt_keras.data.pipeline import evaluation_batches, training_batches
 from cvt_keras.errors import OutOfMemoryError, RecipeError
 from cvt_keras.model import build_classifier
 from cvt_keras.report import figures, metrics, page
-from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch, TensorBoard
+from cvt_keras.training.callbacks import (
+    CLASS_WEIGHTS,
+    BestWeights,
+    Checkpoints,
+    EarlyStopping,
+    HaltOnNaN,
+    StopAfterStep,
+    Stopwatch,
+    TensorBoard,
+)
 from cvt_keras.training.compressor import Compressor
+from cvt_keras.training.freeze import freeze
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.plan import RunResult, settle, warn
 from cvt_keras.training.recipes import Recipe
@@ -97,11 +107,12 @@ def fit(plan):
         print(f"resuming after epoch {finished} of {recipe.epochs}", flush=True)
     elif plan.resumed:
         print(f"no finished epoch to resume from in {run_dir}: starting from epoch 1", flush=True)
-    if finished == recipe.epochs:
+    early_stopping = EarlyStopping(recipe.early_stopping, checkpoints, compressor.first_epoch)
+    if finished == recipe.epochs or early_stopping.is_due:
         return best, checkpoints.history
     with StopAfterStep() as stop:
         classifier.fit(
-            training_batches(plan.train, plan.num_classes, recipe, finished),
+            training_batches(plan.train, plan.num_classes, recipe, finished, plan.class_weights),
             initial_epoch=finished,
             epochs=recipe.epochs,
             steps_per_epoch=plan.steps_per_epoch,
@@ -115,7 +126,8 @@ def fit(plan):
                 best,
                 *([keras.callbacks.SwapEMAWeights()] if recipe.ema else []),
                 TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
-                checkpoints,  # last: an epoch that it holds is not trained again
+                checkpoints,  # an epoch that it holds is not trained again
+                early_stopping,  # reads the history of the checkpoints
             ],
         )
     return best, checkpoints.history
@@ -147,6 +159,8 @@ def _starting_classifier(plan):
         print(
             "the head is that of the weights" if head else "the head is new: the weights do not name these classes", flush=True
         )
+    if recipe.freeze is not None:
+        freeze(classifier.get_layer("cvt"), recipe.freeze)
     classifier = compressor.wrap(classifier)
     if compressor.settings is not None:
         batches = evaluation_batches(plan.train, plan.num_classes, recipe.image_size)
@@ -183,8 +197,10 @@ def _build(plan, dtype):
 
 
 def _data(plan):
-    """What a checkpoint keeps to recognise its images by."""
+    """What a checkpoint keeps to recognise its images by, and the weights of their classes."""
     data = plan.source.fingerprint()
+    if plan.class_weights is not None:
+        data[CLASS_WEIGHTS] = list(plan.class_weights)
     if plan.recipe.weights:
         data |= {"mean": list(plan.source.mean), "std": list(plan.source.std)}
     return data
@@ -251,6 +267,7 @@ def finish(plan, best, history):
         compression=compression,
         data_warnings=list(plan.warnings),
         left_out=plan.source.left_out,
+        class_weights=plan.class_weights and dict(zip(plan.source.class_names, plan.class_weights)),
         epochs_trained=len(history),
         kept_epoch=metrics.best_epoch(history, plan.compressor.first_epoch)["epoch"],
         test_images=len(plan.source.test.limit(recipe.test_limit)),

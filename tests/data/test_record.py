@@ -43,13 +43,13 @@ def test_what_was_trained_on_stays_in_training():
     # Nothing but 4 lies where it was.
     moved = small_source("6a 7b 5a 8a", "4b", "1a 2b 3b 9b")
     again, comparison = ImageRecord.of_source(SOURCE).apply(moved)
-    assert written(again) == ["8a 1a 2b 3b", "5a 4b", "6a 7b 9b"]
-    np.testing.assert_array_equal(again.train.images[:, 0, 0, 0], [8, 1, 2, 3])
+    assert written(again) == ["1a 2b 3b 8a", "4b 5a", "6a 7b 9b"]
+    np.testing.assert_array_equal(again.train.images[:, 0, 0, 0], [1, 2, 3, 8])
     assert (again.mean, again.std) == mean_and_std(again.train.images)
     assert comparison == Comparison(missing=0, new=2, relabelled=1)
     assert str(comparison) == "2 new, 1 of another class than before"
     left_out, _ = ImageRecord.of_source(SOURCE).apply(moved, keep_new=False)
-    assert written(left_out) == ["1a 2b 3b", "5a 4b", "6a 7b"]
+    assert written(left_out) == ["1a 2b 3b", "4b 5a", "6a 7b"]
 
 
 def test_what_is_gone_is_counted():

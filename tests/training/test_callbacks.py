@@ -3,6 +3,7 @@ import dataclasses
 import shutil
 import signal
 import time
+import types
 
 import keras
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from cvt_keras import build_classifier, runs
 from cvt_keras.errors import DivergedError, RecipeError, RunError
-from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch
+from cvt_keras.training.callbacks import BestWeights, Checkpoints, EarlyStopping, HaltOnNaN, StopAfterStep, Stopwatch
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import SMOKE
@@ -167,6 +168,13 @@ def test_the_newest_checkpoint_is_that_of_the_highest_number(checkpoint, tmp_pat
     assert best.score == "epoch-10000"
 
 
+def test_a_checkpoint_of_other_class_weights_is_refused(checkpoint, tmp_path):
+    _restore(tmp_path)  # of a run without weights
+    with pytest.raises(RecipeError) as error:
+        _restore(tmp_path, data={**DATA, "class weights": [1.0, 2.0]})
+    assert error.value.argument == "class_weights"
+
+
 def test_a_checkpoint_of_an_older_version_has_no_loss(checkpoint, tmp_path):
     state = runs.read_json(checkpoint / "state.json")
     loss = state.pop("best_loss")
@@ -207,6 +215,30 @@ def test_a_broken_checkpoint_is_named(checkpoint, tmp_path, name, sabotage):
         _restore(tmp_path)
     assert str(checkpoint) in error.value.summary
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "patience, first_epoch, scores, due",
+    [
+        (2, 0, [(0.5, 1.0), (0.4, 1.0)], False),
+        (2, 0, [(0.5, 1.0), (0.4, 0.9), (0.5, 1.0)], True),
+        (2, 0, [(0.5, 1.0), (0.4, 0.9), (0.5, 0.9)], False),  # equal, and of lower loss
+        (0, 0, [(0.5, 1.0)] * 9, False),
+        (1, 2, [(0.9, 0.1), (0.8, 1.0)], False),  # none of them counts yet
+        (1, 2, [(0.9, 0.1), (0.8, 1.0), (0.5, 1.0)], False),
+        (1, 2, [(0.9, 0.1), (0.8, 1.0), (0.5, 1.0), (0.5, 1.0)], True),
+        (1, 0, [], False),
+    ],
+)
+def test_training_stops_after_epochs_without_a_better_one(patience, first_epoch, scores, due, capsys):
+    history = [{"epoch": i, "val_accuracy": score, "val_loss": loss} for i, (score, loss) in enumerate(scores, start=1)]
+    stop = EarlyStopping(patience, types.SimpleNamespace(history=history), first_epoch)
+    assert stop.is_due == due
+    stop.set_model(types.SimpleNamespace(stop_training=False))
+    stop.set_params({"epochs": 30})
+    stop.on_epoch_end(len(history) - 1)
+    assert stop.model.stop_training == due
+    assert ("is still the best" in capsys.readouterr().out) == due
 
 
 def test_weights_before_the_first_epoch_that_counts_are_not_kept():

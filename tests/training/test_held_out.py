@@ -41,7 +41,7 @@ def test_a_new_run_records_its_images(tmp_path):
 def test_a_run_from_weights_tests_on_nothing_that_they_have_seen(run_dir, weights):
     found = small_source("6a 8a 9b", "1a 4b", "2b 7b")  # 3 and 5 are gone
     source, record, warnings = held_out.settle(found, weights=str(run_dir.parent / weights))
-    assert written(source) == ["8a 9b 1a 2b", "4b", "6a 7b"]
+    assert written(source) == ["1a 2b 8a 9b", "4b", "6a 7b"]
     assert warnings == [f"images differ from those of {run_dir}: 2 missing, 2 new"]
     assert record.images["3"] == ("train", "a")  # the weights know it still
     assert "5" not in record.images
