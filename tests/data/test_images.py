@@ -69,6 +69,12 @@ def test_all_kinds_of_jpeg_are_read(options):
     np.testing.assert_allclose(images.decode(data), np.asarray(Image.open(io.BytesIO(data))), atol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+def test_a_jpeg_has_the_pixels_that_the_accurate_decoder_of_tensorflow_gives(options):
+    data = encoded(noise(1, (37, 45, 3))[0], "JPEG", **options)
+    np.testing.assert_array_equal(images.decode(data), tf.io.decode_jpeg(data, dct_method="INTEGER_ACCURATE"))
+
+
 def test_the_first_picture_of_several_is_taken():
     """Of the two of an MPO, as stereo cameras and phones write them, of an animation, of the pages of a TIFF."""
     for kind in ("MPO", "GIF", "TIFF", "WEBP", "PNG"):
