@@ -384,7 +384,7 @@ def _read(file):
             digest=hashlib.sha256(data).hexdigest(),
             pixels=hashlib.blake2b(pixels, digest_size=16, key=repr(pixels.shape).encode()).digest(),
             cut_off=picture.cut_off,
-            one_colour=bool((pixels == pixels[:1, :1]).all()),
+            one_colour=all(bool((part == pixels[0, 0]).all()) for part in (pixels[0], pixels)),  # mostly, the first row tells
         ),
         picture,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from labelled_images import noise, resized
-from PIL import Image, features
+from PIL import Image, UnidentifiedImageError, features
 
 from cvt_keras.data import images
 from cvt_keras.errors import ImageError
@@ -259,10 +259,20 @@ def test_what_is_no_image_is_refused(data):
     assert not images.is_image(data)
 
 
-def test_heic_without_its_plugin_names_it(monkeypatch):
+@pytest.mark.parametrize(("brand", "reason"), [(b"heic", "install pillow-heif"), (b"avif", "does not read AVIF")])
+def test_a_missing_plugin_is_named(monkeypatch, brand, reason):
+    data = b"\0\0\0\x18ftyp" + brand + bytes(100)
     monkeypatch.setattr(images, "_formats", lambda: ["JPEG"])
-    with pytest.raises(ImageError, match="install pillow-heif"):
-        images.read(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(ImageError, match=reason):
+        images.read(data)
+    monkeypatch.setattr(images, "_formats", lambda: ["JPEG", "AVIF", "HEIF"])
+    monkeypatch.setattr("PIL.Image.open", unidentified)
+    with pytest.raises(ImageError, match="its header can't be read"):
+        images.read(data)
+
+
+def unidentified(file, formats):
+    raise UnidentifiedImageError("no image")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
