@@ -1,170 +1,607 @@
 """A folder of images, with a folder for each class."""
 
+import errno
+import hashlib
+import os
+import re
+import sys
+import tempfile
+import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cvt_keras.data import failures, images, packages
-from cvt_keras.data.split import Source, Split, fixed_order
-from cvt_keras.errors import ArgumentError, DataError
+from cvt_keras.data import images, packages
+from cvt_keras.data.split import Source, Split, hold_out
+from cvt_keras.errors import ArgumentError, DataError, ImageError
 
-SPLIT_FOLDERS = {"test": ("test",), "validation": ("validation", "valid", "val")}
-_EXPECTED = "Name the folder that holds a folder of images for each class, with --data-dir"
+SPLITS = ("train", "validation", "test")
+# What people call the folder of a split, compared without regard to case.
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+# Folders that programs leave behind. Those with a leading dot need no name here.
+CLUTTER = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+# A name that promises an image: by its ending, or by one that a download or a copy made longer (.jpg.1, .jpg_large, .jpg?w=3).
+# Files with other names are known by their bytes alone. The list is written out, because what `mimetypes` knows differs from
+# machine to machine.
+_IMAGE_NAME = re.compile(
+    r"\.(jpe?g|jpe|jfif|png|apng|gif|bmp|dib|tiff?|webp|avif|hei[cf]|ico|j2k|jp2|jp[fx]|jxl|eps|exr|hdr|p[bgnp]m|pcx|psd|svg|"
+    r"tga|xbm|xpm|arw|cr2|cr3|dng|nef|orf|raf|rw2)(\.\d+|_\w*|[^\w.].*)?$",
+    re.IGNORECASE | re.DOTALL,
+)
+_LISTED = 10  # the broken files that an error names itself
+_NAMED = 3  # the files that a warning names
+_HEAD = 64  # bytes that show what a file is
+_LONG_READING = 200  # files from which on a bar shows the progress
+_LAYOUT = "Lay the images out as DIR/cat/1.jpg and DIR/dog/2.jpg, with a folder for each class, and name DIR with --data-dir"
+_SKIP = "or add --skip-broken to go on without them"
 
 
-def load(data_dir, image_size=32):
+def load(data_dir, image_size=32, skip_broken=False):
     """Loads images from a folder for each class: `data_dir/CLASS/*`, or `data_dir/train/CLASS/*`.
 
-    Beside them, `test` and `validation` (or `valid` or `val`) may hold the same classes. If one is missing, a tenth of each
-    class's training images is held out for it: always the same ones whatever a run's seed, so that runs can be compared.
+    Beside them, `test` and `validation` (or a usual synonym, in any case) may hold the same classes. Where one is missing,
+    about a tenth of the training images is held out for it. Which ones depends on the bytes of each file, not on a run's seed,
+    so that adding, removing or renaming files moves no other image. See `split.hold_out`.
+
+    Files are read by their bytes, not by their names. Folders within a class are read as part of it. Test images with the same
+    pixels as a training image are left out.
 
     Args:
         data_dir: the folder.
         image_size: side of the square, in pixels, that the images are stretched to.
+        skip_broken: whether to leave out files that can't be read, and count them; otherwise they are an error.
 
     Returns:
-        A `Source`.
+        A `Source`, with digests.
 
     Raises:
         ArgumentError: if `data_dir` is `None`.
-        DataError: if a folder or file is missing or broken, or a class has too few images.
+        DataError: if a folder is missing, files can't be read (`details` names them), or a class has too few images.
     """
     if data_dir is None:
-        raise ArgumentError("the data set `folder` needs `data_dir`. Received: None", argument="data_dir", hint=_EXPECTED)
+        raise ArgumentError(
+            "the data set `folder` needs `data_dir`. Received: None",
+            argument="data_dir",
+            hint="Name the folder that holds a folder of images for each class, with --data-dir",
+        )
     root = Path(data_dir).expanduser()
     if not root.is_dir():
-        raise DataError(f"`data_dir` is not a folder. Received: data_dir={data_dir}", argument="data_dir", hint=_EXPECTED)
-    class_names, files = _list(root)
-    held_out = [split for split in SPLIT_FOLDERS if not files[split]]
-    _hold_out(files, held_out)
-    splits = {split: _read(classes, image_size) for split, classes in files.items()}
+        raise DataError(
+            f"`data_dir` is not a folder. Received: data_dir={data_dir}",
+            argument="data_dir",
+            hint="Name the folder that holds a folder of images for each class, with --data-dir",
+        )
+    listing = _list(root)
+    pixels = np.empty((len(listing.files), image_size, image_size, 3), "uint8")
+    found = _read_all(listing.files, pixels, image_size)
+    _sort_out(listing, found, skip_broken)
+    return _source(listing, found, pixels)
+
+
+# === Which files there are ===
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file in the folder of a class.
+
+    Args:
+        path: where it lies.
+        split: of `SPLITS`: whose folder it lies in, "train" if the folder has no splits.
+        label: the place of its class among the class names.
+    """
+
+    path: Path
+    split: str
+    label: int
+
+
+@dataclass
+class _Listing:
+    """What lies in a folder.
+
+    Args:
+        root: the folder.
+        class_names: in Unicode's form NFC, sorted.
+        splits: the splits that have a folder of their own, and "train".
+        files: a `_File` for each file in the folder of a class.
+        left_out: reason -> number of files.
+        warnings: lines for the user.
+        dangling: links that lead nowhere.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    splits: tuple[str, ...]
+    files: list[_File]
+    left_out: Counter
+    warnings: list[str]
+    dangling: list[Path]
+
+    def shown(self, path):
+        """The path below the folder, as text."""
+        return _shown(Path(path).relative_to(self.root))
+
+
+def _list(root):
+    """Lists the files of each class and split, and reads none. -> `_Listing`"""
+    left_out, dangling, warnings = Counter(), [], []
+    top = _entries(root, left_out, dangling)
+    split_folders = _split_folders(root, top.folders)
+    train = split_folders.get("train", root)
+    inside = {"train": top} if train == root else {}
+    for split, path in split_folders.items():
+        inside[split] = _entries(path, left_out, dangling)
+    beside = [path for path in top.folders if path not in split_folders.values()]
+    if train != root and beside:
+        raise _error(
+            f"{_shown(root)} has a folder {_shown(train.name)} and others that are no split: {_names(beside)}",
+            f"Move classes into {_shown(train.name)}, call a split test or validation, and move what is neither out of "
+            f"{_shown(root)}",
+        )
+    classes = {}
+    for split, entries in inside.items():
+        folders = beside if entries is top else entries.folders
+        classes[split] = _by_class_name(entries.path, folders)
+    class_names = tuple(sorted(classes["train"]))
+    _require_classes(root, train, classes["train"], inside["train"].files)
+    for split, folders in classes.items():
+        _require_same_classes(root, train, class_names, inside[split].path, folders, split)
+
+    loose = [file for entries in ({top.path: top} | {e.path: e for e in inside.values()}).values() for file in entries.files]
+    if loose:
+        left_out["in no folder of a class"] += len(loose)
+    if loose := [file for file in loose if _IMAGE_NAME.search(file.name)]:
+        what = _count(len(loose), "image in no folder of a class is", "images in no folder of a class are")
+        warnings.append(f"{what} left out: {_some(loose, root)}")
+    files = []
+    for split in inside:
+        for label, name in enumerate(class_names):
+            paths, inner = _below(classes[split][name], left_out, dangling)
+            if not paths and not any(classes[split][name] in link.parents for link in dangling):
+                raise _error(f"{_shown(classes[split][name])} holds no images", "Add some, or remove the folder of this class")
+            if inner:
+                warnings.append(
+                    f"{_shown(classes[split][name].relative_to(root))} holds folders, and all images in them count as "
+                    f"{name}: {_names(inner)}"
+                )
+            files += [_File(path, split, label) for path in paths]
+    return _Listing(root, class_names, tuple(inside), files, left_out, warnings, dangling)
+
+
+@dataclass(frozen=True)
+class _Entries:
+    path: Path
+    folders: list[Path]
+    files: list[Path]
+
+
+def _entries(path, left_out, dangling):
+    """The folders and files in a folder, without hidden ones and clutter, sorted. What is left out is counted."""
+    folders, files = [], []
+    for entry in sorted(path.iterdir()):
+        hidden = entry.name.startswith(".")
+        if hidden or entry.name.lower() in map(str.lower, CLUTTER):
+            reason = "hidden" if hidden else f"in {entry.name}"
+            if n := _number_of_files(entry):
+                left_out[reason] += n
+        elif entry.is_dir():
+            folders.append(entry)
+        elif entry.is_file():
+            files.append(entry)
+        elif entry.is_symlink():
+            dangling.append(entry)
+        else:
+            left_out["not a file"] += 1  # a socket, say; to open it could wait for ever
+    return _Entries(path, folders, files)
+
+
+def _number_of_files(path):
+    if path.is_dir() and not path.is_symlink():
+        return sum(len(files) for _, _, files in os.walk(path))
+    return 1
+
+
+def _below(folder, left_out, dangling, around=()):
+    """The files in a folder of a class and in the folders within it, and the latter."""
+    around = (*around, os.path.realpath(folder))
+    entries = _entries(folder, left_out, dangling)
+    files, inner = list(entries.files), list(entries.folders)
+    for path in entries.folders:
+        if os.path.realpath(path) in around:
+            raise _error(f"{_shown(path)} is a link to a folder that it lies in", "Remove the link")
+        files += _below(path, left_out, dangling, around)[0]
+    return files, inner
+
+
+def _split_folders(root, folders):
+    """The folders of the splits: `{split: folder}`.
+
+    A class may be called test: its folder holds images, and that of a split holds folders. Beside a folder of training images,
+    it is a split in any case.
+    """
+    called = {split: [path for path in folders if path.name.lower() in names] for split, names in SPLIT_FOLDERS.items()}
+    holding = {path for paths in called.values() for path in paths if any(map(_is_class_folder, _visible(path)))}
+    has_train = any(path in holding for path in called["train"])
+    found = {}
+    for split, paths in called.items():
+        paths = [path for path in paths if path in holding or (has_train and split != "train")]
+        if len(paths) > 1:
+            raise _error(
+                f"{_shown(root)} must have one folder for {split}. Found: {_names(paths)}",
+                "Merge them, or move all but one away",
+            )
+        if paths:
+            found[split] = paths[0]
+    return found
+
+
+def _is_class_folder(path):
+    return path.is_dir() and path.name.lower() not in map(str.lower, CLUTTER)
+
+
+def _visible(path):
+    return [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+
+
+def _by_class_name(parent, folders):
+    """`{class name: folder}`; a name is in Unicode's form NFC, as macOS takes names apart and others do not."""
+    found = {}
+    for path in folders:
+        try:
+            path.name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise _error(
+                f"the name of a class's folder is not UTF-8: {_shown(path)}",
+                "Rename it; for many, convmv -r -f cp1252 -t utf8 --notest DIR renames all that lie in DIR",
+            ) from None
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in path.name):
+            raise _error(f"the name of a class has a line break or a control character: {path.name!r}", "Rename its folder")
+        name = unicodedata.normalize("NFC", path.name)
+        if name in found:
+            raise _error(
+                f"{_shown(parent)} has two folders of the same name, which Unicode spells in two ways: {name}",
+                "Move the images of one into the other",
+            )
+        found[name] = path
+    return found
+
+
+def _require_classes(root, train, classes, loose):
+    """Raises unless there are two classes or more."""
+    in_itself = "" if train == root else f" in its folder {_shown(train.name)}"
+    if set(map(str.lower, classes)) <= set(sum(SPLIT_FOLDERS.values(), ())) and classes:
+        held = sorted(classes)
+        raise _error(
+            f"{_shown(root)} has no folder for each class: {', '.join(held)} hold{'s' if len(held) == 1 else ''} none",
+            "Lay the images out as DIR/train/cat/1.jpg and DIR/train/dog/2.jpg, with a folder for each class",
+        )
+    if len(classes) > 1:
+        return
+    loose = sum(bool(_IMAGE_NAME.search(file.name)) for file in loose)
+    flat = f", but {_count(loose, 'image', 'images')} in no folder of a class" if loose else ""
+    found = f"Found: {', '.join(classes) or 'none'}{flat}"
+    hint = _LAYOUT
+    if len(classes) == 1 and train == root:
+        [only] = classes.values()
+        inner = _entries(only, Counter(), []).folders
+        if len(inner) > 1:
+            hint = f"If {_names(inner)} are the classes, name the folder around them with --data-dir {_shown(only)}. {_LAYOUT}"
+    raise _error(f"{_shown(root)} needs a folder for each of two classes or more{in_itself}. {found}", hint)
+
+
+def _require_same_classes(root, train, class_names, path, folders, split):
+    """Raises unless a split has the classes of the training images."""
+    held_out = f"move {_shown(path.name)} out of {_shown(root)}: about a tenth of the images of each class is then held out"
+    if lacking := sorted(set(class_names) - set(folders)):
+        raise _error(
+            f"{_shown(path)} lacks a folder for {', '.join(lacking)}, which {_shown(train)} has",
+            f"Move some images of each missing class from there to a folder of its name in {_shown(path)}, or {held_out}",
+        )
+    if more := sorted(set(folders) - set(class_names)):
+        raise _error(
+            f"{_shown(path)} has a folder for {', '.join(more)}, which {_shown(train)} lacks",
+            f"Add training images of it, move that folder out of {_shown(path)}, or rename it if its name is misspelled",
+        )
+
+
+# === Reading ===
+
+
+@dataclass
+class _Found:
+    """What a file holds.
+
+    Args:
+        file: its `_File`.
+        digest: SHA-256 of its bytes, in hexadecimal digits.
+        pixels: digest of its decoded pixels at their full size.
+        cut_off: see `images.Picture`.
+        one_colour: whether all pixels are the same.
+        broken: why it can't be read, or `None`.
+        no_image: whether neither its bytes nor its name are an image's.
+    """
+
+    file: _File
+    digest: str = ""
+    pixels: bytes = b""
+    cut_off: bool = False
+    one_colour: bool = False
+    broken: str | None = None
+    no_image: bool = False
+
+    @property
+    def usable(self):
+        return self.broken is None and not self.no_image
+
+
+def _read_all(files, pixels, image_size):
+    """Reads all files. Each image goes to its place in `pixels`. -> a `_Found` for each"""
+    tf = packages.require("tensorflow")
+
+    def read(place):
+        found, picture = _read(files[place])
+        if picture is not None:
+            with tf.device("CPU:0"):
+                pixels[place] = images.stretch(picture.pixels, image_size).numpy()
+        return found
+
+    # Several at a time, each stretched before the next is read: photos would not fit into memory at their size.
+    with ThreadPoolExecutor() as pool, _progress(len(files)) as advance:
+        found = []
+        for each in pool.map(read, range(len(files))):
+            found.append(each)
+            advance()
+    return found
+
+
+def _read(file):
+    """Reads a file. -> `_Found`, and a `Picture` or `None`"""
+    named = bool(_IMAGE_NAME.search(file.path.name))
+    try:
+        with open(file.path, "rb") as stream:
+            data = stream.read(_HEAD)
+            if not named and not images.is_image(data):  # perhaps a video of gigabytes
+                return _Found(file, no_image=True), None
+            data += stream.read()
+        picture = images.read(data)
+    except OSError as error:
+        return _Found(file, broken=error.strerror or str(error)), None
+    except ImageError as error:
+        return _Found(file, broken=_why(data) or error.summary), None
+    pixels = np.ascontiguousarray(picture.pixels)
+    return (
+        _Found(
+            file,
+            digest=hashlib.sha256(data).hexdigest(),
+            pixels=hashlib.blake2b(pixels, digest_size=16, key=repr(pixels.shape).encode()).digest(),
+            cut_off=picture.cut_off,
+            one_colour=bool((pixels == pixels[:1, :1]).all()),
+        ),
+        picture,
+    )
+
+
+def _why(data):
+    """What a file is that is no image, or `None` if it is something else."""
+    head = data[:_HEAD].lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs, not the image itself"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "a web page (HTML), not an image"
+    return None
+
+
+@contextmanager
+def _progress(n):
+    """A bar for a long reading, where someone looks: yields what advances it by a file."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = None
+    if tqdm is None or n < _LONG_READING:
+        yield lambda: None
+        return
+    with tqdm(total=n, desc="reading images", unit=" images", leave=False, disable=None, file=sys.stdout) as bar:
+        yield bar.update
+
+
+# === What is used ===
+
+
+def _sort_out(listing, found, skip_broken):
+    """Counts what is not used, or raises for what is broken."""
+    broken = [(path, f"a link to {_shown(os.readlink(path))}, which is missing") for path in listing.dangling]
+    broken += [(each.file.path, each.broken) for each in found if each.broken is not None]
+    for each in found:
+        if each.no_image:
+            ending = each.file.path.suffix.lower()
+            listing.left_out[f"not an image: {ending if re.fullmatch(r'[.][a-z0-9]{1,8}', ending) else 'other files'}"] += 1
+    if broken:
+        broken.sort(key=lambda pair: str(pair[0]))
+        if not skip_broken:
+            raise _broken_error(listing, broken, len(found) + len(listing.dangling))
+        listing.left_out["broken"] += len(broken)
+        names = _some([path for path, _ in broken], listing.root)
+        what = _count(len(broken), "file that can't be read is", "files that can't be read are")
+        listing.warnings.append(f"{what} left out: {names}")
+    for split in listing.splits:
+        usable = {each.file.label for each in found if each.usable and each.file.split == split}
+        if lacking := [name for label, name in enumerate(listing.class_names) if label not in usable]:
+            where = "" if len(listing.splits) == 1 else f" to {'train on' if split == 'train' else split}"
+            raise _error(
+                f"{_shown(listing.root)} has no image that can be read{where} of {', '.join(lacking)}",
+                "Add some, or remove the folder of this class",
+            )
+
+
+def _broken_error(listing, broken, n):
+    lines = [f"{_shown(path)}: {reason}" for path, reason in broken]
+    summary = f"{_count(len(broken), 'file', 'files')} of {n:,} in {_shown(listing.root)} can't be read"
+    if len(lines) > _LISTED:
+        handle, name = tempfile.mkstemp(prefix="cvt-keras-broken-files-", suffix=".txt")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        summary += f"; all are listed in {name}"
+    ways = ["Mend or remove them", _SKIP]
+    if any(reason == os.strerror(errno.EACCES) for _, reason in broken):
+        ways.insert(0, "Ask for the right to read what is denied")
+    if any("git-lfs" in reason for _, reason in broken):
+        ways.insert(0, "Fetch what is missing with git lfs pull")
+    if listing.dangling:
+        ways.insert(0, "Fetch what the links lead to (by git annex get or dvc pull, if one of them made them)")
+    return DataError(
+        summary,
+        argument="data_dir",
+        hint=", ".join([ways[0], *(way[0].lower() + way[1:] for way in ways[1:])]),
+        details=lines[:_LISTED],
+    )
+
+
+def _source(listing, found, pixels):
+    """Decides which image goes where. `pixels` is put in that order, in place. -> `Source`"""
+    sides = _sides(listing, found)
+    held_out = [split for split in ("test", "validation") if split not in listing.splits]
+    places = {split: [place for place, side in enumerate(sides) if side == split] for split in SPLITS}
+    _leave_out_seen(listing, found, places)
+    for chosen in places.values():
+        # An order that mixes the classes, in which a new image moves no other against the rest.
+        chosen.sort(key=lambda place: (found[place].digest, found[place].file.label))
+    _warn(listing, found, places)
+
+    order = [place for split in SPLITS for place in places[split]]
+    used = set(order)
+    _rearrange(pixels, [*order, *(place for place in range(len(pixels)) if place not in used)])
+    splits, start = {}, 0
+    for split, chosen in places.items():
+        labels = np.array([found[place].file.label for place in chosen], "int64")
+        digests = tuple(found[place].digest for place in chosen)
+        splits[split] = Split(pixels[start : start + len(chosen)], labels, digests)
+        start += len(chosen)
     mean, std = images.mean_and_std(splits["train"].images)
     return Source(
         name="folder",
         **splits,
-        class_names=class_names,
+        class_names=listing.class_names,
         mean=mean,
         std=std,
-        note="tested on a tenth of the images, held out" if "test" in held_out else "",
+        note="tested on about a tenth of the images, held out" if "test" in held_out else "",
+        warnings=tuple(listing.warnings),
+        left_out=dict(sorted(listing.left_out.items())),
     )
 
 
-def _list(root):
-    """Lists the images.
+def _sides(listing, found):
+    """The split of each file, or `None` if it is no image."""
+    held_out = [split for split in ("test", "validation") if split not in listing.splits]
+    sides = [each.file.split if each.usable else None for each in found]
+    if not held_out:
+        return sides
+    classes = {name: [] for name in listing.class_names}
+    for each, side in zip(found, sides):
+        if side == "train":
+            classes[listing.class_names[each.file.label]].append(each.digest)
+    chosen = hold_out(classes, held_out)
+    return [chosen[each.digest] if side == "train" else side for each, side in zip(found, sides)]
 
-    Returns:
-        The class names, and `{split: {class name: paths}}`; a split without a folder is empty.
-    """
-    nested = bool(_folders(root / "train"))
-    train = root / "train" if nested else root
-    splits = _split_folders(root, nested)
-    class_names = tuple(path.name for path in _folders(train) if path not in splits.values())
-    if len(class_names) < 2 or set(class_names) <= {"train", *sum(SPLIT_FOLDERS.values(), ())}:
+
+def _leave_out_seen(listing, found, places):
+    """Takes test images that also are training images out of `places`, and warns of these and of validation images."""
+    seen = {found[place].pixels for place in places["train"]}
+    kept = [place for place in places["test"] if found[place].pixels not in seen]
+    n = len(places["test"]) - len(kept)
+    if not kept:
         raise _error(
-            f"{root} needs a folder for each of two classes or more, in itself or in its folder train. "
-            f"Found: {', '.join(class_names) or 'none'}",
-            _EXPECTED,
+            f"all {_count(n, 'test image', 'test images')} of {_shown(listing.root)} have the same pixels as a training image",
+            "Give the test split images of its own, or move its folder away: some are then held out",
         )
-    if nested and (odd := [path.name for path in _folders(root) if path not in (train, *splits.values())]):
-        raise _error(
-            f"{root} has a folder train and others that are not a split: {', '.join(odd)}", "Move them into train, or away"
+    if n:
+        listing.left_out["the same pixels as a training image"] += n
+        first = _some([found[place].file.path for place in places["test"] if found[place].pixels in seen], listing.root)
+        listing.warnings.append(
+            f"{_count(n, 'test image has', 'test images have')} the same pixels as a training image and "
+            f"{'is' if n == 1 else 'are'} left out: {first}"
         )
-    files = {"train": {name: _class_files(train / name) for name in class_names}, "test": {}, "validation": {}}
-    for split, path in splits.items():
-        files[split] = {path.name: _class_files(path) for path in _folders(path)}
-        if odd := sorted(set(files[split]) ^ set(class_names)):
-            raise _error(
-                f"{path} and {train} must hold the same class folders. Only one has: {', '.join(odd)}",
-                "Give both the same folders",
-            )
-    return class_names, files
+    labels = {found[place].file.label for place in kept}
+    if lacking := [name for label, name in enumerate(listing.class_names) if label not in labels]:
+        listing.warnings.append(f"no test image is left of {', '.join(lacking)}")
+    places["test"] = kept
+    if again := [place for place in places["validation"] if found[place].pixels in seen]:
+        n, first = len(again), _some([found[place].file.path for place in again], listing.root)
+        listing.warnings.append(
+            f"{_count(n, 'validation image has', 'validation images have')} the same pixels as a training image: {first}"
+        )
 
 
-def _hold_out(files, splits):
-    """Moves a tenth of each class's training images to each of `splits`. `files`, as `_list` returns it, is changed."""
-    for name, paths in files["train"].items():
-        if len(paths) <= len(splits):
-            raise _error(
-                f"{paths[0].parent} has too few images to hold out one each for {' and '.join(splits)}: {len(paths)}",
-                "Add some, or remove the folder",
-            )
-        share = max(1, len(paths) // 10)
-        paths = [paths[place] for place in fixed_order(len(paths))]
-        for split in splits:
-            files[split][name], paths = paths[:share], paths[share:]
-        files["train"][name] = paths
+def _warn(listing, found, places):
+    """Adds warnings of what is odd about the images that are used."""
+    used = [found[place] for chosen in places.values() for place in chosen]
+
+    def add(chosen, one, many):
+        if chosen:
+            paths = sorted(each.file.path for each in chosen)
+            listing.warnings.append(f"{_count(len(paths), one, many)}: {_some(paths, listing.root)}")
+
+    add(
+        [each for each in used if each.cut_off],
+        "image lacks its last bytes, and is read as far as it goes",
+        "images lack their last bytes, and are read as far as they go",
+    )
+    add([each for each in used if each.one_colour], "image is of one colour", "images are of one colour")
+    labels = {}
+    for each in used:
+        labels.setdefault(each.digest, set()).add(each.file.label)
+    add(
+        [each for each in used if len(labels[each.digest]) > 1],
+        "file is also in another class",
+        "files are the same in two classes or more",
+    )
 
 
-def _split_folders(root, nested):
-    """The folders of `root` that hold the other splits: `{split: folder}`.
-
-    If classes lie beside them, a class may be called test: its folder holds images, and that of the split holds folders.
-    """
-    found = {}
-    for split, names in SPLIT_FOLDERS.items():
-        folders = [root / name for name in names if (root / name).is_dir() and (nested or _folders(root / name))]
-        if len(folders) > 1:
-            raise _error(
-                f"{root} must have one folder for {split}. Found: {', '.join(path.name for path in folders)}",
-                "Merge them, or move all but one away",
-            )
-        if folders:
-            found[split] = folders[0]
-    return found
+def _rearrange(pixels, order):
+    """Puts the rows of an array in another order, in place: a copy would take the memory twice."""
+    done = np.zeros(len(order), bool)
+    for start in range(len(order)):
+        if done[start] or order[start] == start:
+            continue
+        first, place = pixels[start].copy(), start
+        while order[place] != start:
+            pixels[place] = pixels[order[place]]
+            done[place] = True
+            place = order[place]
+        pixels[place] = first
+        done[place] = True
 
 
-def _class_files(folder):
-    """The image files in a class's folder, sorted."""
-    if inner := _folders(folder):
-        raise _error(f"{inner[0]} is a folder within a class", f"Move its images into {folder}, or away")
-    files = [file for file in _visible(folder) if file.is_file()]
-    for file in files:
-        if file.suffix.lower() in images.OTHER_SUFFIXES:
-            raise _error(f"{file} is none of {' '.join(images.SUFFIXES)}", "Convert it to .png, or remove it")
-    chosen = [file for file in files if file.suffix.lower() in images.SUFFIXES]
-    if not chosen:
-        raise _error(f"{folder} holds no files of {' '.join(images.SUFFIXES)}", "Add some, or remove the folder")
-    return chosen
+# === Words ===
 
 
-def _folders(path):
-    return [folder for folder in _visible(path) if folder.is_dir()]
+def _shown(path):
+    """A path as text: the bytes of a name that is not UTF-8 become escapes, which can be printed and written."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _visible(path):
-    return sorted(entry for entry in path.iterdir() if not entry.name.startswith(".")) if path.is_dir() else []
+def _names(paths, most=5):
+    names = [_shown(path.name) for path in paths]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _read(classes, image_size):
-    """Reads the images of a split.
+def _some(paths, root):
+    """The first paths below `root`, and how many more there are."""
+    names = [_shown(path.relative_to(root)) for path in paths[:_NAMED]]
+    return ", ".join(names) + (f" and {len(paths) - _NAMED:,} more" if len(paths) > _NAMED else "")
 
-    Args:
-        classes: `{class name: paths}`.
-        image_size: side of the square that they are stretched to.
 
-    Returns:
-        A `Split`, in a fixed order that mixes the classes.
-    """
-    tf = packages.require("tensorflow")
-    labelled = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
-
-    def read(path):
-        try:
-            with tf.device("CPU:0"):
-                return images.stretch(images.decode(path.read_bytes()), image_size).numpy()
-        except (OSError, ValueError, tf.errors.OpError) as error:
-            if isinstance(error, PermissionError) or failures.is_out_of_memory(error):
-                raise  # the image is sound
-            raise _error(f"{path} can't be decoded: {failures.reason(error)}", "Mend it, or remove it") from error
-
-    paths, labels = zip(*(labelled[place] for place in fixed_order(len(labelled))))
-    pixels = np.empty((len(labels), image_size, image_size, 3), "uint8")
-    # Several at a time, each stretched before the next is read: photos would not fit into memory at their size.
-    with ThreadPoolExecutor() as pool:
-        for place, image in enumerate(pool.map(read, paths)):
-            pixels[place] = image
-    return Split(pixels, np.array(labels, "int64"))
+def _count(n, one, many):
+    return f"{n:,} {one if n == 1 else many}"
 
 
 def _error(summary, hint):

@@ -3,6 +3,7 @@
 The one decoder: training, the client and the checks of every export go through it. TensorFlow is imported to resize alone.
 """
 
+import functools
 import io
 from dataclasses import dataclass
 
@@ -15,10 +16,14 @@ MAX_PIXELS = 67_108_864
 # What Pillow calls the formats. AVIF and HEIF are read where it has a plugin for them.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF")
 READABLE = "JPEG, PNG, GIF, BMP, TIFF or WebP"
+# What files of these formats begin with. BMP, WebP and the two that are kept as videos are, need a second look.
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_AVIF, _HEIF = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # Under this a grey pixel fits 12 bits, as scanners, depth cameras and microscopes store them in 16.
 _TWELVE_BITS = 4096
-# The most rows that a JPEG may lack at its bottom, as a share of its height, and the least: a row of its blocks.
-_MISSING_ROWS, _BLOCK_ROWS = 0.02, 16
+# The largest share of its pixels that a JPEG may lack.
+_MISSING = 0.05
+_BLOCK = 8  # pixels along a side of a JPEG's block
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Picture:
 
     Args:
         pixels: uint8 `(height, width, 3)`.
-        cut_off: whether the file, a JPEG, lacks its last bytes, and a few rows at the bottom may be grey.
+        cut_off: whether the file, a JPEG, lacks its last bytes: a few pixels at the end may be grey, or a progressive one lacks
+            detail.
     """
 
     pixels: np.ndarray
@@ -46,7 +52,8 @@ def read(data):
     taken. 16-bit greys keep their upper 8 bits, or bits 4 to 11 if no pixel needs more than 12. Colour profiles are ignored.
 
     Args:
-        data: the `bytes` of a JPEG, PNG, GIF, BMP, TIFF or WebP file; of AVIF and HEIC where Pillow has a plugin (`pillow-heif`).
+        data: the `bytes` of a JPEG, PNG, GIF, BMP, TIFF or WebP file; or of AVIF or HEIC, where Pillow has a plugin for it
+            (`pillow-heif`).
 
     Returns:
         A `Picture`.
@@ -69,20 +76,35 @@ def read(data):
             if image is None:
                 raise
             cut_off = True
-        return Picture(_rgb(_upright(image)), cut_off)
+        bits = data[24] if image.format == "PNG" else 8
+        return Picture(_rgb(_upright(image), bits), cut_off)
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise _too_large("over 170 million pixels") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the warning where it is made an error
+        raise _too_large(_reason(error)) from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises a dozen types for a broken file
         raise ImageError(f"the image is broken: {_reason(error)}") from error
 
 
-def _open(data):
-    """A Pillow image, its header read alone."""
-    from PIL import Image, UnidentifiedImageError
+def is_image(head):
+    """Whether a file begins as one of a format that `read` may know, broken or not.
+
+    Args:
+        head: its first bytes, 32 or more.
+    """
+    if head.startswith(b"BM"):  # so may a text
+        return int.from_bytes(head[14:18], "little") in (12, 16, 40, 52, 56, 64, 108, 124)
+    if head.startswith(b"RIFF"):
+        return head[8:12] == b"WEBP"
+    return head.startswith(_SIGNATURES) or (head[4:8] == b"ftyp" and head[8:12] in (*_AVIF, *_HEIF))
+
+
+@functools.cache
+def _formats():
+    """The names of the formats that this Pillow reads."""
+    from PIL import Image
 
     try:
         import pillow_heif
@@ -91,13 +113,33 @@ def _open(data):
     except ImportError:
         pass
     Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _open(data):
+    """A Pillow image, its header read alone."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not data:
+        raise ImageError("the file is empty")
     try:
-        return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+        image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError as error:
-        if not data:
-            raise ImageError("the file is empty") from error
-        plugin = ": install pillow-heif to read HEIC" if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1") else ""
+        if is_image(data) and data[8:12] not in _HEIF:
+            raise ImageError("the image is broken: its header can't be read") from error
+        plugin = ": install pillow-heif to read HEIC" if data[4:8] == b"ftyp" and data[8:12] in _HEIF else ""
         raise ImageError(f"not a readable {READABLE}{plugin}") from error
+    if image.format == "TIFF" and _is_preview(image, data):
+        raise ImageError("a camera's raw file, of which only a small preview could be read")
+    # Pillow also takes an orientation from XMP, which browsers ignore; a TIFF is turned as it is loaded.
+    for key in ("xmp", "XML:com.adobe.xmp"):
+        image.info.pop(key, None)
+    return image
+
+
+def _is_preview(image, data):
+    """Whether the first picture of a TIFF stands for a larger one, as in DNG, NEF, ARW and CR2."""
+    return data[8:10] == b"CR" or bool(image.tag_v2.get(254, 0) & 1)
 
 
 def _too_large(size):
@@ -109,10 +151,10 @@ def _reason(error):
 
 
 def _mended(data):
-    """A JPEG without its last bytes -> a Pillow image, or `None` if more is missing than a row of blocks or 2% of its height.
+    """A JPEG without its last bytes -> a Pillow image, or `None` if more of its pixels are missing than may be.
 
     A decoder fills what is missing with the grey of an empty block. So the picture is compared with one that lacks the whole
-    last scan: the rows at the bottom that are equal in both are those that the scan never reached.
+    last scan: the pixels at the end that are equal in both are those that the scan never reached.
     """
     from PIL import Image
 
@@ -123,15 +165,16 @@ def _mended(data):
     header = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
     try:
         image, without = (Image.open(io.BytesIO(part + end), formats=["JPEG"]) for part in (data, data[:header]))
-        changed = (np.asarray(image) != np.asarray(without)).reshape(image.height, -1).any(axis=1)
+        changed = (np.asarray(image) != np.asarray(without)).reshape(*image.size[::-1], -1).any(axis=2)
     except (OSError, ValueError, SyntaxError):
         return None
-    missing = changed[::-1].argmax() if changed.any() else image.height
-    return image if missing <= max(_BLOCK_ROWS, _MISSING_ROWS * image.height) else None
+    reached = changed[:, -_BLOCK:].any(axis=1)  # whole rows
+    missing = np.count_nonzero(~changed[len(reached) - reached[::-1].argmax() if reached.any() else 0 :])
+    return image if missing <= _MISSING * changed.size else None
 
 
 def _upright(image):
-    """Turns a Pillow image as its EXIF orientation says; broken EXIF data says nothing."""
+    """Turns a Pillow image as its EXIF orientation says; broken EXIF data says nothing. Pillow has turned a TIFF already."""
     from PIL import ExifTags, Image
 
     turns = Image.Transpose
@@ -144,24 +187,35 @@ def _upright(image):
         7: turns.TRANSVERSE,
         8: turns.ROTATE_90,
     }
-    # Pillow also looks for an orientation in XMP, which browsers ignore.
-    for key in ("xmp", "XML:com.adobe.xmp"):
-        image.info.pop(key, None)
+    exif = Image.Exif()  # not `image.getexif()`, which may hold what XMP says
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        exif.load(image.info.get("exif", b""))
+        orientation = exif.get(ExifTags.Base.Orientation)
     except Exception:  # Pillow raises a dozen types for broken EXIF data
         orientation = None
     return image.transpose(by_orientation[orientation]) if orientation in by_orientation else image
 
 
-def _rgb(image):
-    """A Pillow image of any mode -> uint8 `(height, width, 3)`."""
+def _rgb(image, bits=8):
+    """A Pillow image of any mode -> uint8 `(height, width, 3)`.
+
+    Args:
+        image: the image.
+        bits: of a pixel's channel in the file, if it is a PNG.
+    """
     if image.mode.startswith("I"):
-        return _from_16_bits(np.asarray(image))
+        grey = np.asarray(image)
+        pixels = _from_16_bits(grey)
+        transparent = image.info.get("transparency")
+        return pixels if transparent is None else on_white(pixels, np.where(grey == transparent, 0, 255)[..., None])
     if image.mode == "F":
         raise ImageError("its pixels are 32-bit floats, whose range is not known")
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))
+    if image.mode in ("L", "RGB") and bits != 8:
+        # Pillow has stretched the pixels to 8 bits, but not the number of the one that is transparent.
+        numbers = [int(n) >> 8 if bits == 16 else int(n) * 255 // (2**bits - 1) for n in np.ravel(image.info["transparency"])]
+        image.info["transparency"] = tuple(numbers) if image.mode == "RGB" else numbers[0]
     rgba = np.asarray(image.convert("RGBA"))
     return on_white(rgba[..., :3], rgba[..., 3:])
 

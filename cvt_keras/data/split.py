@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cvt_keras.errors import DataError
+
 
 @dataclass(frozen=True)
 class Split:
@@ -71,6 +73,65 @@ class Source:
             parts[f"number of {name} images"] = len(split)
             parts[f"checksum of {name} images"] = zlib.crc32(split.labels, zlib.crc32(split.images))
         return parts
+
+
+# The first 64 bits of an image's digest, as a fraction in 0..1, decide whether it is held out: from a to b, b itself excluded.
+_SHARES = {"test": (0, 0.1), "validation": (0.1, 0.2)}
+
+
+def hold_out(classes, splits):
+    """Chooses the images to hold out by what their files are, so that to add, remove or rename files moves no other image.
+
+    A class that would lack a split gives it the training image with the lowest digest. If too few are left to train on, the
+    held-out ones with the highest digests are trained on.
+
+    Args:
+        classes: `{class name: digests}`: SHA-256 in hexadecimal digits. Copies of a file, in whichever class, go the same way.
+        splits: the splits to hold out for: "test", "validation", both or none.
+
+    Returns:
+        `{digest: split}`.
+
+    Raises:
+        DataError: if a class has too few different images.
+    """
+    splits = [split for split in _SHARES if split in splits]
+    different = {name: sorted(set(digests)) for name, digests in classes.items()}
+    sides = {digest: _share_of(digest, splits) for digests in different.values() for digest in digests}
+    for digests in different.values():
+        if len(digests) > len(splits):
+            _keep_for_training(digests, splits, sides)
+    for split in splits:
+        for digests in different.values():
+            training = [digest for digest in digests if sides[digest] == "train"]
+            if training and all(sides[digest] != split for digest in digests):
+                sides[training[0]] = split
+    for name, digests in different.items():
+        if {"train", *splits} - {sides[digest] for digest in digests}:
+            shared = sum(digest in others for other, others in different.items() if other != name for digest in digests)
+            raise DataError(
+                f"the class {name} has too few different images to train on one and to hold out one each for "
+                f"{' and '.join(splits)}: {len(digests)}" + (f", {shared} of which lie in other classes too" if shared else ""),
+                argument="data_dir",
+                hint="Add images of it, or remove its folder",
+            )
+    return sides
+
+
+def _share_of(digest, splits):
+    share = int(digest[:16], 16) / 2**64
+    return next((split for split in splits if _SHARES[split][0] <= share < _SHARES[split][1]), "train")
+
+
+def _keep_for_training(digests, splits, sides):
+    """Leaves one image of a class to train on, and one for each split that lacks one. `sides` is changed."""
+    held_out = {split: [digest for digest in digests if sides[digest] == split] for split in splits}
+    needed = 1 + sum(not found for found in held_out.values())
+    missing = needed - (len(digests) - sum(map(len, held_out.values())))
+    for split in reversed(splits):
+        while missing > 0 and len(held_out[split]) > 1:
+            sides[held_out[split].pop()] = "train"
+            missing -= 1
 
 
 def fixed_order(n):
