@@ -112,17 +112,14 @@ def _decode_png(data):
     header = _bytes(data, 16, 10)
     depth, colours = header[8], header[9]
     data = _require_size(data, _number(header[4:8]), _number(header[:4]))
-    # ImageMagick once wrote EXIF data as text, which some readers obey.
-    data = _require(data, ~_contains(data, b"Raw profile type exif"), "a PNG has EXIF data in a text. Re-encode it")
     types, exif = tf.cond(  # chunk by chunk only if there may be something to find
         _contains(data, b"tRNS|eXIf"), lambda: _chunks(data), lambda: (tf.constant(b""), tf.constant(b""))
     )
     misplaced = _contains(types, b"IDAT.*tRNS|tRNS.*PLTE|tRNS.*tRNS|eXIf.*eXIf")
     data = _require(data, ~misplaced, "the chunks of a PNG are in a wrong order")
     keyed = _contains(types, b"tRNS")  # one colour, or the entries of a palette, are transparent
-    # TensorFlow and Pillow do not agree on others.
-    readable = ~keyed | (colours == _PALETTE) | (depth == 8)
-    data = _require(data, readable, "a PNG of this bit depth must not have a transparent colour. Received:", depth, "bits")
+    # Pillow compares the upper 8 bits of a pixel with the transparent colour's.
+    data = _require(data, ~keyed | (depth < 16), "a PNG of 16 bits must not have a transparent colour")
     way = tf.where(keyed | (colours == _GREY_ALPHA) | (colours == _RGB_ALPHA), _TRANSPARENT, _OPAQUE)
     way = tf.where((colours == _GREY) & (depth == 16), _GREY_OF_16_BITS, way)
     ways = {

@@ -103,6 +103,7 @@ def photos(size=(203, 131)):
         "palette png with alpha": encoded(palette_with_alpha),
         "4-bit palette png with alpha": png(4, 3, key=bytes(range(0, 240, 15))),
         "png with a transparent colour": png(8, 0, key=b"\0\5"),
+        "2-bit png with a transparent grey": png(2, 0, key=b"\0\1"),
         "16-bit grey png": encoded(grey * 257),
         "12-bit grey png": encoded(grey * 16),
         "16-bit rgb png": png(16, 2),
@@ -111,7 +112,6 @@ def photos(size=(203, 131)):
         "png turned by exif": encoded(scene.transpose(Image.Transpose.ROTATE_90), exif=exif(6)),
         "cmyk jpeg": encoded(ImageOps.invert(scene.convert("RGB")).convert("CMYK"), "JPEG"),
         "jpeg without its last bytes": encoded(scene, "JPEG", quality=85)[:-2],
-        "png of 2 bits with a transparent grey": png(2, 0, key=b"\0\1"),
         "16-bit rgb png with a transparent colour": png(16, 2, key=bytes(6)),
         "gif": encoded(scene, "GIF"),
         "bmp": encoded(scene, "BMP"),
@@ -128,7 +128,6 @@ def photos(size=(203, 131)):
 REENCODED = (
     "cmyk jpeg",
     "jpeg without its last bytes",
-    "png of 2 bits with a transparent grey",
     "16-bit rgb png with a transparent colour",
     "gif",
     "bmp",

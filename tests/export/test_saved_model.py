@@ -57,11 +57,11 @@ def test_every_signature_answers_as_keras_does(batch, loaded, classifier, test_i
     images = test_images[0][:batch]
     logits = classifier.predict(images.astype("float32"), verbose=0)
     np.testing.assert_allclose(loaded.signatures["logits"](images=tf.constant(images))["logits"], logits, atol=1e-4)
-    encoded = tf.constant([encoded(image) for image in images])
+    files = tf.constant([encoded(image) for image in images])
     names = np.array(preprocessing_of(classifier).class_names)
     for answer in (
         loaded.signatures["serving_default"](images=tf.constant(images)),
-        loaded.signatures["serving_bytes"](image_bytes=encoded),
+        loaded.signatures["serving_bytes"](image_bytes=files),
     ):
         np.testing.assert_allclose(answer["probabilities"], tf.nn.softmax(logits), atol=1e-5)
         assert [name.decode() for name in answer["classes"].numpy()] == list(names[logits.argmax(axis=1)])
