@@ -40,7 +40,7 @@ def compress(
     """Makes the network of a finished run smaller, and writes a run folder of its own.
 
     `compress("runs/mine", "runs/pruned", "prune", sparsity=0.5)` continues the training of `runs/mine`, on the same images
-    and with the settings of its recipe. Moving average and `layer_decay` are off.
+    and with the settings of its recipe. Moving average, `layer_decay` and `freeze` are off.
 
     Args:
         run: the run folder to start from.
@@ -93,6 +93,7 @@ def compress(
         "epochs": epochs,
         "ema": 0.0,
         "layer_decay": 1.0,
+        "freeze": None,
     }
     recipe = dataclasses.replace(
         recipe, **{**defaults, **{name: value for name, value in settings.items() if value is not None}}

@@ -1,5 +1,6 @@
 """Source and recipe -> batches of float32 pixels in 0..255 and one-hot labels, by tf.data."""
 
+import numpy as np
 import tensorflow as tf
 
 from cvt_keras.data import augment
@@ -12,7 +13,7 @@ _ORDER, _FLIP, _CROP, _RAND_AUGMENT, _ERASE, _MIXUP, _CUTMIX, _MIXUP_OR_CUTMIX =
 _PURPOSES = 16  # with room for more: another number would change every draw
 
 
-def training_batches(split, num_classes, recipe, first_epoch=0):
+def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=None):
     """Augmented batches, epoch after epoch up to `recipe.epochs`; an epoch leaves out what does not fill its last batch.
 
     The order is a function of (seed, epoch), the augmentation of (seed, epoch, place in the order): a run that starts at
@@ -23,14 +24,19 @@ def training_batches(split, num_classes, recipe, first_epoch=0):
         num_classes: width of the one-hot labels.
         recipe: its `image_size`, `epochs`, `batch_size`, `seed` and augmentation are read.
         first_epoch: counted from 0.
+        class_weights: a number per class, which makes each image weigh as much as its class; `None` for no weights.
 
     Returns:
         A `tf.data.Dataset` of `(images, labels)`: float32 `(batch, height, width, channels)` and `(batch, num_classes)`,
-        `batches_per_epoch` of them an epoch.
+        `batches_per_epoch` of them an epoch. With `class_weights` of `(images, labels, weights)`, with weights `(batch,)`: a
+        blend of two images, by mixup or CutMix, has the mean of their weights in the same shares. Keras divides the sum of the
+        weighted losses by the number of images, not by the sum of the weights.
     """
     with tf.device("CPU:0"):  # where the pipeline works, also beside a GPU
         images, labels = tf.constant(split.images), tf.constant(split.labels)
     steps = batches_per_epoch(split, recipe)
+
+    weights = None if class_weights is None else np.array(class_weights, "float32")
 
     def key(purpose, position):
         return tf.stack([tf.constant(recipe.seed * _PURPOSES + purpose, tf.int64), position])
@@ -53,7 +59,9 @@ def training_batches(split, num_classes, recipe, first_epoch=0):
             pixels = augment.rand_augment(pixels, key(_RAND_AUGMENT, step), recipe.rand_augment, recipe.rand_augment_magnitude)
         if recipe.erase:
             pixels = augment.erase(pixels, key(_ERASE, step), recipe.erase)
-        return mix(pixels, targets, step)
+        pixels, targets = mix(pixels, targets, step)
+        # Not `fit(class_weight=...)`, which gives a blend the weight of its larger part.
+        return (pixels, targets) if weights is None else (pixels, targets, tf.linalg.matvec(targets, weights))
 
     def mix(pixels, targets, step):
         plain = pixels, targets

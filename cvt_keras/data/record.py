@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cvt_keras.data import images as pictures
 from cvt_keras.data.split import Split
 from cvt_keras.errors import RunError
 
@@ -15,7 +16,7 @@ COLUMNS = ("digest", "split", "label")
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the images that are found differ from those of a record.
+    """How the images that are found differ from those of a record. Copies of a file count once.
 
     Args:
         missing: images of the record that are not found.
@@ -50,7 +51,8 @@ class ImageRecord:
         """The record of a run.
 
         Args:
-            splits: `{name: Split}` with names of `SPLITS`, of the images that are used, each with its digests.
+            splits: `{name: Split}` with names of `SPLITS`, each with its digests. Of all images of the folder, also of those
+                that a limit leaves out: what is not recorded could change its side later.
             class_names: in the order of the labels.
         """
         images = {}
@@ -59,6 +61,20 @@ class ImageRecord:
             if split is not None:
                 images |= {digest: (name, class_names[label]) for digest, label in zip(split.digests, split.labels)}
         return cls(images)
+
+    @classmethod
+    def of_source(cls, source):
+        """The record of a `Source`, as it is split."""
+        return cls.of({name: getattr(source, name) for name in SPLITS}, source.class_names)
+
+    def after(self, earlier):
+        """This record with the training images of the run before it that are gone: the weights have still seen them.
+
+        Args:
+            earlier: the `ImageRecord` of the run that the weights come from.
+        """
+        trained_on = {digest: where for digest, where in earlier.images.items() if where[0] == "train"}
+        return ImageRecord(trained_on | self.images)
 
     def write(self, path):
         """Writes the record as CSV."""
@@ -91,38 +107,76 @@ class ImageRecord:
     def apply(self, source, keep_new=True):
         """Gives each image of a source the split that it has in the record.
 
+        Copies of a file in several splits are first dealt with by `without_copies`.
+
         Args:
             source: a `Source` whose splits have digests.
             keep_new: whether an image that is not in the record stays in its split, or is left out.
 
         Returns:
-            The `Source`, and a `Comparison`.
+            The `Source`, with mean and std of its training images; and a `Comparison`.
         """
-        found = [(name, place) for name in SPLITS for place in range(len(getattr(source, name)))]
-        digests = [digest for name in SPLITS for digest in getattr(source, name).digests]
-        labels = [source.class_names[label] for name in SPLITS for label in getattr(source, name).labels]
-        sides = {name: [] for name in SPLITS}
-        for index, (digest, (name, _)) in enumerate(zip(digests, found)):
-            recorded = self.images.get(digest)
-            if recorded is not None:
-                sides[recorded[0]].append(index)
-            elif keep_new:
-                sides[name].append(index)
-        comparison = Comparison(
-            missing=len(self.images.keys() - set(digests)),
-            new=sum(digest not in self.images for digest in digests),
-            relabelled=sum(self.images.get(digest, (None, label))[1] != label for digest, label in zip(digests, labels)),
+        comparison = self._compare(source)
+        source, _ = without_copies(source)
+        taken = {name: [] for name in SPLITS}  # pairs of the split where an image lies, and its place there
+        for name in SPLITS:
+            for place, digest in enumerate(getattr(source, name).digests):
+                if digest in self.images:
+                    taken[self.images[digest][0]].append((name, place))
+                elif keep_new:
+                    taken[name].append((name, place))
+        changed = {
+            name: _gather(source, places)
+            for name, places in taken.items()
+            if places != [(name, place) for place in range(len(getattr(source, name)))]
+        }
+        if "train" in changed and len(changed["train"]):
+            changed["mean"], changed["std"] = pictures.mean_and_std(changed["train"].images)
+        return dataclasses.replace(source, **changed), comparison
+
+    def _compare(self, source):
+        labels = {}
+        for name in SPLITS:
+            split = getattr(source, name)
+            for digest, label in zip(split.digests, split.labels):
+                labels.setdefault(digest, set()).add(source.class_names[label])
+        return Comparison(
+            missing=len(self.images.keys() - labels.keys()),
+            new=len(labels.keys() - self.images.keys()),
+            relabelled=sum(digest in labels and label not in labels[digest] for digest, (_, label) in self.images.items()),
         )
-        unmoved = all(found[index][0] == name for name, chosen in sides.items() for index in chosen)
-        if unmoved and len(found) == sum(map(len, sides.values())):
-            return source, comparison
-        taken = {name: _gather(source, [found[index] for index in chosen]) for name, chosen in sides.items()}
-        return dataclasses.replace(source, **taken), comparison
+
+
+def without_copies(source):
+    """Leaves an image out of validation and test where a copy of its file lies in training, and out of test where one lies in
+    validation.
+
+    Args:
+        source: a `Source` whose splits have digests.
+
+    Returns:
+        The `Source`, and how many images were left out.
+    """
+    seen, changed, left_out = set(), {}, 0
+    for name in SPLITS:
+        split = getattr(source, name)
+        places = [place for place, digest in enumerate(split.digests) if digest not in seen]
+        seen.update(split.digests)
+        if len(places) < len(split):
+            changed[name] = split.take(places)
+            left_out += len(split) - len(places)
+    return dataclasses.replace(source, **changed), left_out
 
 
 def _gather(source, places):
-    """The images at `places`, pairs of a split's name and a place in it, as a `Split`."""
+    """The images at `places`, pairs of a split's name and a place in it, as a `Split` in the order of their digests."""
     splits = {name: getattr(source, name) for name in SPLITS}
+
+    def key(where):  # the order of a folder's images: it must not depend on where they lay
+        name, place = where
+        return splits[name].digests[place], splits[name].labels[place]
+
+    places = sorted(places, key=key)
     images = np.empty((len(places), *source.train.images.shape[1:]), "uint8")
     for row, (name, place) in enumerate(places):
         images[row] = splits[name].images[place]

@@ -4,6 +4,14 @@ Drawn by matplotlib, not by a chart library in JavaScript, so that a report is o
 a mail, and its pictures can be copied.
 """
 
+import collections
+import contextlib
+import functools
+import itertools
+import unicodedata
+from dataclasses import dataclass
+
+from PIL import Image
 from scipy.special import softmax
 
 from cvt_keras import runs
@@ -11,8 +19,10 @@ from cvt_keras.errors import MissingPackageError
 from cvt_keras.report import metrics
 
 try:
+    from matplotlib import font_manager, ft2font
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.textpath import text_to_path
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 except ImportError as error:
     raise MissingPackageError(
@@ -27,7 +37,8 @@ MOST_WRONG = "most_wrong.png"
 TRAINING, VALIDATION, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: safe for colour-blind readers
 MOST_LABELS = 40  # along an axis
 MOST_NUMBERS = 20  # in a row of a matrix
-MOST_CHARACTERS = 16  # of a class name
+MOST_EMS = 9  # of a class name's width, in font sizes: about 16 small letters or 9 Chinese ones
+CLASS_NAMES = "Class names"  # key of a .png's text
 
 
 def draw(run_dir, history, images=None, logits=None, labels=None, class_names=None, first_epoch=0):
@@ -43,20 +54,44 @@ def draw(run_dir, history, images=None, logits=None, labels=None, class_names=No
         first_epoch: index into `history` of the first epoch whose weights could be kept.
     """
     figures = {CURVES: curves(history, first_epoch)}
+    legend = None
     if logits is not None:
-        figures[CONFUSION] = confusion(metrics.confusion(logits, labels, len(class_names)), class_names)
+        names = picture_names(class_names)
+        legend = legend_of(class_names) if names.numbered else None
+        figures[CONFUSION] = confusion(metrics.confusion(logits, labels, len(class_names)), names)
         figures[CALIBRATION] = calibration(logits, labels)
-        figures[MOST_WRONG] = most_wrong(images, logits, labels, class_names)
+        figures[MOST_WRONG] = most_wrong(images, logits, labels, names)
     (run_dir / runs.PLOTS).mkdir(exist_ok=True)
     for name, figure in figures.items():
-        save(figure, run_dir / runs.PLOTS / name)
+        text = {CLASS_NAMES: legend} if legend and name in (CONFUSION, MOST_WRONG) else None
+        save(figure, run_dir / runs.PLOTS / name, text)
 
 
-def save(figure, path):
-    """Writes a `Figure` as .png, whole or not at all."""
+def save(figure, path, text=None):
+    """Writes a `Figure` as .png, whole or not at all.
+
+    Args:
+        figure: a `Figure`.
+        path: the file.
+        text: key -> text that the file carries beside its pixels, or `None`.
+    """
     with runs.whole(path) as aside:
         FigureCanvasAgg(figure)
-        figure.savefig(aside, format="png", dpi=144)
+        figure.savefig(aside, format="png", dpi=144, metadata=text)
+
+
+def is_numbered(path):
+    """Whether a .png shows the numbers of the classes instead of their names.
+
+    The file says so itself: a page may be written later, on a machine with other fonts.
+    """
+    with Image.open(path) as image:
+        return CLASS_NAMES in image.info
+
+
+def legend_of(class_names):
+    """A line with number and name for each class. Numbers count from 1."""
+    return "\n".join(f"{number}: {name}" for number, name in enumerate(class_names, start=1))
 
 
 def curves(history, first_epoch=0):
@@ -68,16 +103,16 @@ def curves(history, first_epoch=0):
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     accuracy, loss, rate = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
-    # Among equals the first, as `BestWeights` keeps it.
-    best = max(range(first_epoch, len(history)), key=lambda i: history[i]["val_accuracy"])
+    best = metrics.best_epoch(history, first_epoch)
     for axes, key, title in ((accuracy, "accuracy", "Accuracy"), (loss, "cross_entropy", "Cross-entropy, nats")):
         training, validation = [row[key] for row in history], [row[f"val_{key}"] for row in history]
         axes.plot(epochs, training, "o-", color=TRAINING, markersize=3, label="training, during the epoch")
         axes.plot(epochs, validation, "o-", color=VALIDATION, markersize=3, label="validation")
-        axes.plot(epochs[best], validation[best], "o", color=VALIDATION, markersize=9, fillstyle="none")
+        value = best[f"val_{key}"]
+        axes.plot(best["epoch"], value, "o", color=VALIDATION, markersize=9, fillstyle="none")
         axes.annotate(
-            f"{validation[best]:.1%}" if key == "accuracy" else f"{validation[best]:.3f}",
-            (epochs[best], validation[best]),
+            f"{value:.1%}" if key == "accuracy" else f"{value:.3f}",
+            (best["epoch"], value),
             xytext=(0, 12 if key == "accuracy" else -12),  # away from the curves
             textcoords="offset points",
             ha="center",
@@ -98,25 +133,30 @@ def curves(history, first_epoch=0):
     return figure
 
 
-def confusion(counts, class_names):
+def confusion(counts, names):
     """Draws a confusion matrix: a row for each label, a column for each prediction, coloured by share of the label's images.
+
+    Args:
+        counts: int `(classes, classes)`.
+        names: the classes' `PictureNames`.
 
     Returns:
         A `Figure`.
     """
-    n = len(class_names)
-    names = [_shortened(name) for name in class_names]
+    n = len(names.texts)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     side = min(max(4.5, 2.5 + 0.45 * n), 12)  # inches; the title needs 4.5
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     step = -(-n // MOST_LABELS)
-    upright = n > 5 or max(map(len, names)) > 6
-    axes.set_xticks(range(0, n, step), names[::step], rotation=90 if upright else 0, parse_math=False)
-    axes.set_yticks(range(0, n, step), names[::step], parse_math=False)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("label")
+    upright = n > (99 if names.numbered else 5) or max(_width(text, names.families) for text in names.texts) > 3.5
+    ticks = {"labels": names.texts[::step], "fontfamily": names.families, "parse_math": False}
+    axes.set_xticks(range(0, n, step), rotation=90 if upright else 0, **ticks)
+    axes.set_yticks(range(0, n, step), **ticks)
+    kind = ", number of the class" if names.numbered else ""
+    axes.set_xlabel(f"predicted{kind}")
+    axes.set_ylabel(f"label{kind}")
     axes.set_title("Test images by label and prediction", loc="left")
     if n <= MOST_NUMBERS:
         for row in range(n):
@@ -158,8 +198,15 @@ def calibration(logits, labels):
     return figure
 
 
-def most_wrong(images, logits, labels, class_names, n=24):
+def most_wrong(images, logits, labels, names, n=24):
     """Draws the misclassified images with the highest cross-entropy, each with its label and its prediction.
+
+    Args:
+        images: uint8 `(n, height, width, 3)`.
+        logits: float `(n, classes)`.
+        labels: int `(n,)`.
+        names: the classes' `PictureNames`.
+        n: how many to draw at most.
 
     Returns:
         A `Figure`.
@@ -177,17 +224,154 @@ def most_wrong(images, logits, labels, class_names, n=24):
         if place < len(chosen):
             i = chosen[place]
             axes.imshow(images[i], interpolation="nearest")
+            label, prediction = (
+                f"class {names.texts[c]}:" if names.numbered else names.texts[c] for c in (labels[i], predicted[i])
+            )
             axes.set_title(
-                f"{_shortened(class_names[labels[i]])} {probabilities[i, labels[i]]:.1%}\n"
-                f"as {_shortened(class_names[predicted[i]])} {probabilities[i, predicted[i]]:.0%}",
+                f"{label} {probabilities[i, labels[i]]:.1%}\nas {prediction} {probabilities[i, predicted[i]]:.0%}",
                 fontsize=8,
+                fontfamily=names.families,
                 parse_math=False,  # a class name may hold a dollar sign
             )
     return figure
 
 
-def _shortened(name):
-    return name if len(name) <= MOST_CHARACTERS else f"{name[: MOST_CHARACTERS - 1]}…"
+# === Class names ===
+
+
+@dataclass(frozen=True)
+class PictureNames:
+    """What stands for the classes in pictures.
+
+    Args:
+        texts: one for each class, short and distinct.
+        families: the fonts to draw them with. matplotlib takes each glyph from the first that has it.
+        numbered: whether `texts` are numbers, from 1, as the names can't be drawn.
+    """
+
+    texts: list[str]
+    families: tuple[str, ...]
+    numbered: bool
+
+
+def picture_names(class_names):
+    """Shortens the names for pictures and finds fonts for them. If one of them can't be drawn, all classes are numbered.
+
+    Returns:
+        `PictureNames`.
+    """
+    names = [_composed(name) for name in class_names]
+    characters = {character for name in names for character in name}
+    if all(map(_stands_alone, characters)) and (families := _families(characters)) and (texts := _shortened(names, families)):
+        return PictureNames(texts, families, numbered=False)
+    return PictureNames([f"{number}" for number in range(1, len(names) + 1)], _default_families(), numbered=True)
+
+
+def _composed(name):
+    """A name with an accent and its letter as one character (macOS stores them as two), and with plain spaces only."""
+    return "".join(
+        " " if unicodedata.category(character) == "Zs" else character for character in unicodedata.normalize("NFC", name)
+    )
+
+
+def _stands_alone(character):
+    """Whether a character has the same shape beside any other, and the next one stands to its right.
+
+    Before version 3.11 matplotlib draws glyph after glyph. It does not write from right to left (Arabic, Hebrew), join letters
+    (Arabic), place vowels and accents around a letter (Devanagari, Thai) or make one emoji of several. Version 3.11 does, but
+    where such a name shares a line with a number the whole line is turned round. So names with these characters are not drawn.
+    """
+    from_right = unicodedata.bidirectional(character) in ("R", "AL", "AN")
+    # Letters, numbers, punctuation, symbols and spaces; not marks, controls, joiners or private characters.
+    return not from_right and (unicodedata.category(character)[0] in "LNPS" or character == " ")
+
+
+def _shortened(names, families):
+    """The names, up to `MOST_EMS` wide: cut at the end or, if two would then be the same, in the middle.
+
+    Returns:
+        A list, or `None` if two are the same either way.
+    """
+    for tail in (0.0, MOST_EMS / 2):
+        texts = []
+        for name in names:
+            if _width(name, families) > MOST_EMS:
+                end = _head(name[::-1], tail, families)[::-1].lstrip()
+                name = f"{_head(name, MOST_EMS - 1 - tail, families).rstrip()}…{end}"
+            texts.append(name)
+        if len(set(texts)) == len(texts):
+            return texts
+    return None
+
+
+def _head(text, most, families):
+    """The longest start of `text` that is up to `most` font sizes wide."""
+    widths = itertools.accumulate(_advance(character, families) for character in text)
+    return text[: sum(width <= most for width in widths)]
+
+
+def _width(text, families):
+    """The width of a text, in font sizes."""
+    return sum(_advance(character, families) for character in text)
+
+
+@functools.cache
+def _advance(character, families):
+    font = font_manager.FontProperties(family=families, size=1)
+    return text_to_path.get_text_width_height_descent(character, font, ismath=False)[0]
+
+
+def _default_families():
+    return tuple(font_manager.FontProperties().get_family())
+
+
+def _families(characters):
+    """The font families that have all of `characters`: the default, and installed ones for what it lacks.
+
+    Returns:
+        A tuple, or `None` if no installed font has one of them.
+    """
+    families = _default_families()
+    missing = characters - {" "}
+    missing -= _drawn(font_manager.findfont(font_manager.FontProperties()), missing)
+    if not missing:
+        return families
+    promised = collections.defaultdict(set)
+    for entry in font_manager.fontManager.ttflist:
+        # A last-resort font "has" every character, as a box.
+        if entry.style == "normal" and "lastresort" not in entry.name.lower().replace(" ", ""):
+            promised[entry.name] |= _mapped(entry.fname, missing)
+    for family in sorted(promised, key=lambda name: (-len(promised[name]), name)):
+        # Of the family's files matplotlib chooses this one.
+        if promised[family] & missing and (drawn := _drawn(font_manager.findfont(family), missing)):
+            families += (family,)
+            missing -= drawn
+    return None if missing else families
+
+
+def _mapped(path, characters):
+    """Those of `characters` that the font's table has."""
+    with contextlib.suppress(OSError, RuntimeError):  # a font that FreeType can't read
+        table = ft2font.FT2Font(path).get_charmap()
+        return {character for character in characters if ord(character) in table}
+    return set()
+
+
+def _drawn(path, characters):
+    """Those of `characters` that the font has an outline for. Colour fonts have pictures, which matplotlib can't draw."""
+    drawn = set()
+    with contextlib.suppress(OSError, RuntimeError):
+        font = ft2font.FT2Font(path)
+        font.set_size(12, 72)
+        for character in _mapped(path, characters):
+            font.load_char(ord(character), flags=ft2font.LoadFlags.NO_HINTING)
+            vertices, _ = font.get_path()
+            if len(vertices):
+                drawn.add(character)
+    return drawn
+
+
+# === Looks ===
 
 
 def style(axes):

@@ -1,6 +1,7 @@
 """The numbers of report.json, from logits and labels."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -39,6 +40,13 @@ class Report:
         device: the name of the device that trained.
         versions: package -> version.
         compression: measurements of a compressed network, or `None`.
+        data_warnings: lines about the data that a reader must see.
+        left_out: reason -> the number of files that were not used.
+        class_weights: class name -> weight of its images in the loss, or `None` where all weigh the same.
+        epochs_trained: fewer than `epochs` where early stopping ended the training. `None` in files of older versions.
+        kept_epoch: the epoch, from 1, whose weights were kept. `None` in files of older versions.
+        test_images: how many the test split has, evaluated or not. `None` in files of older versions.
+        train_images_per_class: in the order of `class_names`. Empty in files of older versions.
     """
 
     dataset: str
@@ -61,6 +69,35 @@ class Report:
     device: str
     versions: dict[str, str]
     compression: dict | None = None
+    # Files of older versions lack these.
+    data_warnings: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    class_weights: dict[str, float] | None = None
+    epochs_trained: int | None = None
+    kept_epoch: int | None = None
+    test_images: int | None = None
+    train_images_per_class: list[int] = field(default_factory=list)
+
+
+def best_epoch(history, first_epoch=0):
+    """The epoch whose weights a run keeps: the highest validation accuracy, and among equals the lowest validation loss.
+
+    If the losses are equal too, it is the earliest.
+
+    Args:
+        history: a dict per epoch, with `val_accuracy` and `val_loss`.
+        first_epoch: index into `history` of the first epoch whose weights can be kept.
+
+    Returns:
+        The dict of that epoch.
+    """
+
+    def merit(row):
+        # A loss that is NaN would compare as neither higher nor lower.
+        loss = row["val_loss"]
+        return row["val_accuracy"], -math.inf if math.isnan(loss) else -loss
+
+    return max(history[first_epoch:], key=merit)
 
 
 def evaluate(logits, labels):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cvt_keras import runs
 from cvt_keras.errors import MissingPackageError
-from cvt_keras.report import figures
+from cvt_keras.report import figures, metrics
 
 try:
     import jinja2
@@ -25,20 +25,22 @@ def write(run_dir):
     """
     run_dir = Path(run_dir)
     report = runs.read_json(run_dir / runs.REPORT)
+    history = runs.read_history(run_dir)
     export = run_dir / runs.EXPORT / runs.REPORT
+    names = (figures.CURVES, figures.CONFUSION, figures.CALIBRATION, figures.MOST_WRONG)
+    plots = {Path(name).stem: run_dir / runs.PLOTS / name for name in names}
     render(
         TEMPLATES / "run.html",
         run_dir / runs.PAGE,
         report=report,
         compression=_compression(report),
-        history=[{name: _rounded(name, value) for name, value in row.items()} for row in runs.read_history(run_dir)],
-        artifacts=runs.read_json(export)["artifacts"] if export.exists() else [],
-        # Classes without images last.
-        classes=sorted(report["per_class"] or [], key=lambda row: (row["top1"] is None, row["top1"])),
-        pictures={
-            Path(name).stem: picture(run_dir, name)
-            for name in (figures.CURVES, figures.CONFUSION, figures.CALIBRATION, figures.MOST_WRONG)
-        },
+        history=[{name: _rounded(name, value) for name, value in row.items()} for row in history],
+        kept_epoch=_kept_epoch(report, history),
+        epochs=_epochs(report),
+        export=runs.read_json(export) if export.exists() else {"artifacts": []},
+        classes=_classes(report),
+        pictures={stem: picture(run_dir, path.name) for stem, path in plots.items()},
+        numbered={stem for stem, path in plots.items() if path.exists() and figures.is_numbered(path)},
     )
 
 
@@ -88,6 +90,43 @@ def _compression(report):
         kernels = "all kernels" if methods[-1] == "qat" else "the compressed kernels"
         text += f" {report['compression']['sparsity']:.1%} of the weights in {kernels} are zero."
     return text
+
+
+def _kept_epoch(report, history):
+    """The epoch whose weights were kept, from 1, or `None` if the files of an older run don't say."""
+    if report.get("kept_epoch") is not None:
+        return report["kept_epoch"]
+    # Compression keeps none of its first epochs.
+    if report["recipe"].get("compression") or not history:
+        return None
+    best = metrics.best_epoch(history)
+    # Among equals older versions kept the earliest.
+    equals = sum(row["val_accuracy"] == best["val_accuracy"] for row in history)
+    return best["epoch"] if equals == 1 else None
+
+
+def _epochs(report):
+    """How many epochs were trained, as text, and why it stopped there; the latter is empty if all were trained."""
+    epochs, trained = report["epochs"], report.get("epochs_trained")
+    if trained is None or trained >= epochs:
+        return f"{epochs}", ""
+    patience = report["recipe"].get("early_stopping")
+    reason = f": no better epoch in {patience}" if patience else ""
+    return f"{trained} of {epochs}", f"Training stopped after {trained} of {epochs} epochs{reason}."
+
+
+def _classes(report):
+    """A dict for each class, the hardest first and those without test images last; empty if nothing is known of them."""
+    names, weights = report["class_names"], report.get("class_weights")
+    images = report.get("train_images_per_class") or [None] * len(names)
+    scores = report["per_class"] or [{}] * len(names)
+    if not (report["per_class"] or weights or report.get("train_images_per_class")):
+        return []
+    rows = [
+        {"top1": None, **measured, "number": number, "name": name, "train_images": count, "weight": (weights or {}).get(name)}
+        for number, (name, count, measured) in enumerate(zip(names, images, scores), start=1)
+    ]
+    return sorted(rows, key=lambda row: (row["top1"] is None, row["top1"]))
 
 
 def _rounded(name, value):

@@ -10,6 +10,9 @@ import numpy as np
 
 from cvt_keras import runs, signals
 from cvt_keras.errors import DivergedError, RecipeError, RunError
+from cvt_keras.report.metrics import best_epoch
+
+CLASS_WEIGHTS = "class weights"  # key of a checkpoint's `data`
 
 
 class HaltOnNaN(keras.callbacks.Callback):
@@ -75,15 +78,17 @@ class Stopwatch(keras.callbacks.Callback):
 
 
 class BestWeights(keras.callbacks.Callback):
-    """Keeps the weights that validated best, the earliest of equals.
+    """Keeps the weights of the epoch that `report.metrics.best_epoch` names: highest validation accuracy, then lowest loss.
 
-    It must stand before Keras' `SwapEMAWeights`, which takes the averaged weights away again at the end of a validation.
+    With few validation images many epochs have the same accuracy. It must stand before Keras' `SwapEMAWeights`, which takes the
+    averaged weights away again at the end of a validation.
 
     Args:
         first_epoch: counted from 0; those before it are not looked at.
 
     Attributes:
         score: validation accuracy, a fraction of 1.
+        loss: the validation loss of the same epoch.
         weights: as `model.get_weights()` gives them.
     """
 
@@ -91,6 +96,7 @@ class BestWeights(keras.callbacks.Callback):
         super().__init__()
         self.first_epoch = first_epoch
         self.score = -1.0
+        self.loss = math.inf
         self.weights = None
         self._epoch = 0
 
@@ -98,9 +104,43 @@ class BestWeights(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_test_end(self, logs=None):
-        if self._epoch >= self.first_epoch and logs["accuracy"] > self.score:
-            self.score = float(logs["accuracy"])
+        # Python's floats, as history.csv has them: a resumed run compares with those.
+        accuracy, loss = float(logs["accuracy"]), float(logs["loss"])
+        if self._epoch >= self.first_epoch and (accuracy, -loss) > (self.score, -self.loss):
+            self.score, self.loss = accuracy, loss
             self.weights = self.model.get_weights()
+
+
+class EarlyStopping(keras.callbacks.Callback):
+    """Ends the training after a number of epochs without a better one, by the rule of `BestWeights`.
+
+    Not Keras' own: it compares one metric alone, and forgets on a resume. This one reads the history, which a checkpoint holds.
+
+    Args:
+        patience: the number of epochs; 0 never ends it.
+        checkpoints: the `Checkpoints`, which stand before this callback.
+        first_epoch: counted from 0; those before it don't count.
+    """
+
+    def __init__(self, patience, checkpoints, first_epoch=0):
+        super().__init__()
+        self.patience = patience
+        self.checkpoints = checkpoints
+        self.first_epoch = first_epoch
+
+    @property
+    def is_due(self):
+        """Whether the epochs so far end the training."""
+        history = self.checkpoints.history
+        if not self.patience or len(history) <= self.first_epoch:
+            return False
+        return len(history) - best_epoch(history, self.first_epoch)["epoch"] >= self.patience
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.is_due and epoch + 1 < self.params["epochs"]:
+            best = best_epoch(self.checkpoints.history, self.first_epoch)["epoch"]
+            print(f"stopped after epoch {epoch + 1} of {self.params['epochs']}: epoch {best} is still the best", flush=True)
+            self.model.stop_training = True
 
 
 class TensorBoard(keras.callbacks.TensorBoard):
@@ -117,7 +157,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     A checkpoint is a folder `epoch-0003` that appears whole; it then takes the place of the one before. It holds the raw
     weights and the seeds' states, the optimizer's variables with the moving average, the best weights so far, and in
-    `state.json` the best score, the history and what tells the data from others. After it `history.csv` is written.
+    `state.json` the best score and loss, the history and what tells the data from others. After it `history.csv` is written.
 
     Args:
         run_dir: the run folder.
@@ -163,6 +203,12 @@ class Checkpoints(keras.callbacks.Callback):
         changed = [name for name, value in self.data.items() if data.get(name) != value]
         if changed:
             differences = ", ".join(f"{name} was {data.get(name)!r} and is {self.data[name]!r}" for name in changed)
+            if changed == [CLASS_WEIGHTS]:
+                raise RecipeError(
+                    f"the run in {self.run_dir} can't be resumed with other class weights: {differences}",
+                    argument="class_weights",
+                    hint="Give the former weights to --class-weights, or train in another --run-dir",
+                )
             raise RecipeError(
                 f"the run in {self.run_dir} can't be resumed with other images: {differences}",
                 argument="data_dir",
@@ -176,6 +222,7 @@ class Checkpoints(keras.callbacks.Callback):
         for name, variable in variables.items():
             variable.assign(values[name])
         self.history, self.best.score, self.best.weights = runs.from_one(history), score, list(best.values()) or None
+        self.best.loss = state.get("best_loss", _loss_of_first(self.history[self.best.first_epoch :], score))
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)  # which the kill may have come before
 
     def on_epoch_end(self, epoch, logs=None):
@@ -190,7 +237,10 @@ class Checkpoints(keras.callbacks.Callback):
         with runs.whole_folder(self._folder / f"epoch-{epoch + 1:04d}") as aside:
             np.savez(aside / "state.npz", **{name: np.asarray(v) for name, v in self._state(self.model).items()})
             np.savez(aside / "best.npz", *(self.best.weights or ()))
-            runs.write_json(aside / "state.json", {"best_score": self.best.score, "history": self.history, "data": self.data})
+            best = {"best_score": self.best.score}
+            if self.best.weights is not None:  # else it is infinite, which JSON has not
+                best["best_loss"] = self.best.loss
+            runs.write_json(aside / "state.json", {**best, "history": self.history, "data": self.data})
         for older in _stored(self.run_dir)[:-1]:
             shutil.rmtree(older)
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)
@@ -216,6 +266,11 @@ def stored_data(run_dir):
         return runs.read_json(stored[-1] / "state.json")["data"] if stored else None
     except (OSError, LookupError, TypeError, RunError):
         return None  # `Checkpoints.restore` tells of it
+
+
+def _loss_of_first(history, score):
+    """The validation loss of the first epoch with this validation accuracy, whose weights older versions kept."""
+    return next((row["val_loss"] for row in history if row["val_accuracy"] == score), math.inf)
 
 
 def _stored(run_dir):

@@ -41,6 +41,11 @@ class Compressor(keras.callbacks.Callback):
         Raises:
             RecipeError: if it can't be combined with the recipe, or with the compression before it.
         """
+        if self.settings is not None and recipe.freeze is not None:
+            raise RecipeError(
+                f"`freeze` must be None with compression, which changes every layer. Received: freeze={recipe.freeze}",
+                argument="freeze",
+            )
         before = ((self.settings or {}).get("after") or {}).get("method")
         if before in self.refused:
             raise RecipeError(

@@ -14,8 +14,18 @@ from cvt_keras.data.pipeline import evaluation_batches, training_batches
 from cvt_keras.errors import OutOfMemoryError, RecipeError
 from cvt_keras.model import build_classifier
 from cvt_keras.report import figures, metrics, page
-from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch, TensorBoard
+from cvt_keras.training.callbacks import (
+    CLASS_WEIGHTS,
+    BestWeights,
+    Checkpoints,
+    EarlyStopping,
+    HaltOnNaN,
+    StopAfterStep,
+    Stopwatch,
+    TensorBoard,
+)
 from cvt_keras.training.compressor import Compressor
+from cvt_keras.training.freeze import freeze
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.plan import RunResult, settle, warn
 from cvt_keras.training.recipes import Recipe
@@ -85,21 +95,24 @@ def fit(plan):
     classifier = _compiled(plan, _starting_classifier(plan))
     if not plan.resumed:
         runs.write_json(run_dir / runs.RECIPE, recipe.settings())
+        _write_record(plan)
     (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
 
     stopwatch, best = Stopwatch(), BestWeights(compressor.first_epoch)
     checkpoints = Checkpoints(run_dir, _data(plan), stopwatch, best, compressor.variables)
     checkpoints.restore(classifier)
+    _write_record(plan)  # of a run that was killed before, or of an older version: by its checkpoint the images are the same
     finished = len(checkpoints.history)
     if finished:
         print(f"resuming after epoch {finished} of {recipe.epochs}", flush=True)
     elif plan.resumed:
         print(f"no finished epoch to resume from in {run_dir}: starting from epoch 1", flush=True)
-    if finished == recipe.epochs:
+    early_stopping = EarlyStopping(recipe.early_stopping, checkpoints, compressor.first_epoch)
+    if finished == recipe.epochs or early_stopping.is_due:
         return best, checkpoints.history
     with StopAfterStep() as stop:
         classifier.fit(
-            training_batches(plan.train, plan.num_classes, recipe, finished),
+            training_batches(plan.train, plan.num_classes, recipe, finished, plan.class_weights),
             initial_epoch=finished,
             epochs=recipe.epochs,
             steps_per_epoch=plan.steps_per_epoch,
@@ -113,10 +126,19 @@ def fit(plan):
                 best,
                 *([keras.callbacks.SwapEMAWeights()] if recipe.ema else []),
                 TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
-                checkpoints,  # last: an epoch that it holds is not trained again
+                checkpoints,  # an epoch that it holds is not trained again
+                early_stopping,  # reads the history of the checkpoints
             ],
         )
     return best, checkpoints.history
+
+
+def _write_record(plan):
+    """Writes which image is in which split, unless the run has that already or is not on a folder of images."""
+    path = plan.run_dir / runs.IMAGES
+    if plan.record is not None and not path.exists():
+        with runs.whole(path) as unfinished:
+            plan.record.write(unfinished)
 
 
 def _starting_classifier(plan):
@@ -137,6 +159,8 @@ def _starting_classifier(plan):
         print(
             "the head is that of the weights" if head else "the head is new: the weights do not name these classes", flush=True
         )
+    if recipe.freeze is not None:
+        freeze(classifier.get_layer("cvt"), recipe.freeze)
     classifier = compressor.wrap(classifier)
     if compressor.settings is not None:
         batches = evaluation_batches(plan.train, plan.num_classes, recipe.image_size)
@@ -173,8 +197,10 @@ def _build(plan, dtype):
 
 
 def _data(plan):
-    """What a checkpoint keeps to recognise its images by."""
+    """What a checkpoint keeps to recognise its images by, and the weights of their classes."""
     data = plan.source.fingerprint()
+    if plan.class_weights is not None:
+        data[CLASS_WEIGHTS] = list(plan.class_weights)
     if plan.recipe.weights:
         data |= {"mean": list(plan.source.mean), "std": list(plan.source.std)}
     return data
@@ -239,6 +265,13 @@ def finish(plan, best, history):
         validation=validation,
         **tested,
         compression=compression,
+        data_warnings=list(plan.warnings),
+        left_out=plan.source.left_out,
+        class_weights=plan.class_weights and dict(zip(plan.source.class_names, plan.class_weights)),
+        epochs_trained=len(history),
+        kept_epoch=metrics.best_epoch(history, plan.compressor.first_epoch)["epoch"],
+        test_images=len(plan.source.test.limit(recipe.test_limit)),
+        train_images_per_class=np.bincount(plan.train.labels, minlength=plan.num_classes).tolist(),
         device=environment.device(),
         versions=environment.versions(),
     )

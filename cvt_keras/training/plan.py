@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 
 from cvt_keras import environment, runs
@@ -13,6 +14,7 @@ from cvt_keras.conversion import checkpoint as checkpoints
 from cvt_keras.conversion.checkpoint import Checkpoint
 from cvt_keras.data import sources
 from cvt_keras.data.pipeline import batches_per_epoch
+from cvt_keras.data.record import ImageRecord
 from cvt_keras.data.split import Source, Split
 from cvt_keras.errors import (
     ArgumentError,
@@ -22,6 +24,7 @@ from cvt_keras.errors import (
 )
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.report.metrics import Report
+from cvt_keras.training import class_weights, freeze, held_out
 from cvt_keras.training.callbacks import stored_data
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.recipes import Recipe
@@ -59,6 +62,9 @@ class Plan:
         test: the images to test on; `None` leaves the test split untouched.
         checkpoint: the weights to start from, or `None`.
         compressor: a `Compressor`.
+        record: which image of a folder is in which split; `None` for a data set that is no folder.
+        class_weights: a float per class, or `None` if all weigh the same.
+        warnings: what a user must know about the images, a sentence each.
     """
 
     recipe: Recipe
@@ -70,6 +76,9 @@ class Plan:
     test: Split | None
     checkpoint: Checkpoint | None
     compressor: Compressor
+    record: ImageRecord | None = None
+    class_weights: tuple[float, ...] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_classes(self):
@@ -104,13 +113,16 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
     runs.require_writable(run_dir or RUNS)
     _warn_of_unseen_gpu()
 
+    weights_per_class = class_weights.read(resolved.class_weights)
     started, checkpoint, preprocessing = _starting_point(resolved, run_dir, stored)
+    freeze.require(started)
     loaded, source = load_images(started)
     if stored is not None and recipe.dataset == "auto" and source.name == "digits":
         reason = "scikit-learn's digits stand in for CIFAR-10, as when this run began. For CIFAR-10 train in another folder"
         source = dataclasses.replace(source, fallback=reason)
     if source.fallback:
         warn(source.fallback)
+    source, record, differences = held_out.settle(source, run_dir if stored is not None else None, started.weights)
     settled = dataclasses.replace(loaded, flip=loaded.flip and source.mirror)
     if stored is not None:
         stored.require_same(settled)
@@ -118,19 +130,28 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
     if run_dir is None:
         run_dir = default_run_dir(name, settled)
         runs.require_vacant(run_dir)
+    train, validation = source.train.limit(settled.train_limit), source.validation.limit(settled.validation_limit)
+    counts = np.bincount(train.labels, minlength=len(source.class_names))
+    weights_per_class = class_weights.settle(weights_per_class, source.class_names, counts)
+    few = class_weights.warnings(source.class_names, counts, len(validation), weights_per_class is not None)
     plan = Plan(
         recipe=settled,
         run_dir=run_dir,
         resumed=stored is not None,
         source=_normalized_like(source, preprocessing),
-        train=source.train.limit(settled.train_limit),
-        validation=source.validation.limit(settled.validation_limit),
+        train=train,
+        validation=validation,
         test=source.test.limit(settled.test_limit) if evaluate_test else None,
         checkpoint=checkpoint,
         compressor=compressor,
+        record=record,
+        class_weights=weights_per_class,
+        warnings=(*source.warnings, *differences, *few),
     )
     require_fit(settled, plan.train)
     _show_counts(plan)
+    for warning in plan.warnings:
+        warn(warning)
     return plan
 
 
@@ -146,7 +167,7 @@ def load_images(recipe):
     Raises:
         DataError: if the images can't be had.
     """
-    source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size)
+    source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size, skip_broken=recipe.skip_broken)
     dataset = source.name if recipe.dataset == "auto" else recipe.dataset
     return dataclasses.replace(recipe, dataset=dataset), source
 

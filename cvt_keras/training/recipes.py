@@ -57,8 +57,8 @@ class Recipe:
     """Test on the first N images only."""
     skip_broken: bool = False
     """Leave out files of a folder that can't be read, and count them in the report."""
-    class_weights: str = "none"
-    """auto: weigh each image's loss by the inverse of its class's share, for unequal classes; FILE: JSON of a weight per class."""
+    class_weights: Annotated[str, tyro.conf.arg(metavar="auto|none|FILE")] = "none"
+    """For unequal classes. auto: weigh each image's loss by the inverse of its class's share; FILE: JSON {class: weight}."""
 
     # === Augmentation ===
     flip: bool = True
@@ -80,9 +80,9 @@ class Recipe:
     epochs: int = 10
     """Passes over the training images."""
     early_stopping: int = 0
-    """Stop after so many epochs without a better one; 0 is off."""
+    """Stop after so many epochs without a better one; 0 is off. The learning rate still falls as for all epochs."""
     freeze: Annotated[str | None, tyro.conf.arg(metavar="backbone|N")] = None
-    """Keep weights as they start: of all but the head, or of the first N stages. For small sets, with --weights."""
+    """With --weights, for small sets. backbone: train the last layer only; N: keep the first N stages as they start."""
     batch_size: int = 128
     """Images a step."""
     optimizer: Literal["adamw", "muon"] = "muon"
@@ -116,9 +116,11 @@ class Recipe:
     """auto: on with a GPU, off on a CPU, where it is slower."""
 
     def __post_init__(self) -> None:
-        for name in ("data_dir", "weights"):
+        for name in ("data_dir", "weights", "class_weights"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))  # as recipe.json has it
+        if isinstance(self.freeze, int) and not isinstance(self.freeze, bool):
+            object.__setattr__(self, "freeze", str(self.freeze))  # the flag's form
         for name, hint in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         try:
@@ -141,7 +143,7 @@ class Recipe:
             if value is not None and value < 1:
                 raise RecipeError(f"`{name}` must be at least 1. Received: {name}={value}", argument=name)
         for name in (
-            *("seed", "crop_padding", "rand_augment", "mixup", "cutmix"),
+            *("seed", "crop_padding", "rand_augment", "mixup", "cutmix", "early_stopping"),
             *("peak_learning_rate", "adamw_ratio", "weight_decay", "gradient_clip"),
         ):
             if not 0 <= getattr(self, name) < math.inf:
@@ -165,6 +167,22 @@ class Recipe:
                 raise RecipeError(
                     f"`{name}` must be within 0 and {most}. Received: {name}={getattr(self, name)}", argument=name
                 )
+
+        if not self.class_weights:
+            raise RecipeError(
+                "`class_weights` must be auto, none or a file. Received: class_weights=''", argument="class_weights"
+            )
+        if self.freeze is not None and self.freeze != "backbone" and not re.fullmatch("[1-9][0-9]*", self.freeze):
+            raise RecipeError(
+                f"`freeze` must be backbone or a number of stages, at least 1. Received: freeze={self.freeze}",
+                argument="freeze",
+            )
+        if self.freeze is not None and self.weights is None:
+            raise RecipeError(
+                f"`freeze` needs `weights`, as random ones would never learn. Received: freeze={self.freeze}, weights=None",
+                argument="freeze",
+                hint="Give --weights too, or leave out --freeze",
+            )
 
     @property
     def variant_name(self) -> str:

@@ -63,6 +63,8 @@ class StoredRun:
         # the checkpoint's.
         if recipe.dataset != "folder" or _same_place(was["data_dir"], is_now["data_dir"]):
             names = [name for name in names if name != "data_dir"]
+        if _same_place(was["class_weights"], is_now["class_weights"]):  # the checkpoint has the weights in the file
+            names = [name for name in names if name != "class_weights"]
         if same_weights(was["weights"], is_now["weights"]):
             names = [name for name in names if name != "weights"]
         elif "variant" in names:  # which comes from the weights

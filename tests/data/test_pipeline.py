@@ -1,5 +1,6 @@
 import dataclasses
 
+import keras
 import numpy as np
 import pytest
 
@@ -41,6 +42,29 @@ def test_order_is_a_function_of_seed_and_epoch(split):
     assert not np.array_equal(first[0], other[0])
     # A longer run begins like a shorter one.
     np.testing.assert_array_equal(_order(split, dataclasses.replace(PLAIN, epochs=3))[:2], first)
+
+
+def test_weights_of_classes_follow_the_labels(split):
+    weights = tuple(np.arange(1.0, 11.0))
+    for change in ({}, ALL):
+        recipe = dataclasses.replace(PLAIN, **change)
+        plain = list(training_batches(split, 10, recipe).as_numpy_iterator())
+        weighted = list(training_batches(split, 10, recipe, class_weights=weights).as_numpy_iterator())
+        assert all(len(batch) == 2 for batch in plain)
+        for (images, labels), (same_images, same_labels, image_weights) in zip(plain, weighted, strict=True):
+            np.testing.assert_array_equal(images, same_images)
+            np.testing.assert_array_equal(labels, same_labels)
+            assert (image_weights.dtype, image_weights.shape) == (np.float32, (16,))
+            np.testing.assert_allclose(image_weights, (labels * weights).sum(axis=1), rtol=1e-6)
+
+
+def test_keras_divides_a_weighted_loss_by_the_number_of_images():
+    logits, labels = np.array([[2.0, 0.0], [1.0, 0.0]], "float32"), np.eye(2, dtype="float32")
+    plain, weighted = (
+        keras.losses.CategoricalCrossentropy(from_logits=True, reduction=kind) for kind in ("none", "sum_over_batch_size")
+    )
+    expected = np.mean(np.array([3.0, 0.5]) * plain(labels, logits))
+    np.testing.assert_allclose(weighted(labels, logits, np.array([3.0, 0.5], "float32")), expected, rtol=1e-6)
 
 
 def test_a_later_start_sees_what_comes_there(split):

@@ -1,6 +1,8 @@
 import itertools
+import pathlib
 import runpy
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ HISTORY = [
         "cross_entropy": 1.0,
         "val_accuracy": accuracy,
         "val_cross_entropy": 0.9,
+        "val_loss": 1.0,
     }
     for epoch, accuracy in enumerate([0.5, 0.75, 0.75], start=1)
 ]
@@ -68,7 +71,7 @@ def test_an_epoch_that_could_not_be_kept_is_not_marked():
 
 def test_confusion_shows_counts_and_shares():
     counts = np.array([[3, 1], [0, 0]])
-    axes = figures.confusion(counts, ("a", "b")).axes[0]
+    axes = figures.confusion(counts, figures.picture_names(("a", "b"))).axes[0]
     np.testing.assert_array_equal(axes.images[0].get_array(), [[0.75, 0.25], [0, 0]])
     assert _texts(axes) == ["3", "1"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
@@ -77,7 +80,7 @@ def test_confusion_shows_counts_and_shares():
 @pytest.mark.parametrize("names", [("a", "b"), ("Cavalier King Charles spaniel", "an airport"), tuple("abcde")])
 def test_nothing_of_confusion_is_cut_off(names):
     n = len(names)
-    figure = figures.confusion(np.eye(n, dtype=int), names)
+    figure = figures.confusion(np.eye(n, dtype=int), figures.picture_names(names))
     FigureCanvasAgg(figure).draw()
     matrix, bar = figure.axes
     boxes = [
@@ -88,12 +91,11 @@ def test_nothing_of_confusion_is_cut_off(names):
         assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
     labels = boxes[3:]
     assert not any(one.overlaps(other) for one, other in itertools.pairwise(labels))
-    assert max(len(label.get_text()) for label in matrix.get_xticklabels()) <= figures.MOST_CHARACTERS
 
 
 def test_confusion_of_many_classes_stays_legible():
     names = [f"{i}" for i in range(100)]
-    axes = figures.confusion(np.eye(100, dtype=int), names).axes[0]
+    axes = figures.confusion(np.eye(100, dtype=int), figures.picture_names(names)).axes[0]
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == names[::3]
     assert not axes.texts
@@ -106,16 +108,17 @@ def test_calibration_draws_the_bins(shown):
 
 
 def test_the_most_wrong_come_first_with_label_and_prediction(shown):
-    figure = figures.most_wrong(**shown, class_names=NAMES)
+    figure = figures.most_wrong(**shown, names=figures.picture_names(NAMES))
     assert [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes if axes.images] == [2, 1, 0]
     first, second, *_ = (axes.get_title() for axes in figure.axes)
     assert first.startswith("c ") and "as a" in first
     assert second.startswith("$b ") and "as c" in second
 
 
-def test_the_names_of_the_most_wrong_do_not_run_into_each_other(shown):
-    names = ("Cavalier King Charles spaniel", "English springer spaniel, liver and white", "c")
-    figure = figures.most_wrong(**shown, class_names=names)
+@pytest.mark.parametrize("name", ["Cavalier King Charles spaniel", "MITSUBISHI OUTLANDER", "W" * 16])
+def test_the_names_of_the_most_wrong_do_not_run_into_each_other(name, shown):
+    names = (name, f"{name}, liver and white", "c")
+    figure = figures.most_wrong(**shown, names=figures.picture_names(names))
     FigureCanvasAgg(figure).draw()
     boxes = [axes.title.get_window_extent() for axes in figure.axes if axes.images]
     assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
@@ -123,9 +126,80 @@ def test_the_names_of_the_most_wrong_do_not_run_into_each_other(shown):
 
 def test_a_perfect_network_has_no_wrong_images(shown):
     shown["logits"] = np.eye(3, dtype="float32")[shown["labels"]]
-    figure = figures.most_wrong(**shown, class_names=NAMES)
+    figure = figures.most_wrong(**shown, names=figures.picture_names(NAMES))
     assert not any(axes.images for axes in figure.axes)
     assert "No test image is misclassified" in figure._suptitle.get_text()
+
+
+@pytest.fixture
+def matplotlibs_fonts(monkeypatch):
+    """Only the fonts that come with matplotlib: they have Latin, Greek, Cyrillic, Hebrew, Arabic, some emoji and symbols."""
+    own = [entry for entry in figures.font_manager.fontManager.ttflist if "mpl-data" in pathlib.Path(entry.fname).parts]
+    monkeypatch.setattr(figures.font_manager.fontManager, "ttflist", own)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("猫", "tiger 虎", "แมว", "बिल्ली", "\U0001fae0"),  # no font has them
+        *("قطة", "חתול"),  # DejaVu Sans has them, but from right to left
+        *(
+            "❤\ufe0f",
+            "e\u0329",
+            "a\tb",
+            "a\u202eb",
+            "\ue000",
+        ),  # a selector, a mark without a letter of its own, controls, private
+    ],
+)
+def test_all_classes_are_numbered_if_one_name_cannot_be_drawn(name, matplotlibs_fonts):
+    names = figures.picture_names(("cat", name, "dog"))
+    assert names.numbered and names.texts == ["1", "2", "3"]
+
+
+def test_names_are_drawn_in_fonts_that_have_them(matplotlibs_fonts):
+    names = figures.picture_names(("🐱 кот", "γάτα", "cafe\u0301\u3000noir"))
+    assert names.texts == ["🐱 кот", "γάτα", "café noir"] and not names.numbered
+    mixed = figures.picture_names(("ᶁ", "cat"))  # of matplotlib's fonts STIX alone has it
+    assert mixed == figures.PictureNames(["ᶁ", "cat"], (*names.families, "STIXGeneral"), False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of missing glyphs
+        FigureCanvasAgg(figures.confusion(np.eye(2, dtype=int), mixed)).draw()
+
+
+def test_a_font_without_outlines_draws_nothing(matplotlibs_fonts, monkeypatch):
+    monkeypatch.setattr(figures, "_drawn", lambda path, characters: set())  # as a font of coloured emoji
+    assert figures.picture_names(("ᶁ", "cat")).numbered
+    monkeypatch.undo()
+    assert figures._drawn(figures.font_manager.findfont("DejaVu Sans"), {"a", "猫", "\u200b"}) == {"a"}
+    assert figures._drawn(__file__, {"a"}) == set()  # no font at all
+
+
+def test_long_names_stay_distinct(matplotlibs_fonts):
+    assert figures.picture_names(("a long and winding name", "b")).texts == ["a long and wind…", "b"]
+    alike = figures.picture_names(("Cavalier King Charles spaniel", "Cavalier King Charles toy", "ox")).texts
+    assert alike == ["Cavali…s spaniel", "Cavali…arles toy", "ox"]
+    middle = figures.picture_names(tuple(f"the same start {i} and the same end" for i in range(3)))
+    assert middle.numbered and middle.texts == ["1", "2", "3"]
+
+
+def test_numbered_pictures_say_so_and_carry_the_names(tmp_path, shown, matplotlibs_fonts):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.draw(tmp_path, HISTORY, **shown, class_names=("猫", "قطة", "cat"))
+    numbered = {path.name for path in (tmp_path / "plots").iterdir() if figures.is_numbered(path)}
+    assert numbered == {figures.CONFUSION, figures.MOST_WRONG}
+    assert Image.open(tmp_path / "plots" / figures.CONFUSION).info[figures.CLASS_NAMES] == "1: 猫\n2: قطة\n3: cat"
+    names = figures.picture_names(("猫", "قطة", "cat"))
+    axes = figures.confusion(np.eye(3, dtype=int), names).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "3"]
+    assert "number of the class" in axes.get_xlabel() and "number of the class" in axes.get_ylabel()
+    assert figures.most_wrong(**shown, names=names).axes[0].get_title().startswith("class 3: ")
+
+
+def test_pictures_with_names_are_not_numbered(tmp_path, shown):
+    figures.draw(tmp_path, HISTORY, **shown, class_names=NAMES)
+    assert not any(figures.is_numbered(path) for path in (tmp_path / "plots").iterdir())
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):

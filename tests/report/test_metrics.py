@@ -1,12 +1,25 @@
+import json
 import runpy
 import sys
+import tarfile
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cvt_keras.errors import DivergedError, MissingPackageError
 from cvt_keras.report import metrics
-from cvt_keras.report.metrics import CALIBRATION_BINS, confusion, evaluate, per_class, predictions, reliability, worst
+from cvt_keras.report.metrics import (
+    CALIBRATION_BINS,
+    best_epoch,
+    confusion,
+    evaluate,
+    per_class,
+    predictions,
+    reliability,
+    worst,
+)
 
 LABELS = np.array([0, 1, 2, 5])
 
@@ -115,6 +128,32 @@ def test_per_class_by_hand():
     ]
     # As JSON has them.
     assert {type(value) for row in rows for value in row.values()} == {str, float, int, type(None)}
+
+
+def test_a_class_without_test_images_is_no_division_by_zero():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = per_class(np.eye(3)[[0, 2]], np.array([0, 0]), "abc")
+        result = evaluate(np.eye(3)[[0, 2]], np.array([0, 0]))
+    assert [(row["top1"], row["images"]) for row in rows] == [(0.5, 2), (None, 0), (None, 0)]
+    assert result["balanced_accuracy"] == 0.5 and result["macro_f1"] == pytest.approx(2 / 3)
+
+
+def test_the_best_epoch_is_the_most_accurate_and_among_equals_the_one_with_the_lowest_loss():
+    nan = float("nan")
+    scores = [(0.9, 0.1), (0.5, 0.1), (0.8, nan), (0.8, 0.4), (0.8, 0.3), (0.8, 0.3)]
+    history = [{"epoch": epoch, "val_accuracy": a, "val_loss": loss} for epoch, (a, loss) in enumerate(scores, start=1)]
+    assert best_epoch(history) is history[0]
+    assert best_epoch(history, first_epoch=1)["epoch"] == 5
+    assert best_epoch(history[:3], first_epoch=2)["epoch"] == 3
+
+
+def test_reports_of_older_versions_have_defaults_for_what_they_lack(tmp_path):
+    folder = Path(__file__).parent.parent / "golden" / "old_runs"
+    with tarfile.open(folder / "plain.tar.xz") as archive:
+        old = metrics.Report(**json.load(archive.extractfile("plain/report.json")))
+    assert (old.data_warnings, old.left_out, old.train_images_per_class) == ([], {}, [])
+    assert old.class_weights is old.epochs_trained is old.kept_epoch is old.test_images is None
 
 
 def test_confusion_has_a_row_for_each_label():

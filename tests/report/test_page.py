@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from cvt_keras import runs
 from cvt_keras.errors import MissingPackageError
-from cvt_keras.report import page
+from cvt_keras.report import figures, page
 
 OLD_RUNS = Path(__file__).parent.parent / "golden" / "old_runs"
 SPLIT = {
@@ -22,6 +23,7 @@ REPORT = {
     "dataset": "folder",
     "data_note": "tested on <a tenth>",
     "variant": "cvt_cifar",
+    "class_names": ["easy", "<script>hard</script>"],
     "recipe": {"epochs": 10, "peak_learning_rate": 0.0023},
     "epochs": 10,
     "train_images": 45_000,
@@ -64,7 +66,7 @@ class _Page(html.parser.HTMLParser):
 @pytest.fixture
 def run_dir(tmp_path):
     runs.write_json(tmp_path / runs.REPORT, REPORT)
-    runs.write_csv(tmp_path / runs.HISTORY, [{"epoch": 1, "val_loss": 0.123456, "seconds": 61.23}])
+    runs.write_csv(tmp_path / runs.HISTORY, [{"epoch": 1, "val_accuracy": 0.5, "val_loss": 0.123456, "seconds": 61.23}])
     (tmp_path / runs.PLOTS).mkdir()
     Image.fromarray(np.zeros((4, 4, 3), "uint8")).save(tmp_path / runs.PLOTS / "curves.png")
     return tmp_path
@@ -117,6 +119,116 @@ def test_a_run_without_a_test_shows_validation(run_dir):
     runs.write_json(run_dir / runs.REPORT, {**REPORT, "test": None, "per_class": None, "data_note": ""})
     text = _written(run_dir).text
     assert "top-1, validation" in text and "test" not in text.replace("tested", "")
+
+
+def _text_with(run_dir, **changes):
+    """The text of the page of a report with some fields changed, with single spaces."""
+    runs.write_json(run_dir / runs.REPORT, {**REPORT, **changes})
+    return " ".join(_written(run_dir).text.split())
+
+
+def test_warnings_and_left_out_files_come_before_the_numbers(run_dir):
+    assert "Warnings" not in _text_with(run_dir) and "not used" not in _text_with(run_dir)
+    text = _text_with(run_dir, data_warnings=["<b> rules"], left_out={"not an image": 1200, "broken": 1})
+    assert "Warnings <b> rules 1,200 files were not used: not an image 1 file was not used: broken" in text
+    assert text.index("broken") < text.index("top-1, test")
+    text = _text_with(run_dir, left_out={"broken": 2})
+    assert "Warnings" not in text and "2 files were not used: broken" in text
+
+
+def _rows(run_dir, **changes):
+    """The cells of the table of classes, its heads first."""
+    runs.write_json(run_dir / runs.REPORT, {**REPORT, **changes})
+    page.write(run_dir)
+    table = (run_dir / runs.PAGE).read_text().partition('class="classes"')[2].partition("</table>")[0]
+    rows = re.findall("<tr>.*?</tr>", table)
+    return [[re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+def test_classes_show_their_training_images_and_weights(run_dir):
+    heads, hard, easy = _rows(run_dir)
+    assert heads == ["class", "top-1 (recall)", "precision", "F1", "test images"]
+    assert hard[1:] == ["20.0%", "n/a", "0.0%", "100"]
+    counts = {"train_images_per_class": [44_000, 1000], "class_weights": {"easy": 0.5114, "<script>hard</script>": 22.5}}
+    heads, hard, easy = _rows(run_dir, **counts)
+    assert heads[-2:] == ["training images", "weight in the loss"]
+    assert (hard[-2:], easy[-2:]) == (["1,000", "22.5"], ["44,000", "0.511"])
+    assert _rows(run_dir, **counts, test=None, per_class=None) == [
+        ["class", "training images", "weight in the loss"],
+        ["easy", "44,000", "0.511"],
+        ["&lt;script&gt;hard&lt;/script&gt;", "1,000", "22.5"],
+    ]
+
+
+def test_a_class_without_test_images_says_so_and_comes_last(run_dir):
+    empty = {"name": "easy", "top1": None, "precision": None, "f1": None, "images": 0}
+    _, _, easy = _rows(run_dir, per_class=[empty, REPORT["per_class"][1]])
+    assert easy == ["easy", "no test images", "n/a", "n/a", "0"]
+
+
+def test_early_stopping_is_told(run_dir):
+    assert "stopped" not in _text_with(run_dir, epochs_trained=10)
+    recipe = {**REPORT["recipe"], "early_stopping": 5}
+    text = _text_with(run_dir, recipe=recipe, epochs=40, epochs_trained=12, kept_epoch=7)
+    assert "12 of 40 epochs" in text and "Training stopped after 12 of 40 epochs: no better epoch in 5." in text
+    assert "The weights are those of epoch 7" in text
+    assert "Training stopped after 9 of 10 epochs. The weights" in _text_with(run_dir, epochs_trained=9, kept_epoch=7)
+
+
+def test_the_kept_epoch_of_older_runs_is_told_where_their_files_leave_no_doubt(run_dir):
+    scores = [(0.5, 0.9), (0.7, 0.8), (0.7, 0.6), (0.8, 0.7)]
+    rows = [{"epoch": epoch, "val_accuracy": a, "val_loss": loss} for epoch, (a, loss) in enumerate(scores, start=1)]
+    runs.write_csv(run_dir / runs.HISTORY, rows)
+    assert "The weights are those of epoch 4" in _text_with(run_dir)
+    runs.write_csv(run_dir / runs.HISTORY, rows[:3])  # version 0.1 kept the earliest of equals
+    assert "The ring marks the epoch whose weights were kept." in _text_with(run_dir)
+    runs.write_csv(run_dir / runs.HISTORY, rows)  # pruning keeps none of its first epochs
+    recipe = {"compression": {"method": "qat"}}
+    assert "The ring marks the epoch whose weights were kept." in _text_with(run_dir, recipe=recipe)
+    assert "The weights are those of epoch 3" in _text_with(run_dir, recipe=recipe, kept_epoch=3)
+
+
+def test_a_test_split_that_was_not_looked_at_is_told(run_dir):
+    without = {"test": None, "per_class": None, "test_images": 1600}
+    assert "The 1,600 test images were not looked at." in _text_with(run_dir, **without)
+    assert "not looked at" not in _text_with(run_dir, test_images=1600)
+
+
+def test_numbered_pictures_have_a_legend(run_dir):
+    assert "legend" not in _tags(run_dir)
+    pixels, text = Image.new("RGB", (4, 4)), PngInfo()
+    pixels.save(run_dir / runs.PLOTS / figures.MOST_WRONG)
+    text.add_itxt(figures.CLASS_NAMES, "1: easy")
+    pixels.save(run_dir / runs.PLOTS / figures.CONFUSION, pnginfo=text)
+    names = "<li><bdi>easy</bdi></li>\n<li><bdi>&lt;script&gt;hard&lt;/script&gt;</bdi></li>"
+    assert _tags(run_dir).count(names) == 1
+    pixels.save(run_dir / runs.PLOTS / figures.MOST_WRONG, pnginfo=text)
+    assert _tags(run_dir).count(names) == 2
+    heads, hard, easy = _rows(run_dir)
+    assert (heads[1], hard[1], easy[1]) == ("number", "2", "1")
+
+
+def _tags(run_dir):
+    """The page without its style sheet."""
+    page.write(run_dir)
+    return (run_dir / runs.PAGE).read_text().partition("</style>")[2]
+
+
+def test_exports_say_whether_the_held_out_images_were_verified(run_dir):
+    artifact = {
+        **{"name": "int8", "bytes": 1_400_000, "top1": 0.8, "agreement": 0.98, "max_abs_diff": 0.03125, "milliseconds": 2.5},
+        **{"images": 1000, "runtime": "LiteRT 2", "passed": True, "broken": []},
+    }
+    (run_dir / runs.EXPORT).mkdir()
+
+    def text(**fields):
+        runs.write_json(run_dir / runs.EXPORT / runs.REPORT, {"artifacts": [artifact], **fields})
+        return _text_with(run_dir)
+
+    assert "held-out" not in text().lower()
+    assert "The held-out images are verified" in text(held_out="verified")
+    told = text(held_out="held-out images not verified", held_out_note="2 images are <new>.")
+    assert "Held-out images not verified. 2 images are <new>." in told
 
 
 def test_exports_are_on_the_page_once_there_are_some(run_dir):

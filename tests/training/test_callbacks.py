@@ -3,6 +3,7 @@ import dataclasses
 import shutil
 import signal
 import time
+import types
 
 import keras
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from cvt_keras import build_classifier, runs
 from cvt_keras.errors import DivergedError, RecipeError, RunError
-from cvt_keras.training.callbacks import BestWeights, Checkpoints, HaltOnNaN, StopAfterStep, Stopwatch
+from cvt_keras.training.callbacks import BestWeights, Checkpoints, EarlyStopping, HaltOnNaN, StopAfterStep, Stopwatch
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import SMOKE
@@ -82,11 +83,18 @@ def test_the_best_weights_are_the_averaged_ones_of_the_best_epoch():
     # `fit` leaves the averages in the model.
     for ours, theirs in zip(best.weights, model.get_weights()):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    score, kept = best.score, best.weights
-    best.on_test_end({"accuracy": score})  # an equal one comes too late
-    assert best.weights is kept
-    best.on_test_end({"accuracy": score + 0.1})
-    assert best.weights is not kept
+
+
+def test_of_epochs_with_equal_accuracy_the_one_with_the_lowest_loss_is_kept():
+    best = BestWeights()
+    best.set_model(build_classifier("cvt_tiny", 3, (16, 16, 3)))
+    kept = []
+    for accuracy, loss in ((0.5, 1.0), (0.5, 1.0), (0.5, 0.5), (0.4, 0.1), (0.5, 0.6), (0.75, 2.0)):
+        before = best.weights
+        best.on_test_end({"accuracy": accuracy, "loss": loss})
+        kept.append(best.weights is not before)
+    assert kept == [True, False, True, False, False, True]  # among equals in both the earliest
+    assert (best.score, best.loss) == (0.75, 2.0)
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
@@ -127,7 +135,8 @@ def test_a_checkpoint_holds_every_variable(tmp_path, precision):
         np.testing.assert_array_equal(np.asarray(variable), value)
     assert restored.history == checkpoints.history
     assert [row["epoch"] for row in restored.history] == [1, 2]
-    assert other_best.score == best.score
+    assert (other_best.score, other_best.loss) == (best.score, best.loss)
+    assert best.loss == min(row["val_loss"] for row in checkpoints.history if row["val_accuracy"] == best.score)
     for ours, theirs in zip(other_best.weights, best.weights):
         np.testing.assert_array_equal(ours, theirs)
     with open(tmp_path / "history.csv") as file:
@@ -157,6 +166,22 @@ def test_the_newest_checkpoint_is_that_of_the_highest_number(checkpoint, tmp_pat
     best = BestWeights()
     Checkpoints(tmp_path, DATA, Stopwatch(), best).restore(_trained()[0])
     assert best.score == "epoch-10000"
+
+
+def test_a_checkpoint_of_other_class_weights_is_refused(checkpoint, tmp_path):
+    _restore(tmp_path)  # of a run without weights
+    with pytest.raises(RecipeError) as error:
+        _restore(tmp_path, data={**DATA, "class weights": [1.0, 2.0]})
+    assert error.value.argument == "class_weights"
+
+
+def test_a_checkpoint_of_an_older_version_has_no_loss(checkpoint, tmp_path):
+    state = runs.read_json(checkpoint / "state.json")
+    loss = state.pop("best_loss")
+    runs.write_json(checkpoint / "state.json", state)
+    best = BestWeights()
+    Checkpoints(tmp_path, DATA, Stopwatch(), best).restore(_trained()[0])
+    assert best.loss == loss  # from the history
 
 
 def test_a_checkpoint_of_another_network_is_refused(checkpoint, tmp_path):
@@ -192,13 +217,37 @@ def test_a_broken_checkpoint_is_named(checkpoint, tmp_path, name, sabotage):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "patience, first_epoch, scores, due",
+    [
+        (2, 0, [(0.5, 1.0), (0.4, 1.0)], False),
+        (2, 0, [(0.5, 1.0), (0.4, 0.9), (0.5, 1.0)], True),
+        (2, 0, [(0.5, 1.0), (0.4, 0.9), (0.5, 0.9)], False),  # equal, and of lower loss
+        (0, 0, [(0.5, 1.0)] * 9, False),
+        (1, 2, [(0.9, 0.1), (0.8, 1.0)], False),  # none of them counts yet
+        (1, 2, [(0.9, 0.1), (0.8, 1.0), (0.5, 1.0)], False),
+        (1, 2, [(0.9, 0.1), (0.8, 1.0), (0.5, 1.0), (0.5, 1.0)], True),
+        (1, 0, [], False),
+    ],
+)
+def test_training_stops_after_epochs_without_a_better_one(patience, first_epoch, scores, due, capsys):
+    history = [{"epoch": i, "val_accuracy": score, "val_loss": loss} for i, (score, loss) in enumerate(scores, start=1)]
+    stop = EarlyStopping(patience, types.SimpleNamespace(history=history), first_epoch)
+    assert stop.is_due == due
+    stop.set_model(types.SimpleNamespace(stop_training=False))
+    stop.set_params({"epochs": 30})
+    stop.on_epoch_end(len(history) - 1)
+    assert stop.model.stop_training == due
+    assert ("is still the best" in capsys.readouterr().out) == due
+
+
 def test_weights_before_the_first_epoch_that_counts_are_not_kept():
     classifier = build_classifier("cvt_tiny", 10, (16, 16, 3))
     best = BestWeights(first_epoch=1)
     best.set_model(classifier)
     for epoch, accuracy in enumerate((0.9, 0.5)):
         best.on_epoch_begin(epoch)
-        best.on_test_end({"accuracy": accuracy})
+        best.on_test_end({"accuracy": accuracy, "loss": 1.0})
         assert (best.weights is None) == (epoch == 0)
     assert best.score == 0.5
 

@@ -242,9 +242,9 @@ def test_a_run_folder_is_for_one_process_at_a_time(finished, recipe, tmp_path):
 def test_a_run_that_another_process_began_meanwhile_is_not_overwritten(recipe, tmp_path, monkeypatch):
     load = sources.load
 
-    def begin(*args):
+    def begin(*args, **kwargs):
         (tmp_path / "recipe.json").write_text("{}")
-        return load(*args)
+        return load(*args, **kwargs)
 
     monkeypatch.setattr(sources, "load", begin)
     with pytest.raises(OccupiedError) as error:

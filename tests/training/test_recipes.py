@@ -57,6 +57,16 @@ def test_a_recipe_says_its_command(name):
         ({"flip": "no"}, ["`flip` must be bool", "flip='no'"]),
         ({"erase": "0.5"}, ["`erase` must be float", "erase='0.5'"]),
         ({"data_dir": 3}, ["`data_dir` must be str or None", "data_dir=3"]),
+        ({"skip_broken": "yes"}, ["`skip_broken` must be bool"]),
+        ({"class_weights": ""}, ["`class_weights`"]),
+        ({"class_weights": None}, ["class_weights=None"]),
+        ({"early_stopping": -1}, ["early_stopping=-1"]),
+        ({"early_stopping": 1.5}, ["early_stopping=1.5"]),
+        ({"freeze": "head", "weights": "a.pth"}, ["backbone", "freeze=head"]),
+        ({"freeze": 0, "weights": "a.pth"}, ["freeze=0"]),
+        ({"freeze": "-1", "weights": "a.pth"}, ["freeze=-1"]),
+        ({"freeze": True, "weights": "a.pth"}, ["freeze=True"]),
+        ({"freeze": "backbone"}, ["`weights`", "freeze=backbone"]),
         ({"variant": 3}, ["`variant` must be str or Variant or None", "variant=3"]),
     ],
 )
@@ -72,6 +82,8 @@ def test_a_whole_number_and_a_path_pass(tmp_path):
     assert recipe.mixup == 1
     assert recipe.data_dir == str(tmp_path)
     json.dumps(recipe.settings())
+    frozen = dataclasses.replace(SMOKE, freeze=2, weights="a.pth", class_weights=tmp_path / "weights.json")
+    assert (frozen.freeze, frozen.class_weights) == ("2", str(tmp_path / "weights.json"))
 
 
 @pytest.mark.parametrize("name", RECIPES)

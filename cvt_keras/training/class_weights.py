@@ -1,0 +1,121 @@
+"""How much the images of each class weigh in the loss, and warnings where the classes are few or unequal."""
+
+import json
+import math
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+from cvt_keras.errors import RecipeError
+
+FEW_IMAGES = 10  # of a class, to train on
+FEW_VALIDATION_IMAGES = 50  # one of them is 2% of the accuracy
+UNEQUAL = 5  # times as many images in the largest class as in the smallest
+_NAMED = 3  # the classes that a warning names
+
+
+def read(setting):
+    """Reads the setting `class_weights` of a recipe. Called before the images are loaded.
+
+    Args:
+        setting: `"none"`, `"auto"` or the path of a JSON file.
+
+    Returns:
+        The setting itself, or for a file its dict.
+
+    Raises:
+        RecipeError: if the file can't be read, or does not hold an object of positive finite numbers.
+    """
+    if setting in ("none", "auto"):
+        return setting
+    try:
+        weights = json.loads(Path(setting).expanduser().read_text(encoding="utf-8"), object_pairs_hook=_distinct)
+    except OSError as error:
+        raise _error(f"`class_weights` must be auto, none or a file. Received: {setting}: {error.strerror}") from error
+    except ValueError as error:
+        raise _error(f"`class_weights` must be a JSON file. Received: {setting}: {error}") from error
+    if not isinstance(weights, dict):
+        raise _error(f"`class_weights` must be a JSON object {{class name: weight}}. Received: {setting}")
+    wrong = [f"{name}: {weight!r}" for name, weight in weights.items() if not _is_weight(weight)]
+    if wrong:
+        raise _error(f"`class_weights` must be positive finite numbers. Received: {setting}", wrong)
+    return weights
+
+
+def settle(weights, class_names, counts):
+    """The weight of each class.
+
+    Args:
+        weights: what `read` returned.
+        class_names: in the order of the labels.
+        counts: training images of each class.
+
+    Returns:
+        A tuple of floats, or `None` if all weigh the same. For `"auto"` a weight is n / (classes * count): each class weighs as
+        much as any other, and the mean over the images is 1. A class without images has weight 0.
+
+    Raises:
+        RecipeError: if a class lacks a weight, or one is unknown.
+    """
+    if weights == "none":
+        return None
+    if weights == "auto":
+        counts = np.asarray(counts)
+        return tuple(float(counts.sum() / (np.count_nonzero(counts) * n)) if n else 0.0 for n in counts)
+    known = {_normalized(name): float(weight) for name, weight in weights.items()}
+    names = [_normalized(name) for name in class_names]
+    faults = [f"missing: {name}" for name in names if name not in known]
+    faults += [f"unknown: {name}" for name in known if name not in names]
+    if faults:
+        raise _error("`class_weights` must name each class of the images once, and no other", faults)
+    return tuple(known[name] for name in names)
+
+
+def warnings(class_names, counts, validation_images, weighted):
+    """What a user must know about few and unequal images: sentences for the start and the report.
+
+    Args:
+        class_names: in the order of the labels.
+        counts: training images of each class.
+        validation_images: how many there are.
+        weighted: whether the classes have weights.
+    """
+    found = []
+    most, fewest = int(np.argmax(counts)), int(np.argmin(counts))
+    if not weighted and counts[fewest] and counts[most] >= UNEQUAL * counts[fewest]:
+        found.append(
+            f"unequal classes: {class_names[most]} has {counts[most]:,} training images and {class_names[fewest]} "
+            f"{counts[fewest]:,}. With --class-weights auto each class weighs the same"
+        )
+    if few := sorted((int(n), name) for n, name in zip(counts, class_names) if n < FEW_IMAGES):
+        named = ", ".join(f"{name} {n}" for n, name in few[:_NAMED])
+        more = f" and {len(few) - _NAMED:,} more classes" if len(few) > _NAMED else ""
+        found.append(f"classes with under {FEW_IMAGES} training images: {named}{more}")
+    if validation_images < FEW_VALIDATION_IMAGES:
+        found.append(f"only {validation_images} validation images: which epoch validates best depends on chance")
+    return found
+
+
+def _distinct(pairs):
+    names = [_normalized(name) for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"it names {twice[0]} twice")
+    return dict(pairs)
+
+
+def _is_weight(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _normalized(name):
+    return unicodedata.normalize("NFC", name)  # as class names are: macOS spells some otherwise
+
+
+def _error(summary, details=()):
+    return RecipeError(
+        summary,
+        argument="class_weights",
+        details=details,
+        hint='Give auto, none, or a JSON file such as {"cat": 1.0, "dog": 2.5} to --class-weights',
+    )

@@ -1,0 +1,27 @@
+"""Folders of images as `sources.load` gives them, without files, for the tests of what is in which split."""
+
+import numpy as np
+
+from cvt_keras.data.images import mean_and_std
+from cvt_keras.data.split import Source, Split
+
+
+def _split(images):
+    """A `Split` of one-coloured images: the colour is the number in front of the class, as in `"7a"`, and so is the digest."""
+    colours = np.array([int(image[:-1]) for image in images], "uint8")
+    pixels = np.tile(colours[:, None, None, None], (1, 2, 2, 3)).reshape(-1, 2, 2, 3)
+    return Split(pixels, np.array(["ab".index(image[-1]) for image in images], "int64"), tuple(image[:-1] for image in images))
+
+
+def small_source(train, validation, test):
+    """A `Source` with digests."""
+    splits = [_split(images.split()) for images in (train, validation, test)]
+    return Source("folder", *splits, ("a", "b"), *mean_and_std(splits[0].images))
+
+
+def written(source):
+    """The splits of a source, as `small_source` takes them."""
+    return [
+        " ".join(f"{digest}{'ab'[label]}" for digest, label in zip(split.digests, split.labels))
+        for split in (source.train, source.validation, source.test)
+    ]

@@ -1,0 +1,46 @@
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+
+from cvt_keras import Stage, Variant, build_classifier
+from cvt_keras.errors import RecipeError
+from cvt_keras.training import freeze
+from cvt_keras.training.optimizers import make_optimizer
+from cvt_keras.training.recipes import SMOKE
+
+VARIANT = Variant((Stage(dim=8, depth=1, heads=1), Stage(dim=8, depth=1, heads=1, cls_token=True)), stem=(8,))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("what, trained", [("backbone", ("head",)), ("1", ("stage1", "norm", "head")), ("2", ("norm", "head"))])
+def test_what_is_frozen_does_not_move(what, trained, optimizer):
+    classifier = build_classifier(VARIANT, 3, (16, 16, 3))
+    freeze.freeze(classifier.get_layer("cvt"), what)
+    recipe = dataclasses.replace(SMOKE, optimizer=optimizer, layer_decay=0.5, ema=0.5, peak_learning_rate=0.1)
+    classifier.compile(make_optimizer(recipe, classifier, 2), "mse")
+    classifier.optimizer.build(classifier.trainable_variables)
+    before = {variable.path: np.array(variable) for variable in classifier.weights}
+    images, labels = np.random.default_rng(0).uniform(0, 255, (4, 16, 16, 3)), np.eye(3)[[0, 1, 2, 0]]
+    classifier.fit(
+        images, labels, batch_size=2, verbose=0, validation_data=(images, labels), callbacks=[keras.callbacks.SwapEMAWeights()]
+    )
+    for variable in classifier.weights:
+        part = variable.path.removeprefix("cvt/")
+        moved = not np.array_equal(before[variable.path], np.array(variable))
+        # The batch norms' statistics too. A key's bias changes no attention: its gradient is 0.
+        if not part.startswith(trained):
+            assert not moved, part
+        elif part.endswith("kernel") or "moving" in part:
+            assert moved, part
+
+
+def test_a_number_over_that_of_the_stages_is_refused():
+    recipe = dataclasses.replace(SMOKE, variant=VARIANT, weights="a.keras")
+    for what in (None, "backbone", 2):
+        freeze.require(dataclasses.replace(recipe, freeze=what))
+    with pytest.raises(RecipeError) as error:
+        freeze.require(dataclasses.replace(recipe, freeze=3))
+    assert error.value.argument == "freeze"
+    assert "at most 2" in error.value.summary

@@ -1,0 +1,83 @@
+import dataclasses
+
+import pytest
+from small_sources import small_source, written
+
+from cvt_keras import runs
+from cvt_keras.data.record import ImageRecord
+from cvt_keras.errors import DataError
+from cvt_keras.training import held_out
+
+SOURCE = small_source("1a 2b 3a", "4b 5a", "6a 7b")
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run on the images of `SOURCE`."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    runs.write_json(folder / "recipe.json", {"dataset": "folder"})
+    ImageRecord.of_source(SOURCE).write(folder / "images.csv")
+    return folder
+
+
+def test_a_data_set_that_is_no_folder_has_no_record(run_dir):
+    split = dataclasses.replace(SOURCE.train, digests=None)
+    source = dataclasses.replace(SOURCE, train=split, validation=split, test=split)
+    assert held_out.settle(source, weights=str(run_dir / "model.keras")) == (source, None, [])
+
+
+def test_a_new_run_records_its_images(tmp_path):
+    source, record, warnings = held_out.settle(SOURCE)
+    assert (written(source), warnings) == (written(SOURCE), [])
+    assert record == ImageRecord.of_source(SOURCE)
+    source, record, [warning] = held_out.settle(small_source("1a 2b", "1a 4b", "6a"))
+    assert written(source) == ["1a 2b", "4b", "6a"]
+    assert record == ImageRecord.of_source(source)
+    assert warning == "images left out of validation or test, as a copy of each is in another split: 1"
+
+
+@pytest.mark.parametrize("weights", ["x/model.keras", "x"])
+def test_a_run_from_weights_tests_on_nothing_that_they_have_seen(run_dir, weights):
+    found = small_source("6a 8a 9b", "1a 4b", "2b 7b")  # 3 and 5 are gone
+    source, record, warnings = held_out.settle(found, weights=str(run_dir.parent / weights))
+    assert written(source) == ["1a 2b 8a 9b", "4b", "6a 7b"]
+    assert warnings == [f"images differ from those of {run_dir}: 2 missing, 2 new"]
+    assert record.images["3"] == ("train", "a")  # the weights know it still
+    assert "5" not in record.images
+
+
+def test_a_resumed_run_keeps_its_own_images(run_dir):
+    found = small_source("8a 1a 2b 3a", "4b 5a", "6a 7b")
+    source, record, warnings = held_out.settle(found, run_dir)
+    assert written(source) == written(SOURCE)
+    assert record == ImageRecord.of_source(SOURCE)
+    assert warnings == [f"images differ from those of {run_dir}: 1 new, which are left out"]
+    assert held_out.settle(SOURCE, run_dir)[2] == []
+
+
+def test_the_own_record_comes_before_that_of_the_weights(run_dir, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    ImageRecord.of_source(small_source("1a 2b 3a 4b", "5a", "6a 7b")).write(own / "images.csv")
+    source, _, _ = held_out.settle(SOURCE, own, str(run_dir / "model.keras"))
+    assert written(source) == ["1a 2b 3a 4b", "5a", "6a 7b"]
+    (own / "images.csv").unlink()  # killed before it was written
+    assert written(held_out.settle(SOURCE, own, str(run_dir / "model.keras"))[0]) == written(SOURCE)
+
+
+def test_weights_of_a_run_without_a_record_are_not_verified(run_dir):
+    (run_dir / "images.csv").unlink()
+    weights = str(run_dir / "model.keras")
+    assert held_out.settle(SOURCE, weights=weights)[2] == [f"held-out images not verified: {run_dir} has no images.csv"]
+    runs.write_json(run_dir / "recipe.json", {"dataset": "cifar10"})
+    assert held_out.settle(SOURCE, weights=weights)[2] == []  # no image of this folder
+    for elsewhere in (None, "microsoft/cvt-13", str(run_dir.parent / "cvt.pth")):
+        assert held_out.settle(SOURCE, weights=elsewhere)[2] == []
+
+
+def test_a_split_of_which_nothing_is_left_is_refused(run_dir):
+    with pytest.raises(DataError) as error:
+        held_out.settle(small_source("1a 2b", "4b", "3a"), run_dir)
+    assert error.value.argument == "data_dir"
+    assert "split test" in error.value.summary
