@@ -51,6 +51,12 @@ def with_chunk(png, name, data, before=b"IDAT"):
     return png[:at] + chunk(name, data) + png[at:]
 
 
+def with_header(png, width, height):
+    """A PNG that claims to have another size."""
+    header = struct.pack(">II", width, height) + png[24:29]
+    return png[:8] + chunk(b"IHDR", header) + png[33:]
+
+
 def png(depth, colours, width=37, height=23, key=None, seed=0):
     """A PNG of noise, of any bit depth and colour type (0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGBA).
 

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import tensorflow as tf
-from photos import PHOTO, REENCODED, chunk, encoded, exif, photos, png, with_chunk
+from photos import PHOTO, REENCODED, chunk, encoded, exif, photos, png, with_chunk, with_header
 
 from cvt_keras.data import images
 from cvt_keras.errors import ImageError
@@ -131,9 +131,7 @@ def test_odd_files_are_refused(data, text, graph):
 
 
 def test_pixels_are_limited_as_in_training(graph):
-    over = png(8, 0, 1, 1).replace(
-        chunk(b"IHDR", b"\0\0\0\1\0\0\0\1\x08\0\0\0\0"), chunk(b"IHDR", b"\0\0\x20\1\0\0\x20\0\x08\0\0\0\0")
-    )
+    over = with_header(png(8, 0), 8193, 8192)
     with pytest.raises(INVALID) as raised:
         graph(over)
     assert f"at most {images.MAX_PIXELS:,} pixels" in raised.value.message and "[8193] [x] [8192]" in raised.value.message
