@@ -14,7 +14,7 @@ WEB = Path(__file__).parent
 HOST = "127.0.0.1"
 LABELS = "export/labels.txt"
 
-PAGE = ("index.html", "style.css", "icon.svg", "app.js", "files.js", "network.js", "pixels.js")
+PAGE = ("index.html", "style.css", "icon.svg", "app.js", "files.js", "formats.js", "network.js", "pixels.js")
 PACKAGES = "node_modules/@litertjs"
 RUNTIME = (
     f"{PACKAGES}/core/dist/index.js",
