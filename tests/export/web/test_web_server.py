@@ -14,7 +14,7 @@ import pytest
 
 from cvt_keras import cli
 from cvt_keras.data import sources
-from cvt_keras.export.saved_model import MAX_PIXELS
+from cvt_keras.data.images import MAX_PIXELS
 from cvt_keras.export.verify import TFLITE_FORMATS
 from cvt_keras.export.web import __main__ as command
 from cvt_keras.export.web import samples as module_of_samples
@@ -46,7 +46,7 @@ def test_what_of_a_run_is_served(server, exported):
         assert len(body) == artifact["bytes"]
 
 
-def test_the_page_holds_the_exports_limit():
+def test_the_page_has_the_limit_of_training():
     [limit] = re.findall(r"MAX_PIXELS = ([\d_]+);", (module.WEB / "pixels.js").read_text())
     assert int(limit) == MAX_PIXELS
 
