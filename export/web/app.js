@@ -221,12 +221,15 @@ function offer({ name, bytes }) {
 // === Samples ===
 
 async function offerSamples() {
-  const names = await readJson("samples.json");
+  const { labels: names, note } = await readJson("samples.json");
   $("sampled").hidden = !names.length;
+  $("samples-note").textContent = note;
+  const kind = note ? "image" : "test image"; // which a note casts doubt on
+  $("sampled-title").textContent = `Or take ${note ? "an" : "a"} ${kind}`;
   $("samples").replaceChildren(
     ...names.map((name, i) => {
       const path = `samples/${i}.png`;
-      const title = `test image, labelled ${name}`;
+      const title = `${kind}, labelled ${name}`;
       const item = document.createElement("li");
       const button = Object.assign(document.createElement("button"), { type: "button" });
       const caption = Object.assign(document.createElement("span"), { textContent: name });

@@ -17,6 +17,7 @@ from tools import require_browser
 
 from cvt_keras.data import images, sources
 from cvt_keras.export.verify import TFLITE_FORMATS
+from cvt_keras.export.web.samples import NOT_VERIFIED
 
 WAIT = 30_000  # milliseconds: the machine may be busy
 
@@ -301,7 +302,7 @@ def test_a_sample(page, samples, cifar10_dir):
 def test_a_samples_answer_is_marked_right_or_wrong_in_words(exported, names, open_page, samples, serve):
     """The network knows them all; of two it is told otherwise."""
     told = [{**samples[0], "label": names[1]}, samples[1], {**samples[2], "label": "of no network"}]
-    page = open_page(serve(exported, samples=lambda: told))
+    page = open_page(serve(exported, samples=lambda: (told, "")))
     _expect()(page.locator("#samples button")).to_have_count(3)
     page.set_viewport_size({"width": 1280, "height": 1800})
     marks = []
@@ -317,6 +318,15 @@ def test_a_samples_answer_is_marked_right_or_wrong_in_words(exported, names, ope
     page.locator("label[for=float16]").click()
     _expect()(page.locator(".mark:visible").first).to_have_text(f"\N{BALLOT X} wrong, it is labelled {names[1]}", timeout=WAIT)
     assert not _chosen(page, _file(samples[0]["png"])).locator(".mark").is_visible()
+
+
+def test_samples_that_may_have_been_trained_on_are_not_called_test_images(exported, open_page, samples, serve):
+    page = open_page(serve(exported, samples=lambda: (samples, NOT_VERIFIED)))
+    _expect()(page.locator("#samples button")).to_have_count(10)
+    assert page.locator("#samples-note").text_content() == NOT_VERIFIED
+    card = _given(page, page.get_by_role("button", name="cat", exact=True).click)
+    assert card.locator(".file").text_content() == "image, labelled cat"
+    assert "test image" not in page.locator("body").inner_text()
 
 
 def test_keyboard_alone(page, test_images, tmp_path):
@@ -502,7 +512,7 @@ def test_a_first_model_file_that_fails_can_be_chosen_again(exported, open_page, 
 
 
 def test_while_the_server_is_away_the_page_goes_on(exported, open_page, samples, serve, test_images):
-    server = serve(exported, samples=lambda: samples)
+    server = serve(exported, samples=lambda: (samples, ""))
     page = open_page(server)
     page.expected = ["net::ERR_"]
     _expect()(page.locator("#samples img")).to_have_count(10)
