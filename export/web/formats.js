@@ -58,56 +58,35 @@ export function hasAlpha(bytes) {
  * What of a file a browser shall decode, and the EXIF orientation that is left to the page.
  *
  * Browsers turn a JPEG and an AVIF as training does. Chromium ignores the orientation of a WebP, and of a PNG where it follows
- * the pixels or lies in a text, as older versions of ImageMagick write it. Other browsers may differ, so the page turns these
- * two. An animated PNG loses its frames: training takes the picture for programs that know no animation.
+ * the pixels. Other browsers may differ, so the page turns these two. An animated PNG loses its frames: training takes the
+ * picture for programs that know no animation.
  *
  * @param {string} format the file's.
  * @param {Blob} file
  * @param {Uint8Array} bytes the file's; they may be changed.
- * @returns {Promise<{blob: Blob, orientation: number}>} 1 to 8; 1 is upright.
+ * @returns {{blob: Blob, orientation: number}} 1 to 8; 1 is upright.
  */
-export async function prepare(format, file, bytes) {
+export function prepare(format, file, bytes) {
   if (format === "PNG") return preparePng(file, bytes);
   if (format === "WebP") return prepareWebp(file, bytes);
   return { blob: file, orientation: 1 };
 }
 
 const NOT_THE_PICTURE = ["eXIf", "acTL", "fcTL", "fdAT"];
-const TEXTS = ["tEXt", "zTXt"];
-const PROFILE = "Raw profile type exif\0";
 
-async function preparePng(file, bytes) {
+function preparePng(file, bytes) {
   const parts = [bytes.subarray(0, 8)];
-  let exif, text;
+  let exif;
   let stripped = false;
   for (let at = 8, name = ""; at + 12 <= bytes.length && name !== "IEND"; ) {
     const length = view(bytes).getUint32(at);
     name = ascii(bytes, at + 4, at + 8);
-    const data = bytes.subarray(at + 8, at + 8 + length);
-    if (name === "eXIf") exif = data;
-    if (TEXTS.includes(name) && ascii(data, 0, PROFILE.length) === PROFILE) {
-      text = { name, data: data.subarray(PROFILE.length) };
-    }
+    if (name === "eXIf") exif = bytes.subarray(at + 8, at + 8 + length);
     if (NOT_THE_PICTURE.includes(name)) stripped = true;
     else parts.push(bytes.subarray(at, at + 12 + length));
     at += 12 + length;
   }
-  exif ??= text && (await unpack(text));
   return { blob: stripped ? new Blob(parts) : file, orientation: orientationOf(exif) };
-}
-
-/** The EXIF data in a PNG's text: a line break, the profile's name, its length, and hexadecimal digits. */
-async function unpack({ name, data }) {
-  if (name === "zTXt") {
-    try {
-      const stream = new Blob([data.subarray(1)]).stream().pipeThrough(new DecompressionStream("deflate"));
-      data = new Uint8Array(await new Response(stream).arrayBuffer());
-    } catch {
-      return undefined; // broken data says nothing
-    }
-  }
-  const digits = new TextDecoder("latin1").decode(data).split("\n").slice(3).join("");
-  return Uint8Array.from(digits.match(/../g) ?? [], (pair) => parseInt(pair, 16));
 }
 
 function prepareWebp(file, bytes) {

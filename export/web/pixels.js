@@ -80,7 +80,7 @@ export async function decode(file) {
       ? "This JPEG is cut off: the end of the file is missing. Copy it again, or open it in an image program and save it anew."
       : `This ${format} is broken, or of a kind that this browser can't read.`,
   );
-  const { blob, orientation } = await prepare(format, file, bytes);
+  const { blob, orientation } = prepare(format, file, bytes);
   const [width, height] = await sides(blob, broken);
   if (width * height > MAX_PIXELS) {
     const megapixels = (Math.ceil((width * height) / 1e5) / 10).toFixed(1);
