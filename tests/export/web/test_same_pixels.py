@@ -103,7 +103,7 @@ def _read_by_both():
         "png animated": _encoded(PHOTO, "PNG", save_all=True, append_images=[OTHER]),
         "png animated and a still": _encoded(PHOTO, "PNG", save_all=True, append_images=[OTHER, CLEAR], default_image=True),
         "gif": _encoded(PHOTO.quantize(64), "GIF"),
-        "gif clear": _encoded(CLEAR.quantize(64), "GIF"),
+        "gif clear": _encoded(PHOTO.quantize(64), "GIF", transparency=PHOTO.quantize(64).getpixel((0, 0))),
         "gif animated": _encoded(PHOTO.quantize(64), "GIF", save_all=True, append_images=[OTHER.quantize(64)]),
         "bmp": _encoded(PHOTO, "BMP"),
         "bmp palette": _encoded(PHOTO.quantize(64), "BMP"),
@@ -206,7 +206,7 @@ def test_the_page_answers_as_the_exported_network_does_on_trainings_pixels(cards
     answers = [dict(cards[name]["probabilities"]) for name in _READ]
     apart = abs(np.array([[answer[name] for name in names] for answer in answers]) - expected).max(axis=1)
     worst = max(zip(apart, _READ))
-    assert worst[0] <= 0.01, worst
+    assert worst[0] <= 0.003, worst  # 0.0009 was measured, of the CMYK JPEG, whose pixels are 1 of 255 apart
 
 
 @pytest.mark.parametrize("name", _REFUSED)
