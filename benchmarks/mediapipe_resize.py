@@ -22,6 +22,7 @@ from cvt_keras import environment, runs
 from cvt_keras.data import sources
 from cvt_keras.data.images import stretch
 from cvt_keras.export.verify import why_ended
+from cvt_keras.export.web.samples import held_out
 from cvt_keras.training.recipes import read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +89,9 @@ def main(arguments):
     recipe = read_recipe(arguments.run)
     size = recipe.image_size
     # Not at the network's size: what is smoothed on reading can't alias any more.
-    source = sources.load(recipe.dataset, arguments.data_dir or recipe.data_dir, max(arguments.sides))
+    data_dir = arguments.data_dir or recipe.data_dir
+    source = sources.load(recipe.dataset, data_dir, max(arguments.sides), recipe.skip_broken)
+    source, note, warnings = held_out(source, arguments.run)
     test = source.test.limit(arguments.images)
     file = arguments.run / runs.EXPORT / "tflite" / f"{arguments.kind}.tflite"
     ways = {
@@ -114,7 +117,7 @@ def main(arguments):
             {
                 "run": str(arguments.run),
                 "kind": arguments.kind,
-                "data": source.note or source.name,
+                "data": "; ".join(filter(None, (source.note or source.name, note, *warnings))),
                 "image_size": size,
                 "images": len(test.labels),
                 "top1": rows,

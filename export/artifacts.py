@@ -1,6 +1,7 @@
 """Writes a run's model in the forms that others run, each verified on real images."""
 
 import dataclasses
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from tensorflow.lite.python.convert import ConverterError
 from cvt_keras import environment, runs, signals
 from cvt_keras.data import sources
 from cvt_keras.data.images import stretch
-from cvt_keras.errors import ExportError, OutOfMemoryError, RunError, first_line
+from cvt_keras.data.record import ImageRecord
+from cvt_keras.errors import DataError, ExportError, OutOfMemoryError, RunError, first_line
 from cvt_keras.model import preprocessing_of
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
 from cvt_keras.report import page
@@ -23,6 +25,8 @@ from . import saved_model, tflite
 from .verify import BOUNDS, FORMATS, QUANTIZED, Artifact, batches, checked, summary, verify
 
 IMAGES = "images.npy"
+# Whether it is known that no test image was trained on, as the report says it.
+VERIFIED, NOT_VERIFIED = "verified", "held-out images not verified"
 
 
 def export(
@@ -33,8 +37,8 @@ def export(
 ) -> list[Artifact]:
     """Writes a run as SavedModel and TFLite files into `RUN/export/`, and their table into `report.html`.
 
-    Each file is verified on the run's test images. A file that is out of its bounds is in the report, but is not put into
-    `RUN/export/`; nor is one that can't be run.
+    Each file is verified on the run's test images; of a folder, on those that the run's images.csv names. A file that is out of
+    its bounds is in the report, but is not put into `RUN/export/`; nor is one that can't be run.
 
     Args:
         run_dir: the folder of a finished run.
@@ -48,7 +52,7 @@ def export(
     Raises:
         ArgumentError: for an argument that can't be, or on another Keras backend than TensorFlow.
         RunError: if `run_dir` holds no finished run, is damaged, or is in use.
-        DataError: if the images can't be had.
+        DataError: if the images can't be had, or none of the run's test images is among them.
         ExportError: if a file can't be made or run. Files that were verified before it are kept, and are in the report.
         OutOfMemoryError: if the network does not fit into the memory.
         OSError: if a file can't be written.
@@ -57,7 +61,7 @@ def export(
     formats = checked(formats, verify_images)
     environment.require_backend("tensorflow")
     recipe, classifier = _read(run_dir)
-    source = sources.load(recipe.dataset, data_dir or recipe.data_dir, recipe.image_size)
+    source = sources.load(recipe.dataset, data_dir or recipe.data_dir, recipe.image_size, skip_broken=recipe.skip_broken)
     class_names = preprocessing_of(classifier).class_names
     if class_names != tuple(source.class_names):
         raise RunError(
@@ -65,6 +69,7 @@ def export(
             argument="data_dir",
             hint="Give the images that it was trained on by --data-dir",
         )
+    source, held_out = _hold_out(run_dir, source)
     test = source.test.limit(recipe.test_limit).limit(verify_images)
     images = _pixels(test.images, recipe.image_size)
     quantized = quantized_cvt_of(classifier) is not None
@@ -75,9 +80,8 @@ def export(
     except tf.errors.ResourceExhaustedError as error:
         raise OutOfMemoryError(f"{run_dir / runs.MODEL} does not fit into the memory") from error
     calibration = None
-    if not quantized:  # a quantised network holds the ranges that its training found
-        train = source.train.limit(recipe.train_limit)
-        calibration = _pixels(tflite.calibration_images(train, len(class_names), recipe.seed), recipe.image_size)
+    if "int8" in formats and not quantized:  # a quantised network holds the ranges that its training found
+        calibration = _calibration(run_dir, source.train.limit(recipe.train_limit), len(class_names), recipe)
 
     folder = run_dir / runs.EXPORT
     folder.mkdir(exist_ok=True)
@@ -101,7 +105,7 @@ def export(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 runs.place(file, path)
             # After each artifact, as the next one may fail.
-            _report(folder, artifact, source, 0 if calibration is None else len(calibration))
+            _report(folder, artifact, source, held_out, 0 if calibration is None else len(calibration))
             page.write(run_dir)
     return artifacts
 
@@ -120,6 +124,50 @@ def _read(run_dir):
     except Exception as error:
         raise RunError(f"{run_dir / runs.MODEL} can't be read: {first_line(error)}") from error
     return recipe, classifier
+
+
+def _hold_out(run_dir, source):
+    """Splits a folder of images as the run's record does: an image that it was trained on is never a test image.
+
+    Returns:
+        The `Source`, and fields of the report: whether it is known that no test image was trained on, and how the images differ
+        from the run's.
+    """
+    if source.train.digests is None:  # the splits of such a data set never change
+        return source, {"held_out": VERIFIED, "held_out_note": ""}
+    record = ImageRecord.read(run_dir / runs.IMAGES)
+    if record is None:
+        note = f"The run has no {runs.IMAGES}: if its folder of images has changed, some may have been trained on."
+        _warn(f"{NOT_VERIFIED}. {note}")
+        return source, {"held_out": NOT_VERIFIED, "held_out_note": note}
+    source, comparison = record.apply(source, keep_new=False)
+    note = ""
+    if comparison:
+        new = " New ones are left out." if comparison.new else ""
+        note = f"Images differ from those of the run: {comparison}.{new}"
+        _warn(note)
+    if not len(source.test):
+        raise _gone("test", run_dir)
+    return source, {"held_out": VERIFIED, "held_out_note": note}
+
+
+def _calibration(run_dir, train, num_classes, recipe):
+    """Training images that set the ranges of int8, squares of the network's size."""
+    if not len(train):
+        raise _gone("training", run_dir)
+    return _pixels(tflite.calibration_images(train, num_classes, recipe.seed), recipe.image_size)
+
+
+def _gone(split, run_dir):
+    return DataError(
+        f"none of the {split} images of {run_dir} is found",
+        argument="data_dir",
+        hint="Name the folder where they are now with --data-dir; files may have been moved and renamed, but not changed",
+    )
+
+
+def _warn(text):
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def _form(name, quantized):
@@ -154,7 +202,7 @@ def _place(folder, name):
     return folder / name / str(max(versions, default=0) + 1)
 
 
-def _report(folder, artifact, source, calibration_images):
+def _report(folder, artifact, source, held_out, calibration_images):
     """Puts an artifact's row into the report. The rows of other artifacts stay, also those of earlier exports."""
     path = folder / runs.REPORT
     try:
@@ -167,6 +215,7 @@ def _report(folder, artifact, source, calibration_images):
         "artifacts": [rows[name] for name in FORMATS if name in rows],
         "dataset": source.name,
         "data_note": source.note,
+        **held_out,
         "versions": environment.versions(),
     }
     if artifact.name == "int8":

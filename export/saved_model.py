@@ -5,12 +5,13 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-from cvt_keras.data import images
+from cvt_keras.data.images import MAX_PIXELS, stretch
+
+from .decoding import decode
+
+__all__ = ["MAX_PIXELS", "WARM_UP", "write"]
 
 WARM_UP = "assets.extra/tf_serving_warmup_requests"
-
-# 150 MB of pixels; a few kilobytes of a PNG can say that they are gigabytes.
-MAX_PIXELS = 50_000_000
 WARM_UP_BATCHES = (1, 8)
 
 
@@ -19,8 +20,8 @@ def write(classifier, class_names, folder):
 
     Signatures: `serving_default(images)`, uint8 `(batch, height, width, 3)`, and `serving_bytes(image_bytes)`, strings of JPEG
     or PNG `(batch,)`, each to `probabilities`, float32 `(batch, classes)`, and `classes`, strings `(batch,)`; `logits(images)`
-    to `logits`. An image that can't be decoded is an INVALID_ARGUMENT. A request for each lies in `WARM_UP`, which a server
-    replays before it takes others.
+    to `logits`. An image that can't be decoded as in training is an INVALID_ARGUMENT; see `decoding`. `WARM_UP` holds a request
+    for each signature, which a server replays before it takes others.
 
     Args:
         classifier: from float pixels in 0..255 to logits, as `build_classifier` makes it.
@@ -40,7 +41,10 @@ def write(classifier, class_names, folder):
     def decode_all(image_bytes):
         kind = tf.TensorSpec(shape, tf.uint8)
         # One at a time: what a request takes of a server's memory is one image's, however many it holds.
-        return tf.map_fn(lambda data: decode(data, shape), image_bytes, fn_output_signature=kind, parallel_iterations=1)
+        return tf.map_fn(lambda data: square(decode(data)), image_bytes, fn_output_signature=kind, parallel_iterations=1)
+
+    def square(pixels):
+        return tf.ensure_shape(stretch(pixels, shape[0]), shape)
 
     images = [tf.TensorSpec((None, *shape), tf.uint8, name="images")]
     archive = keras.export.ExportArchive()  # finds the variables by itself; told of them by `track`, it saves each twice
@@ -68,37 +72,3 @@ def _write_requests(path, shape):
                 request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
                 log = prediction_log_pb2.PredictLog(request=request)
                 writer.write(prediction_log_pb2.PredictionLog(predict_log=log).SerializeToString())
-
-
-def decode(data, shape):
-    """The bytes of a JPEG or PNG -> uint8 pixels of `shape`, stretched as in training; within a graph.
-
-    Raises:
-        tf.errors.InvalidArgumentError: for other bytes, or an image of more than `MAX_PIXELS`.
-    """
-    png = tf.strings.substr(data, 0, 8) == b"\x89PNG\r\n\x1a\n"
-    jpeg = tf.strings.substr(data, 0, 3) == b"\xff\xd8\xff"
-    data = _after(data, png | jpeg, "image_bytes must be a JPEG or PNG")
-    # Before anything is decoded: a few kilobytes can say that they are a gigabyte.
-    height, width = tf.unstack(tf.cond(png, lambda: _png_sides(data), lambda: _jpeg_sides(data)))
-    small = (height <= MAX_PIXELS) & (width <= MAX_PIXELS) & (height * width <= MAX_PIXELS)  # a product alone may overflow
-    data = _after(data, small, f"an image may have at most {MAX_PIXELS:,} pixels; its header says", width, "x", height)
-    pixels = images.stretch(images.decode(data), shape[0])
-    return tf.ensure_shape(pixels, shape)
-
-
-def _png_sides(data):
-    data = _after(data, tf.strings.length(data) >= 24, "a PNG is cut off")
-    data = _after(data, tf.strings.substr(data, 12, 4) == b"IHDR", "the header of a PNG is broken")
-    numbers = tf.reshape(tf.io.decode_raw(tf.strings.substr(data, 16, 8), tf.uint8), (2, 4))
-    width, height = tf.unstack(tf.reduce_sum(tf.cast(numbers, tf.int64) * [2**24, 2**16, 2**8, 1], axis=1))
-    return tf.stack([height, width])
-
-
-def _jpeg_sides(data):
-    return tf.cast(tf.image.extract_jpeg_shape(data)[:2], tf.int64)
-
-
-def _after(value, condition, *said):
-    with tf.control_dependencies([tf.debugging.Assert(condition, said)]):
-        return tf.identity(value)

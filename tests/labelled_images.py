@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from cvt_keras.data import sources
 from cvt_keras.errors import UserError
@@ -38,12 +39,12 @@ def resized(image, size):
 
 
 def write_image(path, image=None, shape=(12, 16, 3)):
-    """Writes a file by its suffix, and returns the pixels: noise of its own for each name."""
+    """Writes a file by its suffix, and returns the pixels: noise of its own for each name in each folder."""
     if image is None:
-        image = np.random.default_rng(list(str(path).encode())).integers(0, 256, shape, "uint8")
+        image = np.random.default_rng(list("/".join(path.parts[-3:]).encode())).integers(0, 256, shape, "uint8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    encode = tf.io.encode_png if path.suffix.lower() == ".png" else tf.io.encode_jpeg
-    path.write_bytes(encode(image).numpy())
+    kind = {".png": "PNG", ".gif": "GIF", ".webp": "WEBP", ".bmp": "BMP"}.get(path.suffix.lower(), "JPEG")
+    Image.fromarray(np.squeeze(image)).save(path, format=kind)
     return image
 
 

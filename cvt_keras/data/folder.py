@@ -126,10 +126,6 @@ class _Listing:
     warnings: list[str]
     dangling: list[Path]
 
-    def shown(self, path):
-        """The path below the folder, as text."""
-        return _shown(Path(path).relative_to(self.root))
-
 
 def _list(root):
     """Lists the files of each class and split, and reads none. -> `_Listing`"""
@@ -156,7 +152,7 @@ def _list(root):
     for split, folders in classes.items():
         _require_same_classes(root, train, class_names, inside[split].path, folders, split)
 
-    loose = [file for entries in ({top.path: top} | {e.path: e for e in inside.values()}).values() for file in entries.files]
+    loose = [*(top.files if train != root else ()), *(file for entries in inside.values() for file in entries.files)]
     if loose:
         left_out["in no folder of a class"] += len(loose)
     if loose := [file for file in loose if _IMAGE_NAME.search(file.name)]:
@@ -384,7 +380,7 @@ def _read(file):
             digest=hashlib.sha256(data).hexdigest(),
             pixels=hashlib.blake2b(pixels, digest_size=16, key=repr(pixels.shape).encode()).digest(),
             cut_off=picture.cut_off,
-            one_colour=bool((pixels == pixels[:1, :1]).all()),
+            one_colour=all(bool((part == pixels[0, 0]).all()) for part in (pixels[0], pixels)),  # mostly, the first row tells
         ),
         picture,
     )

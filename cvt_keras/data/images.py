@@ -125,10 +125,14 @@ def _open(data):
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError as error:
-        if is_image(data) and data[8:12] not in _HEIF:
+        brand = data[8:12] if data[4:8] == b"ftyp" else b""
+        if brand in _HEIF and "HEIF" not in _formats():
+            raise ImageError(f"not a readable {READABLE}: install pillow-heif to read HEIC") from error
+        if brand in _AVIF and "AVIF" not in _formats():
+            raise ImageError(f"not a readable {READABLE}: this build of Pillow does not read AVIF") from error
+        if is_image(data):
             raise ImageError("the image is broken: its header can't be read") from error
-        plugin = ": install pillow-heif to read HEIC" if data[4:8] == b"ftyp" and data[8:12] in _HEIF else ""
-        raise ImageError(f"not a readable {READABLE}{plugin}") from error
+        raise ImageError(f"not a readable {READABLE}") from error
     if image.format == "TIFF" and _is_preview(image, data):
         raise ImageError("a camera's raw file, of which only a small preview could be read")
     # Pillow also takes an orientation from XMP, which browsers ignore; a TIFF is turned as it is loaded.
@@ -211,7 +215,7 @@ def _rgb(image, bits=8):
     if image.mode == "F":
         raise ImageError("its pixels are 32-bit floats, whose range is not known")
     if not image.has_transparency_data:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     if image.mode in ("L", "RGB") and bits != 8:
         # Pillow has stretched the pixels to 8 bits, but not the number of the one that is transparent.
         numbers = [int(n) >> 8 if bits == 16 else int(n) * 255 // (2**bits - 1) for n in np.ravel(image.info["transparency"])]

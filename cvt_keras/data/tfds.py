@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -225,22 +226,27 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
     small = None not in (height, width) and max(height, width) <= image_size
     shape = (height, width, 3) if small else (image_size, image_size, 3)
 
-    def decode(data, label):
+    def decode(data):
         decoded = images.decode(data)
-        return (decoded if small else images.stretch(decoded, image_size)), label
+        if small:
+            return decoded
+        with tf.device("CPU:0"):
+            return images.stretch(decoded, image_size).numpy()
 
     try:
-        decoded = _encoded(builder, split, keys).map(decode, num_parallel_calls=tf.data.AUTOTUNE)
-        batches = decoded.batch(_READ_BATCH).prefetch(tf.data.AUTOTUNE)
+        batches = _encoded(builder, split, keys).batch(_READ_BATCH).prefetch(1)
         n = builder.info.splits[split].num_examples
         # Each image goes straight to its place: to shuffle afterwards would take twice the memory.
         places = fixed_order(n) if shuffle else np.arange(n)
         pixels, labels = np.empty((n, *shape), "uint8"), np.empty(n, "int64")
         start = 0
-        for batch_pixels, batch_labels in batches.as_numpy_iterator():
-            chosen = places[start : start + len(batch_labels)]
-            pixels[chosen], labels[chosen] = batch_pixels, batch_labels
-            start += len(batch_labels)
+        with ThreadPoolExecutor() as pool:
+            for files, batch_labels in batches.as_numpy_iterator():
+                chosen = places[start : start + len(files)]
+                labels[chosen] = batch_labels
+                for place, image in zip(chosen, pool.map(decode, files)):
+                    pixels[place] = image
+                start += len(files)
     except Exception as error:
         if failures.is_out_of_memory(error):
             raise  # the copy is sound

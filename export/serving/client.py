@@ -1,6 +1,7 @@
 """Asks TF Serving what images show; also the command `cvt-keras classify`.
 
-It needs neither Keras nor TensorFlow; gRPC needs the messages of tensorflow-serving-api.
+It needs neither Keras nor TensorFlow; gRPC needs the messages of tensorflow-serving-api. An image that the server does not read
+as training did is sent as a PNG of its pixels.
 """
 
 import array
@@ -29,13 +30,11 @@ import tyro
 from cvt_keras import cli
 from cvt_keras.errors import ArgumentError, ImageError, MissingPackageError, ServingError
 
+from . import files as image_files
+
 MODEL = "cvt"  # as in models.config
 SIGNATURE, INPUT = "serving_bytes", "image_bytes"
 ADDRESSES = {"grpc": "localhost:8500", "rest": "localhost:8501"}
-
-# How a PNG and a JPEG begin, by which the SavedModel tells them as well.
-MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
-ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif")
 
 # What may have passed a moment later; anything else fails again.
 TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
@@ -145,7 +144,8 @@ class Client:
         """Asks for all images at once, and for each alone if the server refuses the whole because of one.
 
         Args:
-            images: the `bytes` of JPEG or PNG files.
+            images: the `bytes` of image files, of any kind that `data.images.read` reads. Those that the server does not read
+                as training did are sent as PNGs.
 
         Returns:
             For each image an `Answer`, or the `ImageError` that says why there is none.
@@ -154,16 +154,16 @@ class Client:
             ArgumentError: if one of them is not `bytes`.
             ServingError: if the server does not answer.
         """
-        files = _checked(images)
-        # One bad image fails its whole batch, and on a server that merges requests also those of strangers. So bytes that are
-        # plainly no image are not sent.
-        sent = [file for file in files if file.startswith(MAGIC)]
+        # One bad image fails its whole batch, and on a server that merges requests also those of strangers. So what can't be
+        # read here is not sent.
+        files = [_for_server(file) for file in _checked(images)]
+        sent = [file for file in files if isinstance(file, bytes)]
         answers: Iterator[Answer | ImageError]
         try:
-            answers = iter(self.predict(sent) if sent else ())
+            answers = iter(self._predict(sent) if sent else ())
         except ImageError:
             answers = map(self._alone, sent)
-        return [next(answers) if file.startswith(MAGIC) else ImageError("neither a PNG nor a JPEG") for file in files]
+        return [next(answers) if isinstance(file, bytes) else file for file in files]
 
     def predict(self, images: Iterable[bytes]) -> list[Answer]:
         """One request, tried again after passing failures.
@@ -176,12 +176,15 @@ class Client:
 
         Raises:
             ArgumentError: if there are none, or one is not `bytes`.
-            ImageError: if the server refuses one of them. It does not say which.
+            ImageError: if one of them can't be read, or the server refuses one. The server does not say which.
             ServingError: if it does not answer.
         """
-        files = _checked(images)
+        files = [image_files.for_server(image) for image in _checked(images)]
         if not files:
             raise ArgumentError("`images` must be at least one. Received: none", argument="images")
+        return self._predict(files)
+
+    def _predict(self, files):
         try:
             return self._try(lambda: self._server.predict(files))
         except _NotFoundError as error:
@@ -200,7 +203,7 @@ class Client:
         # each time is bad.
         for _ in range(self.retries + 1):
             try:
-                return self.predict([image])[0]
+                return self._predict([image])[0]
             except ImageError as error:
                 refused = error
         return refused
@@ -285,6 +288,14 @@ def _checked(images):
         if not isinstance(image, bytes):
             raise ArgumentError(f"`images` must be the bytes of files. Received: {type(image).__name__}", argument="images")
     return images
+
+
+def _for_server(image):
+    """The bytes to send, or the `ImageError` that says why there are none."""
+    try:
+        return image_files.for_server(image)
+    except ImageError as error:
+        return error
 
 
 def _argument_error(name, rule, value):
@@ -487,7 +498,9 @@ def _answers(names, rows, images):
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """JPEG or PNG files, or folders with such files in them at any depth."""
+    """Image files (JPEG, PNG, GIF, BMP, TIFF or WebP), or folders: each file in them, at any depth, is judged by its bytes. A
+    file that is no image or can't be read is named on stderr, and the exit code is 1. Hidden files, Thumbs.db, desktop.ini,
+    @eaDir and __MACOSX are ignored."""
     address: str | None = None
     """HOST:PORT of the server; localhost:8500, or localhost:8501 for REST."""
     protocol: Literal["grpc", "rest"] = "grpc"
@@ -523,19 +536,17 @@ def parse(argv):
 
 
 def _files(paths):
-    """The image files that `paths` name, or that lie in these folders."""
+    """Yields the files that `paths` name, or that lie in these folders, as `files.within` does."""
     rule = "be files or folders of images"
     if not paths:
         raise ArgumentError(f"`images` must {rule}. Received: none", argument="images")
     for path in paths:
         if not path.exists():
             raise ArgumentError(f"`images` must {rule}. Received: {path}, which does not exist", argument="images")
-        within = [path]
-        if path.is_dir():
-            within = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
-        if not within:
-            raise ArgumentError(f"`images` must {rule}. Received: {path}, with no {' or '.join(ENDINGS)}", argument="images")
-        yield from within
+        found = list(image_files.within(path)) if path.is_dir() else [(path, None)]
+        if not found:
+            raise ArgumentError(f"`images` must {rule}. Received: {path}, an empty folder", argument="images")
+        yield from found
 
 
 def _labels(file):
@@ -550,12 +561,14 @@ def _labels(file):
 def _batches(files, size):
     """Yields lists of up to `size` files, each with its `bytes`, or with an `ImageError` if it can't be read."""
     batch, held = [], 0
-    for file in files:
-        try:
-            image = file.read_bytes()
-            held += len(image)
-        except OSError as error:
-            image = ImageError(f"can't be read: {error.strerror}")
+    for file, error in files:
+        image = error
+        if error is None:
+            try:
+                image = image_files.read(file)
+                held += len(image)
+            except ImageError as unread:
+                image = unread
         batch.append((file, image))
         if len(batch) == size or held > BATCH_BYTES:
             yield batch

@@ -65,8 +65,8 @@ def installation():
     return f"npm ci --prefix {shlex.quote(str(folder))}"
 
 
-def _warn(reason):
-    print(f"cvt-keras web: the page has no samples: {reason}", file=sys.stderr, flush=True)
+def _warn(line):
+    print(f"cvt-keras web: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -58,12 +58,12 @@ async function classify(give, name, label) {
     return false;
   }
   status(`Reading ${name} …`);
-  let bitmap;
+  let picture;
   let failing = "The image can't be read";
   try {
-    bitmap = await decode(await give());
-    const pixels = await stretch(bitmap, network.size);
-    const answer = { pixels, name, label, card: draw(bitmap, pixels, name) };
+    picture = await decode(await give());
+    const pixels = await stretch(picture, network.size);
+    const answer = { pixels, name, label, card: draw(picture, pixels, name) };
     failing = `${network.name}.tflite can't be run`;
     await ask(answer);
     answers.add(answer);
@@ -75,7 +75,7 @@ async function classify(give, name, label) {
     trouble(name, told ? error.message : `${failing}: ${error.message}`);
     return false;
   } finally {
-    bitmap?.close();
+    picture?.close();
   }
 }
 
@@ -112,22 +112,22 @@ async function ask(answer) {
 }
 
 /** A card with both pictures, without an answer yet. */
-function draw(bitmap, pixels, name) {
+function draw(picture, pixels, name) {
   const card = copy("answer");
   const { size } = network;
-  const same = bitmap.width === size && bitmap.height === size;
+  const same = picture.width === size && picture.height === size;
   card.querySelector(".file").textContent = name;
 
   const given = card.querySelector(".given canvas");
-  const longer = Math.max(bitmap.width, bitmap.height);
+  const longer = Math.max(picture.width, picture.height);
   const shrink = Math.min(1, PREVIEW / longer);
   const side = (pixels) => Math.max(1, Math.round(Math.max(pixels, longer * THINNEST) * shrink));
-  [given.width, given.height] = [side(bitmap.width), side(bitmap.height)];
+  [given.width, given.height] = [side(picture.width), side(picture.height)];
   const context = given.getContext("2d");
   context.imageSmoothingQuality = "high";
-  context.drawImage(bitmap, 0, 0, given.width, given.height);
+  picture.draw(context);
   given.ariaLabel = name;
-  card.querySelector(".given figcaption").textContent = `${bitmap.width} × ${bitmap.height}`;
+  card.querySelector(".given figcaption").textContent = `${picture.width} × ${picture.height}`;
   card.querySelector(".given").hidden = same; // one of the two is enough
 
   const seen = card.querySelector(".seen canvas");
@@ -135,7 +135,7 @@ function draw(bitmap, pixels, name) {
   const image = new ImageData(size, size);
   for (let i = 0; i < size * size; i++) image.data.set([...pixels.subarray(3 * i, 3 * i + 3), 255], 4 * i);
   seen.getContext("2d").putImageData(image, 0, 0);
-  const stretched = bitmap.width === bitmap.height ? "" : ", stretched as in training";
+  const stretched = picture.width === picture.height ? "" : ", stretched as in training";
   card.querySelector(".seen figcaption").textContent = `what the network sees: ${size} × ${size}${stretched}`;
   return card;
 }
@@ -221,12 +221,15 @@ function offer({ name, bytes }) {
 // === Samples ===
 
 async function offerSamples() {
-  const names = await readJson("samples.json");
+  const { labels: names, note } = await readJson("samples.json");
   $("sampled").hidden = !names.length;
+  $("samples-note").textContent = note;
+  const kind = note ? "image" : "test image"; // which a note casts doubt on
+  $("sampled-title").textContent = `Or take ${note ? "an" : "a"} ${kind}`;
   $("samples").replaceChildren(
     ...names.map((name, i) => {
       const path = `samples/${i}.png`;
-      const title = `test image, labelled ${name}`;
+      const title = `${kind}, labelled ${name}`;
       const item = document.createElement("li");
       const button = Object.assign(document.createElement("button"), { type: "button" });
       const caption = Object.assign(document.createElement("span"), { textContent: name });

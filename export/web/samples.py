@@ -1,22 +1,26 @@
 """Reads a test image of each class of a run, in a process of its own, which gives back the memory that a data set takes.
 
-python -m cvt_keras.export.web.samples RUN [DATA_DIR] prints them as JSON: a list of `{"label": name, "png": base64}`.
+python -m cvt_keras.export.web.samples RUN [DATA_DIR] prints JSON: `samples`, a list of `{"label": name, "png": base64}`;
+`note`, what the page says about them; and `warnings`, a list of lines for the terminal.
 """
 
 import base64
 import contextlib
+import io
 import json
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
-from cvt_keras import cli
+from cvt_keras import cli, runs
+from cvt_keras.data.record import ImageRecord
 from cvt_keras.errors import DataError, UserError
 
 from ..verify import why_ended
 
 MOST = 20  # the page has room for so many classes
+NOT_VERIFIED = "Held-out images not verified: the run has no record of the images that it was trained on."
 
 
 class Samples:
@@ -25,12 +29,14 @@ class Samples:
     Args:
         run_dir: the run folder.
         data_dir: where the run's data set lies now; `None` means where it was.
-        tell: called with the reason, a line, if there are no samples.
+        tell: called with each line that the user must see: how the images differ from those of the run, or why there are no
+            samples.
     """
 
     def __init__(self, run_dir, data_dir, tell):
         self.tell = tell
         self.found = []
+        self.note = ""
         self.stopped = False
         self.process = subprocess.Popen(
             [sys.executable, "-m", "cvt_keras.export.web.samples", str(run_dir), *([data_dir] if data_dir else [])],
@@ -46,10 +52,11 @@ class Samples:
         """Waits for the samples.
 
         Returns:
-            A list of dicts, each with a `label` and a `png` of bytes; empty if there are none.
+            A list of dicts, each with a `label` and a `png` of bytes, empty if there are none; and what the page must say about
+            them, which may be empty.
         """
         self.thread.join()
-        return self.found
+        return self.found, self.note
 
     def stop(self):
         self.stopped = True
@@ -59,9 +66,13 @@ class Samples:
     def _read(self):
         printed, errors = self.process.communicate()
         if self.process.returncode == 0:
-            self.found = [{**sample, "png": base64.b64decode(sample["png"])} for sample in json.loads(printed)]
+            answer = json.loads(printed)
+            self.found = [{**sample, "png": base64.b64decode(sample["png"])} for sample in answer["samples"]]
+            self.note = answer["note"]
+            for line in answer["warnings"]:
+                self.tell(line)
         elif not self.stopped:
-            self.tell(why_ended(self.process.returncode, errors.decode(errors="replace")))
+            self.tell(f"the page has no samples: {why_ended(self.process.returncode, errors.decode(errors='replace'))}")
 
 
 def first_of_each_class(source):
@@ -71,18 +82,48 @@ def first_of_each_class(source):
             yield name, source.test.images[place]
 
 
+def held_out(source, run_dir):
+    """Leaves in the test split only what the run's record says was tested on.
+
+    Args:
+        source: a `Source`.
+        run_dir: the run folder.
+
+    Returns:
+        The `Source`; a note, not empty if the data set is a folder of images and the run has no record; and a list of warnings.
+
+    Raises:
+        RunError: if the record is damaged.
+    """
+    if source.name != "folder":
+        return source, "", []  # its split is fixed
+    record = ImageRecord.read(run_dir / runs.IMAGES)
+    if record is None:
+        return source, NOT_VERIFIED, []
+    source, comparison = record.apply(source, keep_new=False)
+    return source, "", [f"the images differ from those of {run_dir}: {comparison}"] if comparison else []
+
+
 def main(argv):
     run_dir, data_dir = Path(argv[0]), argv[1] if argv[1:] else None
     with contextlib.redirect_stdout(sys.stderr):  # TFDS prints its progress
-        pairs = _read(run_dir, data_dir)
-    print(json.dumps([{"label": name, "png": base64.b64encode(png).decode()} for name, png in pairs]))
+        source, note, warnings = held_out(_load(run_dir, data_dir), run_dir)
+        samples = [
+            {"label": name, "png": base64.b64encode(_png(image)).decode()} for name, image in first_of_each_class(source)
+        ]
+    print(json.dumps({"samples": samples, "note": note, "warnings": warnings}))
 
 
-def _read(run_dir, data_dir):
-    """Pairs of a class's name and a PNG."""
+def _png(pixels):
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _load(run_dir, data_dir):
     # Here, as the server, which starts this process, does without TensorFlow.
-    import tensorflow as tf
-
     from cvt_keras.data import sources
     from cvt_keras.training.recipes import read_recipe
 
@@ -95,8 +136,7 @@ def _read(run_dir, data_dir):
             argument="data_dir",
             hint="Name its folder with --data-dir",
         )
-    source = sources.load(recipe.dataset, data_dir, recipe.image_size)
-    return [(name, tf.io.encode_png(image).numpy()) for name, image in first_of_each_class(source)]
+    return sources.load(recipe.dataset, data_dir, recipe.image_size, recipe.skip_broken)
 
 
 def _on_disk(dataset, data_dir):

@@ -14,7 +14,7 @@ WEB = Path(__file__).parent
 HOST = "127.0.0.1"
 LABELS = "export/labels.txt"
 
-PAGE = ("index.html", "style.css", "icon.svg", "app.js", "files.js", "network.js", "pixels.js")
+PAGE = ("index.html", "style.css", "icon.svg", "app.js", "files.js", "formats.js", "network.js", "pixels.js")
 PACKAGES = "node_modules/@litertjs"
 RUNTIME = (
     f"{PACKAGES}/core/dist/index.js",
@@ -40,15 +40,15 @@ class Server(ThreadingHTTPServer):
     Args:
         run_dir: of an exported run.
         port: on `HOST`; 0 is any free one.
-        samples: a function without arguments -> a list of dicts, each with a `label` and a `png` of bytes. It is called when
-            the page asks for them, in a thread that may wait.
+        samples: a function without arguments -> a list of dicts, each with a `label` and a `png` of bytes; and a note that the
+            page shows with them, or "". It is called when the page asks for them, in a thread that may wait.
 
     Raises:
         OSError: if the port can't be had.
         OverflowError: if there is no such port.
     """
 
-    def __init__(self, run_dir, port, samples=list):
+    def __init__(self, run_dir, port, samples=lambda: ([], "")):
         super().__init__((HOST, port), _Handler)
         self.run_dir = Path(run_dir)
         self.samples = samples
@@ -75,9 +75,10 @@ class Server(ThreadingHTTPServer):
         if path in (f"/{kind}.tflite" for kind in TFLITE_FORMATS):
             return _file(self.run_dir / "export" / "tflite" / path[1:])
         if path == "/samples.json":
-            return json.dumps([sample["label"] for sample in self.samples()]).encode(), TYPES["json"]
+            samples, note = self.samples()
+            return json.dumps({"labels": [sample["label"] for sample in samples], "note": note}).encode(), TYPES["json"]
         if number := re.fullmatch(r"/samples/([0-9]{1,4})\.png", path):
-            for sample in self.samples()[int(number[1]) :][:1]:
+            for sample in self.samples()[0][int(number[1]) :][:1]:
                 return sample["png"], TYPES["png"]
         return None
 

@@ -1,34 +1,79 @@
+import errno
+import hashlib
+import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
-from labelled_images import error_of, resized, rows, sizes, write_image
+from labelled_images import error_of, noise, resized, rows, sizes, write_image
 
-from cvt_keras.data import sources
+from cvt_keras.cli import message
+from cvt_keras.data import images, sources
+from cvt_keras.data.split import hold_out
 from cvt_keras.errors import ArgumentError, DataError
 
+SPLITS = ("train", "validation", "test")
 
-def data_error_of(folder):
+
+def data_error_of(folder, **options):
     """The error about what lies in a folder."""
-    error = error_of("folder", folder)
+    error = error_of("folder", folder, **options)
     assert (type(error), error.argument) == (DataError, "data_dir")
     return error
 
 
-def test_a_folder_is_held_out_by_class(photos):
+def digests(source):
+    return {split: getattr(source, split).digests for split in SPLITS}
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def warning(source, part):
+    """The one warning with these words."""
+    [found] = [text for text in source.warnings if part in text]
+    assert "\n" not in found and not found.endswith(".")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path_factory, monkeypatch):
+    """The folder that the system keeps temporary files in."""
+    folder = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def split_photos(photos, tmp_path):
+    """A folder with train/ and test/."""
+    shutil.move(photos, tmp_path / "split" / "train")
+    for name in ("cat", "dog"):
+        for i in range(3):
+            write_image(tmp_path / "split" / "test" / name / f"{i}.png")
+    return tmp_path / "split"
+
+
+# === Which images are held out ===
+
+
+def test_a_folder_is_held_out_by_what_its_files_are(photos):
     source, again = sources.load("folder", photos), sources.load("folder", str(photos))
     assert (source.name, source.class_names, source.mirror) == ("folder", ("cat", "dog"), True)
-    assert [np.bincount(split.labels).tolist() for split in (source.train, source.validation, source.test)] == [
-        [16, 24],
-        [2, 3],
-        [2, 3],
-    ]
-    for split in ("train", "validation", "test"):
-        np.testing.assert_array_equal(getattr(source, split).images, getattr(again, split).images)
+    assert "held out" in source.note
+    assert (source.warnings, source.left_out) == ((), {})
+    assert sum(sizes(source)) == 50
+    for name, split in ((name, getattr(source, name)) for name in SPLITS):
+        np.testing.assert_array_equal(split.images, getattr(again, name).images)
+        assert set(split.labels) == {0, 1}
+        assert list(split.digests) == sorted(split.digests)
+    shares = [int(digest[:16], 16) / 2**64 for digest in source.test.digests]
+    assert sum(share >= 0.1 for share in shares) <= 1  # what a class without an image under it gave
     files = sorted(photos.rglob("*.png"))
-    expected = {resized(tf.io.decode_png(path.read_bytes()), 32).tobytes(): path.parent.name for path in files}
+    expected = {resized(images.decode(path.read_bytes()), 32).tobytes(): path.parent.name for path in files}
     found = {
         image.tobytes(): source.class_names[label]
         for split in (source.train, source.validation, source.test)
@@ -36,11 +81,95 @@ def test_a_folder_is_held_out_by_class(photos):
     }
     assert found == expected
     assert len(set(source.train.limit(8).labels)) == 2
-    assert "held out" in source.note
+
+
+def test_files_that_come_go_or_are_renamed_move_no_other(photos):
+    for i in range(20, 60):
+        for name in ("cat", "dog"):
+            write_image(photos / name / f"{i}.png")
+    before = digests(sources.load("folder", photos, image_size=8))
+    (photos / "cat" / "new.png").write_bytes(b"")
+    write_image(photos / "cat" / "new.png")
+    (photos / "dog" / "3.png").unlink()
+    (photos / "dog" / "4.png").rename(photos / "dog" / "renamed.png")
+    after = digests(sources.load("folder", photos, image_size=8))
+    kept = {digest for found in after.values() for digest in found} & {digest for found in before.values() for digest in found}
+    assert len(kept) == 119
+    for split in SPLITS:
+        assert [d for d in before[split] if d in kept] == [d for d in after[split] if d in kept]
+
+
+def digest_at(share, tail=0):
+    return f"{int(share * 2**64):016x}{tail:048x}"
+
+
+def sides(classes, splits=("test", "validation")):
+    """`hold_out` with shares in 0..1 for digests."""
+    names = {digest_at(share): share for shares in classes.values() for share in shares}
+    chosen = hold_out({name: [digest_at(share) for share in shares] for name, shares in classes.items()}, splits)
+    return {names[digest]: split for digest, split in chosen.items()}
+
+
+def test_a_tenth_and_another_are_held_out():
+    found = sides({"cat": [0.05, 0.0999, 0.1, 0.1999, 0.2, 0.9]})
+    assert found == {0.05: "test", 0.0999: "test", 0.1: "validation", 0.1999: "validation", 0.2: "train", 0.9: "train"}
+
+
+@pytest.mark.parametrize(("splits", "expected"), [(["validation"], "train"), (["test"], "test"), ([], "train")])
+def test_what_has_a_folder_of_its_own_is_not_held_out(splits, expected):
+    found = sides({"cat": [0.05, 0.15, 0.5]}, splits)
+    assert found[0.05] == expected
+    assert found[0.15] == ("validation" if "validation" in splits else "train")
+
+
+def test_a_class_without_held_out_images_gives_its_lowest():
+    assert sides({"cat": [0.5, 0.3, 0.4, 0.6]}) == {0.3: "test", 0.4: "validation", 0.5: "train", 0.6: "train"}
+    assert sides({"cat": [0.15, 0.3, 0.4]}) == {0.15: "validation", 0.3: "test", 0.4: "train"}
+
+
+@pytest.mark.parametrize("shares", [[0.01, 0.02, 0.03], [0.11, 0.12, 0.13], [0.01, 0.02, 0.15], [0.01, 0.02, 0.9]])
+def test_three_images_are_enough_for_a_class_wherever_they_lie(shares):
+    assert set(sides({"cat": shares}).values()) == set(SPLITS)
+
+
+def test_copies_go_the_same_way_whatever_their_class():
+    found = sides({"cat": [0.3, 0.3, 0.4, 0.5], "dog": [0.05, 0.15, 0.3, 0.6]})
+    assert found[0.3] == "test"
+
+
+def test_a_class_too_small_to_hold_out_is_named(photos):
+    for i in range(2):
+        write_image(photos / "eel" / f"{i}.png")
+    shutil.copy(photos / "eel" / "0.png", photos / "eel" / "copy.png")
+    assert data_error_of(photos).summary == (
+        "the class eel has too few different images to train on one and to hold out one each for test and validation: 2"
+    )
+    write_image(photos / "eel" / "2.png")
+    source = sources.load("folder", photos)
+    assert [
+        len({d for d, label in zip(split.digests, split.labels) if label == 2}) for split in (source.train, source.test)
+    ] == [1, 1]
+
+
+def test_a_class_of_copies_of_others_is_named():
+    with pytest.raises(DataError) as error:
+        sides({"cat": [0.2, 0.3, 0.4], "dog": [0.3, 0.4, 0.5]})
+    assert "3, 2 of which lie in other classes too" in error.value.summary
+
+
+def test_images_of_two_classes_are_counted(photos):
+    shutil.copy(photos / "cat" / "0.png", photos / "dog" / "copy.png")
+    source = sources.load("folder", photos)
+    assert warning(source, "two classes") == "2 files are the same in two classes or more: cat/0.png, dog/copy.png"
+    assert sum(len(set(found)) for found in digests(source).values()) == 50
+    assert sum(sizes(source)) == 51
+
+
+# === Splits of the user's own ===
 
 
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("validation", ["validation", "valid", "val", None])
+@pytest.mark.parametrize("validation", ["validation", "valid", "val", "Val", "dev", None])
 def test_a_folder_may_bring_its_splits(photos, tmp_path, validation, nested):
     root = tmp_path / "split"
     shutil.copytree(photos, root / "train" if nested else root)
@@ -48,11 +177,26 @@ def test_a_folder_may_bring_its_splits(photos, tmp_path, validation, nested):
         for name in ("cat", "dog") if split else ():
             for i in range(n):
                 write_image(root / split / name / f"{i}.png")
-    (root / ".cache").mkdir()
     source = sources.load("folder", root)
-    assert sizes(source) == ([50, 4, 6] if validation else [45, 5, 6])
     assert source.note == ""
+    assert sum(sizes(source)[:2]) == (54 if validation else 50)
+    assert sizes(source)[1] == 4 or not validation
+    assert sizes(source)[2] == 6
     assert len(np.unique(rows(source.train, source.validation, source.test), axis=0)) == sum(sizes(source))
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("training", "testing"), ("Training", "TEST")])
+def test_usual_names_of_splits_are_understood(split_photos, train, test):
+    before = digests(sources.load("folder", split_photos))
+    (split_photos / "train").rename(split_photos / train)
+    (split_photos / "test").rename(split_photos / test)
+    assert digests(sources.load("folder", split_photos)) == before
+
+
+def test_only_a_test_split_is_held_out_beside_validation(split_photos):
+    (split_photos / "test").rename(split_photos / "val")
+    source = sources.load("folder", split_photos)
+    assert len(source.validation) == 6 and "held out" in source.note
 
 
 def test_a_class_may_be_called_as_a_split(photos):
@@ -62,115 +206,209 @@ def test_a_class_may_be_called_as_a_split(photos):
     assert sources.load("folder", photos).class_names == ("cat", "dog", "test", "train")
 
 
-@pytest.mark.parametrize("name", ["Test", "extra"])
-def test_what_lies_beside_train_and_is_no_split_is_not_passed_over(photos, tmp_path, name):
-    shutil.copytree(photos, tmp_path / "split" / "train")
-    shutil.copytree(photos, tmp_path / "split" / name)
-    error = data_error_of(tmp_path / "split")
-    assert error.summary.endswith(f": {name}")
-    assert "Move them" in error.hint
+@pytest.mark.parametrize("name", ["tests", "extra"])
+def test_what_lies_beside_train_and_is_no_split_is_not_passed_over(split_photos, name):
+    (split_photos / "test").rename(split_photos / name)
+    error = data_error_of(split_photos)
+    assert error.summary.endswith(f"others that are no split: {name}")
+    assert "call a split test or validation" in error.hint
 
 
 def test_a_split_has_one_folder(photos, tmp_path):
-    for name in ("train", "validation", "val"):
+    for name in ("train", "validation", "Val"):
         shutil.copytree(photos, tmp_path / "split" / name)
-    assert "one folder for validation. Found: validation, val" in data_error_of(tmp_path / "split").summary
+    assert "one folder for validation. Found: Val, validation" in data_error_of(tmp_path / "split").summary
 
 
-@pytest.mark.parametrize("suffix", [".bmp", ".WEBP", ".tiff", ".jxl", ".tga"])
-def test_an_image_that_would_be_passed_over_is_named(photos, suffix):
-    (photos / "cat" / f"1{suffix}").touch()
-    error = data_error_of(photos)
-    assert error.summary == f"{photos}/cat/1{suffix} is none of .jpg .jpeg .jpe .jfif .png .gif"
-    assert "Convert it" in error.hint
-
-
-def test_a_folder_takes_each_format_and_passes_over_what_is_hidden(photos):
-    flat = np.full((32, 32, 3), (200, 100, 50), "uint8")
-    for path in (*(photos / "cat").iterdir(), *(photos / "dog").iterdir()):
-        path.unlink()
-    for folder in ("cat", "dog"):
-        for i, suffix in enumerate((".jpg", ".JPEG", ".jpe", ".jfif", ".png", ".PNG")):
-            write_image(photos / folder / f"{i}{suffix}", flat)
-        tf.keras.utils.save_img(photos / folder / "5.gif", flat, scale=False)
-        write_image(photos / folder / "6.png", flat[..., :1])
-        write_image(photos / folder / "7.png", np.concatenate([flat, flat[..., :1] // 2], axis=-1))
-        (photos / folder / ".hidden.png").write_bytes(b"no image")
-        (photos / folder / "notes.txt").write_text("no image")
-    (photos / ".cache").mkdir()
-    (photos / "README.md").write_text("no class")
-    source = sources.load("folder", photos)
-    assert sum(sizes(source)) == 18
-    images = np.concatenate([source.train.images, source.validation.images, source.test.images])
-    grey = images[..., 2] == 200
-    assert grey.all(axis=(1, 2)).sum() == 2
-    np.testing.assert_allclose(images[~grey.any(axis=(1, 2))], np.broadcast_to(flat, (16, 32, 32, 3)), atol=5)
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"), [(b"", "empty"), (b"no image at all", "Unknown image file format"), (None, "Invalid PNG data")]
-)
-def test_a_file_that_is_no_image_is_named(photos, data, reason):
-    broken = photos / "dog" / "7.png"
-    broken.write_bytes(broken.read_bytes()[:200] if data is None else data)
-    summary = data_error_of(photos).summary
-    assert summary.startswith(f"{broken} can't be decoded: ")
-    assert reason in summary
-
-
-def test_a_folder_is_needed():
-    error = error_of("folder")
-    assert (type(error), error.argument) == (ArgumentError, "data_dir")
-    assert "--data-dir" in error.hint
-
-
-def test_an_empty_class_folder_is_named(photos):
-    (photos / "eel").mkdir()
-    (photos / "eel" / "1.txt").write_bytes(b"")
-    assert data_error_of(photos).summary == f"{photos / 'eel'} holds no files of .jpg .jpeg .jpe .jfif .png .gif"
-
-
-def test_a_folder_within_a_class_is_not_passed_over(photos):
-    (photos / "dog" / "puppies").mkdir()
-    assert data_error_of(photos).summary == f"{photos}/dog/puppies is a folder within a class"
-
-
-def test_a_class_too_small_to_hold_out_is_named(photos):
-    for i in range(2):
-        write_image(photos / "eel" / f"{i}.png")
-    summary = data_error_of(photos).summary
-    assert summary == f"{photos / 'eel'} has too few images to hold out one each for test and validation: 2"
-    write_image(photos / "eel" / "2.png")
-    source = sources.load("folder", photos)
-    assert [np.sum(split.labels == 2) for split in (source.train, source.validation, source.test)] == [1, 1, 1]
-
-
-@pytest.mark.parametrize("remove", ["cat", "cat dog"])
-def test_fewer_than_two_classes_are_an_error(photos, remove):
-    for name in remove.split():
-        shutil.rmtree(photos / name)
-    summary = data_error_of(photos).summary
-    assert summary.startswith(f"{photos} needs a folder for each of two classes or more")
-    assert ("Found: none" in summary) == (remove == "cat dog")
-
-
-def test_splits_without_classes_are_no_classes(photos):
-    (photos / "cat").rename(photos / "train")
-    (photos / "dog").rename(photos / "test")
-    assert "Found: test, train" in data_error_of(photos).summary
-
-
-@pytest.mark.parametrize("split", ["test", "val"])
-@pytest.mark.parametrize("names", ["cat", "cat dog eel", ""])
-def test_splits_of_other_classes_are_an_error(photos, tmp_path, split, names):
+@pytest.mark.parametrize("split", ["test", "Val"])
+@pytest.mark.parametrize(("names", "odd"), [("cat", "lacks a folder for dog"), ("cat dog eel", "has a folder for eel")])
+def test_splits_of_other_classes_are_an_error(photos, tmp_path, split, names, odd):
     root = tmp_path / "split"
     shutil.copytree(photos, root / "train")
-    (root / split).mkdir()
     for name in names.split():
         write_image(root / split / name / "1.png")
-    odd = {"cat": "dog", "cat dog eel": "eel", "": "cat, dog"}[names]
-    summary = data_error_of(root).summary
-    assert summary == f"{root / split} and {root / 'train'} must hold the same class folders. Only one has: {odd}"
+    error = data_error_of(root)
+    assert error.summary.startswith(f"{root / split} {odd}, which {root / 'train'} ")
+    assert "emove" not in error.hint
+    assert "out of" in error.hint
+
+
+def test_a_split_without_folders_lacks_all(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "split" / "train")
+    (tmp_path / "split" / "test").mkdir()
+    assert "lacks a folder for cat, dog" in data_error_of(tmp_path / "split").summary
+
+
+# === Test images that were trained on ===
+
+
+def test_test_images_with_the_pixels_of_a_training_image_are_left_out(split_photos):
+    trained_on = sources.load("folder", split_photos).train.digests
+    path = next(path for path in (split_photos / "train" / "cat").iterdir() if sha256(path) in trained_on)
+    write_image(split_photos / "test" / "cat" / "seen.bmp", images.decode(path.read_bytes()))  # other bytes
+    source = sources.load("folder", split_photos)
+    assert source.left_out == {"the same pixels as a training image": 1}
+    assert warning(source, "same pixels") == (
+        "1 test image has the same pixels as a training image and is left out: test/cat/seen.bmp"
+    )
+    assert len(source.test) == 6 and sha256(split_photos / "test" / "cat" / "seen.bmp") not in source.test.digests
+
+
+def test_a_test_split_of_training_images_is_an_error(photos, tmp_path):
+    root = tmp_path / "split"
+    for split in ("train", "val", "test"):
+        shutil.copytree(photos, root / split)
+    assert "all 50 test images" in data_error_of(root).summary
+    for path in (root / "test" / "cat").iterdir():
+        write_image(path)
+    source = sources.load("folder", root)
+    assert len(source.test) == 20
+    assert warning(source, "is left of") == "no test image is left of dog"
+    assert warning(source, "50 validation images have the same pixels as a training image")
+
+
+# === Files ===
+
+
+def test_all_kinds_of_files_are_read_by_their_bytes(photos):
+    for name in ("x.jpg", "x.jpe", "x.PNG", "x.webp", "x.bmp"):
+        write_image(photos / "cat" / name)
+    for name in ("x", "x.jpg.1", "x.jpg_large", "x.jpg!d", "x.jpg?w=300", "x.pnga", "x.txt"):
+        shutil.copy(photos / "cat" / "x.webp", photos / "cat" / f"copy-{name}")
+    source = sources.load("folder", photos)
+    assert sum(sizes(source)) == 62
+    assert source.left_out == {}
+
+
+def test_what_is_no_image_is_left_out_and_counted(photos):
+    for name in ("a.txt", "b.TXT", "notes.json", "x.jpg.json", "Thumbs.db", "desktop.ini", "empty", ".hidden.png", ".DS_Store"):
+        (photos / "cat" / name).write_bytes(b"BMW is no image, nor is this" if name != "empty" else b"")
+    for name in ("__MACOSX/cat/._1.png", "dog/@eaDir/1.png@SynoEAStream", "dog/.ipynb_checkpoints/1.png", ".git/a"):
+        (photos / name).parent.mkdir(parents=True)
+        (photos / name).write_bytes(b"x")
+    (photos / "README.md").write_text("no class")
+    write_image(photos / "stray.jpg")
+    source = sources.load("folder", photos)
+    assert source.class_names == ("cat", "dog")
+    assert sum(sizes(source)) == 50
+    assert source.left_out == {
+        "hidden": 4,
+        "in @eaDir": 1,
+        "in __MACOSX": 1,
+        "in no folder of a class": 2,
+        "not an image: .db": 1,
+        "not an image: .ini": 1,
+        "not an image: .json": 2,
+        "not an image: .txt": 2,
+        "not an image: other files": 1,
+    }
+    assert warning(source, "no folder of a class") == "1 image in no folder of a class is left out: stray.jpg"
+
+
+def test_folders_within_a_class_are_read_as_part_of_it(photos):
+    for i in range(5):
+        write_image(photos / "dog" / "puppies" / "small" / f"{i}.png")
+    source = sources.load("folder", photos)
+    assert sum(sizes(source)) == 55
+    assert warning(source, "dog") == "dog holds folders, and all images in them count as dog: puppies"
+
+
+def test_a_link_to_a_folder_around_it_is_an_error(photos):
+    (photos / "dog" / "again").symlink_to(photos / "dog")
+    assert "is a link to a folder that it lies in" in data_error_of(photos).summary
+
+
+def test_what_is_not_a_file_is_not_waited_for(photos):
+    os.mkfifo(photos / "dog" / "pipe.jpg")
+    assert sources.load("folder", photos).left_out == {"not a file": 1}
+
+
+# === Broken files ===
+
+
+def broken(photos):
+    whole = (photos / "dog" / "7.png").read_bytes()
+    contents = {
+        "0.jpg": (b"", "the file is empty"),
+        "1.jpg": (b"no image at all", "not a readable JPEG"),
+        "2.png": (whole[:200], "the image is broken"),
+        "3.jpg": (b"\n<!DOCTYPE html><p>404", "a web page (HTML)"),
+        "4.jpg_large": (b"<html>", "a web page (HTML)"),
+        "5.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a pointer of git-lfs"),
+        "6.psd": (b"8BPS", "not a readable JPEG"),
+        "7": (whole[:200], "the image is broken"),
+    }
+    for name, (data, _) in contents.items():
+        (photos / "dog" / f"broken {name}").write_bytes(data)
+    return {f"{photos}/dog/broken {name}": reason for name, (_, reason) in contents.items()}
+
+
+def test_all_broken_files_are_listed_at_once(photos):
+    expected = broken(photos)
+    error = data_error_of(photos)
+    assert error.summary == f"8 files of 58 in {photos} can't be read"
+    assert len(error.details) == 8
+    for detail, (path, reason) in zip(error.details, expected.items()):
+        assert detail.startswith(f"{path}: ") and reason in detail
+    assert "--skip-broken" in error.hint and "git lfs pull" in error.hint
+
+
+def test_many_broken_files_are_listed_in_a_file(photos, temporary):
+    for i in range(12):
+        (photos / "cat" / f"broken {i:02}.jpg").write_bytes(b"")
+    os.rename(photos / "cat" / "broken 00.jpg", os.fsencode(photos / "cat") + b"/broken \xe9.jpg")
+    error = data_error_of(photos)
+    assert len(error.details) == 10
+    [listed] = temporary.glob("cvt-keras-broken-files-*.txt")
+    assert error.summary == f"12 files of 62 in {photos} can't be read; all are listed in {listed}"
+    lines = listed.read_text("utf-8").splitlines()
+    assert len(lines) == 12
+    assert lines[-1] == rf"{photos}/cat/broken \xe9.jpg: the file is empty"
+    assert str(listed) in message(error)
+
+
+def test_broken_files_are_left_out_where_that_is_asked_for(photos):
+    expected = broken(photos)
+    (photos / "dog" / "nowhere.jpg").symlink_to("/nowhere")
+    source = sources.load("folder", photos, skip_broken=True)
+    assert sum(sizes(source)) == 50
+    assert source.left_out == {"broken": len(expected) + 1}
+    assert warning(source, "can't be read").startswith("9 files that can't be read are left out: dog/broken 0.jpg, ")
+
+
+def test_a_class_of_broken_files_is_an_error_in_any_case(photos):
+    (photos / "eel").mkdir()
+    (photos / "eel" / "1.jpg").write_bytes(b"")
+    assert data_error_of(photos, skip_broken=True).summary == f"{photos} has no image that can be read of eel"
+    (photos / "eel" / "1.jpg").rename(photos / "eel" / "1.txt")
+    assert data_error_of(photos).summary == f"{photos} has no image that can be read of eel"
+
+
+def test_links_that_lead_nowhere_are_an_error(photos):
+    for path in sorted((photos / "cat").iterdir()):
+        path.unlink()
+        path.symlink_to(f"../.git/annex/objects/{path.name}")
+    error = data_error_of(photos)
+    assert error.summary.startswith(f"20 files of 50 in {photos} can't be read")
+    assert error.details[0] == f"{photos}/cat/0.png: a link to ../.git/annex/objects/0.png, which is missing"
+    assert "git annex get" in error.hint and "dvc pull" in error.hint
+    (photos / "eel").symlink_to("/nowhere")
+    assert "21 files of 51" in data_error_of(photos).summary
+
+
+def test_a_file_that_may_not_be_read_is_named(photos, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for path in sorted(photos.rglob("*.png"))[:15]:
+        path.unlink()
+    for path in (photos / "dog").iterdir():
+        path.unlink()
+    write_image(photos / "dog" / "1.png")
+    monkeypatch.setattr("cvt_keras.data.folder.open", refuse, raising=False)
+    error = data_error_of(photos)
+    assert error.details[0] == f"{photos}/cat/5.png: Permission denied"
+    assert error.hint.startswith("Ask for the right to read")
 
 
 def test_a_folder_that_may_not_be_read_is_named(photos, monkeypatch):
@@ -181,11 +419,120 @@ def test_a_folder_that_may_not_be_read_is_named(photos, monkeypatch):
     assert f"Permission denied: '{photos}" in data_error_of(photos).summary
 
 
-def test_a_file_that_may_not_be_read_is_named(photos, monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
+def test_a_jpeg_without_its_last_bytes_is_read_with_a_warning(photos):
+    write_image(photos / "cat" / "x.jpg", noise(1, (100, 120, 3))[0])
+    (photos / "cat" / "x.jpg").write_bytes((photos / "cat" / "x.jpg").read_bytes()[:-2])
+    source = sources.load("folder", photos)
+    assert sum(sizes(source)) == 51
+    assert warning(source, "last bytes") == "1 image lacks its last bytes, and is read as far as it goes: cat/x.jpg"
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+
+def test_images_of_one_colour_are_counted(photos):
+    for i in range(4):
+        write_image(photos / "cat" / f"icon{i}.png", np.zeros((8, 8 + i, 4), "uint8"))
+    assert warning(sources.load("folder", photos), "of one colour") == (
+        "4 images are of one colour: cat/icon0.png, cat/icon1.png, cat/icon2.png and 1 more"
+    )
+
+
+# === Folders that are no data set ===
+
+
+def test_a_folder_is_needed():
+    error = error_of("folder")
+    assert (type(error), error.argument) == (ArgumentError, "data_dir")
+    assert "--data-dir" in error.hint
+
+
+def test_an_empty_class_folder_is_named(photos):
+    (photos / "eel").mkdir()
+    assert data_error_of(photos).summary == f"{photos / 'eel'} holds no images"
+
+
+@pytest.mark.parametrize("remove", ["cat", "cat dog"])
+def test_fewer_than_two_classes_are_an_error(photos, remove):
+    for name in remove.split():
+        shutil.rmtree(photos / name)
     error = data_error_of(photos)
-    assert f"Permission denied: '{photos}" in error.summary
-    assert error.hint is None  # least of all to remove the file
+    assert error.summary.startswith(f"{photos} needs a folder for each of two classes or more")
+    assert ("Found: none" in error.summary) == (remove == "cat dog")
+    assert "DIR/cat/1.jpg" in error.hint
+
+
+def test_a_flat_folder_is_told_what_one_for_each_class_looks_like(photos):
+    error = data_error_of(photos / "cat")
+    assert error.summary.endswith("Found: none, but 20 images in no folder of a class")
+    assert "DIR/cat/1.jpg" in error.hint
+
+
+def test_a_folder_around_the_classes_is_named(photos):
+    error = data_error_of(photos.parent)
+    assert error.summary.endswith("Found: photos")
+    assert f"--data-dir {photos}" in error.hint
+
+
+def test_splits_without_classes_are_no_classes(photos):
+    (photos / "cat").rename(photos / "train")
+    (photos / "dog").rename(photos / "Test")
+    assert "no folder for each class: Test, train hold none" in data_error_of(photos).summary
+
+
+# === Names ===
+
+
+def test_class_names_are_compared_after_normalisation(split_photos):
+    for split, form in (("train", "NFD"), ("test", "NFC")):
+        (split_photos / split / "cat").rename(split_photos / split / unicodedata.normalize(form, "café"))
+    assert sources.load("folder", split_photos).class_names == ("café", "dog")
+
+
+def test_two_folders_of_one_name_are_an_error(photos):
+    for form in ("NFD", "NFC"):
+        write_image(photos / unicodedata.normalize(form, "café") / "1.png")
+    assert "two folders of the same name" in data_error_of(photos).summary
+
+
+def test_a_class_whose_name_is_not_utf_8_is_refused_before_anything_is_read(photos, monkeypatch):
+    os.rename(photos / "cat", os.fsencode(photos) + b"/caf\xe9")
+    monkeypatch.setattr(images, "read", lambda data: pytest.fail("read"))
+    error = data_error_of(photos)
+    assert error.summary == rf"the name of a class's folder is not UTF-8: {photos}/caf\xe9"
+    assert "convmv" in error.hint
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\u2028b"])
+def test_a_class_name_is_one_line(photos, name):
+    (photos / "cat").rename(photos / name)
+    assert "line break" in data_error_of(photos).summary
+
+
+def test_names_of_files_may_be_anything(photos):
+    os.rename(photos / "cat" / "1.png", os.fsencode(photos) + b"/cat/\xe9\n.png")
+    assert sum(sizes(sources.load("folder", photos))) == 50
+
+
+# === Progress ===
+
+
+def test_a_long_reading_shows_its_progress(photos, monkeypatch):
+    steps = []
+
+    class Bar:
+        def __init__(self, total, **options):
+            assert total == 50 and options["disable"] is None
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def update(self):
+            steps.append(1)
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    sources.load("folder", photos)
+    assert not steps
+    monkeypatch.setattr("cvt_keras.data.folder._LONG_READING", 50)
+    sources.load("folder", photos)
+    assert len(steps) == 50

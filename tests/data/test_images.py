@@ -1,35 +1,315 @@
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from labelled_images import noise, resized
+from PIL import Image, UnidentifiedImageError, features
 
 from cvt_keras.data import images
+from cvt_keras.errors import ImageError
+
+WHITE = [255, 255, 255]
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_decoding_gives_three_channels(channels):
-    pixels = noise(1, (6, 5, channels))[0]
-    decoded = images.decode(tf.io.encode_png(pixels).numpy())
-    assert decoded.dtype == tf.uint8
-    np.testing.assert_array_equal(decoded, np.repeat(pixels, 3, axis=-1) if channels == 1 else pixels[..., :3])
+def encoded(image, kind, **options):
+    """The bytes of a file of a Pillow image, or of an array."""
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, format=kind, **options)
+    return file.getvalue()
 
 
-def test_decoding_works_within_a_graph():
-    pixels = noise(1, (6, 5, 3))[0]
-    [decoded] = tf.data.Dataset.from_tensors(tf.io.encode_png(pixels)).map(images.decode)
-    np.testing.assert_array_equal(decoded, pixels)
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def test_bytes_that_are_not_an_image_are_an_error():
-    with pytest.raises(tf.errors.OpError):
-        images.decode(b"no image")
+def png(width, height, depth, colour_type, rows, *chunks):
+    """A PNG of a kind that Pillow does not write."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+
+
+def quarters():
+    """An image whose four quarters tell how it is turned: red, green, blue, yellow."""
+    pixels = np.empty((32, 48, 3), "uint8")
+    pixels[:16, :24], pixels[:16, 24:] = (220, 30, 30), (30, 200, 30)
+    pixels[16:, :24], pixels[16:, 24:] = (30, 30, 200), (220, 220, 40)
+    return pixels
+
+
+def corners(pixels):
+    return [pixels[y, x].astype(int) for y in (2, -3) for x in (2, -3)]
+
+
+# === Kinds of files ===
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_files_without_loss_are_their_pixels(kind):
+    [pixels] = noise(1, (6, 5, 3))
+    picture = images.read(encoded(pixels, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    assert (picture.pixels.dtype, picture.cut_off) == (np.uint8, False)
+    np.testing.assert_array_equal(picture.pixels, pixels)
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "WEBP", pytest.param("AVIF", marks=pytest.mark.skipif(not features.check("avif"), reason=""))]
+)
+def test_files_with_loss_have_their_colours(kind):
+    for found, expected in zip(corners(images.decode(encoded(quarters(), kind, quality=95))), corners(quarters())):
+        np.testing.assert_allclose(found, expected, atol=12)
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 2}])
+def test_all_kinds_of_jpeg_are_read(options):
+    data = encoded(quarters(), "JPEG", **options)
+    np.testing.assert_allclose(images.decode(data), np.asarray(Image.open(io.BytesIO(data))), atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+def test_a_jpeg_has_the_pixels_that_the_accurate_decoder_of_tensorflow_gives(options):
+    data = encoded(noise(1, (37, 45, 3))[0], "JPEG", **options)
+    np.testing.assert_array_equal(images.decode(data), tf.io.decode_jpeg(data, dct_method="INTEGER_ACCURATE"))
+
+
+def test_the_first_picture_of_several_is_taken():
+    """Of the two of an MPO, as stereo cameras and phones write them, of an animation, of the pages of a TIFF."""
+    for kind in ("MPO", "GIF", "TIFF", "WEBP", "PNG"):
+        data = encoded(quarters(), kind, save_all=True, append_images=[Image.new("RGB", (48, 32))])
+        assert Image.open(io.BytesIO(data)).n_frames == 2
+        for found, expected in zip(corners(images.decode(data)), corners(quarters())):
+            np.testing.assert_allclose(found, expected, atol=12)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF"])
+def test_a_palette_is_its_colours(kind):
+    data = encoded(Image.fromarray(quarters()).quantize(16), kind)
+    assert Image.open(io.BytesIO(data)).mode == "P"
+    np.testing.assert_array_equal(images.decode(data), quarters())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF"])
+def test_one_bit_is_black_and_white(kind):
+    data = encoded(Image.fromarray(np.eye(8, dtype=bool)), kind)
+    np.testing.assert_array_equal(images.decode(data), np.repeat(np.eye(8, dtype="uint8")[..., None] * 255, 3, axis=-1))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP"])
+def test_grey_is_three_equal_channels(kind):
+    grey = np.full((8, 8), 77, "uint8")
+    np.testing.assert_array_equal(images.decode(encoded(grey, kind)), np.full((8, 8, 3), 77))
+
+
+def test_cmyk_is_turned_into_colours():
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    for kind in ("JPEG", "TIFF"):
+        np.testing.assert_allclose(images.decode(encoded(red, kind))[4, 4], (255, 0, 0), atol=3)
+
+
+# === 16 bits ===
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize(("brightest", "shift"), [(65535, 8), (4096, 8), (4095, 4), (255, 4)])
+def test_16_bits_of_grey_keep_their_range(kind, brightest, shift):
+    grey = np.linspace(0, brightest, 64).astype("uint16").reshape(8, 8)
+    np.testing.assert_array_equal(images.decode(encoded(grey, kind))[..., 1], grey >> shift)
+
+
+def test_16_bits_of_colour_keep_the_upper_8():
+    data = png(1, 1, 16, 2, [struct.pack(">3H", 0x1234, 0x80FF, 0xFFFF)])
+    assert images.decode(data).tolist() == [[[0x12, 0x80, 0xFF]]]
+
+
+@pytest.mark.parametrize(("mode", "value"), [("I", 70_000), ("F", 0.5)])
+def test_pixels_of_32_bits_are_refused(mode, value):
+    with pytest.raises(ImageError, match="whose range is not known"):
+        images.decode(encoded(Image.new(mode, (4, 4), value), "TIFF"))
+
+
+# === Transparency ===
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_transparent_pixels_are_laid_on_white(kind):
+    rgba = np.array([[[0, 0, 0, 0], [100, 0, 200, 255], [10, 20, 30, 128]]], "uint8")
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    half = [(value * 128 + 255 * 127 + 127) // 255 for value in (10, 20, 30)]
+    assert images.decode(encoded(rgba, kind, **options)).tolist() == [[WHITE, [100, 0, 200], half]]
+
+
+def test_transparent_grey_is_laid_on_white():
+    grey_alpha = Image.merge("LA", [Image.new("L", (1, 1), 100), Image.new("L", (1, 1), 128)])
+    assert images.decode(encoded(grey_alpha, "PNG")).tolist() == [[[(100 * 128 + 255 * 127 + 127) // 255] * 3]]
+
+
+def test_a_transparent_colour_of_a_palette_is_white():
+    palette = Image.fromarray(quarters()).quantize(16)
+    transparent = palette.getpixel((0, 0))
+    for options in ({"transparency": transparent}, {"transparency": bytes(0 if i == transparent else 255 for i in range(16))}):
+        pixels = images.decode(encoded(palette, "PNG", **options))
+        assert pixels[0, 0].tolist() == WHITE
+        np.testing.assert_array_equal(pixels[16:], quarters()[16:])
+    assert images.decode(encoded(palette, "GIF", transparency=transparent))[0, 0].tolist() == WHITE
+
+
+def test_a_colour_that_stands_for_transparent_is_white():
+    data = encoded(quarters(), "PNG", transparency=(220, 30, 30))
+    pixels = images.decode(data)
+    assert pixels[0, 0].tolist() == WHITE
+    np.testing.assert_array_equal(pixels[16:], quarters()[16:])
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "transparent", "opaque"),
+    [
+        (1, b"\x40", 1, 0),
+        (2, b"\x90", 1, 170),
+        (4, b"\x75", 5, 119),
+        (8, b"\x07\x05", 5, 7),
+        (16, b"\x70\x00\x17\x70", 6000, 112),
+    ],
+)
+def test_a_grey_that_stands_for_transparent_is_white_at_each_depth(depth, row, transparent, opaque):
+    data = png(2, 1, depth, 0, [row], chunk(b"tRNS", struct.pack(">H", transparent)))
+    assert images.decode(data).tolist() == [[[opaque] * 3, WHITE]]
+
+
+# === Orientation ===
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    ("orientation", "expected"),
+    [
+        (1, "rgby"),
+        (2, "gryb"),
+        (3, "ybgr"),
+        (4, "byrg"),
+        (5, "rbgy"),
+        (6, "bryg"),
+        (7, "ygbr"),
+        (8, "gyrb"),
+        (0, "rgby"),
+        (9, "rgby"),
+    ],
+)
+def test_a_photo_is_turned_upright(kind, orientation, expected):
+    """`expected`: the quarters of what is seen, row by row."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = images.decode(encoded(quarters(), kind, exif=exif))
+    assert pixels.shape == ((48, 32, 3) if orientation in (5, 6, 7, 8) else (32, 48, 3))
+    names = dict(zip("rgby", corners(quarters())))
+    found = [min(names, key=lambda name: abs(names[name] - corner).sum()) for corner in corners(pixels)]
+    assert "".join(found) == expected
+
+
+def test_orientation_is_not_taken_from_xmp():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"  # Pillow then looks for an orientation, too
+    assert images.decode(encoded(quarters(), "JPEG", xmp=xmp, exif=exif)).shape == (32, 48, 3)
+    assert images.decode(encoded(quarters(), "TIFF", tiffinfo={700: xmp})).shape == (32, 48, 3)
+
+
+def test_broken_exif_data_says_nothing():
+    data = encoded(quarters(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    assert images.decode(data).shape == (32, 48, 3)
+
+
+# === What is refused, and what is mended ===
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_a_jpeg_without_its_last_bytes_is_read(options):
+    whole = encoded(noise(1, (100, 120, 3))[0], "JPEG", **options)
+    picture = images.read(whole[:-2])
+    assert picture.cut_off
+    np.testing.assert_array_equal(picture.pixels, images.decode(whole))
+    assert images.read(whole[:-20]).cut_off
+    assert not images.read(whole).cut_off
+    assert not images.read(whole + b"what a camera writes after it").cut_off
+
+
+@pytest.mark.parametrize("size", [(100, 120, 3), (32, 40, 3)])
+def test_half_a_jpeg_is_broken(size):
+    whole = encoded(noise(1, size)[0], "JPEG")
+    header = whole.rfind(b"\xff\xda")
+    with pytest.raises(ImageError, match="broken"):
+        images.read(whole[: header + (len(whole) - header) // 2])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("kept", [0.5, 0.02])
+def test_half_of_another_file_is_broken(kind, kept):
+    whole = encoded(noise(1, (40, 40, 3))[0], kind)
+    with pytest.raises(ImageError, match="broken") as error:
+        images.read(whole[: int(len(whole) * kept)])
+    assert "\n" not in error.value.summary and not error.value.summary.endswith(".")
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"<html></html>", b"%PDF-1.7", b"\0" * 100])
+def test_what_is_no_image_is_refused(data):
+    with pytest.raises(ImageError, match="empty" if not data else "not a readable"):
+        images.read(data)
+    assert not images.is_image(data)
+
+
+@pytest.mark.parametrize(("brand", "reason"), [(b"heic", "install pillow-heif"), (b"avif", "does not read AVIF")])
+def test_a_missing_plugin_is_named(monkeypatch, brand, reason):
+    data = b"\0\0\0\x18ftyp" + brand + bytes(100)
+    monkeypatch.setattr(images, "_formats", lambda: ["JPEG"])
+    with pytest.raises(ImageError, match=reason):
+        images.read(data)
+    monkeypatch.setattr(images, "_formats", lambda: ["JPEG", "AVIF", "HEIF"])
+    monkeypatch.setattr("PIL.Image.open", unidentified)
+    with pytest.raises(ImageError, match="its header can't be read"):
+        images.read(data)
+
+
+def unidentified(file, formats):
+    raise UnidentifiedImageError("no image")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_images_are_known_by_their_first_bytes(kind):
+    assert images.is_image(encoded(quarters(), kind)[:64])
+
+
+@pytest.mark.parametrize(
+    "text", [b"BMW and Audi are the two classes of this set", b"RIFF\0\0\0\0WAVEfmt ", b"\0\0\0\x18ftypmp42"]
+)
+def test_other_files_that_begin_alike_are_not_images(text):
+    assert not images.is_image(text)
+
+
+def test_a_size_is_checked_before_anything_is_decoded(monkeypatch):
+    huge = png(20_000, 20_000, 8, 2, [b""])
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match="too large"):
+        images.read(huge)
+    monkeypatch.setattr(images, "MAX_PIXELS", 10)
+    with pytest.raises(ImageError, match="says 48 x 32 pixels"):
+        images.read(encoded(quarters(), "GIF"))
+
+
+def test_the_preview_in_a_camera_s_raw_file_is_not_taken_for_the_photo():
+    with pytest.raises(ImageError, match="raw"):
+        images.read(encoded(quarters(), "TIFF", tiffinfo={254: 1}))
+
+
+# === Squares ===
 
 
 def test_stretching_antialiases_and_ignores_the_aspect_ratio():
     photos = noise(2, (30, 20, 3))
     for size in (8, 40):
         stretched = images.stretch(photos, size)
-        assert (stretched.dtype, stretched.shape) == (tf.uint8, (2, size, size, 3))
+        assert (stretched.dtype, stretched.shape) == (np.uint8, (2, size, size, 3))
         np.testing.assert_array_equal(stretched, [resized(photo, size) for photo in photos])
 
 

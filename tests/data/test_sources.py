@@ -84,7 +84,7 @@ DENIED = tf.errors.PermissionDeniedError(None, None, "/records; Permission denie
 @pytest.mark.parametrize(
     ("dataset", "module", "step", "failure", "argument", "text"),
     [
-        ("folder", folder.images, "decode", OUT_OF_MEMORY, "image_size", "folder does not fit into memory: OOM"),
+        ("folder", folder.images, "stretch", OUT_OF_MEMORY, "image_size", "folder does not fit into memory: OOM"),
         ("cifar100", tfds, "_encoded", OUT_OF_MEMORY, "image_size", "cifar100 does not fit into memory: OOM"),
         ("cifar100", tfds, "_encoded", DENIED, "data_dir", "/records; Permission denied"),
     ],
@@ -98,6 +98,11 @@ def test_sound_data_is_not_blamed(photos, cifar100_dir, monkeypatch, dataset, mo
     assert error.argument == argument
     assert text in error.summary
     assert "emove" not in error.summary + error.hint
+
+
+@pytest.mark.parametrize("dataset", ["digits", "auto", "cifar10"])
+def test_skip_broken_is_for_folders_alone(dataset, cifar10_dir):
+    assert sources.load(dataset, cifar10_dir, skip_broken=True).left_out == {}
 
 
 # === auto ===

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from labelled_images import error_of, labelled, noise, resized, rows, same_rows, sizes
 
-from cvt_keras.data import sources, tfds
+from cvt_keras.data import images, sources, tfds
 from cvt_keras.errors import DataError, UnavailableError
 
 TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
@@ -145,7 +145,7 @@ def test_an_image_that_is_none_is_an_error(write_tfds, tmp_path, monkeypatch):
     monkeypatch.setattr("tensorflow_datasets.features.Image.encode_example", lambda self, image: b"no image")
     folder = write_tfds(tmp_path, "mnist", {"train": labelled(noise(20, (28, 28, 1)))})
     error = error_of("tfds:mnist", tmp_path)
-    assert "Unknown image file format" in error.summary
+    assert "not a readable JPEG" in error.summary
     assert str(folder) in error.hint
 
 
@@ -275,3 +275,15 @@ def test_real_cifar10():
     # A JPEG copy's are a little off.
     np.testing.assert_allclose(pixels.mean(axis=0, dtype="float64"), source.mean, atol=0.01)
     np.testing.assert_allclose(pixels.std(axis=0, dtype="float64"), source.std, atol=0.01)
+
+
+@pytest.mark.skipif(
+    not (TFDS_DATA_DIR / "cifar10").is_dir(), reason="set TFDS_DATA_DIR to a folder in which TFDS prepared CIFAR-10"
+)
+def test_the_accurate_decoder_of_tensorflow_gives_the_pixels_that_are_trained_on():
+    builder, keys = tfds._builder("cifar10", "CIFAR-10", None)
+    files = [data.numpy() for data, _ in tfds._encoded(builder, "test[:400]", keys)]
+    for data in files:
+        is_jpeg = data.startswith(b"\xff\xd8")
+        expected = tf.io.decode_jpeg(data, dct_method="INTEGER_ACCURATE") if is_jpeg else tf.io.decode_png(data)
+        np.testing.assert_array_equal(images.decode(data), expected)

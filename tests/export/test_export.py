@@ -66,7 +66,10 @@ def test_a_run_of_version_0_1_is_exported_away_from_the_checkout(name, formats, 
     assert all(artifact.passed and artifact.images == 64 for artifact in written)
     report = json.loads((tmp_path / name / "export" / "report.json").read_text())
     assert report["artifacts"] == [dataclasses.asdict(artifact) for artifact in written]
-    assert set(report) == {"artifacts", "calibration_images", "data_note", "dataset", "versions"}
+    assert set(report) == {
+        *("artifacts", "calibration_images", "data_note", "dataset", "held_out", "held_out_note", "versions"),
+    }
+    assert (report["held_out"], report["held_out_note"]) == ("verified", "")  # a set with fixed splits
     assert (report["dataset"], report["calibration_images"]) == ("digits", 0 if name == "qat" else 99)  # of 128
     assert all((tmp_path / name / artifact.path).stat().st_size == artifact.bytes for artifact in written)
 

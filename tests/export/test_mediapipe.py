@@ -84,21 +84,23 @@ def test_options_choose_among_the_categories(classify, exported, test_images):
     assert {row["category_name"] for [row] in classify(file, images, category_allowlist=["cat"])[1]} == {"cat"}
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 def test_the_docs_lines_take_a_photo_as_training_does(mode, classify, exported, litert, tmp_path):
-    """One that a turned camera wrote, in colours and in grey."""
+    """One that a turned camera wrote, in colours, in grey, partly transparent and with a palette."""
     text = (Path(__file__).parents[2] / "docs" / "mobile.md").read_text()
     [lines] = re.findall(r"<<'PYTHON'\n(.*?)\nPYTHON\n", text, re.DOTALL)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "one").symlink_to(exported)
     photo = Image.fromarray(datasets.load_sample_image("flower.jpg")).convert(mode)
+    if mode == "RGBA":
+        photo.putalpha(Image.linear_gradient("L").resize(photo.size))
     exif = Image.Exif()
     exif[0x0112] = 6
     photo.save(tmp_path / "cat.png", exif=exif)
     command = [mediapipe_resize.PYTHON, "-c", lines]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    pixels = images.stretch(np.rot90(np.asarray(photo.convert("RGB")), -1), 32).numpy()
+    pixels = images.stretch(images.decode((tmp_path / "cat.png").read_bytes()), 32).numpy()
     found = litert(exported / "export" / "tflite" / "float32.tflite", [pixels])[0]
     names = (exported / "export" / "labels.txt").read_text().splitlines()
     rows = [line.rpartition(" ")[::2] for line in done.stdout.splitlines()]

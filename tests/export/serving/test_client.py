@@ -4,7 +4,6 @@ import pty
 import random
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -18,17 +17,21 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from photos import REENCODED, photos, png, with_chunk, with_header
 
 from cvt_keras import cli, preprocessing_of
+from cvt_keras.data.images import decode, stretch
 from cvt_keras.errors import ArgumentError, ImageError, MissingPackageError, ServingError
 from cvt_keras.export.serving import client as module
+from cvt_keras.export.serving import files as image_files
 from cvt_keras.export.serving.client import ADDRESSES, ERASE, Client
+from cvt_keras.export.serving.files import for_server
 
 COMMAND = [sys.executable, "-m", "cvt_keras.export.serving.client"]
 STATUS = grpc.StatusCode
 UNAVAILABLE = (STATUS.UNAVAILABLE, "The batch scheduling queue to which this task was submitted is full")
-# A PNG by its beginning, and nothing after it.
-BAD = b"\x89PNG\r\n\x1a\n" + bytes(40)
+# A PNG by its chunks, with pixels that can't be unpacked: the client does not look at these, the server refuses them.
+BAD = png(8, 0).replace(b"IDATx", b"IDATy")
 
 both = pytest.mark.parametrize("protocol", ADDRESSES)
 
@@ -45,13 +48,12 @@ def images(test_images):
 
 @pytest.fixture
 def folder(images, tmp_path):
-    """Of seven images, one of them deeper, and a file that is none."""
+    """Of seven images, one of them deeper."""
     folder = tmp_path / "images"
     (folder / "deeper").mkdir(parents=True)
     for number, image in enumerate(images[:6]):
         (folder / f"{number}.png").write_bytes(image)
     (folder / "deeper" / "6.PNG").write_bytes(images[6])
-    (folder / "notes.txt").write_text("hello")
     return folder
 
 
@@ -297,22 +299,17 @@ def test_bad_images_are_named_and_the_good_ones_answered(protocol, folder, serve
     assert len(out.splitlines()) == 7
     bad, text = err.strip().splitlines()
     assert f"cvt-keras classify: {folder / 'bad.png'}: refused by the server: " in bad and "{{" not in bad and "[[" not in bad
-    assert f"cvt-keras classify: {folder / 'text.png'}: neither a PNG nor a JPEG" in text
+    assert text == f"cvt-keras classify: {folder / 'text.png'}: not a JPEG, PNG, GIF, BMP, TIFF or WebP"
     # All but the text at once, then each alone, the bad one twice.
     assert [asked.images for asked in server.asked] == [8, *[1] * 9]
 
 
 @both
 def test_what_the_export_says_of_an_image_is_told_without_tensorflows_marks(protocol, server, images):
-    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-    large = header + struct.pack(">II", 9000, 7000) + bytes(30)
-    garbage = header[:12] + random.Random(0).randbytes(40)
+    large = with_header(png(8, 0), 9000, 8000)
     with _client(server, protocol, retries=0) as client:
-        said = [str(error) for error in client.classify([large, garbage])]
-    assert said == [
-        "refused by the server: an image may have at most 50,000,000 pixels; its header says 9000 x 7000",
-        "refused by the server: the header of a PNG is broken",
-    ]
+        [refused] = client.classify([large])
+    assert str(refused) == "refused by the server: an image may have at most 67,108,864 pixels; its header says 9000 x 8000"
 
 
 @both
@@ -339,10 +336,102 @@ def test_what_are_no_images_is_not_sent(images, received, server):
     assert not server.asked
 
 
-def test_nothing_is_sent_of_what_is_plainly_no_image(server):
+def test_nothing_is_sent_of_what_cant_be_read(server):
+    cut_off = photos()["png"][:3000]
     with _client(server, "grpc") as client:
-        assert [str(error) for error in client.classify([b"", b"GIF89a"])] == ["neither a PNG nor a JPEG"] * 2
+        errors = client.classify([b"", b"hello", b"GIF89a" + bytes(40), cut_off])
+        assert all(isinstance(error, ImageError) for error in errors)
+        assert [str(error) for error in errors[:2]] == ["the file is empty", "not a readable JPEG, PNG, GIF, BMP, TIFF or WebP"]
+        with pytest.raises(ImageError):
+            client.predict([cut_off])
     assert not server.asked
+
+
+# === Images that the server does not read as training does ===
+
+
+@both
+def test_a_photo_of_each_kind_is_answered_as_in_training(protocol, server, classifier):
+    kinds = photos()
+    squares = np.stack([stretch(decode(data), 32) for data in kinds.values()])
+    expected = tf.nn.softmax(classifier(squares.astype("float32"), training=False)).numpy()
+    with _client(server, protocol) as client:
+        answers = client.classify(kinds.values())
+    largest = {kind: np.abs(answer.probabilities - row).max() for kind, answer, row in zip(kinds, answers, expected)}
+    # The pixels are equal; the network computes in another order.
+    assert max(largest.values()) < 1e-5, f"largest differences of a probability: {largest}"
+
+
+def test_only_what_the_server_does_not_read_is_decoded_here():
+    kinds = photos()
+    sent_as_they_are = {kind for kind, data in kinds.items() if for_server(data) == data}
+    assert sent_as_they_are == set(kinds) - set(REENCODED)
+    for kind in REENCODED:
+        np.testing.assert_array_equal(decode(for_server(kinds[kind])), decode(kinds[kind]), err_msg=kind)
+    # What phones write behind an image, or beside it.
+    photo, other = kinds["progressive jpeg"], kinds["jpeg"]
+    for data in (photo + bytes(20), photo + other, photo.replace(b"\xff\xda", b"\xff\xff\xda", 1)):
+        assert for_server(data) == data
+
+
+def test_a_folder_is_looked_at_file_by_file(folder, server, tmp_path, capsys):
+    kinds = photos()
+    for name, data in {
+        "a.webp": kinds["webp"],
+        "b.gif": kinds["gif"],
+        "no ending": kinds["jpeg"],
+        "c.txt": kinds["bmp"],
+    }.items():
+        (folder / name).write_bytes(data)
+    for name in (".DS_Store", "Thumbs.db", "@eaDir/x.png", "__MACOSX/x.png", ".hidden/x.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("hello")
+    (folder / "deeper" / "again").symlink_to(folder)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "linked.png").write_bytes(kinds["png"])
+    (folder / "link").symlink_to(outside)
+    assert _main(server, "rest", folder) == 0
+    out, err = capsys.readouterr()
+    names = {Path(line.split("\t")[0]).name for line in out.splitlines()}
+    assert not err and len(out.splitlines()) == 12
+    assert {"a.webp", "b.gif", "no ending", "c.txt", "linked.png"} < names
+
+    (folder / "dangling.jpg").symlink_to("/nowhere.jpg")
+    (folder / "notes.txt").write_text("hello")
+    (folder / "empty.png").touch()
+    (folder / "broken.gif").write_bytes(kinds["gif"][:100])
+    os.mkfifo(folder / "pipe")
+    assert _main(server, "rest", folder) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 12
+    reasons = dict(line.removeprefix(f"cvt-keras classify: {folder}/").split(": ", 1) for line in err.splitlines())
+    assert reasons.pop("broken.gif")
+    assert reasons == {
+        "dangling.jpg": "a dangling link",
+        "notes.txt": "not a JPEG, PNG, GIF, BMP, TIFF or WebP",
+        "empty.png": "the file is empty",
+        "pipe": "not a file",
+    }
+
+
+def test_a_folder_or_file_without_permission_is_named(folder, server, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    def read(file, own=image_files.read):
+        with monkeypatch.context() as patch:
+            if file.name == "0.png":
+                patch.setattr("builtins.open", lambda path, _: refuse(path))
+            return own(file)
+
+    monkeypatch.setattr(Path, "iterdir", lambda path, own=Path.iterdir: refuse(path) if path.name == "deeper" else own(path))
+    monkeypatch.setattr(image_files, "read", read)
+    assert _main(server, "rest", folder) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 5
+    refused = [folder / "0.png", folder / "deeper"]
+    assert err.splitlines() == [f"cvt-keras classify: {path}: can't be read: Permission denied" for path in refused]
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux' /proc")
@@ -480,7 +569,7 @@ def test_a_server_that_does_not_read_is_late():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         client = Client(f"127.0.0.1:{listening.getsockname()[1]}", "rest", timeout=0.3, retries=0)
         with client, pytest.raises(ServingError) as raised:
-            client.predict([bytes(30_000_000)])
+            client.predict([with_chunk(png(8, 0), b"teXt", bytes(30_000_000))])
     assert raised.value.argument == "timeout" and "0.3 s" in raised.value.summary
 
 
@@ -627,8 +716,8 @@ def test_bad_flags_are_told_in_a_line(flags, said, folder, capsys):
 
 
 def test_no_images_at_all(tmp_path, capsys):
-    (tmp_path / "notes.txt").write_text("hello")
-    for flags, said in (([], "none"), ([str(tmp_path)], f"{tmp_path}, with no .png")):
+    (tmp_path / ".DS_Store").write_text("hello")
+    for flags, said in (([], "none"), ([str(tmp_path)], f"{tmp_path}, an empty folder")):
         assert cli.main(["classify", *flags]) == 2
         assert f"Received: {said}" in capsys.readouterr().err
 

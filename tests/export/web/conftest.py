@@ -60,7 +60,7 @@ def serve():
 
 @pytest.fixture(scope="session")
 def server(exported, samples, serve):
-    return serve(exported, samples=lambda: samples)
+    return serve(exported, samples=lambda: (samples, ""))
 
 
 @pytest.fixture

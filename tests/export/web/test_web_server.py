@@ -1,3 +1,4 @@
+import dataclasses
 import http.client
 import json
 import re
@@ -12,9 +13,12 @@ import urllib.request
 import numpy as np
 import pytest
 
-from cvt_keras import cli
+from cvt_keras import cli, runs
 from cvt_keras.data import sources
-from cvt_keras.export.saved_model import MAX_PIXELS
+from cvt_keras.data.images import MAX_PIXELS
+from cvt_keras.data.record import ImageRecord
+from cvt_keras.data.split import Source, Split
+from cvt_keras.errors import RunError
 from cvt_keras.export.verify import TFLITE_FORMATS
 from cvt_keras.export.web import __main__ as command
 from cvt_keras.export.web import samples as module_of_samples
@@ -46,7 +50,7 @@ def test_what_of_a_run_is_served(server, exported):
         assert len(body) == artifact["bytes"]
 
 
-def test_the_page_holds_the_exports_limit():
+def test_the_page_has_the_limit_of_training():
     [limit] = re.findall(r"MAX_PIXELS = ([\d_]+);", (module.WEB / "pixels.js").read_text())
     assert int(limit) == MAX_PIXELS
 
@@ -228,7 +232,7 @@ def test_signals_end_it_at_once_while_it_still_reads_samples(number, code, expor
 def test_samples_come_from_the_runs_data_set(exported, start, samples):
     _, url = start(exported, "--port", "0")
     with urllib.request.urlopen(f"{url}samples.json", timeout=120) as answer:
-        assert json.load(answer) == [sample["label"] for sample in samples]
+        assert json.load(answer) == {"labels": [sample["label"] for sample in samples], "note": ""}
     with urllib.request.urlopen(f"{url}samples/9.png") as answer:
         assert answer.headers["Content-Type"] == "image/png" and answer.read(4) == b"\x89PNG"
 
@@ -240,7 +244,7 @@ def test_samples_come_from_where_the_data_set_lies_now(exported, cifar10_dir, st
     (run_dir / "recipe.json").write_text(json.dumps({**recipe, "data_dir": "nowhere"}))
     _, url = start(run_dir, "--port", "0", "--data-dir", cifar10_dir)
     with urllib.request.urlopen(f"{url}samples.json", timeout=120) as answer:
-        assert json.load(answer) == [sample["label"] for sample in samples]
+        assert json.load(answer) == {"labels": [sample["label"] for sample in samples], "note": ""}
 
 
 def test_what_is_printed_while_the_data_set_is_read_is_no_sample(exported, monkeypatch, capsys):
@@ -253,13 +257,85 @@ def test_what_is_printed_while_the_data_set_is_read_is_no_sample(exported, monke
     monkeypatch.setattr(sources, "load", load)
     module_of_samples.main([str(exported)])
     out, err = capsys.readouterr()
-    assert len(json.loads(out)) == 10 and "Downloading" in err
+    assert len(json.loads(out)["samples"]) == 10 and "Downloading" in err
 
 
 def test_without_the_data_there_are_no_samples_and_a_line_says_why(exported, tmp_path):
     """It is not downloaded."""
     told = []
     samples = Samples(exported, str(tmp_path), told.append)
-    assert samples() == []
-    assert told == [f"cifar10 is not in {tmp_path}, and is not downloaded. Name its folder with --data-dir"]
+    assert samples() == ([], "")
+    reason = f"cifar10 is not in {tmp_path}, and is not downloaded. Name its folder with --data-dir"
+    assert told == [f"the page has no samples: {reason}"]
     assert not list(tmp_path.iterdir())
+
+
+# === Samples of a folder ===
+
+
+def _pixels(n):
+    """`n` images, each of one grey of its own."""
+    return np.repeat(np.arange(n, dtype="uint8"), 12).reshape(n, 2, 2, 3)
+
+
+def _source(**splits):
+    """A folder of two classes, by the labels of its splits. A digest is the split's letter and the place."""
+    splits = {
+        name: Split(_pixels(len(labels)), np.array(labels, "int64"), tuple(f"{name[0]}{i}" for i in range(len(labels))))
+        for name, labels in splits.items()
+    }
+    return Source("folder", **splits, class_names=("cat", "dog"), mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_samples_of_a_folder_are_images_that_the_run_tested_on(tmp_path):
+    source = _source(train=[0, 1, 1], validation=[0, 1], test=[0, 1])
+    images = {"t0": ("test", "cat"), "v0": ("test", "cat"), "v1": ("train", "dog"), "gone": ("test", "dog")}
+    ImageRecord(images).write(tmp_path / runs.IMAGES)
+    found, note, [warning] = module_of_samples.held_out(source, tmp_path)
+    # t1 and the training images are new; "t0" is the name of a training and a test image.
+    assert set(found.test.digests) == {"t0", "v0"}
+    assert note == "" and warning.startswith(f"the images differ from those of {tmp_path}: 1 missing, ")
+
+
+def test_a_folder_that_is_as_it_was_gets_no_warning(tmp_path):
+    source = _source(train=[], validation=[0, 1], test=[0, 1])
+    ImageRecord.of({"validation": source.validation, "test": source.test}, source.class_names).write(tmp_path / runs.IMAGES)
+    found, note, warnings = module_of_samples.held_out(source, tmp_path)
+    assert (found.test.digests, note, warnings) == (source.test.digests, "", [])
+
+
+def test_without_a_record_a_folder_gets_a_note_and_a_set_of_fixed_splits_does_not(tmp_path):
+    source = _source(train=[0, 1], validation=[0, 1], test=[0, 1])
+    assert module_of_samples.held_out(source, tmp_path) == (source, module_of_samples.NOT_VERIFIED, [])
+    fixed = dataclasses.replace(source, name="cifar10")
+    assert module_of_samples.held_out(fixed, tmp_path) == (fixed, "", [])
+
+
+def test_a_damaged_record_is_an_error(tmp_path):
+    (tmp_path / runs.IMAGES).write_text("hello\n")
+    with pytest.raises(RunError):
+        module_of_samples.held_out(_source(train=[0], validation=[0], test=[0]), tmp_path)
+
+
+def test_the_user_and_the_page_learn_of_other_images(monkeypatch):
+    """What the process prints reaches both."""
+    printed = {"samples": [{"label": "cat", "png": ""}], "note": "a note", "warnings": ["a line"]}
+    code = f"print({json.dumps(printed)!r})"
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", code], **more))
+    told = []
+    assert Samples("run", None, told.append)() == ([{"label": "cat", "png": b""}], "a note")
+    assert told == ["a line"]
+
+
+def test_a_broken_file_that_the_run_skipped_is_skipped_again(exported, monkeypatch, tmp_path):
+    recipe = json.loads((exported / "recipe.json").read_text())
+    (tmp_path / "recipe.json").write_text(
+        json.dumps({**recipe, "dataset": "folder", "data_dir": "photos", "skip_broken": True})
+    )
+    asked = []
+    monkeypatch.setattr(
+        sources, "load", lambda *arguments: asked.append(arguments) or _source(train=[], validation=[], test=[0])
+    )
+    module_of_samples.main([str(tmp_path)])
+    assert asked == [("folder", "photos", 32, True)]

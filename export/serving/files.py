@@ -1,0 +1,140 @@
+"""Image files for a server: as they are where the server reads them as training does, and otherwise as a PNG of their pixels.
+
+Neither Keras nor TensorFlow is imported, and Pillow and NumPy only for a file that has to be decoded.
+"""
+
+import io
+import os
+import re
+from pathlib import Path
+
+from cvt_keras.errors import ImageError
+
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_HEAD = 64  # bytes that show what a file is
+# In the compressed pixels of a JPEG: what ends them. A zero or a restart behind 0xFF does not.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
+_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
+# Of a file system or a program, not of its user. Those with a leading dot need no name here.
+_CLUTTER = ("__macosx", "@eadir", "thumbs.db", "desktop.ini")
+
+
+# === What to send ===
+
+
+def for_server(data):
+    """The bytes to send for an image file.
+
+    Args:
+        data: the bytes of a file that `data.images.read` reads.
+
+    Returns:
+        The same bytes, or those of a PNG.
+
+    Raises:
+        ImageError: if it can't be read.
+    """
+    if _is_plain_jpeg(data) or _is_plain_png(data):
+        return data
+    from PIL import Image
+
+    from cvt_keras.data import images
+
+    png = io.BytesIO()
+    Image.fromarray(images.decode(data)).save(png, "PNG", compress_level=1)  # six times faster than by default
+    return png.getvalue()
+
+
+def _is_plain_jpeg(data):
+    """Whether it is RGB or grey, and whole. What a camera or a phone writes is."""
+    if not data.startswith(_JPEG):
+        return False
+    channels, at = None, 2
+    while len(data) > at + 4 and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a filler
+            at += 1
+            continue
+        if marker == _END_OF_IMAGE:
+            return channels in (1, 3)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            channels = data[at + 9] if len(data) > at + 9 else None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == _START_OF_SCAN:
+            found = _MARKER.search(data, at)
+            if found is None:
+                return False
+            at = found.start()
+    return data[at : at + 2] == bytes((0xFF, _END_OF_IMAGE)) and channels in (1, 3)
+
+
+def _is_plain_png(data):
+    """Whether it is whole, and has no transparent colour among those of 16 bits."""
+    if not data.startswith(_PNG):
+        return False
+    at, types = len(_PNG), set()
+    while len(data) >= at + 12:
+        kind = data[at + 4 : at + 8]
+        types.add(kind)
+        if kind == b"IEND":
+            return b"IHDR" in types and not (b"tRNS" in types and data[24] == 16)
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return False
+
+
+# === What a folder holds ===
+
+
+def within(folder):
+    """Yields what lies in a folder at any depth, sorted, without hidden files and what programs leave behind.
+
+    Yields:
+        Pairs of a `Path` and the `ImageError` that says why it can't be read; or `None`, if it seems that it can.
+    """
+    seen = set()
+
+    def entries(path):
+        if (identity := os.path.realpath(path)) in seen:  # a link to a folder above it
+            return
+        seen.add(identity)
+        try:
+            found = sorted(path.iterdir())
+        except OSError as error:
+            yield path, _unreadable(error)
+            return
+        for entry in found:
+            if entry.name.startswith(".") or entry.name.lower() in _CLUTTER:
+                continue
+            if entry.is_dir():
+                yield from entries(entry)
+            elif entry.is_file():
+                yield entry, None
+            else:
+                yield entry, ImageError("a dangling link" if entry.is_symlink() and not entry.exists() else "not a file")
+
+    yield from entries(Path(folder))
+
+
+def read(file):
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: if it is no image, or can't be read.
+    """
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(_HEAD)
+            if not head:
+                raise ImageError("the file is empty")
+            if not head.startswith((_PNG, _JPEG)):
+                from cvt_keras.data import images
+
+                if not images.is_image(head):  # which may be a film of gigabytes
+                    raise ImageError(f"not a {images.READABLE}")
+            return head + stream.read()
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error):
+    return ImageError(f"can't be read: {error.strerror or error}")
