@@ -472,3 +472,22 @@ def test_too_little_memory_names_only_flags_of_the_command(trained, tmp_path, mo
         compress(trained, tmp_path / "run", "qat")
     assert failure.value.argument == "batch_size"
     assert "--batch-size than 32" in failure.value.hint and "--image-size" not in failure.value.hint
+
+
+# === Settings of the run before ===
+
+
+def test_a_run_that_froze_layers_is_compressed_whole(tmp_path, monkeypatch):
+    """A pruned network has every kernel trained; the weights of classes stay."""
+    recipe = Recipe(weights="a.pth", freeze="backbone", class_weights="auto", early_stopping=3, ema=0.9, layer_decay=0.5)
+    monkeypatch.setattr(methods.runs, "require_finished", lambda *_, **__: None)
+    monkeypatch.setattr(methods, "read_recipe", lambda run: recipe)
+    trained = []
+    monkeypatch.setattr(methods, "train", lambda recipe, run_dir, **_: trained.append(recipe))
+    compress(tmp_path / "run", tmp_path / "pruned", "prune")
+    [compressed] = trained
+    assert (compressed.freeze, compressed.ema, compressed.layer_decay) == (None, 0.0, 1.0)
+    assert (compressed.class_weights, compressed.early_stopping) == ("auto", 3)
+    with pytest.raises(RecipeError) as error:
+        MagnitudePruning(0.5).require(recipe)
+    assert error.value.argument == "freeze"

@@ -72,13 +72,18 @@ def test_every_field_has_a_flag():
         "--ema": ("ema", 0.25),
         "--weights": ("weights", "microsoft/cvt-13"),
         "--layer-decay": ("layer_decay", 0.25),
+        "--class-weights": ("class_weights", "auto"),
+        "--early-stopping": ("early_stopping", 3),
     }
     for flag, (field, value) in flags.items():
         recipe = parse([flag, str(value)])[1].recipe
         assert getattr(recipe, field) == value != getattr(RECIPES["cifar10"], field), flag
     assert not parse(["--no-flip"])[1].recipe.flip
+    assert parse(["--skip-broken"])[1].recipe.skip_broken
+    frozen = parse(["--weights", "microsoft/cvt-13", "--freeze", "2"])[1].recipe
+    assert frozen.freeze == "2"  # which it needs weights for
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    assert {field for field, _ in flags.values()} | {"flip", "description", "compression"} == fields
+    assert {field for field, _ in flags.values()} | {"flip", "skip_broken", "freeze", "description", "compression"} == fields
 
 
 @pytest.fixture
