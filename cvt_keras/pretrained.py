@@ -120,11 +120,13 @@ def _with_head(model):
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """The authors' .pth, a folder or file of transformers, a hub id such as microsoft/cvt-13, or a .keras file."""
+    """A PyTorch checkpoint, a folder or file of transformers, a hub id such as microsoft/cvt-13, or a .keras file."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.keras")]
     """The file to write, which must not exist yet."""
     variant: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """The network, where the checkpoint does not show it: cvt_13, cvt_21 or cvt_w24."""
+    which: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Which weights to read where the file holds several: ema for their moving average, or a name or prefix in the file."""
 
 
 def main(argv):
@@ -148,7 +150,7 @@ def main(argv):
     from cvt_keras.model import CvT
 
     print(f"reading {arguments.source}", flush=True)
-    model = CvT.from_pretrained(arguments.source, variant=arguments.variant)
+    model = CvT.from_pretrained(arguments.source, variant=arguments.variant, which=arguments.which)
     print(f"writing {out}", flush=True)
     try:
         with runs.whole(out) as aside:
