@@ -218,7 +218,9 @@ def _read_keras(file, variant):
     if hasattr(network, "quantized"):
         raise CheckpointError("it was trained for quantisation, which is a last step: start from the run before it")
     if is_quantized(network):
-        raise CheckpointError("Keras' `quantize` made its kernels integers, which is a last step: start from the model before it")
+        raise CheckpointError(
+            "Keras' `quantize` made its kernels integers, which is a last step: start from the model before it"
+        )
     preprocessing = preprocessing_in(model)
     arrays = {weight.path: keras.ops.convert_to_numpy(weight) for weight in network.weights}
     if None not in network.input_shape[1:3]:

@@ -78,9 +78,10 @@ def _download(hub_id):
     # Published weights do not change: what the cache holds is good, also without a network.
     for cached in (True, False):
         try:
-            folders = (snapshot(name, cached) for name in FILES)
-            folder = next((folder for folder, name in zip(folders, FILES) if (folder / name).exists()), None)
-            file = _file_in(folder or snapshot(FILES[0], cached))
+            files = (snapshot(name, cached) / name for name in FILES)
+            file = next((file for file in files if file.exists()), None) or _file_in(snapshot(FILES[0], cached))
+            if cached and file.name.endswith(INDEX):
+                _shards(file)  # raises if the cache lacks one
             break
         except Exception as error:  # of the hub's, of its HTTP library's, or the system's
             if not cached:
@@ -149,8 +150,8 @@ def _is_keras(file):
         return "model.weights.h5" in archive.namelist()
 
 
-def _read_shards(index):
-    """The state dict of a folder that transformers saved in several files."""
+def _shards(index):
+    """Reads an index -> key -> name of its file, and the names, each of which exists."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
@@ -163,6 +164,12 @@ def _read_shards(index):
             f"{len(missing)} of the {len(names)} files that {index.name} lists are missing: download them again",
             details=[f"missing: {name}" for name in missing],
         )
+    return weight_map, names
+
+
+def _read_shards(index):
+    """The state dict of a folder that transformers saved in several files."""
+    weight_map, names = _shards(index)
     state_dict, faults = {}, []
     for name in names:
         try:
@@ -310,8 +317,6 @@ def _require_tensors(contents):
             f"{torch_files.SAVE_TENSORS}"
         )
     raise CheckpointError(f"it holds no state dict: a dict from names to tensors. Received: {type(contents).__name__}")
-
-
 
 
 def _read_safetensors(file):
