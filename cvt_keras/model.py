@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,10 +216,8 @@ class CvT(keras.Model):
         frozen = config.pop("frozen_layers", [])
         quantized = config.pop("quantized_layers", {})
         model = cls(**config)
-        for path, layer in _dense_layers(model) if quantized else ():
-            if path in quantized:
-                mode, settings = quantized[path]
-                layer.quantize(mode, config=keras.saving.deserialize_keras_object(settings))
+        if quantized:
+            _quantize_again(model, quantized)
         for name in frozen:
             model.get_layer(name).trainable = False
         return model
@@ -241,6 +240,19 @@ def _quantized_layers(model):
         for path, layer in _dense_layers(model)
         if layer.quantization_mode
     }
+
+
+def _quantize_again(model, quantized):
+    """Gives the layers the variables that `_quantized_layers` tells of; their values come from the file."""
+    # Keras collects garbage after each layer, which takes a quarter of a second with TensorFlow's objects in sight.
+    gc.freeze()
+    try:
+        for path, layer in _dense_layers(model):
+            if path in quantized:
+                mode, settings = quantized[path]
+                layer.quantize(mode, config=keras.saving.deserialize_keras_object(settings))
+    finally:
+        gc.unfreeze()
 
 
 def _stage(x, stage, activation, dtype, name):

@@ -1,3 +1,4 @@
+import gc
 import json
 
 import keras
@@ -144,7 +145,16 @@ def test_every_layer_is_built_with_the_network(every_kind):
         assert layer.built, layer.name
 
 
+@pytest.fixture
+def frozen_garbage():
+    """Keras collects garbage after each layer that it quantizes: a second each, with the objects of a whole test run."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.files
+@pytest.mark.usefixtures("frozen_garbage")
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
 def test_a_classifier_that_keras_quantizes_reloads_and_clones(mode, every_kind, tmp_path):
