@@ -190,7 +190,7 @@ def _read_shards(index):
 # === Choosing among what a file holds ===
 
 # Such a key shows where a network's own keys begin, behind which prefix.
-_KEY_OF_A_CVT = re.compile(r"((?:[^.]+\.)*?)(?:stage\d{1,3}|cvt)\.")
+_KEY_OF_A_CVT = re.compile(r"((?:[^.]+\.)*?)(?:stage\d{1,3}|cvt\.encoder\.stages)\.")
 _AVERAGE = re.compile(r"(^|[^a-z])ema([^a-z]|$)|averag|shadow|(^|[^a-z])swa([^a-z]|$)")
 _MAX_DEPTH = 4
 
@@ -205,8 +205,9 @@ class _Choice(NamedTuple):
 
     @property
     def name(self):
-        """What `which` calls it."""
-        return self.prefix.rstrip(".") or ".".join(self.names)
+        """What `which` calls it: the prefix where the dict holds more than this network, else the name of the dict."""
+        alone = self.names and not self.beside and not self.strays()
+        return ("" if alone else self.prefix.rstrip(".")) or ".".join(self.names) or "."
 
     @property
     def is_average(self):
@@ -273,7 +274,7 @@ def _select(contents, choices, which, file):
         chosen = [choice for choice in choices if choice.answers_to(which)]
     names = ", ".join(repr(choice.name) for choice in choices)
     if not chosen:
-        known = f"be one of {names}" if choices[0].name else "be left out, as the file holds one network and no name for it"
+        known = f"be one of {names}" if names != repr(".") else "be left out, as the file holds one network and no name for it"
         raise ArgumentError(f"`which` must {known}. Received: which={which!r}", argument="which")
     if len(chosen) > 1:
         raise CheckpointError(

@@ -11,18 +11,19 @@ import tarfile
 import zipfile
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
 from cvt_keras.errors import CheckpointError, first_line
 
 SAVE_TENSORS = "Save the tensors alone: torch.save(model.state_dict(), file)"
 
+# NumPy has no bfloat16: its bits are the upper half of a float32's. PyTorch writes its own uint16 in another way.
+_BFLOAT16 = np.dtype("uint16")
 _DTYPES = {
     "FloatStorage": np.dtype("float32"),
     "DoubleStorage": np.dtype("float64"),
     "HalfStorage": np.dtype("float16"),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "BFloat16Storage": _BFLOAT16,
     "LongStorage": np.dtype("int64"),
     "IntStorage": np.dtype("int32"),
     "ShortStorage": np.dtype("int16"),
@@ -85,7 +86,7 @@ class Tensor:
         return self.storage.dtype
 
     def array(self):
-        """The values, without a copy; the tensor itself where NumPy has no such dtype.
+        """The values, without a copy, bfloat16 as float32; the tensor itself where NumPy has no such dtype.
 
         Raises:
             CheckpointError: if the tensor does not lie in its storage.
@@ -102,7 +103,10 @@ class Tensor:
             return np.empty(self.shape, self.dtype)
         values = self.storage.data.view(self.dtype)[self.offset :]
         strides = [stride * self.dtype.itemsize for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(values, self.shape, strides, writeable=False)
+        values = np.lib.stride_tricks.as_strided(values, self.shape, strides, writeable=False)
+        if self.dtype == _BFLOAT16:
+            return (values.astype("uint32") << 16).view("float32")
+        return values
 
 
 class _Unpickler(pickle.Unpickler):
