@@ -37,8 +37,15 @@ _ATTACKS = {"os", "posix", "nt", "subprocess", "sys", "runpy", "importlib", "shu
 _ATTACKS_OF_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "getattr", "setattr", "globals"}
 
 
+class _Fixed:
+    """What no pickle may change after it is made, so that its sizes are those that were checked."""
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError("a tensor is not described as PyTorch does")
+
+
 @dataclass
-class Storage:
+class Storage(_Fixed):
     """The memory of tensors: `data` holds its bytes, once they are read."""
 
     dtype: np.dtype | str
@@ -73,7 +80,7 @@ class StandIn:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class Tensor(_Fixed):
     """A tensor as the pickle describes it. Its bytes are looked at by `array` alone."""
 
     storage: Storage
@@ -99,6 +106,8 @@ class Tensor:
         last = self.offset + sum((side - 1) * stride for side, stride in zip(self.shape, self.strides))
         if math.prod(self.shape) and last >= self.storage.size:
             raise CheckpointError(f"it is damaged: a tensor of shape {self.shape} is larger than its storage")
+        if self.storage.data is None:
+            raise CheckpointError("it is damaged: it lacks the bytes of a storage")
         if not math.prod(self.shape):
             return np.empty(self.shape, self.dtype)
         values = self.storage.data.view(self.dtype)[self.offset :]

@@ -122,7 +122,7 @@ def _archive_of(pickled, path, data=b""):
     return path
 
 
-def _pickle_of_tensor(size, offset, shape, strides):
+def _pickle_of_tensor(size, offset, shape, strides, state=None):
     """The pickle of a float32 tensor of torch.save, with any numbers in it."""
 
     class Storage:
@@ -130,7 +130,7 @@ def _pickle_of_tensor(size, offset, shape, strides):
 
     class Tensor:
         def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (Storage(), offset, shape, strides, False, {})
+            return torch._utils._rebuild_tensor_v2, (Storage(), offset, shape, strides, False, {}), state
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
@@ -149,6 +149,8 @@ def test_no_byte_outside_a_storage_is_read(tmp_path):
         file = _archive_of(_pickle_of_tensor(*numbers), tmp_path / "wrong.pth", data)
         with pytest.raises(CheckpointError, match="damaged"):
             torch_files.load(file)["x"].array()
+    with pytest.raises(CheckpointError, match="not described as PyTorch does"):  # a pickle that changes the tensor later
+        torch_files.load(_archive_of(_pickle_of_tensor(4, 0, (4,), (1,), {"shape": (9,)}), tmp_path / "changed.pth", data))
     with pytest.raises(CheckpointError, match="16 bytes, not 20"):
         torch_files.load(_archive_of(_pickle_of_tensor(5, 0, (5,), (1,)), tmp_path / "short.pth", data))
 
