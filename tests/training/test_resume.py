@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import pickle
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import tensorflow as tf
 
 from cvt_keras import preprocessing_of, runs
 from cvt_keras.data import sources
+from cvt_keras.data.record import ImageRecord
 from cvt_keras.errors import (
     DifferentRunError,
     OccupiedError,
@@ -148,7 +150,11 @@ def test_fields_that_the_version_of_a_run_did_not_have_keep_their_default(capsys
     assert not capsys.readouterr().out
 
 
-def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path):
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path, capsys):
     def add(name, i):
         (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), "uint8")
@@ -161,11 +167,19 @@ def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path):
     (tmp_path / "run" / "report.json").unlink()
     run(dataclasses.replace(folder, data_dir=f"{tmp_path}/run/../photos/"), tmp_path / "run", resume=True)
     (tmp_path / "run" / "report.json").unlink()
-    add("cat", 40)  # shuffles anew which ones are held out
+    add("cat", 40)
+    report = run(folder, tmp_path / "run", resume=True)
+    differences = f"images differ from those of {tmp_path}/run: 1 new, which are left out"
+    assert differences in report.data_warnings
+    assert f"WARNING: {differences}" in capsys.readouterr().err
+    (tmp_path / "run" / "report.json").unlink()
+    images = ImageRecord.read(tmp_path / "run" / "images.csv").images
+    path = next(path for path in (tmp_path / "photos").rglob("*.png") if images.get(_digest(path), ("",))[0] == "train")
+    path.unlink()
     with pytest.raises(RecipeError) as error:
         run(folder, tmp_path / "run", resume=True)
     assert error.value.argument == "data_dir"
-    assert "number of train images was 32 and is 33" in error.value.summary
+    assert f"number of train images was {report.train_images} and is {report.train_images - 1}" in error.value.summary
     shutil.copytree(tmp_path / "photos", tmp_path / "others")
     with pytest.raises(DifferentRunError) as error:
         run(dataclasses.replace(folder, data_dir=tmp_path / "others"), tmp_path / "run", resume=True)

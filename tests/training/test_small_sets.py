@@ -1,0 +1,101 @@
+"""A folder of few and unequal images: a run that weighs classes and stops early, and one that starts from its weights."""
+
+import dataclasses
+import hashlib
+import shutil
+
+import keras
+import numpy as np
+import pytest
+from labelled_images import write_image
+
+from cvt_keras.data.record import ImageRecord
+from cvt_keras.model import cvt_of
+from cvt_keras.training import run
+from cvt_keras.training.recipes import SMOKE
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few") / "photos"
+    for name, n in {"common": 60, "rare": 10}.items():
+        for i in range(n):
+            write_image(folder / name / f"{i}.png", np.random.default_rng([n, i]).integers(0, 256, (8, 8, 3), "uint8"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(photos):
+    # At so low a rate no epoch is better for long.
+    return dataclasses.replace(
+        SMOKE, dataset="folder", data_dir=photos, image_size=16, batch_size=8, epochs=20, peak_learning_rate=1e-7,
+        class_weights="auto", early_stopping=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(recipe, tmp_path_factory):
+    return run(recipe, tmp_path_factory.mktemp("few") / "run")
+
+
+def test_the_report_says_how_the_classes_weigh_and_when_training_stopped(result):
+    report = result.report
+    common, rare = report.train_images_per_class
+    assert common + rare == report.train_images
+    n = report.train_images
+    assert report.class_weights == pytest.approx({"common": n / 2 / common, "rare": n / 2 / rare})
+    assert report.epochs == 20
+    assert report.epochs_trained == len(result.history) == report.kept_epoch + 1 < 20
+    assert [warning for warning in report.data_warnings if "rare" in warning]
+    assert [warning for warning in report.data_warnings if "validation images" in warning]
+    assert not [warning for warning in report.data_warnings if "--class-weights" in warning]
+
+
+def test_a_run_that_stopped_early_is_over(result, recipe, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(result.run_dir, run_dir)
+    (run_dir / "report.json").unlink()
+    (run_dir / "images.csv").unlink()  # as of an older version
+    again = run(recipe, run_dir, resume=True)
+    assert again.history == result.history
+    assert again.report == result.report
+    assert (run_dir / "images.csv").read_bytes() == (result.run_dir / "images.csv").read_bytes()
+
+
+def test_the_record_holds_every_image(result, photos):
+    record = ImageRecord.read(result.run_dir / "images.csv")
+    files = {hashlib.sha256(path.read_bytes()).hexdigest(): path.parent.name for path in photos.rglob("*.png")}
+    assert {digest: label for digest, (_, label) in record.images.items()} == files
+    splits = [split for split, _ in record.images.values()]
+    assert splits.count("train") == result.report.train_images
+    assert splits.count("test") == result.report.test["images"]
+
+
+def test_fine_tuning_tests_on_nothing_that_was_trained_on(result, recipe, photos, tmp_path, capsys):
+    record = ImageRecord.read(result.run_dir / "images.csv").images
+    # A test/ of training images, and one of them is gone.
+    seen, others = [], []
+    for path in sorted(photos.rglob("*.png")):
+        trained_on = record[hashlib.sha256(path.read_bytes()).hexdigest()][0] == "train"
+        (seen if trained_on else others).append(path)
+    seen = seen[1:]
+    new = tmp_path / "photos"
+    for i, path in enumerate((*seen, *others)):
+        copy = new / ("test" if path in seen and i % 3 == 0 else "train") / path.parent.name / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    start = keras.saving.load_model(result.run_dir / "model.keras")
+    tuned = dataclasses.replace(
+        recipe, data_dir=new, weights=result.run_dir / "model.keras", freeze="backbone", epochs=1, peak_learning_rate=0.1
+    )
+    report = run(tuned, tmp_path / "tuned").report
+    difference = f"images differ from those of {result.run_dir}: 1 missing"
+    assert difference in report.data_warnings
+    assert f"WARNING: {difference}" in capsys.readouterr().err
+    later = ImageRecord.read(tmp_path / "tuned" / "images.csv").images
+    assert later == record  # with the one that is gone: the weights know it
+    assert report.test["images"] == result.report.test["images"]
+    model = keras.saving.load_model(tmp_path / "tuned" / "model.keras")
+    for before, after in zip(start.weights, model.weights, strict=True):
+        assert np.array_equal(before, after) != before.path.endswith(("head/kernel", "head/bias")), before.path
+    assert not [layer.name for layer in cvt_of(model).layers if not layer.trainable]  # to be trained further
