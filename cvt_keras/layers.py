@@ -180,6 +180,7 @@ class ConvTokenEmbedding(layers.Layer):
         self.norm = _layer_norm(self.dtype_policy, "norm")
 
     def build(self, input_shape):
+        self.pad.build(input_shape)
         padded = self.pad.compute_output_shape(input_shape)
         # PyTorch draws the bias within the kernel's bound, which depends on the channels that come in.
         bound = (self.kernel_size**2 * input_shape[-1]) ** -0.5
@@ -249,6 +250,7 @@ class ConvProjection(layers.Layer):
         self.norm = _batch_norm(self.dtype_policy, "norm")
 
     def build(self, input_shape):
+        self.pad.build(input_shape)
         padded = self.pad.compute_output_shape(input_shape)
         self.depthwise.build(padded)
         self.norm.build(self.depthwise.compute_output_shape(padded))
@@ -570,6 +572,7 @@ class CvTBlock(layers.Layer):
     def build(self, tokens_shape, cls_token_shape=None):
         self.norm1.build(tokens_shape)
         self.attention.build(tokens_shape, cls_token_shape)
+        self.drop_path.build(tokens_shape)
         self.norm2.build(tokens_shape)
         self.mlp.build(tokens_shape)
 

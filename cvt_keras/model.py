@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ class CvT(keras.Model):
         num_classes: int | None = None,
         input_shape: Sequence[int | None] | None = None,
         variant: Variant | str | Mapping[str, Any] | None = None,
+        which: str | None = None,
         **kwargs: Any,
     ) -> CvT:
         """A network with published weights, or your own.
@@ -122,10 +124,10 @@ class CvT(keras.Model):
         names where the checkpoint has them, and its resolution.
 
         Args:
-            source: an authors' file (`CvT-13-224x224-IN-1k.pth`), also wrapped in `{"model": ...}` or with `module.` in
-                front of its keys; a folder that transformers saved, or its `.safetensors` or `.bin` file with `config.json`
-                beside it; a hub id (`"microsoft/cvt-13"`), through huggingface_hub and its cache; or a `.keras` file with a
-                CvT in it.
+            source: an authors' file (`CvT-13-224x224-IN-1k.pth`), whatever it ends in, also with its state dict under a name
+                such as `state_dict` or a prefix such as `module.` before its keys; a folder that transformers saved, whole or
+                in shards, or its `.safetensors` or `.bin` file with `config.json` beside it; a hub id (`"microsoft/cvt-13"`),
+                through huggingface_hub and its cache; or a `.keras` file with a CvT in it.
             num_classes: outputs; where the checkpoint has another number, the head is a new one with random weights. `None`
                 keeps the checkpoint's, 0 leaves the head out.
             input_shape: `(height, width, channels)`; any size will do, as there is no position embedding. `None` means the
@@ -133,20 +135,23 @@ class CvT(keras.Model):
             variant: a name, a `Variant` or its dict; `None` finds it in the config, or in the weights' shapes, which show no
                 heads and strides: those are the paper's then. The activation is that of the source whatever is given,
                 QuickGELU for the authors' files and exact GELU for transformers.
+            which: which weights to read where a file holds several: `"ema"` for the moving average, or the name or prefix
+                under which they lie there, such as `"teacher"`. `None` means the weights themselves, with a warning if the
+                file holds their average too.
             kwargs: as in `CvT`; what `preprocessing` holds takes the place of the checkpoint's.
 
         Raises:
             CheckpointError: for a damaged file, and for missing, unused, mis-shaped or integer arrays, each named.
             ArgumentError: for an argument that does not fit. Both errors are a `ValueError`.
-            MissingPackageError: if the package that reads the file is not installed: PyTorch for `.pth` and `.bin`,
-                safetensors, huggingface_hub. It is an `ImportError`.
+            MissingPackageError: if the package that reads the file is not installed: safetensors or huggingface_hub. It is
+                an `ImportError`.
         """
         if input_shape is not None and (not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3):
             raise ArgumentError(
                 f"`input_shape` must be (height, width, channels). Received: input_shape={input_shape!r}",
                 argument="input_shape",
             )
-        checkpoint = checkpoints.read(source, variant)
+        checkpoint = checkpoints.read(source, variant, which)
         own = kwargs.pop("preprocessing", None)
         own = own.get_config() if isinstance(own, Preprocessing) else own or {}
         known = {name: value for name, value in own.items() if value is not None}
@@ -202,16 +207,52 @@ class CvT(keras.Model):
             "name": self.name,
             "trainable": self.trainable,
             "frozen_layers": [layer.name for layer in self.layers if not layer.trainable],
+            **({"quantized_layers": quantized} if (quantized := _quantized_layers(self)) else {}),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
         frozen = config.pop("frozen_layers", [])
+        quantized = config.pop("quantized_layers", {})
         model = cls(**config)
+        if quantized:
+            _quantize_again(model, quantized)
         for name in frozen:
             model.get_layer(name).trainable = False
         return model
+
+
+def _dense_layers(model):
+    """The layers that Keras' `quantize` changes, with names that stay: `"stage0_block0/proj_q"`, `"head/head"`."""
+    return [
+        (f"{layer.name}/{part.name}", part)
+        for layer in model.layers
+        for part in layer._flatten_layers()
+        if isinstance(part, layers.Dense)
+    ]
+
+
+def _quantized_layers(model):
+    """What Keras' `quantize` did to the layers, so that a saved model has the same variables when it is built again."""
+    return {
+        path: [layer.quantization_mode, keras.saving.serialize_keras_object(layer.quantization_config)]
+        for path, layer in _dense_layers(model)
+        if layer.quantization_mode
+    }
+
+
+def _quantize_again(model, quantized):
+    """Gives the layers the variables that `_quantized_layers` tells of; their values come from the file."""
+    # Keras collects garbage after each layer, which takes a quarter of a second with TensorFlow's objects in sight.
+    gc.freeze()
+    try:
+        for path, layer in _dense_layers(model):
+            if path in quantized:
+                mode, settings = quantized[path]
+                layer.quantize(mode, config=keras.saving.deserialize_keras_object(settings))
+    finally:
+        gc.unfreeze()
 
 
 def _stage(x, stage, activation, dtype, name):

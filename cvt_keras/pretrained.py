@@ -17,6 +17,7 @@ from cvt_keras import environment, runs
 from cvt_keras.conversion import configs, layouts
 from cvt_keras.conversion.layouts import LAYOUTS
 from cvt_keras.errors import ArgumentError, RunError, first_line
+from cvt_keras.variants import get_variant
 
 if TYPE_CHECKING:
     import keras
@@ -31,6 +32,8 @@ def to_torch_state_dict(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """The weights as PyTorch has them: what `torch.from_numpy` takes, array by array, or safetensors' `save_file`.
 
+    What LoRA learned is merged into the kernels.
+
     Args:
         model: a `CvT`, or a classifier around one.
         layout: `"microsoft"`, of the authors' code, or `"transformers"`.
@@ -39,15 +42,25 @@ def to_torch_state_dict(
         A dict key -> NumPy array: float32, and BatchNorm's int64 `num_batches_tracked`, which is 0.
 
     Raises:
-        ValueError: for an unknown layout, or a network that it can't hold: one with a stem.
+        ArgumentError: for an unknown layout, a model without a head, one with kernels that Keras' `quantize` made integers, or
+            a network that the other code can't build, with the reasons. It is a `ValueError`.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}. Received: layout={layout!r}")
+        raise ArgumentError(f"`layout` must be one of {', '.join(LAYOUTS)}. Received: layout={layout!r}", argument="layout")
     import keras
 
+    from cvt_keras.conversion.checkpoint import is_quantized
     from cvt_keras.model import cvt_of
 
     model = _with_head(cvt_of(model))
+    if is_quantized(model):
+        raise ArgumentError("`model` must have float kernels. Received: one that Keras' `quantize` changed", argument="model")
+    if layout == "transformers":
+        layouts.require_transformers(model.variant, "model")
+    elif model.variant.stem:
+        raise ArgumentError(
+            f"`model` must have no stem, as the authors' code has none. Received: stem={model.variant.stem}", argument="model"
+        )
     activation = LAYOUTS[layout].activation
     if model.variant.activation != activation:
         warnings.warn(
@@ -56,6 +69,9 @@ def to_torch_state_dict(
             stacklevel=2,
         )
     variables = {variable.path: variable for variable in model.weights}
+    for layer in model._flatten_layers():
+        if getattr(layer, "lora_enabled", False):
+            variables[f"{layer.path}/kernel"] = layer.kernel  # with what LoRA learned added
     weights = LAYOUTS[layout].weights(model.variant, model.num_classes, model.input_shape[-1])
     state_dict = {}
     for key, path, _, axes in weights:
@@ -65,7 +81,11 @@ def to_torch_state_dict(
 
 
 def transformers_config(model_or_variant: "keras.Model | Variant") -> dict[str, Any]:
-    """The config.json with which transformers builds the same network: a dict, made of a `CvT`, a classifier or a variant."""
+    """The config.json with which transformers builds the same network: a dict, made of a `CvT`, a classifier or a variant.
+
+    Raises:
+        ArgumentError: for a network that transformers can't build, with the reasons, or one without a head.
+    """
     import keras
 
     from cvt_keras.model import cvt_of, preprocessing_of
@@ -78,7 +98,9 @@ def transformers_config(model_or_variant: "keras.Model | Variant") -> dict[str, 
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
         config["label2id"] = {name: i for i, name in enumerate(names)}
         model_or_variant = model.variant
-    return config | configs.config_of(layouts.without_stem(model_or_variant, "transformers"))
+    variant = get_variant(model_or_variant)
+    layouts.require_transformers(variant, "model_or_variant")
+    return config | configs.config_of(variant)
 
 
 def transformers_processor(model: "keras.Model") -> dict[str, Any]:
@@ -108,9 +130,9 @@ def transformers_processor(model: "keras.Model") -> dict[str, Any]:
 
 
 def _with_head(model):
-    """Returns the model; raises ValueError if it has no head, as PyTorch's classifiers have one."""
+    """Returns the model; raises ArgumentError if it has no head, as PyTorch's classifiers have one."""
     if not model.num_classes:
-        raise ValueError("`model` must have a head. Received: num_classes=0")
+        raise ArgumentError("`model` must have a head. Received: num_classes=0", argument="model")
     return model
 
 
@@ -120,11 +142,13 @@ def _with_head(model):
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """The authors' .pth, a folder or file of transformers, a hub id such as microsoft/cvt-13, or a .keras file."""
+    """A PyTorch checkpoint, a folder or file of transformers, a hub id such as microsoft/cvt-13, or a .keras file."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.keras")]
     """The file to write, which must not exist yet."""
     variant: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """The network, where the checkpoint does not show it: cvt_13, cvt_21 or cvt_w24."""
+    which: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Which weights to read where the file holds several: ema for their moving average, or a name or prefix in the file."""
 
 
 def main(argv):
@@ -148,7 +172,7 @@ def main(argv):
     from cvt_keras.model import CvT
 
     print(f"reading {arguments.source}", flush=True)
-    model = CvT.from_pretrained(arguments.source, variant=arguments.variant)
+    model = CvT.from_pretrained(arguments.source, variant=arguments.variant, which=arguments.which)
     print(f"writing {out}", flush=True)
     try:
         with runs.whole(out) as aside:

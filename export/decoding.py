@@ -35,11 +35,12 @@ def decode(data):
         tf.errors.InvalidArgumentError: when the graph runs, for other formats, broken files, and what is listed in
             docs/serving.md.
     """
-    png, jpeg = _starts(data, _PNG), _starts(data, _JPEG)
-    rule = "image_bytes must be JPEG or PNG files; cvt-keras classify re-encodes others. Received:"
-    data = _require(data, png | jpeg, rule, _format(data))
-    pixels, exif = tf.cond(png, lambda: _decode_png(data), lambda: _decode_jpeg(data))
-    return _turn(pixels, _orientation(exif))
+    with tf.device("CPU"):  # where the decoders run; a GPU would only be waited for
+        png, jpeg = _starts(data, _PNG), _starts(data, _JPEG)
+        rule = "image_bytes must be JPEG or PNG files; cvt-keras classify re-encodes others. Received:"
+        data = _require(data, png | jpeg, rule, _format(data))
+        pixels, exif = tf.cond(png, lambda: _decode_png(data), lambda: _decode_jpeg(data))
+        return _turn(pixels, _orientation(exif))
 
 
 def _format(data):
@@ -70,35 +71,35 @@ def _format(data):
 def _decode_jpeg(data):
     """-> uint8 pixels `(height, width, 3)` and EXIF data, a string, empty if there is none."""
 
-    def next_segment(at, frame, exif, _):
+    def next_segment(at, frame, exif_at, exif_segments, _):
         head = _bytes(data, at, 4)
         marker, length = head[1], _number(head[2:])
         filler = (head[0] == 0xFF) & (marker == 0xFF)
         # All of these have a length: neither a restart, nor the start or the end of an image.
         whole = (head[0] == 0xFF) & (marker >= 0xC0) & ((marker < 0xD0) | (marker >= 0xDA)) & (length >= 2)
-        at_frame = whole & (marker < 0xD0) & (marker != 0xC4) & (marker != 0xC8) & (marker != 0xCC)
-        at_exif = whole & (marker == 0xE1) & (_substr(data, at + 4, 6) == b"Exif\0\0")
-        # Data of more than one segment is continued without its mark.
-        skip = tf.where(tf.strings.length(exif) == 0, tf.constant(0, tf.int64), 6)
-        more = _substr(data, at + 4 + skip, tf.where(at_exif, length - 2 - skip, 0))
-        frame = tf.where(at_frame & (frame == 0), at, frame)
+        is_frame = whole & (marker < 0xD0) & (marker != 0xC4) & (marker != 0xC8) & (marker != 0xCC)
+        is_exif = whole & (marker == 0xE1) & (_substr(data, at + 4, 6) == b"Exif\0\0")
+        frame, exif_at = tf.where(is_frame & (frame == 0), at, frame), tf.where(is_exif, at, exif_at)
         ended = ~filler & (~whole | (marker == 0xDA))  # 0xDA starts the pixels
-        return at + tf.where(filler, tf.constant(1, tf.int64), length + 2), frame, exif + more, ended
+        at += tf.where(filler, one, length + 2)
+        return at, frame, exif_at, exif_segments + tf.cast(is_exif, tf.int64), ended
 
-    start = (tf.constant(2, tf.int64), tf.constant(0, tf.int64), tf.constant(b""), tf.constant(False))
-    *_, frame, exif, ended = tf.while_loop(
-        lambda *state: ~state[-1], next_segment, start, maximum_iterations=_MOST_SEGMENTS, parallel_iterations=1
+    zero, one = tf.constant(0, tf.int64), tf.constant(1, tf.int64)
+    _, frame, exif_at, exif_segments, ended = tf.while_loop(
+        lambda *state: ~state[-1],
+        next_segment,
+        (2 * one, zero, zero, zero, tf.constant(False)),
+        maximum_iterations=_MOST_SEGMENTS,
+        parallel_iterations=1,
     )
     data = _require(data, ended & (frame > 0), "the header of a JPEG is broken")
     header = _bytes(data, frame + 4, 6)
     data = _require_size(data, _number(header[1:3]), _number(header[3:5]))
     # A CMYK file may hold its colours inverted or not, and decoders do not agree which.
-    data = _require(
-        data,
-        (header[5] == 1) | (header[5] == 3),
-        "a JPEG must be RGB or grey. Received: CMYK or another, of channels",
-        header[5],
-    )
+    readable = (header[5] == 1) | (header[5] == 3)
+    data = _require(data, readable, "a JPEG must be RGB or grey. Received: one of", header[5], "channels")
+    data = _require(data, exif_segments <= 1, "a JPEG has EXIF data in several segments")
+    exif = _substr(data, exif_at + 4, tf.where(exif_segments > 0, _number(_bytes(data, exif_at + 2, 2)) - 2, 0))
     # By default TensorFlow takes a fast, coarser transform: up to 18 of 255 off.
     return tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE"), exif
 
@@ -134,20 +135,21 @@ def _chunks(data):
     """The types of a PNG's chunks, each with a space behind it, those of its pixels once; and its EXIF data."""
     end = tf.cast(tf.strings.length(data), tf.int64)
 
-    def next_chunk(at, types, last, exif):
+    def next_chunk(at, types, last, exif_at):
         length, kind = _number(_bytes(data, at, 4)), _substr(data, at + 4, 4)
-        exif += _substr(data, at + 8, tf.where(kind == b"eXIf", length, 0))
-        return at + length + 12, types + tf.where((kind == b"IDAT") & (kind == last), b"", kind + b" "), kind, exif
+        types += tf.where((kind == b"IDAT") & (kind == last), b"", kind + b" ")
+        return at + length + 12, types, kind, tf.where(kind == b"eXIf", at, exif_at)
 
-    start = (tf.constant(len(_PNG), tf.int64), tf.constant(b""), tf.constant(b""), tf.constant(b""))
-    at, types, last, exif = tf.while_loop(
-        lambda at, types, last, exif: (at < end) & (last != b"IEND"),
+    start = (tf.constant(len(_PNG), tf.int64), tf.constant(b""), tf.constant(b""), tf.constant(0, tf.int64))
+    at, types, last, exif_at = tf.while_loop(
+        lambda at, types, last, _: (at < end) & (last != b"IEND"),
         next_chunk,
         start,
         maximum_iterations=_MOST_CHUNKS,
         parallel_iterations=1,
     )
-    return _require(types, (at >= end) | (last == b"IEND"), "a PNG has too many chunks"), exif
+    types = _require(types, (at >= end) | (last == b"IEND"), "a PNG has too many chunks")
+    return types, _substr(data, exif_at + 8, tf.where(exif_at > 0, _number(_bytes(data, exif_at, 4)), 0))
 
 
 def _on_white(rgba):

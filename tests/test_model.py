@@ -1,3 +1,4 @@
+import gc
 import json
 
 import keras
@@ -8,6 +9,8 @@ from layer_battery import PRECISIONS
 
 import cvt_keras
 from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, preprocessing_of
+from cvt_keras.errors import ArgumentError, CheckpointError
+from cvt_keras.pretrained import to_torch_state_dict
 
 TINY = VARIANTS["cvt_tiny"]
 
@@ -123,6 +126,74 @@ def test_a_clone_computes_the_same():
     clone.set_weights(model.get_weights())
     x = _images(2, 32, 32, 3)
     np.testing.assert_array_equal(*(ops.convert_to_numpy(net(x)) for net in (model, clone)))
+
+
+@pytest.fixture(scope="module")
+def every_kind():
+    """A network with each kind of layer."""
+    stages = (
+        Stage(8, 1, 1, projection="avg", drop_path=0.1),
+        Stage(8, 2, 1, projection="linear", cls_token=True),
+        Stage(8, 1, 2, qkv_bias=False),
+    )
+    return Variant(stages, stem=(4,))
+
+
+def test_every_layer_is_built_with_the_network(every_kind):
+    """Keras' `quantize` refuses a network with a layer that is not."""
+    for layer in build_classifier(every_kind, 3)._flatten_layers():
+        assert layer.built, layer.name
+
+
+@pytest.fixture
+def frozen_garbage():
+    """Keras collects garbage after each layer that it quantizes: a second each, with the objects of a whole test run."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.files
+@pytest.mark.usefixtures("frozen_garbage")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_a_classifier_that_keras_quantizes_reloads_and_clones(mode, every_kind, tmp_path):
+    classifier = build_classifier(every_kind, 3)
+    pixels = 255 * np.abs(_images(2, 32, 32, 3))
+    before = ops.convert_to_numpy(classifier(pixels))
+    classifier.quantize(mode, filters=lambda layer: layer.name != "fc2")
+    expected = ops.convert_to_numpy(classifier(pixels))
+    np.testing.assert_allclose(expected, before, atol=0.05)
+    assert not np.array_equal(expected, before)
+    classifier.save(tmp_path / "quantized.keras")
+    again = keras.saving.load_model(tmp_path / "quantized.keras")
+    clone = keras.models.clone_model(classifier)
+    clone.set_weights(classifier.get_weights())
+    for model in (again, clone):
+        np.testing.assert_array_equal(ops.convert_to_numpy(model(pixels)), expected)
+        assert [str(variable.dtype) for variable in model.variables] == [str(v.dtype) for v in classifier.variables]
+        block = model.get_layer("cvt").get_layer("stage1_block0")
+        assert (block.mlp.fc1.quantization_mode, block.mlp.fc2.quantization_mode) == (mode, None)
+    with pytest.raises(CheckpointError, match="`quantize`"):
+        CvT.from_pretrained(tmp_path / "quantized.keras")
+    with pytest.raises(ArgumentError, match="float kernels"):
+        to_torch_state_dict(again)
+
+
+def test_what_lora_learns_goes_into_the_file_and_to_pytorch(tmp_path):
+    model = CvT("cvt_tiny", 3, (32, 32, 3))
+    frozen = ops.convert_to_numpy(model.get_layer("head").kernel)
+    for layer in (model.get_layer("head"), model.get_layer("stage0_block0").mlp.fc1):
+        layer.enable_lora(2)
+        layer.lora_kernel_b.assign(np.ones(layer.lora_kernel_b.shape))
+    expected = ops.convert_to_numpy(model(_images(1, 32, 32, 3)))
+    model.save(tmp_path / "lora.keras")
+    again = keras.saving.load_model(tmp_path / "lora.keras")
+    np.testing.assert_allclose(ops.convert_to_numpy(again(_images(1, 32, 32, 3))), expected, atol=1e-5)
+    ours, theirs = to_torch_state_dict(again), to_torch_state_dict(model)
+    for key, array in ours.items():
+        np.testing.assert_allclose(array, theirs[key], atol=1e-6)
+    assert not np.allclose(theirs["head.weight"].T, frozen)
 
 
 def test_frozen_layers_stay_frozen(tmp_path):

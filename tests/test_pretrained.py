@@ -9,15 +9,18 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from checkpoint_files import MICROSOFT, TINY, TRANSFORMERS, random_arrays, save_torch, weights_of
-from transformers import AutoImageProcessor, CvtForImageClassification
+from transformers import AutoImageProcessor, CvtConfig, CvtForImageClassification
 
 from benchmarks.network import differences, golden_model
 from benchmarks.pretrained import CASES, logits, peak_memory, reference_model
 from benchmarks.pretrained import differences as live_differences
-from cvt_keras import VARIANTS, CvT, Preprocessing, build_classifier, cli, preprocessing_of
+from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, cli, preprocessing_of
+from cvt_keras.conversion import configs
 from cvt_keras.conversion.checkpoint import load_state_dict
 from cvt_keras.conversion.layouts import LAYOUTS, microsoft_weights, transformers_weights
+from cvt_keras.errors import ArgumentError
 from cvt_keras.pretrained import to_torch_state_dict, transformers_config, transformers_processor
 
 ROOT = Path(__file__).parent.parent
@@ -137,9 +140,11 @@ def test_the_way_back_is_float32_whatever_the_precision(dtype, tiny_folder):
 
 
 @pytest.mark.files
-def test_pytorch_is_needed_for_nothing_else(tiny_folder, monkeypatch):
+def test_pytorch_is_never_needed(tiny_folder, tmp_path, monkeypatch):
+    file = save_torch(tmp_path / "weights.pth", random_arrays(microsoft_weights("cvt_tiny", 5)))
     monkeypatch.setitem(sys.modules, "torch", None)
     to_torch_state_dict(CvT.from_pretrained(tiny_folder), "transformers")
+    CvT.from_pretrained(file, variant="cvt_tiny", input_shape=(16, 16, 3))
 
 
 # === The way back ===
@@ -209,8 +214,67 @@ def test_the_way_back_tells_what_the_other_code_computes():
         to_torch_state_dict(model, "timm")
     with pytest.raises(ValueError, match="Received: Sequential"):
         to_torch_state_dict(keras.Sequential())
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no stem"):
-        to_torch_state_dict(CvT("cvt_cifar", 5, (32, 32, 3)))
+    for layout in LAYOUTS:
+        with pytest.raises(ArgumentError) as error:
+            to_torch_state_dict(CvT("cvt_cifar", 5, (32, 32, 3)), layout)
+        assert error.value.argument == "model" and "no stem" in str(error.value)
+
+
+def _stage(**change):
+    return Stage(**{"dim": 8, "depth": 3, "heads": 1, **change})
+
+
+_LAST = _stage(cls_token=True)
+
+
+@pytest.mark.files
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (_LAST,),
+        (_stage(depth=1), _stage(depth=2), _stage(depth=3), _stage(depth=4, cls_token=True)),
+        (_LAST, _LAST),
+        (
+            _stage(mlp_ratio=4, drop_path=0, qkv_bias=False),
+            _stage(mlp_ratio=2.7, drop_path=0.9, cls_token=True, dim=16, heads=4),
+        ),
+        (_stage(kernel_size=4, stride=3, padding=0), _stage(kernel_size=2, padding=1, stride_kv=3, cls_token=True)),
+    ],
+)
+def test_what_is_written_for_transformers_is_built_there(stages):
+    variant = Variant(stages, activation="gelu")
+    theirs = CvtForImageClassification(CvtConfig(**transformers_config(variant), num_labels=3)).eval()
+    model = CvT(variant, 3, (64, 64, 3))
+    state_dict = to_torch_state_dict(model, "transformers")
+    theirs.load_state_dict({key: torch.from_numpy(array) for key, array in state_dict.items()}, strict=True)
+    images = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype("float32")
+    np.testing.assert_allclose(logits(theirs, images), keras.ops.convert_to_numpy(model(images)), atol=1e-5)
+
+
+@pytest.mark.files
+@pytest.mark.parametrize(
+    "stages, reasons",
+    [
+        ((_stage(), _stage(depth=1, cls_token=True)), ["2 blocks or more in stage 1. Received: depth=1"]),
+        ((_stage(), _stage(), _stage(depth=2, cls_token=True)), ["3 blocks or more in stage 2. Received: depth=2"]),
+        ((_LAST, _stage()), ["cls_token=False in its last stage"]),
+        ((_stage(dim=4, cls_token=True), _LAST), ["as wide as the last stage"]),
+        ((_stage(projection="linear"), _LAST), ["projection='linear' in stage 0"]),
+        ((_stage(projection="avg"), _stage(depth=1)), ["cls_token=False", "projection='avg'", "2 blocks or more"]),
+    ],
+)
+def test_what_transformers_can_not_build_is_refused_at_once(stages, reasons):
+    variant = Variant(stages, activation="gelu")
+    for write in (transformers_config, lambda v: to_torch_state_dict(CvT(v, 3, (32, 32, 3)), "transformers")):
+        with pytest.raises(ArgumentError) as error:
+            write(variant)
+        assert error.value.argument in ("model_or_variant", "model")
+        assert len(error.value.details) == len(reasons)
+        for reason, detail in zip(reasons, error.value.details):
+            assert reason in detail
+    with pytest.raises((IndexError, RuntimeError, AttributeError)):  # what the refusal is for
+        config = CvtConfig(**configs.config_of(variant), num_labels=3)
+        CvtForImageClassification(config)(torch.zeros(1, 3, 32, 32))
 
 
 # === The command line ===
@@ -242,6 +306,24 @@ def test_the_commands_variant_is_heard(tmp_path, capsys):
     assert "images of any size" in capsys.readouterr().out
     assert cli.main(["convert", str(file), str(tmp_path / "more.keras"), "--variant", "cvt_14"]) == 2
     assert "'cvt_14'" in capsys.readouterr().err
+
+
+@pytest.mark.files
+def test_the_command_chooses_among_the_weights_of_a_file(tmp_path, capsys):
+    arrays = random_arrays(microsoft_weights("cvt_tiny", 5))
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    doubled = {key: tensor * 2 for key, tensor in tensors.items()}
+    torch.save({"student": tensors, "teacher": doubled}, tmp_path / "last.ckpt")
+    command = ["convert", str(tmp_path / "last.ckpt"), str(tmp_path / "out.keras"), "--variant", "cvt_tiny"]
+    assert cli.main(command) == 1
+    assert "--which student" in capsys.readouterr().err
+    assert cli.main([*command, "--which", "pupil"]) == 2
+    assert cli.main([*command, "--which", "teacher"]) == 0
+    kernel = weights_of(keras.saving.load_model(tmp_path / "out.keras"))["head/kernel"]
+    np.testing.assert_array_equal(kernel.T, 2 * arrays["head.weight"])
+    with pytest.raises(ArgumentError) as error:
+        CvT.from_pretrained(tmp_path / "out.keras", which="ema")
+    assert error.value.argument == "which"
 
 
 @pytest.mark.files

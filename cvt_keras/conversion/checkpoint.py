@@ -127,18 +127,19 @@ class Checkpoint:
         self.state_dict.clear()
 
 
-def read(source, variant=None):
+def read(source, variant=None, which=None):
     """Reads and checks a checkpoint; no network is built.
 
     Args:
-        source, variant: as in `CvT.from_pretrained`.
+        source, variant, which: as in `CvT.from_pretrained`.
 
     Returns:
         A `Checkpoint`.
 
     Raises:
         CheckpointError: for a file that is damaged or holds something else.
-        ArgumentError: for a `source` that does not exist, or a `variant` that is unknown or another network.
+        ArgumentError: for a `source` that does not exist, a `variant` that is unknown or another network, or a `which` that
+            the file does not hold.
         MissingPackageError: if the package that reads the file is not installed.
     """
     try:
@@ -148,15 +149,21 @@ def read(source, variant=None):
     try:
         file = state_dicts.locate(source)
         if file.suffix.lower() == ".keras":
+            if which is not None:
+                raise ArgumentError(
+                    f"`which` chooses among the weights of a PyTorch file, and a .keras file holds one network. "
+                    f"Received: which={which!r}",
+                    argument="which",
+                )
             return _read_keras(file, variant)
-        return _read_pytorch(file, variant)
+        return _read_pytorch(file, variant, which)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error.summary}", hint=error.hint, details=error.details) from error
 
 
-def _read_pytorch(file, variant):
+def _read_pytorch(file, variant, which):
     """A state dict, and the configs beside it, as a checkpoint."""
-    state_dict = state_dicts.read(file)
+    state_dict = state_dicts.read(file, which)
     name = layouts.layout_name(state_dict)
     layout = LAYOUTS[name]
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in state_dict.items()}
@@ -210,6 +217,10 @@ def _read_keras(file, variant):
         raise CheckpointError("it holds no CvT")
     if hasattr(network, "quantized"):
         raise CheckpointError("it was trained for quantisation, which is a last step: start from the run before it")
+    if is_quantized(network):
+        raise CheckpointError(
+            "Keras' `quantize` made its kernels integers, which is a last step: start from the model before it"
+        )
     preprocessing = preprocessing_in(model)
     arrays = {weight.path: keras.ops.convert_to_numpy(weight) for weight in network.weights}
     if None not in network.input_shape[1:3]:
@@ -228,6 +239,11 @@ def network_in(model):
     """The part of a model that holds a `Variant`: the model itself, or a layer of a classifier. `None` if no part does."""
     parts = (model, *getattr(model, "layers", ()))
     return next((part for part in parts if isinstance(getattr(part, "variant", None), Variant)), None)
+
+
+def is_quantized(network):
+    """Whether Keras' `quantize` changed some of its layers."""
+    return any(getattr(layer, "quantization_mode", None) for layer in network._flatten_layers())
 
 
 def preprocessing_in(model):

@@ -83,6 +83,8 @@ def variant_from_transformers(config):
 def config_of(variant):
     """The entries of a config.json of transformers that describe a variant's stages, a list for each."""
     config = {name: [getattr(stage, field) for stage in variant.stages] for field, name in CONFIG_FIELDS.items()}
+    for name, kind in {"mlp_ratio": float, "drop_path_rate": float, "qkv_bias": bool, "cls_token": bool}.items():
+        config[name] = [kind(value) for value in config[name]]  # transformers takes no 4 for 4.0
     same = {"kernel_qkv": 3, "padding_q": 1, "padding_kv": 1, "drop_rate": 0.0, "attention_drop_rate": 0.0}
     return config | {name: [value] * len(variant.stages) for name, value in same.items()}
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cvt_keras.errors import CheckpointError
+from cvt_keras.errors import ArgumentError, CheckpointError
 from cvt_keras.variants import VARIANTS, get_variant
 
 # PyTorch's axes in Keras' order.
@@ -48,7 +48,9 @@ def microsoft_weights(variant, num_classes=1000, channels=3):
     Raises:
         ValueError: for a variant with a stem, which the authors' code has not.
     """
-    variant = without_stem(variant, "The authors' code")
+    variant = get_variant(variant)
+    if variant.stem:
+        raise ValueError(f"The authors' code has no stem. Received: a variant with stem={variant.stem}")
     weights = []
     for i, stage in enumerate(variant.stages):
         if stage.cls_token:
@@ -81,17 +83,13 @@ def transformers_weights(variant, num_classes=1000, channels=3):
         ValueError: for a variant that transformers can't build or run: with a stem, a projection that is no `"dw_bn"`, a cls
             token in a stage that is not as wide as the last, or none in the last.
     """
-    variant = without_stem(variant, "transformers")
-    if not variant.stages[-1].cls_token:
-        raise ValueError("transformers classifies by a cls token. Received: a variant with cls_token=False in its last stage")
+    variant = get_variant(variant)
+    if faults := _without_weights(variant):
+        raise ValueError(faults[0])
     weights = []
     for i, stage in enumerate(variant.stages):
-        if stage.projection != "dw_bn":
-            raise ValueError(f"transformers projects by `dw_bn` alone. Received: projection={stage.projection!r} in stage {i}")
         key = f"cvt.encoder.stages.{i}"
         if stage.cls_token:
-            if stage.dim != variant.stages[-1].dim:
-                raise ValueError(f"transformers' cls token is as wide as the last stage. Received: one in stage {i}")
             weights.append(Weight(f"{key}.cls_token", f"stage{i}_embed/cls_token", (1, 1, stage.dim)))
         embed = f"{key}.embedding.convolution_embeddings"
         weights += _conv(f"{embed}.projection", f"stage{i}_embed/proj", channels, stage)
@@ -131,6 +129,36 @@ LAYOUTS = {
 }
 
 
+def _without_weights(variant):
+    """Why transformers has no weights for a network, one line for each reason."""
+    last = variant.stages[-1]
+    faults = [f"transformers has no stem. Received: a variant with stem={variant.stem}"] if variant.stem else []
+    if not last.cls_token:
+        faults.append("transformers classifies by a cls token. Received: a variant with cls_token=False in its last stage")
+    for i, stage in enumerate(variant.stages):
+        if stage.projection != "dw_bn":
+            faults.append(f"transformers projects by `dw_bn` alone. Received: projection={stage.projection!r} in stage {i}")
+        if stage.cls_token and stage.dim != last.dim:
+            faults.append(f"transformers' cls token is as wide as the last stage. Received: one in stage {i}, {stage.dim} wide")
+    return faults
+
+
+def require_transformers(variant, argument):
+    """Raises ArgumentError, with every reason, unless transformers can build and run the network.
+
+    A folder with the weights of a network that it can't build may still be read here.
+    """
+    faults = _without_weights(variant)
+    # It looks up the drop path rate of block i in stage i: without such a block it raises an IndexError.
+    faults += [
+        f"transformers needs {i + 1} blocks or more in stage {i}. Received: depth={stage.depth}"
+        for i, stage in enumerate(variant.stages)
+        if stage.depth <= i
+    ]
+    if faults:
+        raise ArgumentError(f"`{argument}` must be a network that transformers can build", argument=argument, details=faults)
+
+
 def _conv(key, path, channels, stage):
     shape = (stage.dim, channels, stage.kernel_size, stage.kernel_size)
     return [Weight(f"{key}.weight", f"{path}/kernel", shape, _CONV), Weight(f"{key}.bias", f"{path}/bias", (stage.dim,))]
@@ -159,13 +187,6 @@ def _batch_norm(key, path, dim):
 def counters(weights):
     """The keys of BatchNorm's counters of batches, which PyTorch has and does not use where its momentum is a number."""
     return {f"{key.removesuffix('running_mean')}num_batches_tracked" for key, *_ in weights if key.endswith(".running_mean")}
-
-
-def without_stem(variant, code):
-    variant = get_variant(variant)
-    if variant.stem:
-        raise ValueError(f"{code} has no stem, so no weights for one. Received: a variant with stem={variant.stem}")
-    return variant
 
 
 # === Telling checkpoints apart ===

@@ -1,20 +1,26 @@
 """PyTorch's state dicts, from files, folders and the Hugging Face hub, without running what is in them."""
 
 import importlib
+import json
 import os
 import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+from cvt_keras.conversion import torch_files
+from cvt_keras.conversion.torch_files import StandIn, Tensor
 from cvt_keras.errors import ArgumentError, CheckpointError, MissingPackageError, first_line
 
-SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+# A source that does not exist and ends so is a missing file, and no hub id. A file that exists is told by its bytes.
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt", ".tar", ".json")
 # As transformers calls them. Of the weights' the first is preferred.
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-FILES = ("model.safetensors", "pytorch_model.bin")
-_SAVE_TENSORS = "Save the tensors alone: torch.save(model.state_dict(), file)"
+INDEX = ".index.json"
+FILES = ("model.safetensors", "pytorch_model.bin", f"model.safetensors{INDEX}", f"pytorch_model.bin{INDEX}")
 
 
 def locate(source):
@@ -57,10 +63,7 @@ def _file_in(folder):
     for name in FILES:
         if (folder / name).exists():
             return folder / name
-    if sharded := sorted(folder.glob("*.index.json")):
-        way_out = "Save it whole: model.save_pretrained(folder, max_shard_size='50GB')"
-        raise CheckpointError(f"the weights are cut into several files, says {sharded[0].name}. {way_out}")
-    raise CheckpointError(f"the folder has neither {' nor '.join(FILES)}")
+    raise CheckpointError(f"the folder has none of {', '.join(FILES)}")
 
 
 def _download(hub_id):
@@ -68,14 +71,17 @@ def _download(hub_id):
     hub = import_or_tell("huggingface_hub", f"`source` {hub_id!r} is no file or folder; to look for it on the hub")
 
     def snapshot(name, cached):
-        patterns = [CONFIG, PROCESSOR, name]
-        return Path(hub.snapshot_download(hub_id, allow_patterns=patterns, local_files_only=cached))
+        # Shards are called model-00001-of-00002.safetensors.
+        shards = [name.removesuffix(INDEX).replace(".", "-*.")] if name.endswith(INDEX) else []
+        return Path(hub.snapshot_download(hub_id, allow_patterns=[CONFIG, PROCESSOR, name, *shards], local_files_only=cached))
 
     # Published weights do not change: what the cache holds is good, also without a network.
     for cached in (True, False):
         try:
-            folder = snapshot(FILES[0], cached)
-            file = _file_in(folder if (folder / FILES[0]).exists() else snapshot(FILES[1], cached))
+            files = (snapshot(name, cached) / name for name in FILES)
+            file = next((file for file in files if file.exists()), None) or _file_in(snapshot(FILES[0], cached))
+            if cached and file.name.endswith(INDEX):
+                _shards(file)  # raises if the cache lacks one
             break
         except Exception as error:  # of the hub's, of its HTTP library's, or the system's
             if not cached:
@@ -95,65 +101,223 @@ def _download(hub_id):
     return file
 
 
-def read(file):
-    """The state dict in a file: as it is, under `model` or `state_dict`, with `module.` in front of its keys or without.
+def read(file, which=None):
+    """The state dict in a file or in the shards that an index lists, without what wraps it.
+
+    A file may hold it under a name, such as `state_dict`, and its keys may begin with a prefix, such as `module.`.
 
     Args:
-        file: a path that ends in one of `SUFFIXES`.
+        file: a path; its bytes say what it is, not its name.
+        which: which weights to read where there are several: `"ema"` for the moving average, or the name or prefix that they
+            have in the file. `None` means the weights themselves, with a warning if the file holds their average too.
 
     Returns:
-        A dict from names to NumPy arrays or tensors of PyTorch.
+        A dict from names to NumPy arrays.
 
     Raises:
-        CheckpointError: for a file that is damaged or holds something else.
-        ImportError: if the package that reads it is missing, with what to install.
+        CheckpointError: for a file that is damaged or holds something else, or several networks.
+        ArgumentError: for a `which` that the file does not hold.
+        MissingPackageError: if the package that reads it is missing, with what to install.
     """
-    suffix = file.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise CheckpointError(f"a checkpoint ends in {', '.join((*SUFFIXES, '.keras'))}, or is a folder of transformers")
-    contents = (_read_safetensors if suffix == ".safetensors" else _read_torch)(file)
-    for name in ("model", "state_dict"):
-        if isinstance(contents, Mapping) and isinstance(contents.get(name), Mapping):
-            if astray := [
-                key for key, value in contents.items() if getattr(value, "shape", ())
-            ]:  # an epoch may be a tensor too
-                raise CheckpointError(f"unused: {', '.join(map(str, astray))}, beside {name!r} and not in it")
-            contents = contents[name]
-            break
-    if not isinstance(contents, Mapping) or not contents or not all(isinstance(key, str) for key in contents):
-        raise CheckpointError(f"it holds no state dict: a dict from names to tensors. Received: {type(contents).__name__}")
-    distributed = all(key.startswith("module.") for key in contents)  # by PyTorch's DistributedDataParallel
-    return {key.removeprefix("module.") if distributed else key: value for key, value in contents.items()}
+    contents = _read_shards(file) if file.name.endswith(INDEX) else _read_file(file)
+    choices = _choices(contents)
+    if not choices:
+        _require_tensors(contents)
+    state_dict = _select(contents, choices, which, file)
+    return {key: value.array() if isinstance(value, Tensor) else value for key, value in state_dict.items()}
 
 
-def _read_torch(file):
-    torch = import_or_tell("torch", f"to read {file.name}", "; a .safetensors file needs none")
+def _read_file(file):
+    """What a file holds, told by its bytes."""
+    with open(file, "rb") as opened:
+        start = opened.read(9)
+    if start[8:] == b"{" or file.suffix.lower() == ".safetensors":
+        return _read_safetensors(file)
+    if start.startswith(b"\x89HDF"):
+        raise CheckpointError("it is HDF5, perhaps weights that Keras saved: build the network and call its load_weights(file)")
     try:
-        archive = zipfile.is_zipfile(file)
-        if archive:
-            with zipfile.ZipFile(file) as records:
-                if damaged := records.testzip():  # PyTorch does not look at the checksums
-                    raise CheckpointError(f"its record {damaged} is damaged: download it again")
-                if any(name.endswith("/constants.pkl") for name in records.namelist()):
-                    raise CheckpointError(f"it is a program, by TorchScript, which would run: refused. {_SAVE_TENSORS}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the errors say all that there is to say
-            # Mapped, the arrays of an archive do not fill the memory a second time.
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
-    except (CheckpointError, MemoryError, PermissionError):
+        return torch_files.load(file)
+    except CheckpointError as error:
+        if zipfile.is_zipfile(file) and _is_keras(file):
+            raise CheckpointError("it is a file of Keras: give it a name that ends in .keras") from error
+        if error.hint is None and (better := advice(file, otherwise=None)):
+            raise CheckpointError(f"it is damaged or no checkpoint: {better}") from error
         raise
-    except Exception as error:  # which one depends on where the file is damaged
-        if wanted := re.search(r"[Uu]nsupported (?:global: |)(?:GLOBAL|class|function) (\S+)", str(error)):
-            raise CheckpointError(
-                f"it holds more than tensors, and to load {wanted[1]} would let it run code: refused. {_SAVE_TENSORS}"
-            ) from error
-        if "legacy .tar format" in str(error):
-            raise CheckpointError(f"it is in PyTorch's oldest form, which would run code: refused. {_SAVE_TENSORS}") from error
-        # Of PyTorch's long advice, which is to read it unsafely, the reason is what counts.
-        reason = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
-        reason = reason[1].rstrip(".: ") if reason else first_line(error)
-        reason = "" if "weights_only" in reason or "Unsupported operand" in reason else f" ({reason})"
-        raise CheckpointError(f"it is damaged or no checkpoint of PyTorch{reason}: {advice(file)}") from error
+
+
+def _is_keras(file):
+    with zipfile.ZipFile(file) as archive:
+        return "model.weights.h5" in archive.namelist()
+
+
+def _shards(index):
+    """Reads an index -> key -> name of its file, and the names, each of which exists."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("`weight_map` must name files beside it")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index.name} is no index of shards: {first_line(error)}") from error
+    if missing := [name for name in names if not index.with_name(name).exists()]:
+        raise CheckpointError(
+            f"{len(missing)} of the {len(names)} files that {index.name} lists are missing: download them again",
+            details=[f"missing: {name}" for name in missing],
+        )
+    return weight_map, names
+
+
+def _read_shards(index):
+    """The state dict of a folder that transformers saved in several files."""
+    weight_map, names = _shards(index)
+    state_dict, faults = {}, []
+    for name in names:
+        try:
+            shard = _read_file(index.with_name(name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error.summary}", hint=error.hint, details=error.details) from error
+        if not isinstance(shard, Mapping):
+            raise CheckpointError(f"{name} holds no state dict: a dict from names to tensors. Received: {type(shard).__name__}")
+        listed = {key for key, holder in weight_map.items() if holder == name}
+        faults += [f"missing in {name}: {key}" for key in sorted(listed - set(shard))]
+        faults += [f"unused in {name}: {key}" for key in sorted(set(shard) - listed, key=str)]
+        state_dict |= shard
+    if faults:
+        raise CheckpointError(f"the shards do not hold what {index.name} says", details=faults)
+    return state_dict
+
+
+# === Choosing among what a file holds ===
+
+# Such a key shows where a network's own keys begin, behind which prefix.
+_KEY_OF_A_CVT = re.compile(r"((?:[^.]+\.)*?)(?:stage\d{1,3}|cvt\.encoder\.stages)\.")
+_AVERAGE = re.compile(r"(^|[^a-z])ema([^a-z]|$)|averag|shadow|(^|[^a-z])swa([^a-z]|$)")
+_MAX_DEPTH = 4
+
+
+class _Choice(NamedTuple):
+    """One network in a file: the names that lead to its dict, its keys' prefix in it, and the dict with the others' keys."""
+
+    names: tuple[str, ...]
+    prefix: str
+    holder: Mapping
+    beside: tuple[str, ...]  # the prefixes of other networks in the same dict
+
+    @property
+    def name(self):
+        """What `which` calls it: the prefix where the dict holds more than this network, else the name of the dict."""
+        alone = self.names and not self.beside and not self.strays()
+        return ("" if alone else self.prefix.rstrip(".")) or ".".join(self.names) or "."
+
+    @property
+    def is_average(self):
+        return any(_AVERAGE.search(name.lower()) for name in (*self.names, self.prefix))
+
+    def answers_to(self, which):
+        return which in (self.name, ".".join(self.names), *self.names[-1:])
+
+    def is_named_by(self, which):
+        """Whether `which` says that only the keys with this prefix are wanted."""
+        return which == self.name or (which == "ema" and bool(_AVERAGE.search(self.prefix.lower())))
+
+    def state_dict(self):
+        """The keys without the prefix. Keys of other networks are left out."""
+        others = [prefix for prefix in self.beside if len(prefix) > len(self.prefix)]
+        return {
+            key.removeprefix(self.prefix): value
+            for key, value in self.holder.items()
+            if key.startswith(self.prefix) and not any(key.startswith(prefix) for prefix in others)
+        }
+
+    def strays(self):
+        """The keys that no network's prefix covers: a loss's weights, for instance. A counter of averaging is none."""
+        if not self.prefix:
+            return []  # they are listed when the weights are compared with the network
+        covered = (self.prefix, *self.beside)
+        return [key for key in self.holder if not key.startswith(covered) and key != "n_averaged"]
+
+
+def _choices(contents):
+    """The networks in what a file holds; if there is none, the state dicts that may be one."""
+    found, dicts = [], []
+
+    def look(value, names):
+        if not isinstance(value, Mapping) or len(names) > _MAX_DEPTH:
+            return
+        for key, item in value.items():
+            if isinstance(key, str):
+                look(item, (*names, key))
+        arrays = _arrays(value)
+        if not arrays or not all(isinstance(key, str) for key in value):
+            return
+        prefixes = {match[1] for match in map(_KEY_OF_A_CVT.match, arrays) if match}
+        found.extend(_Choice(names, prefix, value, tuple(sorted(prefixes - {prefix}))) for prefix in sorted(prefixes))
+        if not prefixes:
+            dicts.append(_Choice(names, "", value, ()))
+
+    look(contents, ())
+    return found or dicts[:1]
+
+
+def _arrays(mapping):
+    """The keys of arrays; a single number is none, as an epoch may be a tensor too."""
+    return [key for key, item in mapping.items() if getattr(item, "shape", ())]
+
+
+def _select(contents, choices, which, file):
+    """The state dict that `which` names, or the one that is meant where it is `None`."""
+    if which is None:
+        chosen = [choice for choice in choices if not choice.is_average] or choices
+    elif which == "ema":
+        chosen = [choice for choice in choices if choice.is_average]
+    else:
+        chosen = [choice for choice in choices if choice.answers_to(which)]
+    names = ", ".join(repr(choice.name) for choice in choices)
+    if not chosen:
+        known = f"be one of {names}" if names != repr(".") else "be left out, as the file holds one network and no name for it"
+        raise ArgumentError(f"`which` must {known}. Received: which={which!r}", argument="which")
+    if len(chosen) > 1:
+        raise CheckpointError(
+            "it holds several networks, and `which` must name one",
+            hint=f"Choose one: cvt-keras convert {file} OUT.keras --which {chosen[0].name}",
+            details=[f"{choice.name}: {len(choice.state_dict())} arrays" for choice in chosen],
+        )
+    [choice] = chosen
+    if which is None:
+        _require_nothing_astray(contents, choice)
+        if averages := ", ".join(repr(other.name) for other in choices if other.is_average and other is not choice):
+            warnings.warn(
+                f"{file.name} holds weights and their moving average: {choice.name!r} is read, and not {averages}. "
+                f'which="ema" reads the average (cvt-keras convert {file} OUT.keras --which ema)',
+                stacklevel=2,
+            )
+    if (strays := choice.strays()) and not choice.is_named_by(which):
+        counts = Counter(key.partition(".")[0] for key in strays)
+        raise CheckpointError(
+            f"beside the network, whose keys begin with {choice.prefix}, it holds other arrays",
+            hint=f"Read the network alone: cvt-keras convert {file} OUT.keras --which {choice.name}",
+            details=[f"unused: {name}, {count} arrays" for name, count in sorted(counts.items())],
+        )
+    return choice.state_dict()
+
+
+def _require_nothing_astray(contents, choice):
+    """Raises CheckpointError if arrays lie beside the dict that is read."""
+    for name in choice.names:
+        if (arrays := _arrays(contents)) and not choice.prefix:
+            raise CheckpointError(f"unused: {', '.join(map(str, arrays))}, beside {name!r} and not in it")
+        contents = contents[name]
+
+
+def _require_tensors(contents):
+    """Raises CheckpointError if what should be a state dict is an object of some class."""
+    values = [contents, *(contents.values() if isinstance(contents, Mapping) else ())]
+    if objects := [value for value in values if isinstance(value, StandIn)]:
+        raise CheckpointError(
+            f"it holds an object of {objects[0].wanted} in place of tensors, which only its own code can open: refused. "
+            f"{torch_files.SAVE_TENSORS}"
+        )
+    raise CheckpointError(f"it holds no state dict: a dict from names to tensors. Received: {type(contents).__name__}")
 
 
 def _read_safetensors(file):
@@ -178,12 +342,8 @@ def advice(file, otherwise="download it again"):
         start = opened.read(64)
     if start.startswith(b"version https://git-lfs"):
         return "it is git-lfs' pointer to the file: run git lfs pull where it was cloned"
-    if start[:1] == b"\x80" and b"\3" <= start[1:2] <= b"\5":
-        return f"as a plain pickle it could run code. {_SAVE_TENSORS}"
     if start.lstrip()[:1] == b"<":
         return "it is a web page: download the file behind it"
-    if file.suffix != ".safetensors" and start[8:9] == b"{":
-        return "it looks like safetensors: call it .safetensors"
     return otherwise
 
 

@@ -46,26 +46,27 @@ def for_server(data):
 
 
 def _is_plain_jpeg(data):
-    """Whether it is RGB or grey, and whole. What a camera or a phone writes is."""
+    """Whether it is RGB or grey, whole, and with EXIF data in one place. What a camera or a phone writes is."""
     if not data.startswith(_JPEG):
         return False
-    channels, at = None, 2
-    while len(data) > at + 4 and data[at] == 0xFF:
+    channels, exif, at = None, 0, 2
+    while len(data) >= at + 2 and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xFF:  # a filler
             at += 1
             continue
         if marker == _END_OF_IMAGE:
-            return channels in (1, 3)
+            return channels in (1, 3) and exif <= 1
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             channels = data[at + 9] if len(data) > at + 9 else None
+        exif += marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0"
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == _START_OF_SCAN:
-            found = _MARKER.search(data, at)
-            if found is None:
+            end = _MARKER.search(data, at)
+            if end is None:
                 return False
-            at = found.start()
-    return data[at : at + 2] == bytes((0xFF, _END_OF_IMAGE)) and channels in (1, 3)
+            at = end.start()
+    return False
 
 
 def _is_plain_png(data):

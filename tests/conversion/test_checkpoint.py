@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 import torch
 from checkpoint_files import MICROSOFT, SHALLOW, TINY, config_of, copy_folder, random_arrays, save_torch, weights_of
+from transformers import CvtForImageClassification
 
 from benchmarks.network import golden_model
 from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier
@@ -134,6 +135,33 @@ def test_a_transformers_folder_is_read_with_its_configs(suffix, give, tiny_folde
     expected = random_arrays(transformers_weights(TINY, 5))
     for key, array in to_torch_state_dict(model, "transformers").items():
         np.testing.assert_array_equal(array, expected[key])
+
+
+@pytest.mark.files
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_folder_in_shards_is_read_as_the_whole_one(suffix, tiny_folder, tmp_path):
+    whole = CvT.from_pretrained(tiny_folder)
+    folder = copy_folder(tiny_folder, tmp_path / "tiny")
+    if suffix == ".safetensors":
+        theirs = CvtForImageClassification.from_pretrained(folder)
+        theirs.save_pretrained(folder, max_shard_size="4KB")
+        (folder / "model.safetensors").unlink(missing_ok=True)
+    else:
+        arrays = list(safetensors.numpy.load_file(folder / "model.safetensors").items())
+        (folder / "model.safetensors").unlink()
+        shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": dict(arrays[i::2]) for i in range(2)}
+        for name, part in shards.items():
+            save_torch(folder / name, part)
+        weight_map = {key: name for name, part in shards.items() for key in part}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert len(list(folder.glob("*-of-*"))) > 1
+    for ours, theirs in zip(CvT.from_pretrained(folder).get_weights(), whole.get_weights()):
+        np.testing.assert_array_equal(ours, theirs)
+    shard = min(folder.glob("*-of-*"))
+    shard.unlink()
+    with pytest.raises(CheckpointError) as error:
+        CvT.from_pretrained(folder)
+    assert str(folder) in error.value.summary and error.value.details == (f"missing: {shard.name}",)
 
 
 @pytest.mark.files
@@ -297,7 +325,7 @@ def test_a_damaged_head_is_refused_also_where_it_is_not_used(tiny_folder, tmp_pa
             ),
             ["config.json", "projection='avg'"],
         ),
-        (lambda folder: (folder / "model.safetensors").unlink(), ["neither"]),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["none of model.safetensors"]),
         (lambda folder: (folder / "model.safetensors").write_text("hello"), ["damaged"]),
         (
             lambda folder: safetensors.numpy.save_file({"conv1.weight": np.ones(3)}, folder / "model.safetensors"),

@@ -1,10 +1,15 @@
+import argparse
 import json
 import os
 import pickle
 import sys
 import tarfile
 import threading
+import warnings
+import zipfile
+from collections import OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
@@ -13,16 +18,21 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from cvt_keras import CvT
 from cvt_keras.conversion import state_dicts
 from cvt_keras.errors import ArgumentError, CheckpointError
 
 pytestmark = pytest.mark.files
 
-ARRAYS = {"norm.weight": np.arange(6, dtype="float32").reshape(2, 3), "norm.bias": np.ones(400, "float32")}
+ARRAYS = {"stage0.cls_token": np.arange(6, dtype="float32").reshape(2, 3), "norm.bias": np.ones(400, "float32")}
 
 
-def _tensors(prefix=""):
-    return {f"{prefix}{key}": torch.from_numpy(array) for key, array in ARRAYS.items()}
+def _tensors(prefix="", times=1):
+    return {f"{prefix}{key}": torch.from_numpy(array * times) for key, array in ARRAYS.items()}
+
+
+class _Settings(dict):
+    """A class that a script may leave in its checkpoint, as fvcore's CfgNode or Lightning's AttributeDict."""
 
 
 @pytest.fixture
@@ -38,6 +48,12 @@ def folder(tmp_path):
 # === What a file holds ===
 
 
+def _assert_read(found, times=1):
+    assert set(found) == set(ARRAYS)
+    for key, array in ARRAYS.items():
+        np.testing.assert_array_equal(found[key], array * times)
+
+
 @pytest.mark.parametrize(
     "contents",
     [
@@ -45,23 +61,142 @@ def folder(tmp_path):
         {"model": _tensors()},
         {"model": "cls_cvt", "state_dict": _tensors(), "epoch": torch.tensor(300)},  # as the authors' own, while training
         {"model": _tensors("module.")},
+        {"checkpoint": {"network": _tensors("module._orig_mod.cvt.")}, "loss": {"weight": torch.ones(3)}},
+        {"state_dict": _tensors("model."), "hyper_parameters": _Settings(lr=1), "callbacks": {"best": np.float64(0.8)}},
+        {"model_state_dict": OrderedDict(_tensors()), "args": argparse.Namespace(lr=1, out=Path("runs")), "rng": np.arange(3)},
+        {"state_dict_ema": {"n_averaged": torch.tensor(3), **_tensors("module.")}},  # of torch's AveragedModel
+        {"model": _tensors(), "optimizer": {"state": {0: {"exp_avg": torch.ones(3), "max": torch.ones(2)}, 1: torch.ones(2)}}},
+        {key: torch.nn.Parameter(tensor) for key, tensor in _tensors().items()},
     ],
 )
 @pytest.mark.parametrize("archive", [True, False])
-@pytest.mark.parametrize("name", ["weights.pth", "weights.PT"])
-def test_a_state_dict_is_found_however_wrapped(contents, archive, name, tmp_path):
+@pytest.mark.parametrize("name", ["weights.pth", "last.ckpt", "model_best.pth.tar", "weights"])
+def test_a_state_dict_is_found_however_wrapped(contents, archive, name, tmp_path, recwarn):
     torch.save(contents, tmp_path / name, _use_new_zipfile_serialization=archive)
-    found = state_dicts.read(state_dicts.locate(tmp_path / name))
-    assert set(found) == set(ARRAYS)
-    for key, array in ARRAYS.items():
-        np.testing.assert_array_equal(found[key].numpy(), array)
+    _assert_read(state_dicts.read(state_dicts.locate(tmp_path / name)))
+    assert not recwarn.list
+
+
+# === Several networks in a file ===
+
+
+@pytest.mark.parametrize(
+    "contents, name, average",
+    [
+        ({"model": _tensors(), "model_ema": _tensors(times=2)}, "model", "model_ema"),
+        ({"state_dict_ema": _tensors(times=2), "state_dict": _tensors()}, "state_dict", "state_dict_ema"),
+        ({"net": _tensors("module."), "ema": {"shadow": _tensors("module.", times=2)}}, "net", "ema.shadow"),
+        ({"state_dict": _tensors("model.") | _tensors("ema_model.module.", times=2)}, "model", "ema_model.module"),
+        (_tensors() | _tensors("averaged.", times=2), ".", "averaged"),
+    ],
+)
+def test_of_weights_and_their_average_one_can_be_chosen(contents, name, average, tmp_path):
+    torch.save(contents, tmp_path / "both.pth")
+    with pytest.warns(
+        UserWarning, match=r'which="ema" reads the average \(cvt-keras convert \S+ OUT.keras --which ema\)'
+    ) as told:
+        _assert_read(state_dicts.read(tmp_path / "both.pth"))
+    assert repr(average) in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _assert_read(state_dicts.read(tmp_path / "both.pth", "ema"), times=2)
+        _assert_read(state_dicts.read(tmp_path / "both.pth", average), times=2)
+        _assert_read(state_dicts.read(tmp_path / "both.pth", name))
+
+
+def test_of_several_networks_one_must_be_named(tmp_path):
+    torch.save({"student": _tensors(), "teacher": _tensors("module.", times=3)}, tmp_path / "two.pth")
+    with pytest.raises(CheckpointError) as error:
+        state_dicts.read(tmp_path / "two.pth")
+    assert error.value.details == ("student: 2 arrays", "teacher: 2 arrays")
+    assert error.value.hint.endswith("--which student")
+    _assert_read(state_dicts.read(tmp_path / "two.pth", "student"))
+    _assert_read(state_dicts.read(tmp_path / "two.pth", "teacher"), times=3)
+    with pytest.raises(ArgumentError) as error:
+        state_dicts.read(tmp_path / "two.pth", "ema")
+    assert error.value.argument == "which" and "'student'" in error.value.summary
+
+
+def test_other_arrays_beside_a_network_are_left_out_only_where_the_user_says_so(tmp_path):
+    extra = {"loss.weight": torch.ones(3), "loss.bias": torch.ones(3), "teacher.conv1.weight": torch.ones(3)}
+    torch.save({"state_dict": _tensors("model.") | extra}, tmp_path / "last.ckpt")
+    for which in (None, "state_dict"):
+        with pytest.raises(CheckpointError) as error:
+            state_dicts.read(tmp_path / "last.ckpt", which)
+        assert error.value.details == ("unused: loss, 2 arrays", "unused: teacher, 1 arrays")
+        assert error.value.hint.endswith("--which model")
+    _assert_read(state_dicts.read(tmp_path / "last.ckpt", "model"))
+
+
+def test_a_file_of_one_network_has_nothing_to_choose(tmp_path):
+    torch.save(_tensors(), tmp_path / "one.pth")
+    with pytest.raises(ArgumentError) as error:
+        state_dicts.read(tmp_path / "one.pth", "ema")
+    assert error.value.argument == "which"
+
+
+# === Kinds of files ===
+
+
+def test_a_file_is_told_by_its_bytes(tmp_path):
+    safetensors.numpy.save_file(ARRAYS, tmp_path / "named.pth")
+    _assert_read(state_dicts.read(tmp_path / "named.pth"))
+
+
+def _write_shards(folder, suffix, per_shard=1):
+    """ARRAYS as transformers cuts them up -> the index."""
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    weight_map = {key: f"{stem}-0000{i}-of-00002.{suffix}" for i, key in enumerate(ARRAYS, 1)}
+    for key, name in weight_map.items():
+        if suffix == "bin":
+            torch.save({key: torch.from_numpy(ARRAYS[key])}, folder / name)
+        else:
+            safetensors.numpy.save_file({key: ARRAYS[key]}, folder / name)
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_are_read_by_their_index(suffix, folder):
+    (folder / "model.safetensors").unlink()
+    index = _write_shards(folder, suffix)
+    assert state_dicts.locate(folder) == index
+    _assert_read(state_dicts.read(index))
+    shard = next(folder.glob("*-00002-of-00002*"))
+    if suffix == "bin":
+        torch.save({"norm.biaz": torch.ones(3)}, shard)
+    else:
+        safetensors.numpy.save_file({"norm.biaz": np.ones(3)}, shard)
+    with pytest.raises(CheckpointError) as error:
+        state_dicts.read(index)
+    assert error.value.details == (f"missing in {shard.name}: norm.bias", f"unused in {shard.name}: norm.biaz")
+    shard.write_text("hello")
+    with pytest.raises(CheckpointError) as error:
+        state_dicts.read(index)
+    assert shard.name in error.value.summary and "damaged" in error.value.summary
+    shard.unlink()
+    with pytest.raises(CheckpointError) as error:
+        state_dicts.read(index)
+    assert error.value.details == (f"missing: {shard.name}",)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../a.bin"}}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_index_is_refused(text, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(CheckpointError) as error:
+        state_dicts.read(index)
+    assert index.name in error.value.summary
 
 
 def test_safetensors_are_read_without_pytorch(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     found = state_dicts.read(state_dicts.locate(folder))
     assert set(found) == set(ARRAYS)
-    np.testing.assert_array_equal(found["norm.weight"], ARRAYS["norm.weight"])
+    np.testing.assert_array_equal(found["stage0.cls_token"], ARRAYS["stage0.cls_token"])
 
 
 class Anything:
@@ -110,10 +245,21 @@ def _write_tar(path):
         ("empty.pth", lambda path: path.write_bytes(b""), ["damaged"]),
         ("text.pth", lambda path: path.write_text("hello world\n" * 99), ["damaged"]),
         ("text.safetensors", lambda path: path.write_text("hello world\n" * 99), ["damaged", "download it"]),
-        ("named.pth", lambda path: safetensors.numpy.save_file(ARRAYS, path), ["looks like safetensors"]),
+        (
+            "module.pth",
+            lambda path: torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=False),
+            ["torch.nn.modules.linear.Linear", "refused", "state_dict()"],
+        ),
+        ("whole.pth", lambda path: torch.save(Anything(), path), ["Anything", "refused", "state_dict()"]),
+        (
+            "renamed.pth",
+            lambda path: CvT("cvt_tiny", 5, (16, 16, 3)).save(f"{path}.keras") or Path(f"{path}.keras").rename(path),
+            [".keras"],
+        ),
+        ("other.pth", lambda path: zipfile.ZipFile(path, "w").writestr("readme.txt", "hello"), ["none of PyTorch's"]),
         ("lfs.bin", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), ["git lfs pull"]),
         ("lfs.safetensors", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), ["git lfs pull"]),
-        ("weights.h5", lambda path: path.write_text("hello"), [".pth, .pt, .bin, .safetensors, .keras"]),
+        ("weights.h5", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), ["HDF5", "load_weights"]),
     ],
 )
 def test_what_is_no_checkpoint_is_told_in_a_line(name, write, parts, tmp_path, capsys):
@@ -138,14 +284,11 @@ def test_a_flipped_bit_in_an_archive_is_found(tmp_path):
         state_dicts.read(file)
 
 
-@pytest.mark.parametrize(
-    "package, name", [("torch", "weights.pth"), ("torch", "pytorch_model.bin"), ("safetensors", "model.safetensors")]
-)
-def test_a_missing_package_is_told_with_what_to_install(package, name, tmp_path, monkeypatch):
-    (tmp_path / name).write_bytes(b"not looked at")
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f"to read {name}.*pip install {package}"):
-        state_dicts.read(tmp_path / name)
+def test_a_missing_package_is_told_with_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"not looked at")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"to read model\.safetensors.*pip install safetensors"):
+        state_dicts.read(tmp_path / "model.safetensors")
 
 
 # === Where it is ===
@@ -180,11 +323,7 @@ def test_of_a_folder_safetensors_are_preferred(folder):
     "damage, parts",
     [
         (lambda folder: (folder / "config.json").unlink(), ["no config.json"]),
-        (lambda folder: (folder / "model.safetensors").unlink(), ["neither model.safetensors nor pytorch_model.bin"]),
-        (
-            lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json"),
-            ["several files", "max_shard_size"],
-        ),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["none of model.safetensors, pytorch_model.bin"]),
     ],
 )
 def test_a_folder_without_weights_is_told_in_a_line(damage, parts, folder):
@@ -291,6 +430,17 @@ def test_a_hub_id_is_downloaded_once(names, hub, cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert state_dicts.locate("microsoft/tiny") == file
     assert len(hub.asked) == asked
+
+
+def test_shards_are_downloaded_and_completed(hub, cache, monkeypatch):
+    (hub.folder / "model.safetensors").unlink()
+    _write_shards(hub.folder, "safetensors")
+    (hub.folder / "preprocessor_config.json").write_text("{}")
+    file = state_dicts.locate("microsoft/tiny")
+    _assert_read(state_dicts.read(file))
+    file.with_name("model-00002-of-00002.safetensors").unlink()
+    assert state_dicts.locate("microsoft/tiny") == file
+    _assert_read(state_dicts.read(file))
 
 
 def test_a_download_that_was_broken_off_is_completed(hub, cache, monkeypatch):

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from photos import REENCODED, photos, png, with_chunk, with_header
+from photos import REENCODED, exif, photos, png, with_chunk, with_header
 
 from cvt_keras import cli, preprocessing_of
 from cvt_keras.data.images import decode, stretch
@@ -368,6 +368,11 @@ def test_only_what_the_server_does_not_read_is_decoded_here():
     assert sent_as_they_are == set(kinds) - set(REENCODED)
     for kind in REENCODED:
         np.testing.assert_array_equal(decode(for_server(kinds[kind])), decode(kinds[kind]), err_msg=kind)
+    photo = kinds["jpeg of orientation 6"]
+    segment = photo[photo.index(b"\xff\xe1") :][: 2 + len(exif(6)) + 2]
+    twice = photo.replace(segment, segment * 2)
+    assert len(twice) > len(photo) and for_server(twice) != twice
+    np.testing.assert_array_equal(decode(for_server(twice)), decode(twice))
     # What phones write behind an image, or beside it.
     photo, other = kinds["progressive jpeg"], kinds["jpeg"]
     for data in (photo + bytes(20), photo + other, photo.replace(b"\xff\xda", b"\xff\xff\xda", 1)):
