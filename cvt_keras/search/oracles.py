@@ -15,6 +15,7 @@ import numpy as np
 from cvt_keras import runs
 from cvt_keras.errors import MissingPackageError, RecipeError, RunError
 from cvt_keras.search import space as spaces
+from cvt_keras.training.recipes import Recipe
 from cvt_keras.training.resume import same_weights
 
 try:
@@ -326,9 +327,11 @@ def differences(stored, settings):
         if stored.get(part) != settings.get(part):
             found.append(f"{part} was {stored.get(part)} and is {settings.get(part)}")
     for part in ("data", "recipe", "space"):
+        # A field that a recipe lacks is newer than the search, and had its default.
+        defaults = Recipe().settings() if part == "recipe" else {}
         was, is_now = stored[part], settings[part]
         for name in was | is_now:
-            before, after = was.get(name), is_now.get(name)
+            before, after = was.get(name, defaults.get(name)), is_now.get(name, defaults.get(name))
             if name == "data_dir" or before == after or (name == "weights" and same_weights(before, after)):
                 continue
             shown = {"variant": "is another", "class names": "are others"}.get(name) or f"was {before!r} and is {after!r}"

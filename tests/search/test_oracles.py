@@ -287,6 +287,11 @@ def test_differences_are_named():
     settings = {"recipe": recipe, "space": {"mixup": [0, 1]}, "algorithm": "random", "max_macs": 1, "data": data}
     moved = {**settings, "recipe": {**recipe, "data_dir": "b"}}
     assert oracles.differences(settings, moved) == ""
+    newer = {**settings, "recipe": {**recipe, "early_stopping": 0}}
+    assert oracles.differences(settings, newer) == ""  # the default of a field that the stored search lacks
+    assert "early_stopping was 0 and is 3" in oracles.differences(
+        settings, {**newer, "recipe": {**recipe, "early_stopping": 3}}
+    )
     changed = {
         **settings,
         "recipe": {**recipe, "dataset": "folder", "seed": 1, "weights": None, "variant": {"stem": [8]}},
