@@ -218,7 +218,7 @@ def test_weights_that_may_not_be_read_are_told(short, weights, tmp_path, monkeyp
 
 
 def test_a_missing_package_for_the_weights_is_told(short, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "weights.pth").write_text("")
-    with pytest.raises(MissingPackageError, match="pip install torch"):
-        run(dataclasses.replace(short, weights=str(tmp_path / "weights.pth")), tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (tmp_path / "weights.safetensors").write_text("")
+    with pytest.raises(MissingPackageError, match="pip install safetensors"):
+        run(dataclasses.replace(short, weights=str(tmp_path / "weights.safetensors")), tmp_path / "run")
