@@ -1,0 +1,1050 @@
+"""Compares networks for `cvt_cifar`: trains each on CIFAR-10 with several seeds. python benchmarks/networks.py --help
+
+Runs on JAX alone, so that one GPU trains many short runs at once: all runs of a network share a program, and `vmap` stacks
+their weights. The networks are functions, not the project's layers. tests/benchmarks/test_networks.py holds the two together:
+the same outputs as `CvT`, and the same steps as the project's Muon.
+
+Validation images only: this script never reads the test split.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+CLASSES = 10
+VALIDATION_IMAGES = 5_000
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+MAX_CROP = 4  # the images are padded by so much whatever the crop, so that its size needs no program of its own
+WHITENING_IMAGES = 5_000
+WHITENING_FILTERS = 24  # 2 * 2 * 3 eigenvectors and their negatives
+NORM_EPSILON = 1e-5
+BATCH_NORM_MOMENTUM = 0.9
+
+# === What is compared ===
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A token embedding by a 3x3 convolution, then blocks.
+
+    Args:
+        dim: width of a token.
+        depth: number of blocks.
+        heads: attention heads; must divide `dim`.
+        mlp_ratio: hidden width of the MLP, as a multiple of `dim`.
+        stride_kv: stride of the key's and value's projections.
+        embed: `"conv"` (stride 2, then norm: the paper's), `"conv_act"` (the same, then GELU), or `"pool"` (stride 1, 2x2
+            max-pool, norm, GELU).
+        local: number of residual 3x3 convolutions (norm, GELU) between embedding and blocks.
+        mlp: `"linear"`, `"local"` (a residual depthwise 3x3 convolution between the two linear layers) or `"conv"` (the first
+            layer is a 3x3 convolution).
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 2.0
+    stride_kv: int = 2
+    embed: Literal["conv", "conv_act", "pool"] = "pool"
+    local: int = 0
+    mlp: Literal["linear", "local", "conv"] = "linear"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A CvT, or with `widths` the plain CNN that it is compared with.
+
+    Args:
+        stages: `Stage` records.
+        stem: widths of 3x3 convolutions with BatchNorm and GELU, before the first stage.
+        whiten: padding of the 2x2 whitening convolution in front of everything: `"valid"`, `"same"`, or `""` for none.
+        norm: `"layer"` or `"batch"`, of blocks and of the head. An embedding that pools always has BatchNorm.
+        value_conv: whether a depthwise 3x3 convolution of the tokens joins the attention's output.
+        widths: of the CNN's groups: two 3x3 convolutions each, with a 2x2 max-pool after the first.
+        residual: whether the second convolution of each of the CNN's groups is residual.
+    """
+
+    stages: tuple[Stage, ...] = ()
+    stem: tuple[int, ...] = ()
+    whiten: Literal["", "valid", "same"] = ""
+    norm: Literal["layer", "batch"] = "layer"
+    value_conv: bool = False
+    widths: tuple[int, ...] = ()
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run trains; the defaults are those of the recipe `cifar10`.
+
+    Args:
+        batch_size: images per training step.
+        newton_schulz_steps: of Muon.
+        epochs: passes over the training images.
+        peak_learning_rate, warmup: of `WarmupThenDecay`, linear.
+        adamw_ratio: learning rate of what Muon does not train, as a share of Muon's.
+        norm_rate: learning rate of the norms' scales and shifts, as a share of the latter.
+        momentum: of Muon.
+        weight_decay: of what Muon trains.
+        adamw_weight_decay: of the other kernels.
+        gradient_clip: largest norm of all gradients together.
+        label_smoothing: share of each label that is spread over all classes.
+        crop_padding: pixels of reflected padding; at most `MAX_CROP`.
+        alternating_flip: mirror each image in every second epoch, instead of at random.
+        erase: probability that a box of an image becomes noise.
+        cutmix: probability that a box of an image becomes another image's.
+        drop_path: stochastic depth rate of the last block; the rates rise linearly from 0 in the first.
+        ema: momentum of the weights' moving average, which is validated; 0 is off.
+        head_scale: scale attention by the width of a head, not of all heads together.
+        max_pool: take the largest token in the head, not their mean.
+        whitening_epsilon: added to the eigenvalues.
+        dirac: whether embeddings start by passing their input through.
+        centre_tap: whether the depthwise convolutions of attention start near the identity.
+        zero_branches: whether the last layer of each residual branch starts at zero.
+        fan_in: whether linear layers start with deviation `1 / sqrt(inputs)`, not 0.02.
+    """
+
+    batch_size: int = 128
+    newton_schulz_steps: int = 5
+    epochs: int = 10
+    peak_learning_rate: float = 2e-3
+    warmup: float = 0.1
+    adamw_ratio: float = 0.5
+    norm_rate: float = 1.0
+    momentum: float = 0.95
+    weight_decay: float = 0.05
+    adamw_weight_decay: float = 0.05
+    gradient_clip: float = 1.0
+    label_smoothing: float = 0.0
+    crop_padding: int = 4
+    alternating_flip: bool = False
+    erase: float = 0.0
+    cutmix: float = 0.0
+    drop_path: float = 0.0
+    ema: float = 0.0
+    head_scale: bool = False
+    max_pool: bool = False
+    whitening_epsilon: float = 5e-4
+    dirac: bool = False
+    centre_tap: bool = False
+    zero_branches: bool = False
+    fan_in: bool = False
+
+
+# These shape the program; those below only the weights that a run starts from. All others are inputs of the program.
+PROGRAM_SETTINGS = ("batch_size", "newton_schulz_steps")
+INITIAL_SETTINGS = ("epochs", "warmup", "whitening_epsilon", "dirac", "centre_tap", "zero_branches", "fan_in")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A network and how it trains."""
+
+    name: str
+    network: Network
+    settings: Settings = field(default_factory=Settings)
+
+
+# === Networks ===
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight: a convolution's kernel is the matrix `(height * width * in, out)` that multiplies patches."""
+
+    shape: tuple[int, ...]
+    initial: str
+    fan_in: int = 0
+    muon: bool = False
+    decays: bool = False
+    norm: bool = False
+    branch_end: bool = False
+
+
+class Tracer:
+    """Passes through a network: reads its weights, or, without any, lists them and counts multiplies."""
+
+    def __init__(self, weights=None, statistics=None, hyper=None, key=None, dtype=jnp.float32):
+        self.weights, self.statistics, self.hyper, self.key, self.dtype = weights, statistics, hyper, key, dtype
+        self.new_statistics = {}
+        self.listed: dict[str, Weight] = {}
+        self.listed_statistics: dict[str, tuple[int, ...]] = {}
+        self.macs = self.block_macs = 0
+        self.in_block = False
+        self._scopes: list[str] = []
+        self._draws = 0
+
+    @property
+    def training(self):
+        return self.key is not None
+
+    def scoped(self, name):
+        self._scopes.append(name)
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._scopes.pop()
+
+    def setting(self, name):
+        return self.hyper[name] if self.hyper is not None else jnp.float32(0)
+
+    def weight(self, name, shape, initial, **about):
+        name = "/".join((*self._scopes, name))
+        if self.weights is None:
+            assert name not in self.listed, name
+            self.listed[name] = Weight(tuple(shape), initial, **about)
+            return jnp.zeros(shape)
+        return self.weights[name]
+
+    def count(self, macs):
+        self.macs += macs
+        self.block_macs += macs if self.in_block else 0
+
+    def next_key(self):
+        self._draws += 1
+        return jax.random.fold_in(self.key, self._draws)
+
+    # --- Layers ---
+
+    def conv(self, x, dim, name, stride=1, bias=False):
+        with self.scoped(name):
+            patches = jnp.concatenate(_shifted(x, stride), axis=-1)  # (B, H, W, 9 C)
+            _, height, width, fan_in = patches.shape
+            self.count(height * width * fan_in * dim)
+            x = self.product(patches, self.weight("kernel", (fan_in, dim), "conv", fan_in=fan_in, muon=True, decays=True))
+            return x + self.weight("bias", (dim,), "conv_bias", fan_in=fan_in).astype(x.dtype) if bias else x
+
+    def product(self, x, kernel):
+        return jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+
+    def linear(self, x, dim, name, muon=True, **about):
+        with self.scoped(name):
+            self.count(math.prod(x.shape[1:-1]) * x.shape[-1] * dim)
+            shape = (x.shape[-1], dim)
+            x = self.product(x, self.weight("kernel", shape, "linear", fan_in=shape[0], muon=muon, decays=True, **about))
+            return x + self.weight("bias", (dim,), "zeros").astype(x.dtype)
+
+    def depthwise(self, x, name, stride=1, initial="depthwise"):
+        with self.scoped(name):
+            kernel = self.weight("kernel", (9, x.shape[-1]), initial, decays=True).astype(x.dtype)
+            x = sum(part * kernel[tap] for tap, part in enumerate(_shifted(x, stride)))
+            self.count(9 * math.prod(x.shape[1:]))
+            return x
+
+    def batch_norm(self, x, name):
+        with self.scoped(name):
+            dim = x.shape[-1]
+            scale = self.weight("gamma", (dim,), "ones", norm=True)
+            shift = self.weight("beta", (dim,), "zeros", norm=True)
+            name = "/".join(self._scopes)
+            self.listed_statistics[name] = (2, dim)
+            wide = x.astype(jnp.float32)
+            if self.training or self.weights is None:
+                mean = jnp.mean(wide, axis=(0, 1, 2))
+                variance = jnp.mean(jnp.square(wide), axis=(0, 1, 2)) - jnp.square(mean)
+                if self.statistics is not None:
+                    before, now = self.statistics[name], jnp.stack([mean, variance])
+                    self.new_statistics[name] = before * BATCH_NORM_MOMENTUM + now * (1 - BATCH_NORM_MOMENTUM)
+            else:
+                mean, variance = self.statistics[name]
+            scale = scale * jax.lax.rsqrt(variance + NORM_EPSILON)
+            return (wide * scale + (shift - mean * scale)).astype(x.dtype)
+
+    def layer_norm(self, x, name):
+        with self.scoped(name):
+            scale = self.weight("gamma", x.shape[-1:], "ones", norm=True)
+            shift = self.weight("beta", x.shape[-1:], "zeros", norm=True)
+            wide = x.astype(jnp.float32)
+            mean = jnp.mean(wide, axis=-1, keepdims=True)
+            variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
+            return ((wide - mean) * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + shift).astype(x.dtype)
+
+    def norm(self, x, kind, name):
+        return self.batch_norm(x, name) if kind == "batch" else self.layer_norm(x, name)
+
+    def drop_path(self, branch, share):
+        if not self.training:
+            return branch
+        rate = self.setting("drop_path") * share
+        kept = jax.random.uniform(self.next_key(), (branch.shape[0], 1, 1, 1)) >= rate
+        return branch * (kept / (1 - rate)).astype(branch.dtype)
+
+
+def _shifted(x, stride):
+    """The nine views of `x` that a 3x3 kernel multiplies, one per tap; padded with zeros, evenly."""
+    _, height, width, _ = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rows, columns = (side - 1 - (side - 1) % stride + 1 for side in (height, width))
+    return [x[:, i : i + rows : stride, j : j + columns : stride] for i in range(3) for j in range(3)]
+
+
+def gelu(x):
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def max_pool(x):
+    """2x2, stride 2; what does not fill a window is left out."""
+    batch, height, width, channels = x.shape
+    height, width = height // 2, width // 2
+    x = x[:, : 2 * height, : 2 * width].reshape(batch, height, 2, width, 2, channels)
+    return jnp.max(x, axis=(2, 4))
+
+
+def apply(network, tracer, images):
+    """Normalised images `(batch, 32, 32, 3)` -> logits `(batch, 10)`, float32."""
+    x = images.astype(tracer.dtype)
+    if network.whiten:
+        x = _whiten(tracer, x, network.whiten)
+    x = _cnn(network, tracer, x) if network.widths else _cvt(network, tracer, x)
+    mean, largest = jnp.mean(x.astype(jnp.float32), axis=(1, 2)), jnp.max(x, axis=(1, 2)).astype(jnp.float32)
+    x = jnp.where(tracer.setting("max_pool") > 0, largest, mean)
+    with tracer.scoped("head"):  # in float32: logits lie close together
+        tracer.count(x.shape[-1] * CLASSES)
+        kernel = tracer.weight("kernel", (x.shape[-1], CLASSES), "linear", fan_in=x.shape[-1], decays=True)
+        return x @ kernel + tracer.weight("bias", (CLASSES,), "zeros")
+
+
+def _whiten(tracer, x, padding):
+    if padding == "same":
+        x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    height, width = x.shape[1] - 1, x.shape[2] - 1
+    patches = jnp.concatenate([x[:, i : i + height, j : j + width] for i in (0, 1) for j in (0, 1)], axis=-1)  # (B, H, W, 12)
+    tracer.count(height * width * 12 * WHITENING_FILTERS)
+    kernel = jnp.zeros((12, WHITENING_FILTERS)) if tracer.hyper is None else tracer.hyper["whitening"]
+    with tracer.scoped("whiten"):
+        x = tracer.product(patches, kernel)
+        return gelu(x + tracer.weight("bias", (WHITENING_FILTERS,), "zeros").astype(x.dtype))
+
+
+def _cnn(network, tracer, x):
+    for i, dim in enumerate(network.widths):
+        with tracer.scoped(f"group{i}"):
+            x = gelu(tracer.batch_norm(max_pool(tracer.conv(x, dim, "conv0")), "norm0"))
+            y = gelu(tracer.batch_norm(tracer.conv(x, dim, "conv1"), "norm1"))
+            x = x + y if network.residual else y
+    return x
+
+
+def _cvt(network, tracer, x):
+    for i, dim in enumerate(network.stem):
+        with tracer.scoped(f"stem{i}"):
+            x = gelu(tracer.batch_norm(tracer.conv(x, dim, "conv"), "norm"))
+    blocks, done = sum(stage.depth for stage in network.stages), 0
+    for i, stage in enumerate(network.stages):
+        with tracer.scoped(f"stage{i}"):
+            with tracer.scoped("embed"):
+                if stage.embed == "pool":
+                    x = gelu(tracer.batch_norm(max_pool(tracer.conv(x, stage.dim, "proj")), "norm"))
+                elif stage.embed == "conv_act":
+                    x = gelu(tracer.batch_norm(tracer.conv(x, stage.dim, "proj", 2), "norm"))
+                else:
+                    x = tracer.layer_norm(tracer.conv(x, stage.dim, "proj", 2, bias=True), "norm")
+            for j in range(stage.local):
+                with tracer.scoped(f"local{j}"):
+                    x = x + gelu(tracer.batch_norm(tracer.conv(x, stage.dim, "conv"), "norm"))
+            tracer.in_block = True
+            for j in range(stage.depth):
+                with tracer.scoped(f"block{j}"):
+                    x = _block(network, stage, tracer, x, done / max(blocks - 1, 1))
+                done += 1
+            tracer.in_block = False
+    return tracer.norm(x, network.norm, "norm")
+
+
+def _block(network, stage, tracer, x, drop_share):
+    tokens = tracer.norm(x, network.norm, "norm1")
+    x = x + tracer.drop_path(_attention(network, stage, tracer, tokens), drop_share)
+    tokens = tracer.norm(x, network.norm, "norm2")
+    hidden = int(stage.dim * stage.mlp_ratio)
+    first = functools.partial(tracer.conv, bias=True) if stage.mlp == "conv" else tracer.linear
+    tokens = first(tokens, hidden, "fc1")
+    if stage.mlp == "local":
+        tokens = tokens + tracer.depthwise(tokens, "local")
+    return x + tracer.drop_path(tracer.linear(gelu(tokens), stage.dim, "fc2", branch_end=True), drop_share)
+
+
+def _attention(network, stage, tracer, tokens):
+    parts = []
+    for name, stride in (("q", 1), ("k", stage.stride_kv), ("v", stage.stride_kv)):
+        y = tracer.batch_norm(tracer.depthwise(tokens, f"conv_{name}", stride, "projection"), f"norm_{name}")
+        y = y.reshape(y.shape[0], -1, stage.dim)  # (B, H, W, C) -> (B, N, C)
+        parts.append(tracer.linear(y, stage.dim, f"proj_{name}"))
+    heads, width = stage.heads, stage.dim // stage.heads
+    q, k, v = (part.reshape(*part.shape[:2], heads, width) for part in parts)  # (B, N, C) -> (B, N, heads, C / heads)
+    tracer.count(2 * q.shape[1] * k.shape[1] * stage.dim)
+    scale = jnp.where(tracer.setting("head_scale") > 0, width**-0.5, stage.dim**-0.5)
+    scores = jnp.einsum("bqhc,bkhc->bhqk", q, k).astype(jnp.float32) * scale
+    y = jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(scores).astype(v.dtype), v)
+    y = y.reshape(tokens.shape)  # (B, N, heads, C / heads) -> (B, H, W, C)
+    if network.value_conv:
+        y = y + tracer.depthwise(tokens, "value_conv")
+    return tracer.linear(y, stage.dim, "proj", branch_end=True)
+
+
+@functools.cache
+def weights_of(network):
+    """A tracer that has listed a network's weights, statistics and multiplies."""
+    tracer = Tracer()
+    jax.eval_shape(lambda x: apply(network, tracer, x), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    return tracer
+
+
+def initial_weights(network, settings, seed):
+    """The weights that a run starts from, drawn as the project's layers draw them."""
+    random = np.random.default_rng([seed, 1])
+    weights = {}
+    for name, weight in weights_of(network).listed.items():
+        weights[name] = _initial(weight, random, settings, "/embed/" in name).astype("float32")
+    return weights
+
+
+def _initial(weight, random, settings, is_embedding):
+    if weight.initial in ("zeros", "ones"):
+        return np.full(weight.shape, float(weight.initial == "ones"))
+    if weight.initial in ("conv", "conv_bias"):
+        bound = weight.fan_in**-0.5
+        drawn = random.uniform(-bound, bound, weight.shape)
+        if weight.initial == "conv" and settings.dirac and is_embedding:
+            inputs, outputs = weight.fan_in // 9, weight.shape[1]
+            same = min(inputs, outputs)
+            drawn[:, :same] = 0
+            drawn[4 * inputs + np.arange(same), np.arange(same)] = 1  # the fifth of nine taps is the middle
+        return drawn
+    if weight.initial in ("depthwise", "projection"):
+        drawn = random.uniform(-1 / 3, 1 / 3, weight.shape)
+        if weight.initial == "projection" and settings.centre_tap:
+            drawn[4] += 1
+        return drawn
+    drawn = random.normal(size=weight.shape)
+    while (outside := np.abs(drawn) > 2).any():  # Keras' truncated normal
+        drawn[outside] = random.normal(size=outside.sum())
+    deviation = weight.fan_in**-0.5 if settings.fan_in and weight.muon else 0.02
+    return drawn * deviation / 0.8796 * (0 if settings.zero_branches and weight.branch_end else 1)
+
+
+def whitening_kernel(images, epsilon):
+    """Eigenvectors of 2x2 patches, each divided by the deviation along it, and their negatives: `(12, 24)`.
+
+    Args:
+        images: uint8 `(n, 32, 32, 3)`.
+        epsilon: added to the eigenvalues, so that what is mostly noise is not blown up.
+    """
+    x = np.asarray(normalized(np.asarray(images[:WHITENING_IMAGES])), "float64")
+    patches = np.concatenate([x[:, i : i + 31, j : j + 31] for i in (0, 1) for j in (0, 1)], axis=-1).reshape(-1, 12)
+    values, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    kernel = vectors / np.sqrt(values + epsilon)
+    return np.concatenate([kernel, -kernel], axis=1).astype("float32")
+
+
+# === Augmentation ===
+
+
+def normalized(pixels):
+    return (pixels.astype("float32") / 255 - np.array(MEAN, "float32")) / np.array(STD, "float32")
+
+
+def augmented(pixels, labels, mirrored, hyper, key):
+    """Mirrors, crops, erases and mixes a batch.
+
+    Args:
+        pixels: uint8 `(batch, 32, 32, 3)`.
+        labels: one-hot `(batch, 10)`.
+        mirrored: bool `(batch,)`.
+        hyper: of the run.
+        key: for the draws.
+
+    Returns:
+        Normalised images and labels.
+    """
+    place, size, choice, noise = jax.random.split(key, 4)
+    pixels = jnp.where(mirrored[:, None, None, None], pixels[:, :, ::-1], pixels)
+    padding = hyper["crop_padding"]
+    offsets = jnp.floor(jax.random.uniform(place, (len(pixels), 2)) * (2 * padding + 1)) - padding + MAX_CROP
+    pixels = _crop(pixels, offsets.astype(jnp.int32)).astype(jnp.float32)
+    pixels = _erased(pixels, hyper["erase"], noise)
+    inside = _mix_boxes(pixels.shape, size) & (jax.random.uniform(choice, (len(pixels), 1, 1, 1)) < hyper["cutmix"])
+    kept = 1 - jnp.mean(inside.astype(jnp.float32), axis=(1, 2))  # (B, 1)
+    pixels = jnp.where(inside, jnp.roll(pixels, 1, axis=0), pixels)
+    return normalized(pixels), kept * labels + (1 - kept) * jnp.roll(labels, 1, axis=0)
+
+
+def _crop(pixels, offsets):
+    padded = jnp.pad(pixels, ((0, 0), (MAX_CROP,) * 2, (MAX_CROP,) * 2, (0, 0)), "reflect")
+
+    def cut(image, offset):
+        return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (32, 32, 3))
+
+    return jax.vmap(cut)(padded, offsets)
+
+
+def _erased(pixels, probability, key):
+    choice, sizes, place, noise = jax.random.split(key, 4)
+    area, aspect = jax.random.uniform(sizes, (2, len(pixels)))
+    area = 0.02 + area * (0.4 - 0.02)
+    aspect = jnp.exp(math.log(0.3) * (1 - 2 * aspect))  # 0.3 to 1 / 0.3
+    inside = _box(jnp.sqrt(area * aspect), jnp.sqrt(area / aspect), place)
+    inside &= jax.random.uniform(choice, (len(pixels), 1, 1, 1)) < probability
+    return jnp.where(inside, jax.random.uniform(noise, pixels.shape, maxval=255.0), pixels)
+
+
+def _mix_boxes(shape, key):
+    draw, place = jax.random.split(key)
+    side = jnp.sqrt(jax.random.uniform(draw, shape[:1]))  # Beta(1, 1) is uniform
+    return _box(side, side, place)
+
+
+def _box(tall, wide, key):
+    place = jax.random.uniform(key, (2, len(tall)))
+
+    def inside(share, place):
+        length = jnp.round(jnp.minimum(share, 1.0) * 32)
+        first = jnp.floor(place * (32 - length + 1))
+        position = jnp.arange(32.0)
+        return (position >= first[:, None]) & (position < (first + length)[:, None])  # (B, 32)
+
+    return inside(tall, place[0])[:, :, None, None] & inside(wide, place[1])[:, None, :, None]
+
+
+# === Training ===
+
+
+def orthogonalized(matrices, steps):
+    """Newton-Schulz, as in Keras' Muon; matrices of one shape go through it together."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, matrix in matrices.items():
+        groups.setdefault(tuple(sorted(matrix.shape)), []).append(name)
+    results = {}
+    for names in groups.values():
+        x = jnp.stack([matrices[name].T if _is_tall(matrices[name]) else matrices[name] for name in names])
+        x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
+        for _ in range(steps):
+            a = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        results.update({name: part.T if _is_tall(matrices[name]) else part for name, part in zip(names, x)})
+    return results
+
+
+def _is_tall(matrix):
+    return matrix.shape[0] > matrix.shape[1]
+
+
+def learning_rate(step, hyper):
+    """`WarmupThenDecay`, linear."""
+    left = jnp.clip((hyper["steps"] - step) / (hyper["steps"] - hyper["warmup_steps"]), 0.0, 1.0)
+    return hyper["peak_learning_rate"] * jnp.minimum((step + 1) / jnp.maximum(1.0, hyper["warmup_steps"]), left)
+
+
+def updated(listed, weights, gradients, moments, velocities, step, hyper, newton_schulz_steps):
+    """One step of the project's Muon. Returns new weights, moments and velocities."""
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(gradient)) for gradient in gradients.values()))
+    clip = jnp.minimum(1.0, hyper["gradient_clip"] / norm)
+    gradients = {name: gradient * clip for name, gradient in gradients.items()}
+    rate = learning_rate(step, hyper)
+    weights = dict(weights)
+    for name, weight in listed.items():
+        if weight.decays:
+            weights[name] *= 1 - rate * hyper["weight_decay" if weight.muon else "adamw_weight_decay"]
+    new_moments, new_velocities, directions = {}, {}, {}
+    for name, weight in listed.items():
+        gradient, beta = gradients[name], hyper["momentum"]
+        if weight.muon:
+            new_moments[name] = moments[name] * beta + gradient
+            directions[name] = gradient + beta * new_moments[name]
+            continue
+        new_moments[name] = moments[name] + (gradient - moments[name]) * (1 - 0.9)
+        new_velocities[name] = velocities[name] + (jnp.square(gradient) - velocities[name]) * (1 - 0.999)
+        alpha = rate * hyper["adamw_ratio"] * (hyper["norm_rate"] if weight.norm else 1.0)
+        alpha *= jnp.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+        weights[name] -= alpha * new_moments[name] / (jnp.sqrt(new_velocities[name]) + 1e-7)
+    for name, update in orthogonalized(directions, newton_schulz_steps).items():
+        weights[name] -= rate * update * math.sqrt(max(update.shape)) * 0.2
+    return weights, new_moments, new_velocities
+
+
+def training_step(network, newton_schulz_steps, dtype, state, hyper, images, labels, step_key):
+    """Trains on one batch of normalised images and soft labels. Returns the new state, loss and accuracy."""
+    listed = weights_of(network).listed
+
+    def loss(weights):
+        tracer = Tracer(weights, state["statistics"], hyper, step_key, dtype)
+        logits = apply(network, tracer, images)
+        smooth = labels * (1 - hyper["label_smoothing"]) + hyper["label_smoothing"] / CLASSES
+        entropy = -jnp.mean(jnp.sum(smooth * jax.nn.log_softmax(logits), axis=-1))
+        return entropy, (tracer.new_statistics, logits)
+
+    (entropy, (statistics, logits)), gradients = jax.value_and_grad(loss, has_aux=True)(state["weights"])
+    step = state["step"]
+    weights, moments, velocities = updated(
+        listed, state["weights"], gradients, state["moments"], state["velocities"], step, hyper, newton_schulz_steps
+    )
+    momentum = jnp.where(step > 0, hyper["ema"], 0.0)
+    average = {name: momentum * state["average"][name] + (1 - momentum) * weights[name] for name in weights}
+    hits = jnp.mean(jnp.argmax(logits, axis=-1) == jnp.argmax(labels, axis=-1))
+    state = {
+        "weights": weights,
+        "statistics": statistics,
+        "moments": moments,
+        "velocities": velocities,
+        "average": average,
+        "step": step + 1,
+    }
+    return state, entropy, hits
+
+
+def train_epoch(network, batch_size, newton_schulz_steps, dtype, state, hyper, images, labels, epoch):
+    """One pass over the training images. Returns the new state, and the means of loss and accuracy."""
+    n = len(images)
+    key = jax.random.key(hyper["seed"].astype(jnp.uint32))
+    flips, orders, draws = jax.random.split(key, 3)
+    order = jax.random.permutation(jax.random.fold_in(orders, epoch), n)
+    order = order[: n // batch_size * batch_size].reshape(-1, batch_size)
+    first = jax.random.bernoulli(flips, shape=(n,))
+    anew = jax.random.bernoulli(jax.random.fold_in(flips, epoch + 1), shape=(n,))
+    mirrored = jnp.where(hyper["alternating_flip"] > 0, first ^ (epoch % 2 == 1), anew)
+
+    def step(state, chosen):
+        augmentation, network_key = jax.random.split(jax.random.fold_in(draws, state["step"].astype(jnp.int32)))
+        one_hot = jax.nn.one_hot(labels[chosen], CLASSES)
+        batch, targets = augmented(images[chosen], one_hot, mirrored[chosen], hyper, augmentation)
+        state, *measured = training_step(network, newton_schulz_steps, dtype, state, hyper, batch, targets, network_key)
+        return state, measured
+
+    state, (losses, hits) = jax.lax.scan(step, state, order)
+    return state, jnp.mean(losses), jnp.mean(hits)
+
+
+def predictions(network, dtype, state, hyper, images):
+    """Logits `(n, 10)` of uint8 images, by the averaged weights."""
+
+    def predict(batch):
+        tracer = Tracer(state["average"], state["statistics"], hyper, dtype=dtype)
+        return apply(network, tracer, normalized(batch))
+
+    size = math.gcd(len(images), 500)
+    return jax.lax.map(predict, images.reshape(-1, size, *images.shape[1:])).reshape(-1, CLASSES)
+
+
+def initial_state(network, settings, seed):
+    weights = initial_weights(network, settings, seed)
+    tracer = weights_of(network)
+    zeros = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    statistics = {
+        name: np.stack([np.zeros(dim, "float32"), np.ones(dim, "float32")])
+        for name, (_, dim) in tracer.listed_statistics.items()
+    }
+    return {
+        "weights": weights,
+        "statistics": statistics,
+        "moments": zeros,
+        "velocities": {name: zeros[name] for name, weight in tracer.listed.items() if not weight.muon},
+        "average": weights,
+        "step": np.float32(0),
+    }
+
+
+def hyper_of(settings, seed, steps_per_epoch, whitening):
+    """A run's inputs to the program."""
+    steps = steps_per_epoch * settings.epochs
+    fields = {name: np.float32(value) for name, value in dataclasses.asdict(settings).items()}
+    fields = {name: value for name, value in fields.items() if name not in (*PROGRAM_SETTINGS, *INITIAL_SETTINGS)}
+    return {
+        **fields,
+        "seed": np.float32(seed),
+        "steps": np.float32(steps),
+        "warmup_steps": np.float32(min(round(settings.warmup * steps), steps - 1)),
+        "whitening": whitening,
+    }
+
+
+# === Runs ===
+
+
+@dataclass(frozen=True)
+class Data:
+    """uint8 images `(n, 32, 32, 3)` and their labels."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Group:
+    """Runs of one network, which train at once.
+
+    Args:
+        experiments: of one network, and the same in `PROGRAM_SETTINGS` and epochs.
+        seeds: each experiment runs with each.
+        data: a `Data`.
+    """
+
+    def __init__(self, experiments, seeds, data):
+        self.experiments, self.data = experiments, data
+        self.network, first = experiments[0].network, experiments[0].settings
+        self.epochs = first.epochs
+        self.program_settings = tuple(getattr(first, name) for name in PROGRAM_SETTINGS)
+        self.runs = [(experiment, seed) for experiment in experiments for seed in seeds]
+
+    @property
+    def program_key(self):
+        """Groups with the same share a program."""
+        return self.network, self.program_settings, len(self.runs)
+
+    def start(self):
+        """The runs' states and inputs, stacked."""
+        steps = len(self.data.train_images) // self.program_settings[0]
+        states, hypers = [], []
+        for experiment, seed in self.runs:
+            settings = experiment.settings
+            whitening = whitening_kernel(self.data.train_images, settings.whitening_epsilon)
+            states.append(initial_state(self.network, settings, seed))
+            hypers.append(hyper_of(settings, seed, steps, whitening))
+        return _stacked(states), _stacked(hypers)
+
+    def compiled(self, dtype):
+        """Programs for an epoch and for predictions, and the seconds that they took to compile."""
+        started = time.perf_counter()
+        state, hyper = self.start()
+        data = self.data
+        train = jax.vmap(
+            functools.partial(train_epoch, self.network, *self.program_settings, dtype), in_axes=(0, 0, None, None, None)
+        )
+        train = jax.jit(train, donate_argnums=0).lower(state, hyper, data.train_images, data.train_labels, np.int32(0))
+        predict = jax.jit(jax.vmap(functools.partial(predictions, self.network, dtype), in_axes=(0, 0, None)))
+        predict = predict.lower(state, hyper, data.images)
+        return train.compile(), predict.compile(), time.perf_counter() - started
+
+    def train(self, train, predict):
+        """Trains all epochs. Returns a record of each run."""
+        started = time.perf_counter()
+        data = self.data
+        state, hyper = jax.device_put(self.start())
+        validation, training, losses = [], [], []
+        for epoch in range(self.epochs):
+            state, loss, hits = train(state, hyper, data.train_images, data.train_labels, np.int32(epoch))
+            logits = predict(state, hyper, data.images)
+            training.append(hits)
+            losses.append(loss)
+            validation.append(jnp.mean(jnp.argmax(logits, axis=-1) == data.labels, axis=-1))
+        logits = np.asarray(logits, "float64")
+        mirrored = np.asarray(predict(state, hyper, data.images[:, :, ::-1]), "float64")
+        seconds = time.perf_counter() - started
+        validation, training, losses = (np.asarray(rows) for rows in (validation, training, losses))
+        labels = np.asarray(data.labels)
+        listed = weights_of(self.network)
+        records = []
+        for i, (experiment, seed) in enumerate(self.runs):
+            both = _log_softmax(logits[i]) + _log_softmax(mirrored[i])
+            temperature, fitted = fit_temperature(logits[i], labels)
+            records.append(
+                {
+                    "experiment": experiment.name,
+                    "seed": seed,
+                    "validation": [round(float(row[i]), 4) for row in validation],
+                    "validation_mirrored_too": round(float(np.mean(both.argmax(-1) == labels)), 4),
+                    "cross_entropy": round(cross_entropy(logits[i], labels), 4),
+                    "cross_entropy_fitted": round(fitted, 4),
+                    "temperature": round(temperature, 3),
+                    "training": [round(float(row[i]), 4) for row in training],
+                    "loss": round(float(losses[-1][i]), 4),
+                    "macs": listed.macs,
+                    "block_macs": listed.block_macs,
+                    "parameters": sum(math.prod(weight.shape) for weight in listed.listed.values()),
+                    "seconds_of_all_runs": round(seconds, 1),
+                    "runs_at_once": len(self.runs),
+                    "network": dataclasses.asdict(self.network),
+                    "settings": dataclasses.asdict(experiment.settings),
+                }
+            )
+        return records
+
+
+def _stacked(trees):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def _log_softmax(logits):
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def cross_entropy(logits, labels):
+    return float(-_log_softmax(logits)[np.arange(len(labels)), labels].mean())
+
+
+def fit_temperature(logits, labels):
+    """The temperature that gives the least cross-entropy, to a few thousandths, and that cross-entropy."""
+    temperatures = np.exp(np.linspace(math.log(0.2), math.log(3), 60))
+    entropies = [cross_entropy(logits / temperature, labels) for temperature in temperatures]
+    best = int(np.argmin(entropies))
+    return float(temperatures[best]), entropies[best]
+
+
+def grouped(experiments, most):
+    """Lists of at most `most` experiments that can share a program, in the order of their first."""
+    groups: list[list[Experiment]] = []
+    filling: dict[tuple, list[Experiment]] = {}
+    for experiment in experiments:
+        settings = experiment.settings
+        key = (experiment.network, settings.epochs, *(getattr(settings, name) for name in PROGRAM_SETTINGS))
+        if len(filling.get(key, ())) == most or key not in filling:
+            filling[key] = []
+            groups.append(filling[key])
+        filling[key].append(experiment)
+    return groups
+
+
+def run_all(experiments, seeds, data, out, dtype=jnp.bfloat16, at_once=6, seconds=math.inf, compilers=4):
+    """Runs experiments, and appends a line of JSON per run to `out` as soon as it is there.
+
+    Args:
+        experiments: `Experiment` records, the most important first.
+        seeds: each experiment runs with each.
+        data: a `Data`.
+        out: path of the file.
+        dtype: what convolutions and matrix products compute in.
+        at_once: experiments that share a program, at most.
+        seconds: nothing starts that would not end within them.
+        compilers: programs that are compiled at a time, while others run.
+    """
+    started = time.perf_counter()
+    data = Data(*(jax.device_put(getattr(data, field.name)) for field in dataclasses.fields(data)))
+    waiting = [Group(group, seeds, data) for group in grouped(experiments, at_once)]
+    pool = concurrent.futures.ThreadPoolExecutor(compilers)
+    programs: dict[tuple, concurrent.futures.Future] = {}
+    for group in waiting:
+        if group.program_key not in programs:
+            programs[group.program_key] = pool.submit(group.compiled, dtype)
+
+    cost = 0.0  # seconds per epoch of a run, the most so far
+    while waiting:
+        left = seconds - (time.perf_counter() - started)
+        ready = [group for group in waiting if programs[group.program_key].done()]
+        if not ready and left > 0:
+            concurrent.futures.wait([programs[group.program_key] for group in waiting], min(left, 1), "FIRST_COMPLETED")
+            continue
+        fitting = [group for group in ready if cost * len(group.runs) * group.epochs <= left]
+        if left <= 0 or not fitting:
+            _say(f"out of time: {', '.join(experiment.name for group in waiting for experiment in group.experiments)}")
+            break
+        group = fitting[0]
+        waiting.remove(group)
+        begun = time.perf_counter()
+        try:
+            train, predict, compile_seconds = programs[group.program_key].result()
+            with open(out, "a") as file:
+                for record in group.train(train, predict):
+                    record.update(dtype=jnp.dtype(dtype).name, compile_seconds=round(compile_seconds, 1))
+                    file.write(json.dumps(record) + "\n")
+                    _say(_summary(record))
+            spent = time.perf_counter() - begun
+            cost = max(cost, spent / len(group.runs) / group.epochs)
+            now = time.perf_counter() - started
+            _say(f"{now:.0f} s: {len(group.runs)} runs in {spent:.1f} s, compiled in {compile_seconds:.0f} s")
+        except Exception:  # one network that fails must not cost the others
+            _say(f"FAILED: {', '.join(experiment.name for experiment in group.experiments)}\n{traceback.format_exc()}")
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _summary(record):
+    figures = record["validation"][-1], record["validation_mirrored_too"], record["training"][-1]
+    percents = " ".join(f"{100 * figure:.2f}" for figure in figures)
+    return f"{record['experiment']} | {record['seed']} | {percents} | {record['cross_entropy_fitted']:.4f}"
+
+
+def _say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def load(path=None, limit=None):
+    """CIFAR-10's training images, the last 5,000 of them for validation.
+
+    Args:
+        path: an .npz file with `images` and `labels` in the order of TFDS; without it the project reads TFDS' own.
+        limit: train on the first of so many only, validate on a tenth of that.
+    """
+    if path:
+        with np.load(path) as arrays:
+            images, labels = arrays["images"], arrays["labels"].astype("int32")
+        kept = len(images) - VALIDATION_IMAGES
+        parts = (images[:kept], labels[:kept], images[kept:], labels[kept:])
+    else:
+        sys.path.insert(0, str(Path(__file__).parent.parent))
+        from cvt_keras.data import sources
+
+        source = sources.load("cifar10", None, 32)
+        parts = (source.train.images, source.train.labels, source.validation.images, source.validation.labels)
+    limits = (limit, limit, limit and max(1, limit // 10), limit and max(1, limit // 10))
+    return Data(*(np.ascontiguousarray(part[:limit]) for part, limit in zip(parts, limits)))
+
+
+# === Experiments ===
+
+# The recipe that the plain CNN does best with, by the proxies.
+R = Settings(
+    peak_learning_rate=3e-3,
+    weight_decay=0.3,
+    label_smoothing=0.1,
+    crop_padding=3,
+    head_scale=True,
+)
+
+
+def _pooled(*stages, whiten="valid", mlp="local", **fields):
+    """A network whose first stage has a narrow MLP and few keys, and whose MLPs are all of one kind."""
+    stages = tuple(dataclasses.replace(stage, mlp=mlp) if stage.mlp == "linear" else stage for stage in stages)
+    return Network(stages, whiten=whiten, **{"norm": "batch", **fields})
+
+
+_C1 = Stage(64, 1, 2, 1, 4), Stage(128, 1, 4), Stage(256, 1, 8)
+NETWORKS = {
+    "cvt_cifar": Network(
+        (Stage(64, 1, 1, embed="conv"), Stage(128, 2, 2, embed="conv"), Stage(256, 1, 4, embed="conv")), stem=(32, 32)
+    ),
+    "cnn": Network(whiten="valid", widths=(64, 128, 128)),
+    "c1": _pooled(*_C1),
+    "c1, linear MLP": _pooled(*_C1, mlp="linear"),
+    "c1, layer norm": _pooled(*_C1, norm="layer"),
+    "c1, linear MLP, layer norm": _pooled(*_C1, mlp="linear", norm="layer"),
+    "c1, value convolution": _pooled(*_C1, value_conv=True),
+    "c1, linear MLP, value convolution": _pooled(*_C1, mlp="linear", value_conv=True),
+    "c2": _pooled(Stage(48, 1, 2, 1), Stage(128, 1, 4), Stage(224, 1, 7), whiten="same"),
+    "c3": _pooled(Stage(48, 1, 2, 1, 4), Stage(128, 2, 4), Stage(256, 2, 8, 1.5, embed="conv_act"), whiten="same"),
+    "c4": _pooled(Stage(48, 1, 2, 1, 4), Stage(128, 1, 4, local=1), Stage(256, 1, 8)),
+    "c5": _pooled(
+        Stage(64, 1, 2, 1, 4, embed="conv_act"),
+        Stage(128, 1, 4, embed="conv_act", local=1),
+        Stage(256, 1, 8, embed="conv_act", local=1),
+        whiten="same",
+        stem=(32,),
+    ),
+    "c6": _pooled(
+        Stage(48, 1, 2, 1, 4),
+        Stage(128, 1, 4, 1, mlp="conv"),
+        Stage(256, 1, 8, 1, embed="conv_act", mlp="conv"),
+        whiten="same",
+    ),
+    "c7": _pooled(Stage(48, 1, 2, 1, 4), Stage(128, 1, 4, 1), Stage(384, 1, 12, 1.5)),
+    "c9": _pooled(Stage(48, 1, 2, 1, 4), Stage(128, 1, 4), Stage(320, 1, 10)),
+    "c10": _pooled(Stage(48, 1, 2, 1, 4), Stage(128, 2, 4), Stage(256, 2, 8)),
+}
+
+
+def _experiments():
+    """Every experiment by its name, the most important first."""
+    experiments = {}
+
+    def add(name, network, settings=R, **changes):
+        assert name not in experiments, name
+        experiments[name] = Experiment(name, NETWORKS[network], dataclasses.replace(settings, **changes))
+
+    for crop in (3, 2, 4):
+        add(f"c1, crop {crop}", "c1", crop_padding=crop)
+    add("c1, decay 0.6", "c1", weight_decay=0.6)
+    add("c1, rate 4e-3", "c1", peak_learning_rate=4e-3)
+    add("c1, max-pool head", "c1", max_pool=True)
+    add("cvt_cifar, its recipe", "cvt_cifar", Settings())
+    add("cvt_cifar, R", "cvt_cifar", head_scale=False)
+    add("cvt_cifar, R, head scale", "cvt_cifar")
+    for crop in (3, 2, 4):
+        add(f"cnn, crop {crop}", "cnn", crop_padding=crop, max_pool=True)
+    add("cnn, alternating flip", "cnn", max_pool=True, alternating_flip=True)
+    add("cnn, decay 0.6", "cnn", max_pool=True, weight_decay=0.6)
+    add("cnn, rate 4e-3", "cnn", max_pool=True, peak_learning_rate=4e-3)
+    for network in ("c1, linear MLP", "c3", "c4", "c2", "c7", "c6", "c10", "c9"):
+        add(f"{network}, R", network)
+        add(f"{network}, max-pool head", network, max_pool=True)
+        add(f"{network}, decay 0.6", network, weight_decay=0.6)
+    add("c1, centre tap", "c1", centre_tap=True)
+    add("c1, dirac", "c1", dirac=True)
+    add("c1, zero branches", "c1", zero_branches=True)
+    add("c1, fan-in", "c1", fan_in=True)
+    add("c1, alternating flip", "c1", alternating_flip=True)
+    add("c1, smoothing 0.2", "c1", label_smoothing=0.2)
+    add("c1, width scale", "c1", head_scale=False)
+    add("c1, decay 1.0", "c1", weight_decay=1.0)
+    add("c1, rate 2e-3", "c1", peak_learning_rate=2e-3)
+    add("c1, rate 6e-3", "c1", peak_learning_rate=6e-3)
+    add("c1, rate 4e-3, decay 0.6", "c1", peak_learning_rate=4e-3, weight_decay=0.6)
+    add("c1, erase 0.1", "c1", erase=0.1)
+    for network in ("c1, layer norm", "c1, value convolution", "c1, linear MLP, value convolution"):
+        add(f"{network}, R", network)
+        add(f"{network}, max-pool head", network, max_pool=True)
+        add(f"{network}, decay 0.6", network, weight_decay=0.6)
+    add("c1, drop path 0.05", "c1", drop_path=0.05)
+    add("c1, drop path 0.1", "c1", drop_path=0.1)
+    add("c1, whitening 1e-2", "c1", whitening_epsilon=1e-2)
+    add("c1, EMA 0.995", "c1", ema=0.995)
+    add("c1, cutmix 0.2", "c1", cutmix=0.2)
+    add("c1, norms' rate x4", "c1", norm_rate=4.0)
+    for rate in (3e-3, 4.2e-3, 6e-3):
+        add(f"c1, batch 256, rate {rate:g}", "c1", batch_size=256, peak_learning_rate=rate)
+    add("c1, momentum 0.9", "c1", momentum=0.9)
+    add("c1, AdamW rate x0.5", "c1", adamw_ratio=0.25)
+    add("c1, AdamW rate x2", "c1", adamw_ratio=1.0)
+    add("c1, warm-up 0.2", "c1", warmup=0.2)
+    add("c1, erase 0.25", "c1", erase=0.25)
+    add("c1, AdamW decay 0.3", "c1", adamw_weight_decay=0.3)
+    add("c1, 3 Newton-Schulz steps", "c1", newton_schulz_steps=3)
+    for network in ("c5", "c1, linear MLP, layer norm"):
+        add(f"{network}, R", network)
+        add(f"{network}, max-pool head", network, max_pool=True)
+        add(f"{network}, decay 0.6", network, weight_decay=0.6)
+    return experiments
+
+
+EXPERIMENTS = _experiments()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Trains networks for CIFAR-10 by JAX, and appends a line of JSON per run to a file."""
+
+    out: Path = Path("networks.jsonl")
+    """Where the lines go."""
+    only: tuple[str, ...] = ()
+    """Only the experiments of these names; --only list prints them all."""
+    seeds: int = 3
+    """Runs of each experiment."""
+    data: Path | None = None
+    """An .npz file with the training images, by default TFDS'."""
+    train_limit: int | None = None
+    """Train on the first N images only, and validate on a tenth as many."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """What convolutions and matrix products compute in. Weights, optimizer, norms and softmax are float32."""
+    at_once: int = 6
+    """Experiments of one network that train at once, with all their seeds."""
+    seconds: float = math.inf
+    """Nothing starts that would not end within so many."""
+
+
+def main(arguments):
+    if arguments.only == ("list",):
+        print("\n".join(EXPERIMENTS))
+        return
+    if unknown := set(arguments.only) - set(EXPERIMENTS):
+        raise ValueError(f"`only` must name experiments. Received: {', '.join(sorted(unknown))}")
+    chosen = [experiment for name, experiment in EXPERIMENTS.items() if name in (arguments.only or EXPERIMENTS)]
+    data = load(arguments.data, arguments.train_limit)
+    dtype = jnp.dtype(arguments.precision)
+    run_all(chosen, range(arguments.seeds), data, arguments.out, dtype, arguments.at_once, arguments.seconds)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
