@@ -93,6 +93,8 @@ class Settings:
     Args:
         batch_size: images per training step.
         newton_schulz_steps: of Muon.
+        precision: `"bfloat16"` or `"float32"`, of convolutions and matrix products. Weights, optimizer, norms and softmax are
+            float32. On a GPU JAX rounds the inputs of float32 products to TF32.
         epochs: passes over the training images.
         peak_learning_rate, warmup: of `WarmupThenDecay`, linear.
         adamw_ratio: learning rate of what Muon does not train, as a share of Muon's.
@@ -119,6 +121,7 @@ class Settings:
 
     batch_size: int = 128
     newton_schulz_steps: int = 5
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
     epochs: int = 10
     peak_learning_rate: float = 2e-3
     warmup: float = 0.1
@@ -145,7 +148,7 @@ class Settings:
 
 
 # These shape the program; those below only the weights that a run starts from. All others are inputs of the program.
-PROGRAM_SETTINGS = ("batch_size", "newton_schulz_steps")
+PROGRAM_SETTINGS = ("batch_size", "newton_schulz_steps", "precision")
 INITIAL_SETTINGS = ("epochs", "warmup", "whitening_epsilon", "dirac", "centre_tap", "zero_branches", "fan_in")
 
 
@@ -438,16 +441,21 @@ def _initial(weight, random, settings, is_embedding):
     return drawn * deviation / 0.8796 * (0 if settings.zero_branches and weight.branch_end else 1)
 
 
-def whitening_kernel(images, epsilon):
-    """Eigenvectors of 2x2 patches, each divided by the deviation along it, and their negatives: `(12, 24)`.
+def whitening_axes(images):
+    """Eigenvalues and eigenvectors of the 2x2 patches of uint8 images `(n, 32, 32, 3)`."""
+    x = normalized(np.asarray(images)).astype("float64")
+    patches = np.concatenate([x[:, i : i + 31, j : j + 31] for i in (0, 1) for j in (0, 1)], axis=-1).reshape(-1, 12)
+    return np.linalg.eigh(patches.T @ patches / len(patches))
+
+
+def whitening_kernel(axes, epsilon):
+    """Eigenvectors, each divided by the deviation along it, and their negatives: `(12, 24)`.
 
     Args:
-        images: uint8 `(n, 32, 32, 3)`.
+        axes: of `whitening_axes`.
         epsilon: added to the eigenvalues, so that what is mostly noise is not blown up.
     """
-    x = np.asarray(normalized(np.asarray(images[:WHITENING_IMAGES])), "float64")
-    patches = np.concatenate([x[:, i : i + 31, j : j + 31] for i in (0, 1) for j in (0, 1)], axis=-1).reshape(-1, 12)
-    values, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    values, vectors = axes
     kernel = vectors / np.sqrt(values + epsilon)
     return np.concatenate([kernel, -kernel], axis=1).astype("float32")
 
@@ -607,7 +615,7 @@ def training_step(network, newton_schulz_steps, dtype, state, hyper, images, lab
     return state, entropy, hits
 
 
-def train_epoch(network, batch_size, newton_schulz_steps, dtype, state, hyper, images, labels, epoch):
+def train_epoch(network, batch_size, newton_schulz_steps, precision, state, hyper, images, labels, epoch):
     """One pass over the training images. Returns the new state, and the means of loss and accuracy."""
     n = len(images)
     key = jax.random.key(hyper["seed"].astype(jnp.uint32))
@@ -622,18 +630,20 @@ def train_epoch(network, batch_size, newton_schulz_steps, dtype, state, hyper, i
         augmentation, network_key = jax.random.split(jax.random.fold_in(draws, state["step"].astype(jnp.int32)))
         one_hot = jax.nn.one_hot(labels[chosen], CLASSES)
         batch, targets = augmented(images[chosen], one_hot, mirrored[chosen], hyper, augmentation)
-        state, *measured = training_step(network, newton_schulz_steps, dtype, state, hyper, batch, targets, network_key)
+        state, *measured = training_step(
+            network, newton_schulz_steps, jnp.dtype(precision), state, hyper, batch, targets, network_key
+        )
         return state, measured
 
     state, (losses, hits) = jax.lax.scan(step, state, order)
     return state, jnp.mean(losses), jnp.mean(hits)
 
 
-def predictions(network, dtype, state, hyper, images):
+def predictions(network, precision, state, hyper, images):
     """Logits `(n, 10)` of uint8 images, by the averaged weights."""
 
     def predict(batch):
-        tracer = Tracer(state["average"], state["statistics"], hyper, dtype=dtype)
+        tracer = Tracer(state["average"], state["statistics"], hyper, dtype=jnp.dtype(precision))
         return apply(network, tracer, normalized(batch))
 
     size = math.gcd(len(images), 500)
@@ -661,8 +671,11 @@ def initial_state(network, settings, seed):
 def hyper_of(settings, seed, steps_per_epoch, whitening):
     """A run's inputs to the program."""
     steps = steps_per_epoch * settings.epochs
-    fields = {name: np.float32(value) for name, value in dataclasses.asdict(settings).items()}
-    fields = {name: value for name, value in fields.items() if name not in (*PROGRAM_SETTINGS, *INITIAL_SETTINGS)}
+    fields = {
+        name: np.float32(value)
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in (*PROGRAM_SETTINGS, *INITIAL_SETTINGS)
+    }
     return {
         **fields,
         "seed": np.float32(seed),
@@ -684,6 +697,10 @@ class Data:
     images: np.ndarray
     labels: np.ndarray
 
+    @functools.cached_property
+    def whitening_axes(self):
+        return whitening_axes(self.train_images[:WHITENING_IMAGES])
+
 
 class Group:
     """Runs of one network, which train at once.
@@ -702,6 +719,10 @@ class Group:
         self.runs = [(experiment, seed) for experiment in experiments for seed in seeds]
 
     @property
+    def names(self):
+        return "; ".join(experiment.name for experiment in self.experiments)
+
+    @property
     def program_key(self):
         """Groups with the same share a program."""
         return self.network, self.program_settings, len(self.runs)
@@ -712,29 +733,28 @@ class Group:
         states, hypers = [], []
         for experiment, seed in self.runs:
             settings = experiment.settings
-            whitening = whitening_kernel(self.data.train_images, settings.whitening_epsilon)
+            whitening = whitening_kernel(self.data.whitening_axes, settings.whitening_epsilon)
             states.append(initial_state(self.network, settings, seed))
             hypers.append(hyper_of(settings, seed, steps, whitening))
         return _stacked(states), _stacked(hypers)
 
-    def compiled(self, dtype):
+    def compiled(self):
         """Programs for an epoch and for predictions, and the seconds that they took to compile."""
         started = time.perf_counter()
         state, hyper = self.start()
         data = self.data
-        train = jax.vmap(
-            functools.partial(train_epoch, self.network, *self.program_settings, dtype), in_axes=(0, 0, None, None, None)
-        )
-        train = jax.jit(train, donate_argnums=0).lower(state, hyper, data.train_images, data.train_labels, np.int32(0))
-        predict = jax.jit(jax.vmap(functools.partial(predictions, self.network, dtype), in_axes=(0, 0, None)))
-        predict = predict.lower(state, hyper, data.images)
+        train = functools.partial(train_epoch, self.network, *self.program_settings)
+        train = jax.jit(jax.vmap(train, in_axes=(0, 0, None, None, None)), donate_argnums=0)
+        train = train.lower(state, hyper, data.train_images, data.train_labels, np.int32(0))
+        predict = functools.partial(predictions, self.network, self.program_settings[-1])
+        predict = jax.jit(jax.vmap(predict, in_axes=(0, 0, None))).lower(state, hyper, data.images)
         return train.compile(), predict.compile(), time.perf_counter() - started
 
-    def train(self, train, predict):
-        """Trains all epochs. Returns a record of each run."""
+    def train(self, start, train, predict):
+        """Trains all epochs. Returns arrays for `records`."""
         started = time.perf_counter()
         data = self.data
-        state, hyper = jax.device_put(self.start())
+        state, hyper = jax.device_put(start)
         validation, training, losses = [], [], []
         for epoch in range(self.epochs):
             state, loss, hits = train(state, hyper, data.train_images, data.train_labels, np.int32(epoch))
@@ -742,11 +762,13 @@ class Group:
             training.append(hits)
             losses.append(loss)
             validation.append(jnp.mean(jnp.argmax(logits, axis=-1) == data.labels, axis=-1))
-        logits = np.asarray(logits, "float64")
-        mirrored = np.asarray(predict(state, hyper, data.images[:, :, ::-1]), "float64")
-        seconds = time.perf_counter() - started
-        validation, training, losses = (np.asarray(rows) for rows in (validation, training, losses))
-        labels = np.asarray(data.labels)
+        mirrored = predict(state, hyper, data.images[:, :, ::-1])
+        results = jax.device_get((validation, training, losses, logits, mirrored))
+        return *results, time.perf_counter() - started
+
+    def records(self, validation, training, losses, logits, mirrored, seconds):
+        """A dict of JSON's types per run."""
+        labels = np.asarray(self.data.labels)
         listed = weights_of(self.network)
         records = []
         for i, (experiment, seed) in enumerate(self.runs):
@@ -810,7 +832,7 @@ def grouped(experiments, most):
     return groups
 
 
-def run_all(experiments, seeds, data, out, dtype=jnp.bfloat16, at_once=6, seconds=math.inf, compilers=4):
+def run_all(experiments, seeds, data, out, at_once=6, seconds=math.inf, compilers=4):
     """Runs experiments, and appends a line of JSON per run to `out` as soon as it is there.
 
     Args:
@@ -818,7 +840,6 @@ def run_all(experiments, seeds, data, out, dtype=jnp.bfloat16, at_once=6, second
         seeds: each experiment runs with each.
         data: a `Data`.
         out: path of the file.
-        dtype: what convolutions and matrix products compute in.
         at_once: experiments that share a program, at most.
         seconds: nothing starts that would not end within them.
         compilers: programs that are compiled at a time, while others run.
@@ -826,13 +847,20 @@ def run_all(experiments, seeds, data, out, dtype=jnp.bfloat16, at_once=6, second
     started = time.perf_counter()
     data = Data(*(jax.device_put(getattr(data, field.name)) for field in dataclasses.fields(data)))
     waiting = [Group(group, seeds, data) for group in grouped(experiments, at_once)]
-    pool = concurrent.futures.ThreadPoolExecutor(compilers)
+    compiling, starting, writing = (concurrent.futures.ThreadPoolExecutor(n) for n in (compilers, 1, 1))
     programs: dict[tuple, concurrent.futures.Future] = {}
     for group in waiting:
         if group.program_key not in programs:
-            programs[group.program_key] = pool.submit(group.compiled, dtype)
+            programs[group.program_key] = compiling.submit(group.compiled)
+    starts = {group: starting.submit(group.start) for group in waiting}
 
-    cost = 0.0  # seconds per epoch of a run, the most so far
+    def write(group, results):
+        with open(out, "a") as file:
+            for record in group.records(*results):
+                file.write(json.dumps(record) + "\n")
+                _say(_summary(record))
+
+    written, cost = [], 0.0  # seconds per epoch of a run, the most so far
     while waiting:
         left = seconds - (time.perf_counter() - started)
         ready = [group for group in waiting if programs[group.program_key].done()]
@@ -841,25 +869,25 @@ def run_all(experiments, seeds, data, out, dtype=jnp.bfloat16, at_once=6, second
             continue
         fitting = [group for group in ready if cost * len(group.runs) * group.epochs <= left]
         if left <= 0 or not fitting:
-            _say(f"out of time: {', '.join(experiment.name for group in waiting for experiment in group.experiments)}")
+            _say(f"out of time: {' | '.join(group.names for group in waiting)}")
             break
         group = fitting[0]
         waiting.remove(group)
         begun = time.perf_counter()
         try:
             train, predict, compile_seconds = programs[group.program_key].result()
-            with open(out, "a") as file:
-                for record in group.train(train, predict):
-                    record.update(dtype=jnp.dtype(dtype).name, compile_seconds=round(compile_seconds, 1))
-                    file.write(json.dumps(record) + "\n")
-                    _say(_summary(record))
+            results = group.train(starts.pop(group).result(), train, predict)
+            written.append(writing.submit(write, group, results))
             spent = time.perf_counter() - begun
             cost = max(cost, spent / len(group.runs) / group.epochs)
             now = time.perf_counter() - started
-            _say(f"{now:.0f} s: {len(group.runs)} runs in {spent:.1f} s, compiled in {compile_seconds:.0f} s")
+            _say(f"{now:.0f} s: {len(group.runs)} runs in {spent:.1f} s, compiled in {compile_seconds:.0f} s: {group.names}")
         except Exception:  # one network that fails must not cost the others
-            _say(f"FAILED: {', '.join(experiment.name for experiment in group.experiments)}\n{traceback.format_exc()}")
-    pool.shutdown(wait=False, cancel_futures=True)
+            _say(f"FAILED: {group.names}\n{traceback.format_exc()}")
+    for future in written:
+        future.result()
+    for pool in (compiling, starting, writing):
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _summary(record):
@@ -971,6 +999,7 @@ def _experiments():
         add(f"{network}, R", network)
         add(f"{network}, max-pool head", network, max_pool=True)
         add(f"{network}, decay 0.6", network, weight_decay=0.6)
+    add("c1, float32", "c1", precision="float32")
     add("c1, centre tap", "c1", centre_tap=True)
     add("c1, dirac", "c1", dirac=True)
     add("c1, zero branches", "c1", zero_branches=True)
@@ -1026,8 +1055,6 @@ class Arguments:
     """An .npz file with the training images, by default TFDS'."""
     train_limit: int | None = None
     """Train on the first N images only, and validate on a tenth as many."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """What convolutions and matrix products compute in. Weights, optimizer, norms and softmax are float32."""
     at_once: int = 6
     """Experiments of one network that train at once, with all their seeds."""
     seconds: float = math.inf
@@ -1042,8 +1069,7 @@ def main(arguments):
         raise ValueError(f"`only` must name experiments. Received: {', '.join(sorted(unknown))}")
     chosen = [experiment for name, experiment in EXPERIMENTS.items() if name in (arguments.only or EXPERIMENTS)]
     data = load(arguments.data, arguments.train_limit)
-    dtype = jnp.dtype(arguments.precision)
-    run_all(chosen, range(arguments.seeds), data, arguments.out, dtype, arguments.at_once, arguments.seconds)
+    run_all(chosen, range(arguments.seeds), data, arguments.out, arguments.at_once, arguments.seconds)
 
 
 if __name__ == "__main__":
