@@ -1,4 +1,4 @@
-import dataclasses
+import json
 import re
 
 import jax
@@ -13,9 +13,17 @@ from cvt_keras import CvT, Stage, Variant, macs
 from cvt_keras.training import Recipe
 from cvt_keras.training.optimizers import make_optimizer
 
-VARIANT = Variant((Stage(8, 1, 1, mlp_ratio=2.0), Stage(16, 2, 2, mlp_ratio=2.0)), activation="gelu", stem=(4,))
-STAGES = networks.Stage(8, 1, 1, embed="conv"), networks.Stage(16, 2, 2, embed="conv")
-NETWORK = Network(STAGES, stem=(4,))
+VARIANT = Variant((Stage(8, 1, 2, mlp_ratio=2.0),), activation="gelu", stem=(4,))
+NETWORK = Network((networks.Stage(8, 1, 2, embed="conv"),), stem=(4,))
+STEPS = 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_that_compile_quickly():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _path(name):
@@ -52,7 +60,7 @@ def _weights(model):
 
 
 def _hyper(**settings):
-    return networks.hyper_of(Settings(**settings), 0, 5, np.zeros((12, 24), "float32"))
+    return networks.hyper_of(Settings(**settings), 0, STEPS, np.zeros((12, 24), "float32"))
 
 
 def test_it_is_the_projects_network(model, images):
@@ -67,11 +75,10 @@ def test_it_is_the_projects_network(model, images):
 
 
 def test_it_takes_the_steps_of_the_projects_muon(model, images):
-    recipe = Recipe(epochs=4, label_smoothing=0.1, weight_decay=0.05)
-    optimizer = make_optimizer(recipe, model, 20)
+    optimizer = make_optimizer(Recipe(), model, 10 * STEPS)
     variables = _variables(model)
     optimizer.build(list(model.trainable_variables))
-    hyper = _hyper(epochs=4)
+    hyper = _hyper()
     state = networks.initial_state(NETWORK, Settings(), 0)
     state["weights"] = {name: jnp.asarray(value) for name, value in _weights(model).items()}
     labels = jnp.eye(10)[: len(images)]
@@ -90,7 +97,7 @@ def test_it_takes_the_steps_of_the_projects_muon(model, images):
         new = {**state, "weights": weights, "moments": moments, "velocities": velocities, "step": state["step"] + 1}
         return new, gradients
 
-    for _ in range(20):
+    for _ in range(STEPS):
         state, gradients = step(state)
         by_path = {variables[name].path: gradient for name, gradient in gradients.items()}
         optimizer.apply(
@@ -102,3 +109,69 @@ def test_it_takes_the_steps_of_the_projects_muon(model, images):
         )
     for name, value in _weights(model).items():
         np.testing.assert_allclose(state["weights"][name], value, atol=1e-4, err_msg=name)
+
+
+def _batch(**settings):
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    mirrored = np.arange(8) % 2 == 0
+    augmented = jax.jit(networks.augmented)
+    batch, labels = augmented(pixels, jnp.eye(10)[:8], mirrored, _hyper(**settings), jax.random.key(0))
+    return pixels, np.asarray(batch), np.asarray(labels)
+
+
+def test_it_mirrors_what_was_chosen():
+    pixels, batch, labels = _batch(crop_padding=0)
+    pixels[::2] = pixels[::2, :, ::-1]
+    np.testing.assert_allclose(batch, networks.normalized(pixels), atol=1e-5)
+    np.testing.assert_array_equal(labels, np.eye(10)[:8])
+
+
+def test_a_crop_moves_by_at_most_its_padding():
+    pixels, batch, _ = _batch(crop_padding=2)
+    pixels[::2] = pixels[::2, :, ::-1]
+    padded = networks.normalized(np.pad(pixels, ((0, 0), (2, 2), (2, 2), (0, 0)), "reflect"))
+    for image, cropped in zip(padded, batch):
+        windows = [image[i : i + 32, j : j + 32] for i in range(5) for j in range(5)]
+        assert any(np.allclose(window, cropped, atol=1e-5) for window in windows)
+
+
+def test_cutmix_mixes_labels_as_pixels():
+    _, _, labels = _batch(cutmix=1.0)
+    np.testing.assert_allclose(labels.sum(axis=1), 1, atol=1e-6)
+    assert (np.count_nonzero(labels, axis=1) == 2).any()
+
+
+def test_whitened_patches_are_uncorrelated():
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3)).cumsum(axis=2) % 256
+    kernel = networks.whitening_kernel(networks.whitening_axes(images.astype("uint8")), 0.0)[:, :12]
+    x = networks.normalized(images)
+    patches = np.concatenate([x[:, i : i + 31, j : j + 31] for i in (0, 1) for j in (0, 1)], axis=-1).reshape(-1, 12)
+    white = patches @ kernel
+    np.testing.assert_allclose(white.T @ white / len(white), np.eye(12), atol=1e-3)
+
+
+def test_every_network_keeps_the_budget():
+    for name, network in networks.NETWORKS.items():
+        listed = networks.weights_of(network)
+        assert listed.macs <= 60e6, name
+        assert network.widths or listed.block_macs > listed.macs / 5, name
+
+
+def test_experiments_that_can_share_a_program_do():
+    groups = networks.grouped(list(networks.EXPERIMENTS.values()), 6)
+    assert sum(len(group) for group in groups) == len(networks.EXPERIMENTS)
+    assert all(len(group) <= 6 and len({experiment.network for experiment in group}) == 1 for group in groups)
+
+
+def test_it_writes_a_line_per_run(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (networks.VALIDATION_IMAGES + 40, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=random.integers(0, 10, len(images)))
+    tiny = networks.Experiment("tiny", Network(whiten="valid", widths=(4,)), Settings(batch_size=10, epochs=2))
+    monkeypatch.setitem(networks.EXPERIMENTS, "tiny", tiny)
+    out = tmp_path / "out.jsonl"
+    networks.main(networks.Arguments(out, ("tiny",), seeds=2, data=tmp_path / "images.npz", train_limit=40))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["experiment"], line["seed"], len(line["validation"])) for line in lines] == [("tiny", 0, 2), ("tiny", 1, 2)]
+    assert lines[0]["loss"] != lines[1]["loss"]
