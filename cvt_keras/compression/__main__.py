@@ -41,6 +41,10 @@ class Arguments:
     """Validate on the first N images only; defaults to the run's."""
     test_limit: int | None = None
     """Test on the first N images only; defaults to the run's."""
+    skip_broken: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave out files of a folder that can't be read, and count them in the report; on if the run did."""
+    class_weights: Annotated[str | None, tyro.conf.arg(metavar="auto|none|FILE")] = None
+    """The weight of each class in the loss; defaults to the run's."""
     resume: bool = False
     """Continue the new run after its last finished epoch."""
 

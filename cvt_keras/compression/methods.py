@@ -34,6 +34,8 @@ def compress(
     train_limit: int | None = None,
     validation_limit: int | None = None,
     test_limit: int | None = None,
+    skip_broken: bool = False,
+    class_weights: str | os.PathLike[str] | None = None,
     resume: bool = False,
     **options: Any,
 ) -> RunResult:
@@ -54,6 +56,8 @@ def compress(
         seed: `None` means the run's.
         data_dir: where the images are now; `None` means where they were.
         train_limit, validation_limit, test_limit: use the first N images only; `None` means as many as the run did.
+        skip_broken: whether to leave out files of a folder that can't be read; always, if the run did.
+        class_weights: `"auto"`, `"none"` or a file, as in a `Recipe`; `None` means the run's.
         resume: continue the run in `run_dir` after its last finished epoch.
         options: the method's own arguments, `sparsity` or `clusters` for instance. Zeros of a pruned run stay, unless
             `keep_zeros=False`.
@@ -82,6 +86,8 @@ def compress(
         "train_limit": train_limit,
         "validation_limit": validation_limit,
         "test_limit": test_limit,
+        "skip_broken": skip_broken or None,
+        "class_weights": class_weights,
     }
     defaults = {
         "peak_learning_rate": LEARNING_RATE_SHARE * recipe.peak_learning_rate,

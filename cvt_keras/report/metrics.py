@@ -92,12 +92,13 @@ def best_epoch(history, first_epoch=0):
         The dict of that epoch.
     """
 
-    def merit(row):
-        # A loss that is NaN would compare as neither higher nor lower.
-        loss = row["val_loss"]
-        return row["val_accuracy"], -math.inf if math.isnan(loss) else -loss
+    return max(history[first_epoch:], key=lambda row: merit(row["val_accuracy"], row["val_loss"]))
 
-    return max(history[first_epoch:], key=merit)
+
+def merit(accuracy, loss):
+    """What the better of two epochs has more of, to be compared: the accuracy, and if that is equal, the lower loss."""
+    # A loss that is NaN would compare as neither higher nor lower.
+    return accuracy, -math.inf if math.isnan(loss) else -loss
 
 
 def evaluate(logits, labels):

@@ -10,7 +10,7 @@ import numpy as np
 
 from cvt_keras import runs, signals
 from cvt_keras.errors import DivergedError, RecipeError, RunError
-from cvt_keras.report.metrics import best_epoch
+from cvt_keras.report.metrics import best_epoch, merit
 
 CLASS_WEIGHTS = "class weights"  # key of a checkpoint's `data`
 
@@ -106,7 +106,7 @@ class BestWeights(keras.callbacks.Callback):
     def on_test_end(self, logs=None):
         # Python's floats, as history.csv has them: a resumed run compares with those.
         accuracy, loss = float(logs["accuracy"]), float(logs["loss"])
-        if self._epoch >= self.first_epoch and (accuracy, -loss) > (self.score, -self.loss):
+        if self._epoch >= self.first_epoch and merit(accuracy, loss) > merit(self.score, self.loss):
             self.score, self.loss = accuracy, loss
             self.weights = self.model.get_weights()
 

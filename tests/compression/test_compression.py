@@ -363,13 +363,15 @@ def test_flags_reach_the_recipe(trained, compressed, tmp_path):
         "validation_limit": 60,
         "test_limit": 50,
         "peak_learning_rate": 0.003,
+        "class_weights": "auto",
     }
     flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    flags += ["--data-dir", before["data_dir"]]
+    flags += ["--data-dir", before["data_dir"], "--skip-broken"]
     pruning = ["--sparsity", "0.4", "--schedule", "polynomial", "--frequency", "1", "--layers", "stage1"]
     assert cli.main(["prune", str(trained), "--run-dir", str(tmp_path / "new"), *flags, *pruning]) == 0
     stored = json.loads((tmp_path / "new" / "recipe.json").read_text())
     assert {name: stored[name] for name in values} == values
+    assert stored["skip_broken"] is True
     assert stored["compression"] == {
         "method": "prune",
         "sparsity": 0.4,
