@@ -7,16 +7,20 @@ from cvt_keras.data.split import Source, Split
 
 
 def _split(images):
-    """A `Split` of one-coloured images: the colour is the number in front of the class, as in `"7a"`, and so is the digest."""
-    colours = np.array([int(image[:-1]) for image in images], "uint8")
-    pixels = np.tile(colours[:, None, None, None], (1, 2, 2, 3)).reshape(-1, 2, 2, 3)
-    return Split(pixels, np.array(["ab".index(image[-1]) for image in images], "int64"), tuple(image[:-1] for image in images))
+    """A `Split` of one-coloured images: the colour is the number in front of the class, as in `"7a"`, and so is the digest.
+
+    `"7'a"` is another file of the same pixels.
+    """
+    colours = [image[:-1].rstrip("'") for image in images]
+    pixels = np.tile(np.array(colours, "uint8")[:, None, None, None], (1, 2, 2, 3)).reshape(-1, 2, 2, 3)
+    labels = np.array(["ab".index(image[-1]) for image in images], "int64")
+    return Split(pixels, labels, tuple(image[:-1] for image in images), tuple(f"pixels {colour}" for colour in colours))
 
 
-def small_source(train, validation, test):
+def small_source(train, validation, test, split_folders=("train",)):
     """A `Source` with digests."""
     splits = [_split(images.split()) for images in (train, validation, test)]
-    return Source("folder", *splits, ("a", "b"), *mean_and_std(splits[0].images))
+    return Source("folder", *splits, ("a", "b"), *mean_and_std(splits[0].images), split_folders=split_folders)
 
 
 def written(source):

@@ -480,7 +480,8 @@ def _source(listing, found, pixels):
     for split, chosen in places.items():
         labels = np.array([found[place].file.label for place in chosen], "int64")
         digests = tuple(found[place].digest for place in chosen)
-        splits[split] = Split(pixels[start : start + len(chosen)], labels, digests)
+        decoded = tuple(found[place].pixels.hex() for place in chosen)
+        splits[split] = Split(pixels[start : start + len(chosen)], labels, digests, decoded)
         start += len(chosen)
     mean, std = images.mean_and_std(splits["train"].images)
     return Source(
@@ -492,6 +493,7 @@ def _source(listing, found, pixels):
         note="tested on about a tenth of the images, held out" if "test" in held_out else "",
         warnings=tuple(listing.warnings),
         left_out=dict(sorted(listing.left_out.items())),
+        split_folders=listing.splits,
     )
 
 
@@ -510,31 +512,35 @@ def _sides(listing, found):
 
 
 def _leave_out_seen(listing, found, places):
-    """Takes test images that also are training images out of `places`, and warns of these and of validation images."""
-    seen = {found[place].pixels for place in places["train"]}
-    kept = [place for place in places["test"] if found[place].pixels not in seen]
-    n = len(places["test"]) - len(kept)
-    if not kept:
-        raise _error(
-            f"all {_count(n, 'test image', 'test images')} of {_shown(listing.root)} have the same pixels as a training image",
-            "Give the test split images of its own, or move its folder away: some are then held out",
-        )
-    if n:
-        listing.left_out["the same pixels as a training image"] += n
-        first = _some([found[place].file.path for place in places["test"] if found[place].pixels in seen], listing.root)
-        listing.warnings.append(
-            f"{_count(n, 'test image has', 'test images have')} the same pixels as a training image and "
-            f"{'is' if n == 1 else 'are'} left out: {first}"
-        )
-    labels = {found[place].file.label for place in kept}
+    """Takes out of `places` what has the pixels of an image of an earlier split, of train, validation and test."""
+    seen = {}  # the digest of an image's pixels -> its split
+    for split in SPLITS:
+        for other in ("training", "validation"):
+            copies = [place for place in places[split] if seen.get(found[place].pixels) == other]
+            _leave_out_copies(listing, found, places, split, other, copies)
+        seen |= {found[place].pixels: "training" if split == "train" else split for place in places[split]}
+    labels = {found[place].file.label for place in places["test"]}
     if lacking := [name for label, name in enumerate(listing.class_names) if label not in labels]:
         listing.warnings.append(f"no test image is left of {', '.join(lacking)}")
-    places["test"] = kept
-    if again := [place for place in places["validation"] if found[place].pixels in seen]:
-        n, first = len(again), _some([found[place].file.path for place in again], listing.root)
-        listing.warnings.append(
-            f"{_count(n, 'validation image has', 'validation images have')} the same pixels as a training image: {first}"
+
+
+def _leave_out_copies(listing, found, places, split, other, copies):
+    if not copies:
+        return
+    n = len(copies)
+    if n == len(places[split]):
+        raise _error(
+            f"all {_count(n, f'{split} image', f'{split} images')} of {_shown(listing.root)} have the same pixels as a "
+            f"{other} image",
+            f"Give the {split} split images of its own, or move its folder away: some are then held out",
         )
+    left_out = set(copies)
+    places[split] = [place for place in places[split] if place not in left_out]
+    listing.left_out[f"the same pixels as a {other} image"] += n
+    listing.warnings.append(
+        f"{_count(n, f'{split} image has', f'{split} images have')} the same pixels as a {other} image and "
+        f"{'is' if n == 1 else 'are'} left out: {_some([found[place].file.path for place in copies], listing.root)}"
+    )
 
 
 def _warn(listing, found, places):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,23 @@ from cvt_keras.data.split import Split
 from cvt_keras.errors import RunError
 
 SPLITS = ("train", "validation", "test")
-COLUMNS = ("digest", "split", "label")
+# What the weights that a run started from were trained on, and what the run itself did not find.
+EARLIER = "earlier"
+COLUMNS = ("digest", "split", "label", "pixels")
+
+
+class Image(NamedTuple):
+    """What a record knows of an image.
+
+    Args:
+        split: of `SPLITS`, or `EARLIER`.
+        label: the name of its class.
+        pixels: the digest of its decoded pixels; see `Split`.
+    """
+
+    split: str
+    label: str
+    pixels: str
 
 
 @dataclass(frozen=True)
@@ -20,19 +37,26 @@ class Comparison:
 
     Args:
         missing: images of the record that are not found.
-        new: images that are found and not in the record.
+        new: images that are found, and that the run did not have.
         relabelled: images that lie in the folder of another class than before.
+        moved: images that lie in the folder of another split than the record gives them.
     """
 
     missing: int
     new: int
     relabelled: int
+    moved: int = 0
 
     def __bool__(self):
-        return bool(self.missing or self.new or self.relabelled)
+        return bool(self.missing or self.new or self.relabelled or self.moved)
 
     def __str__(self):
-        counts = {"missing": self.missing, "new": self.new, "of another class than before": self.relabelled}
+        counts = {
+            "missing": self.missing,
+            "new": self.new,
+            "of another class than before": self.relabelled,
+            "in another split than their folder says": self.moved,
+        }
         return ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
 
 
@@ -41,10 +65,16 @@ class ImageRecord:
     """The images of a run.
 
     Args:
-        images: the SHA-256 of an image's file -> its split, of `SPLITS`, and the name of its class.
+        images: the SHA-256 of an image's file -> its `Image`.
     """
 
-    images: dict[str, tuple[str, str]]
+    images: dict[str, Image]
+
+    def __post_init__(self):
+        # A file whose metadata was edited is the same image. What was trained on comes last, and so counts.
+        order = ("test", "validation", EARLIER, "train")
+        ordered = sorted(self.images.values(), key=lambda image: order.index(image.split))
+        object.__setattr__(self, "_splits", {image.pixels: image.split for image in ordered})
 
     @classmethod
     def of(cls, splits, class_names):
@@ -56,10 +86,9 @@ class ImageRecord:
             class_names: in the order of the labels.
         """
         images = {}
-        for name in reversed(SPLITS):  # an image that also lies in train/ counts as trained on
-            split = splits.get(name)
-            if split is not None:
-                images |= {digest: (name, class_names[label]) for digest, label in zip(split.digests, split.labels)}
+        for name, split in splits.items():
+            for digest, label, pixels in zip(split.digests, split.labels, split.pixels):
+                images[digest] = Image(name, class_names[label], pixels)
         return cls(images)
 
     @classmethod
@@ -73,15 +102,24 @@ class ImageRecord:
         Args:
             earlier: the `ImageRecord` of the run that the weights come from.
         """
-        trained_on = {digest: where for digest, where in earlier.images.items() if where[0] == "train"}
-        return ImageRecord(trained_on | self.images)
+        gone = {
+            digest: image._replace(split=EARLIER)
+            for digest, image in earlier.images.items()
+            if image.split in ("train", EARLIER) and self.split_of(digest, image.pixels) is None
+        }
+        return ImageRecord(gone | self.images)
+
+    def split_of(self, digest, pixels):
+        """The split of an image, by its file or else by its pixels; `None` if the record does not have it."""
+        image = self.images.get(digest)
+        return image.split if image else self._splits.get(pixels)
 
     def write(self, path):
         """Writes the record as CSV."""
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
-            writer.writerows((digest, *where) for digest, where in sorted(self.images.items()))
+            writer.writerows((digest, *image) for digest, image in sorted(self.images.items()))
 
     @classmethod
     def read(cls, path):
@@ -95,8 +133,8 @@ class ImageRecord:
                 header, *rows = csv.reader(file)
             if tuple(header) != COLUMNS:
                 raise ValueError(f"its columns are {', '.join(header)}")
-            images = {digest: (split, label) for digest, split, label in rows}
-            if unknown := {split for split, _ in images.values()} - set(SPLITS):
+            images = {digest: Image(split, label, pixels) for digest, split, label, pixels in rows}
+            if unknown := {image.split for image in images.values()} - {*SPLITS, EARLIER}:
                 raise ValueError(f"it has a split {min(unknown)}")
         except FileNotFoundError:
             return None
@@ -107,24 +145,22 @@ class ImageRecord:
     def apply(self, source, keep_new=True):
         """Gives each image of a source the split that it has in the record.
 
-        Copies of a file in several splits are first dealt with by `without_copies`.
-
         Args:
-            source: a `Source` whose splits have digests.
-            keep_new: whether an image that is not in the record stays in its split, or is left out.
+            source: a `Source` whose splits have digests, and no pixels in two of them.
+            keep_new: whether to keep an image that the run did not have, or to leave it out. One that the weights before the
+                run were trained on is trained on; others stay in their split.
 
         Returns:
             The `Source`, with mean and std of its training images; and a `Comparison`.
         """
-        comparison = self._compare(source)
-        source, _ = without_copies(source)
         taken = {name: [] for name in SPLITS}  # pairs of the split where an image lies, and its place there
         for name in SPLITS:
-            for place, digest in enumerate(getattr(source, name).digests):
-                if digest in self.images:
-                    taken[self.images[digest][0]].append((name, place))
+            split = getattr(source, name)
+            for place, known in enumerate(map(self.split_of, split.digests, split.pixels)):
+                if known in SPLITS:
+                    taken[known].append((name, place))
                 elif keep_new:
-                    taken[name].append((name, place))
+                    taken["train" if known == EARLIER else name].append((name, place))
         changed = {
             name: _gather(source, places)
             for name, places in taken.items()
@@ -132,40 +168,34 @@ class ImageRecord:
         }
         if "train" in changed and len(changed["train"]):
             changed["mean"], changed["std"] = pictures.mean_and_std(changed["train"].images)
-        return dataclasses.replace(source, **changed), comparison
+        return dataclasses.replace(source, **changed), self._compare(source)
 
     def _compare(self, source):
-        labels = {}
+        labels, folders, new = {}, {}, set()  # by digest and by pixels: no key is both
         for name in SPLITS:
             split = getattr(source, name)
-            for digest, label in zip(split.digests, split.labels):
-                labels.setdefault(digest, set()).add(source.class_names[label])
-        return Comparison(
-            missing=len(self.images.keys() - labels.keys()),
-            new=len(labels.keys() - self.images.keys()),
-            relabelled=sum(digest in labels and label not in labels[digest] for digest, (_, label) in self.images.items()),
-        )
+            for digest, label, pixels in zip(split.digests, split.labels, split.pixels):
+                if self.split_of(digest, pixels) not in SPLITS:
+                    new.add(digest)
+                for key in {digest, pixels}:
+                    labels.setdefault(key, set()).add(source.class_names[label])
+                    folders.setdefault(key, set()).add(_folder(source, name))
+        missing = relabelled = moved = 0
+        for digest, image in self.images.items():
+            key = digest if digest in labels else image.pixels
+            if image.split == EARLIER:
+                continue
+            if key not in labels:
+                missing += 1
+                continue
+            relabelled += image.label not in labels[key]
+            moved += _folder(source, image.split) not in folders[key]
+        return Comparison(missing, len(new), relabelled, moved)
 
 
-def without_copies(source):
-    """Leaves an image out of validation and test where a copy of its file lies in training, and out of test where one lies in
-    validation.
-
-    Args:
-        source: a `Source` whose splits have digests.
-
-    Returns:
-        The `Source`, and how many images were left out.
-    """
-    seen, changed, left_out = set(), {}, 0
-    for name in SPLITS:
-        split = getattr(source, name)
-        places = [place for place, digest in enumerate(split.digests) if digest not in seen]
-        seen.update(split.digests)
-        if len(places) < len(split):
-            changed[name] = split.take(places)
-            left_out += len(split) - len(places)
-    return dataclasses.replace(source, **changed), left_out
+def _folder(source, split):
+    """The split in whose folder the images of a split lie: those that are held out lie among the training images."""
+    return split if split in source.split_folders else "train"
 
 
 def _gather(source, places):
@@ -181,4 +211,5 @@ def _gather(source, places):
     for row, (name, place) in enumerate(places):
         images[row] = splits[name].images[place]
     labels = np.array([splits[name].labels[place] for name, place in places], "int64")
-    return Split(images, labels, tuple(splits[name].digests[place] for name, place in places))
+    digests = tuple(splits[name].digests[place] for name, place in places)
+    return Split(images, labels, digests, tuple(splits[name].pixels[place] for name, place in places))

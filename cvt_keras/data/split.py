@@ -17,23 +17,20 @@ class Split:
         images: uint8 `(n, height, width, 3)`: as small as they came, or stretched to the size asked for; see `load`.
         labels: int64 `(n,)`.
         digests: the SHA-256 of each image's file in hexadecimal digits, `(n,)`; `None` for a data set that is no folder.
+        pixels: a digest of each image's decoded pixels, at their full size, in hexadecimal digits, `(n,)`; `None` likewise.
     """
 
     images: np.ndarray
     labels: np.ndarray
     digests: tuple[str, ...] | None = None
+    pixels: tuple[str, ...] | None = None
 
     def __len__(self):
         return len(self.labels)
 
     def limit(self, n):
         """The first `n`, or all if `n` is `None`."""
-        return Split(self.images[:n], self.labels[:n], self.digests and self.digests[:n])
-
-    def take(self, places):
-        """The images at these places, a sequence of integers, in that order."""
-        digests = self.digests and tuple(self.digests[place] for place in places)
-        return Split(self.images[places], self.labels[places], digests)
+        return Split(self.images[:n], self.labels[:n], self.digests and self.digests[:n], self.pixels and self.pixels[:n])
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,7 @@ class Source:
         fallback: if this stands in for what was asked for: why, and how to get that; else empty.
         warnings: what a user must see at the start and in the report, a sentence each.
         left_out: why files of a folder were not used -> how many.
+        split_folders: the splits that have a folder of their own in a folder of images.
     """
 
     name: str
@@ -64,6 +62,7 @@ class Source:
     fallback: str = ""
     warnings: tuple[str, ...] = ()
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    split_folders: tuple[str, ...] = ()
 
     def fingerprint(self):
         """What tells these images and labels from others: a dict of numbers and strings, as JSON keeps them."""

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from cvt_keras import runs
-from cvt_keras.data.record import SPLITS, ImageRecord, without_copies
+from cvt_keras.data.record import SPLITS, ImageRecord
 from cvt_keras.errors import DataError, RunError
 
 
-def settle(source, run_dir=None, weights=None):
+def settle(source, run_dir=None, weights=None, class_names=None):
     """Splits a folder of images as the run did before, or the run that the weights come from.
 
     A run that is resumed keeps its own images, and new ones are left out. A run that starts from another run's weights also
@@ -17,10 +17,11 @@ def settle(source, run_dir=None, weights=None):
         source: a `Source`.
         run_dir: the run folder, if the run is resumed.
         weights: where the weights come from, or `None`.
+        class_names: the classes that the weights name, `()` if they name none, or `None` if that isn't known.
 
     Returns:
-        The `Source`; the `ImageRecord` for the run folder, or `None` for a data set that is no folder; and warnings, a
-        sentence each.
+        The `Source`; the `ImageRecord` for the run folder, or `None` if there must be none: for a data set that is no folder,
+        and where it isn't known what the weights were trained on; and warnings, a sentence each.
 
     Raises:
         DataError: if the images of a split are all gone.
@@ -28,55 +29,72 @@ def settle(source, run_dir=None, weights=None):
     """
     if source.train.digests is None:
         return source, None, []
-    own = run_dir and ImageRecord.read(run_dir / runs.IMAGES)
-    earlier_dir = run_of(weights)
-    earlier = earlier_dir and ImageRecord.read(earlier_dir / runs.IMAGES)
-    settled, copies = without_copies(source)
-    warnings = []
-    if copies:
-        warnings.append(f"images left out of validation or test, as a copy of each is in another split: {copies:,}")
-    if earlier_dir and earlier is None and _trained_on_folder(earlier_dir):
-        warnings.append(f"held-out images not verified: {earlier_dir} has no {runs.IMAGES}")
-    if own:
-        settled, comparison = own.apply(settled, keep_new=False)
-        left_out = ", which are left out" if comparison.new else ""
-        warnings += _differences(comparison, run_dir, left_out)
-    elif earlier:
-        settled, comparison = earlier.apply(settled)
-        warnings += _differences(comparison, earlier_dir)
+    if run_dir and (own := ImageRecord.read(run_dir / runs.IMAGES)):
+        settled, comparison = own.apply(source, keep_new=False)
+        _require_images(settled, run_dir)
+        return settled, own, _differences(comparison, run_dir, ", which are left out" if comparison.new else "")
+    earlier_dir, earlier, origin = _record_of(weights)
+    if earlier:
+        settled, comparison = earlier.apply(source)
+        _require_images(settled, earlier_dir)
+        return settled, ImageRecord.of_source(settled).after(earlier), _differences(comparison, earlier_dir)
+    unknown = None
+    if earlier_dir:
+        unknown = f"{earlier_dir} has no {runs.IMAGES}"
+    elif _is_keras_file(origin) and class_names in (None, source.class_names):
+        unknown = f"there is no {runs.IMAGES} beside {origin}"
+    if unknown is None:
+        return source, ImageRecord.of_source(source), []
+    # A record would say that no test image was trained on.
+    return source, None, [f"held-out images not verified: {unknown}, so that this run gets none"]
+
+
+def _require_images(source, run_dir):
     for name in SPLITS:
-        if len(getattr(settled, name)):
-            continue
-        if own or earlier:
-            reason = f"those of {run_dir if own else earlier_dir} are gone"
-            hint = "Bring the images back, or name the folder where they are with --data-dir"
-        else:
-            reason, hint = (
-                "each is a copy of one in another split",
-                "Give that split images of its own, or move its folder away",
+        if not len(getattr(source, name)):
+            raise DataError(
+                f"no image is left for the split {name}: those of {run_dir} are gone",
+                argument="data_dir",
+                hint="Bring the images back, or name the folder where they are with --data-dir",
             )
-        raise DataError(f"no image is left for the split {name}: {reason}", argument="data_dir", hint=hint)
-    if own:
-        return settled, own, warnings
-    record = ImageRecord.of_source(settled)
-    return settled, record.after(earlier) if earlier else record, warnings
+
+
+def _record_of(weights):
+    """What the weights were trained on.
+
+    Returns:
+        The run on a folder of images from which they come, and its `ImageRecord`, each `None` if there is none; and the first
+        weights that lie in no run, or `None`.
+    """
+    passed = set()
+    while weights is not None and (run_dir := run_of(weights)) is not None:
+        if record := ImageRecord.read(run_dir / runs.IMAGES):
+            return run_dir, record, None
+        try:
+            recipe = runs.read_json(run_dir / runs.RECIPE)
+            dataset, weights = recipe["dataset"], recipe.get("weights")
+        except (OSError, RunError, LookupError, TypeError, AttributeError):
+            return run_dir, None, None  # it may have been on a folder
+        if dataset == "folder" or weights in passed:
+            return run_dir, None, None
+        passed.add(weights)  # of a run on another data set: what its own weights have seen counts
+    return None, None, weights
 
 
 def run_of(weights):
-    """The run folder in which the weights lie, or `None`."""
+    """The run folder in which the weights lie, or a link to them leads, or `None`."""
     if weights is None:
         return None
     path = Path(weights).expanduser()
-    folder = path if path.is_dir() else path.parent
-    return folder if any((folder / name).is_file() for name in (runs.RECIPE, runs.IMAGES)) else None
+    for place in (path.resolve(), path) if path.is_symlink() else (path,):
+        folder = place if place.is_dir() else place.parent
+        if any((folder / name).is_file() for name in (runs.RECIPE, runs.IMAGES)):
+            return folder
+    return None
 
 
-def _trained_on_folder(run_dir):
-    """Whether a run without a record was on a folder of images; if that can't be told, it may have been."""
-    try:
-        return runs.read_json(run_dir / runs.RECIPE)["dataset"] == "folder"
-    except (OSError, RunError, LookupError, TypeError):
-        return True
+def _is_keras_file(weights):
+    return weights is not None and Path(weights).suffix == ".keras"
 
 
 def _differences(comparison, run_dir, more=""):

@@ -62,7 +62,7 @@ class Plan:
         test: the images to test on; `None` leaves the test split untouched.
         checkpoint: the weights to start from, or `None`.
         compressor: a `Compressor`.
-        record: which image of a folder is in which split; `None` for a data set that is no folder.
+        record: for images.csv: which image of a folder is in which split; `None` if there must be none, see `held_out.settle`.
         class_weights: a float per class, or `None` if all weigh the same.
         warnings: what a user must know about the images, a sentence each.
     """
@@ -122,7 +122,9 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
         source = dataclasses.replace(source, fallback=reason)
     if source.fallback:
         warn(source.fallback)
-    source, record, differences = held_out.settle(source, run_dir if stored is not None else None, started.weights)
+    named_classes = checkpoint and (checkpoint.preprocessing.class_names or ())
+    resumed_dir = run_dir if stored is not None else None
+    source, record, differences = held_out.settle(source, resumed_dir, started.weights, named_classes)
     settled = dataclasses.replace(loaded, flip=loaded.flip and source.mirror)
     if stored is not None:
         stored.require_same(settled)

@@ -258,13 +258,28 @@ def test_a_test_split_of_training_images_is_an_error(photos, tmp_path):
     root = tmp_path / "split"
     for split in ("train", "val", "test"):
         shutil.copytree(photos, root / split)
+    assert "all 50 validation images" in data_error_of(root).summary
+    shutil.rmtree(root / "val")
     assert "all 50 test images" in data_error_of(root).summary
     for path in (root / "test" / "cat").iterdir():
         write_image(path)
     source = sources.load("folder", root)
     assert len(source.test) == 20
     assert warning(source, "is left of") == "no test image is left of dog"
-    assert warning(source, "50 validation images have the same pixels as a training image")
+
+
+def test_no_pixels_are_in_two_splits(split_photos):
+    shutil.copytree(split_photos / "test", split_photos / "valid")
+    write_image(split_photos / "valid" / "cat" / "own.png")
+    for split in ("valid", "test"):
+        write_image(split_photos / split / "dog" / f"own-{split}.png")
+        shutil.copy(next((split_photos / "train" / "dog").iterdir()), split_photos / split / "dog" / "copy.png")
+    source = sources.load("folder", split_photos)
+    assert source.left_out == {"the same pixels as a training image": 2, "the same pixels as a validation image": 6}
+    assert len([line for line in source.warnings if "same pixels" in line]) == 3
+    assert not set(source.train.pixels) & {*source.validation.pixels, *source.test.pixels}
+    assert not set(source.validation.pixels) & set(source.test.pixels)
+    assert source.split_folders == ("train", "validation", "test")
 
 
 # === Files ===

@@ -5,7 +5,7 @@ import pytest
 from small_sources import small_source, written
 
 from cvt_keras.data.images import mean_and_std
-from cvt_keras.data.record import Comparison, ImageRecord, without_copies
+from cvt_keras.data.record import EARLIER, Comparison, Image, ImageRecord
 from cvt_keras.errors import RunError
 
 SOURCE = small_source("1a 2b 3a", "4b 5a", "6a 7b")
@@ -15,13 +15,18 @@ def test_a_record_comes_back_from_its_file(tmp_path):
     record = ImageRecord.of_source(dataclasses.replace(SOURCE, class_names=("猫, 1", 'a "b"')))
     record.write(tmp_path / "images.csv")
     assert ImageRecord.read(tmp_path / "images.csv") == record
-    assert record.images["4"] == ("validation", 'a "b"')
-    assert (tmp_path / "images.csv").read_text(encoding="utf-8").startswith('digest,split,label\n1,train,"猫, 1"\n')
+    assert record.images["4"] == Image("validation", 'a "b"', "pixels 4")
+    written = (tmp_path / "images.csv").read_text(encoding="utf-8")
+    assert written.startswith('digest,split,label,pixels\n1,train,"猫, 1",pixels 1\n')
     assert ImageRecord.read(tmp_path / "none.csv") is None
 
 
 @pytest.mark.parametrize(
-    "content", ["", "digest,split\n", "digest,split,label\n1,trial,a\n", "digest,split,label\n1,train\n", b"\xff\xfe"]
+    "content",
+    [
+        *("", b"\xff\xfe", "digest,split,label\n1,train,a\n", "digest,split,label,pixels,more\n"),
+        *("digest,split,label,pixels\n1,trial,a,2\n", "digest,split,label,pixels\n1,train,a\n"),
+    ],
 )
 def test_a_damaged_record_is_named(tmp_path, content):
     path = tmp_path / "images.csv"
@@ -58,20 +63,23 @@ def test_what_is_gone_is_counted():
     assert str(comparison) == "2 missing"
 
 
-def test_a_copy_in_a_later_split_is_left_out():
-    copied = small_source("1a 2b 1a", "1a 4b", "4b 6a 2b")
-    source, left_out = without_copies(copied)
-    assert (written(source), left_out) == (["1a 2b 1a", "4b", "6a"], 3)
-    assert without_copies(source) == (source, 0)
-    record = ImageRecord.of_source(source)
-    assert {digest: split for digest, (split, _) in record.images.items()} == {
-        "1": "train", "2": "train", "4": "validation", "6": "test",
-    }  # fmt: skip
-    again, comparison = record.apply(copied)
-    assert (written(again), bool(comparison)) == (written(source), False)
-    # A test image that was copied into the training images later stays a test image.
-    again, comparison = record.apply(small_source("1a 2b 1a 6a", "4b", "6a"))
-    assert (written(again)[2], bool(comparison)) == ("6a", False)
+def test_a_file_with_the_pixels_of_a_recorded_image_is_that_image():
+    # All were saved again. 8' is new, and what is new has no pixels that were trained on.
+    edited = small_source("6'a 2'b 8'a", "1'a 4b", "3'a 9b")
+    again, comparison = ImageRecord.of_source(SOURCE).apply(edited)
+    assert written(again) == ["1'a 2'b 3'a 8'a", "4b", "6'a 9b"]
+    assert comparison == Comparison(missing=2, new=2, relabelled=0)  # 5 and 7; 8' and 9
+    trained_on = set(SOURCE.train.pixels) | set(again.train.pixels)
+    assert not trained_on & {*again.validation.pixels, *again.test.pixels}
+
+
+def test_what_lies_in_the_folder_of_another_split_is_counted():
+    moved = small_source("6a 2b 3a", "4b 5a", "1a 7b", ("train", "test"))
+    again, comparison = ImageRecord.of_source(SOURCE).apply(moved)
+    assert (written(again), str(comparison)) == (written(SOURCE), "2 in another split than their folder says")
+    # Which are held out can depend on the others: no one has moved them.
+    held_out = small_source("4b 2b 3a", "1a 5a", "6a 7b", ("train", "test"))
+    assert not ImageRecord.of_source(SOURCE).apply(held_out)[1]
 
 
 def test_a_file_in_two_classes_is_no_difference():
@@ -80,6 +88,19 @@ def test_a_file_in_two_classes_is_no_difference():
     assert not comparison
 
 
-def test_training_images_that_are_gone_are_remembered():
-    record = ImageRecord.of_source(small_source("1a 8a", "4b", "6a")).after(ImageRecord.of_source(SOURCE))
-    assert record == ImageRecord.of_source(small_source("1a 8a 2b 3a", "4b", "6a"))
+def test_training_images_that_are_gone_are_remembered_and_neither_missed_nor_used():
+    found = small_source("1'a 8a", "4b", "6a")
+    record = ImageRecord.of_source(found).after(ImageRecord.of_source(SOURCE))
+    gone = {digest: image for digest, image in record.images.items() if image.split == EARLIER}
+    assert gone == {"2": Image(EARLIER, "b", "pixels 2"), "3": Image(EARLIER, "a", "pixels 3")}  # 1 is there, as 1'
+    assert not record.apply(found)[1]
+    assert record.after(record) == record
+    back = small_source("1'a 8a 2b", "4b", "6a 3'a")
+    again, comparison = record.apply(back, keep_new=False)
+    assert (written(again), comparison) == (written(found), Comparison(missing=0, new=2, relabelled=0))
+    again, _ = record.apply(back)
+    assert written(again) == ["1'a 2b 3'a 8a", "4b", "6a"]
+    later = ImageRecord.of_source(small_source("1'a 2b", "4b", "6a")).after(record)
+    assert {digest: image.split for digest, image in later.images.items() if image.split in ("train", EARLIER)} == {
+        "1'": "train", "2": "train", "3": EARLIER, "8": EARLIER,
+    }  # fmt: skip

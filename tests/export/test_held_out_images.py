@@ -80,7 +80,7 @@ def used(monkeypatch):
 
 
 def _of(run_dir, split):
-    return {digest for digest, (side, _) in ImageRecord.read(run_dir / "images.csv").images.items() if side == split}
+    return {digest for digest, image in ImageRecord.read(run_dir / "images.csv").images.items() if image.split == split}
 
 
 def _report(run_dir):

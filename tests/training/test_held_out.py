@@ -31,19 +31,15 @@ def test_a_new_run_records_its_images(tmp_path):
     source, record, warnings = held_out.settle(SOURCE)
     assert (written(source), warnings) == (written(SOURCE), [])
     assert record == ImageRecord.of_source(SOURCE)
-    source, record, [warning] = held_out.settle(small_source("1a 2b", "1a 4b", "6a"))
-    assert written(source) == ["1a 2b", "4b", "6a"]
-    assert record == ImageRecord.of_source(source)
-    assert warning == "images left out of validation or test, as a copy of each is in another split: 1"
 
 
 @pytest.mark.parametrize("weights", ["x/model.keras", "x"])
 def test_a_run_from_weights_tests_on_nothing_that_they_have_seen(run_dir, weights):
-    found = small_source("6a 8a 9b", "1a 4b", "2b 7b")  # 3 and 5 are gone
+    found = small_source("6a 8a 9b", "1'a 4b", "2b 7b")  # 3 and 5 are gone
     source, record, warnings = held_out.settle(found, weights=str(run_dir.parent / weights))
-    assert written(source) == ["1a 2b 8a 9b", "4b", "6a 7b"]
+    assert written(source) == ["1'a 2b 8a 9b", "4b", "6a 7b"]
     assert warnings == [f"images differ from those of {run_dir}: 2 missing, 2 new"]
-    assert record.images["3"] == ("train", "a")  # the weights know it still
+    assert record.images["3"].split == "earlier"  # the weights know it still
     assert "5" not in record.images
 
 
@@ -66,14 +62,45 @@ def test_the_own_record_comes_before_that_of_the_weights(run_dir, tmp_path):
     assert written(held_out.settle(SOURCE, own, str(run_dir / "model.keras"))[0]) == written(SOURCE)
 
 
-def test_weights_of_a_run_without_a_record_are_not_verified(run_dir):
+def test_a_run_from_weights_that_saw_unknown_images_gets_no_record(run_dir, tmp_path):
     (run_dir / "images.csv").unlink()
     weights = str(run_dir / "model.keras")
-    assert held_out.settle(SOURCE, weights=weights)[2] == [f"held-out images not verified: {run_dir} has no images.csv"]
-    runs.write_json(run_dir / "recipe.json", {"dataset": "cifar10"})
-    assert held_out.settle(SOURCE, weights=weights)[2] == []  # no image of this folder
-    for elsewhere in (None, "microsoft/cvt-13", str(run_dir.parent / "cvt.pth")):
-        assert held_out.settle(SOURCE, weights=elsewhere)[2] == []
+    warning = f"held-out images not verified: {run_dir} has no images.csv, so that this run gets none"
+    assert held_out.settle(SOURCE, weights=weights) == (SOURCE, None, [warning])
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    runs.write_json(tuned / "recipe.json", {"dataset": "folder", "weights": weights})
+    assert held_out.settle(SOURCE, tuned, weights) == (SOURCE, None, [warning])  # resumed
+    _, record, [warning] = held_out.settle(SOURCE, weights=str(tuned / "model.keras"))  # a third run
+    assert record is None and warning.startswith(f"held-out images not verified: {tuned} has no")
+
+
+def test_of_a_run_on_another_data_set_its_own_weights_count(run_dir, tmp_path):
+    middle = tmp_path / "middle"
+    middle.mkdir()
+    runs.write_json(middle / "recipe.json", {"dataset": "cifar10", "weights": str(run_dir / "model.keras")})
+    moved = small_source("6a 2b 3a", "4b 5a", "1a 7b")
+    assert written(held_out.settle(moved, weights=str(middle / "model.keras"))[0]) == written(SOURCE)
+    runs.write_json(middle / "recipe.json", {"dataset": "cifar10"})
+    assert held_out.settle(moved, weights=str(middle / "model.keras")) == (moved, ImageRecord.of_source(moved), [])
+
+
+def test_a_link_to_weights_leads_to_their_run(run_dir, tmp_path):
+    (run_dir / "model.keras").touch()
+    (tmp_path / "best.keras").symlink_to(run_dir / "model.keras")
+    moved = small_source("6a 2b 3a", "4b 5a", "1a 7b")
+    assert written(held_out.settle(moved, weights=str(tmp_path / "best.keras"))[0]) == written(SOURCE)
+
+
+def test_weights_that_were_copied_away_from_their_run_are_not_verified(tmp_path):
+    weights = str(tmp_path / "copy.keras")
+    warning = f"held-out images not verified: there is no images.csv beside {weights}, so that this run gets none"
+    assert held_out.settle(SOURCE, weights=weights, class_names=("a", "b")) == (SOURCE, None, [warning])
+    assert held_out.settle(SOURCE, tmp_path, weights) == (SOURCE, None, [warning])  # resumed, and the file is gone
+    for published in (None, "microsoft/cvt-13", str(tmp_path / "cvt.pth")):
+        assert held_out.settle(SOURCE, weights=published, class_names=("a", "b"))[2] == []
+    for others in (("a", "c"), ()):
+        assert held_out.settle(SOURCE, weights=weights, class_names=others)[1:] == (ImageRecord.of_source(SOURCE), [])
 
 
 def test_a_split_of_which_nothing_is_left_is_refused(run_dir):

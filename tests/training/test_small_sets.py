@@ -65,8 +65,8 @@ def test_a_run_that_stopped_early_is_over(result, recipe, tmp_path):
 def test_the_record_holds_every_image(result, photos):
     record = ImageRecord.read(result.run_dir / "images.csv")
     files = {hashlib.sha256(path.read_bytes()).hexdigest(): path.parent.name for path in photos.rglob("*.png")}
-    assert {digest: label for digest, (_, label) in record.images.items()} == files
-    splits = [split for split, _ in record.images.values()]
+    assert {digest: image.label for digest, image in record.images.items()} == files
+    splits = [image.split for image in record.images.values()]
     assert splits.count("train") == result.report.train_images
     assert splits.count("test") == result.report.test["images"]
 
@@ -76,9 +76,9 @@ def test_fine_tuning_tests_on_nothing_that_was_trained_on(result, recipe, photos
     # A test/ of training images, and one of them is gone.
     seen, others = [], []
     for path in sorted(photos.rglob("*.png")):
-        trained_on = record[hashlib.sha256(path.read_bytes()).hexdigest()][0] == "train"
+        trained_on = record[hashlib.sha256(path.read_bytes()).hexdigest()].split == "train"
         (seen if trained_on else others).append(path)
-    seen = seen[1:]
+    gone, *seen = seen
     new = tmp_path / "photos"
     for i, path in enumerate((*seen, *others)):
         copy = new / ("test" if path in seen and i % 3 == 0 else "train") / path.parent.name / path.name
@@ -89,11 +89,12 @@ def test_fine_tuning_tests_on_nothing_that_was_trained_on(result, recipe, photos
         recipe, data_dir=new, weights=result.run_dir / "model.keras", freeze="backbone", epochs=1, peak_learning_rate=0.1
     )
     report = run(tuned, tmp_path / "tuned").report
-    difference = f"images differ from those of {result.run_dir}: 1 missing"
-    assert difference in report.data_warnings
+    [difference] = [line for line in report.data_warnings if line.startswith(f"images differ from those of {result.run_dir}")]
+    assert "1 missing, " in difference and difference.endswith(" in another split than their folder says")
     assert f"WARNING: {difference}" in capsys.readouterr().err
     later = ImageRecord.read(tmp_path / "tuned" / "images.csv").images
-    assert later == record  # with the one that is gone: the weights know it
+    gone = hashlib.sha256(gone.read_bytes()).hexdigest()
+    assert later == {**record, gone: record[gone]._replace(split="earlier")}  # the weights know it
     assert report.test["images"] == result.report.test["images"]
     model = keras.saving.load_model(tmp_path / "tuned" / "model.keras")
     for before, after in zip(start.weights, model.weights, strict=True):
