@@ -19,10 +19,9 @@ import tyro
 from PIL import Image
 
 from cvt_keras import environment, runs
-from cvt_keras.data import sources
+from cvt_keras.data import verified
 from cvt_keras.data.images import stretch
 from cvt_keras.export.verify import why_ended
-from cvt_keras.export.web.samples import held_out
 from cvt_keras.training.recipes import read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -90,8 +89,8 @@ def main(arguments):
     size = recipe.image_size
     # Not at the network's size: what is smoothed on reading can't alias any more.
     data_dir = arguments.data_dir or recipe.data_dir
-    source = sources.load(recipe.dataset, data_dir, max(arguments.sides), recipe.skip_broken)
-    source, note, warnings = held_out(source, arguments.run)
+    images_of_run = verified.load(arguments.run / runs.IMAGES, recipe.dataset, data_dir, max(arguments.sides))
+    source = images_of_run.source
     test = source.test.limit(arguments.images)
     file = arguments.run / runs.EXPORT / "tflite" / f"{arguments.kind}.tflite"
     ways = {
@@ -117,7 +116,7 @@ def main(arguments):
             {
                 "run": str(arguments.run),
                 "kind": arguments.kind,
-                "data": "; ".join(filter(None, (source.note or source.name, note, *warnings))),
+                "data": "; ".join(filter(None, (source.note or source.name, *images_of_run.warnings))),
                 "image_size": size,
                 "images": len(test.labels),
                 "top1": rows,

@@ -12,9 +12,8 @@ import tensorflow as tf
 from tensorflow.lite.python.convert import ConverterError
 
 from cvt_keras import environment, runs, signals
-from cvt_keras.data import sources
+from cvt_keras.data import verified
 from cvt_keras.data.images import stretch
-from cvt_keras.data.record import ImageRecord
 from cvt_keras.errors import DataError, ExportError, OutOfMemoryError, RunError, first_line
 from cvt_keras.model import preprocessing_of
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
@@ -25,8 +24,6 @@ from . import saved_model, tflite
 from .verify import BOUNDS, FORMATS, QUANTIZED, Artifact, batches, checked, summary, verify
 
 IMAGES = "images.npy"
-# Whether it is known that no test image was trained on, as the report says it.
-VERIFIED, NOT_VERIFIED = "verified", "held-out images not verified"
 
 
 def export(
@@ -61,7 +58,8 @@ def export(
     formats = checked(formats, verify_images)
     environment.require_backend("tensorflow")
     recipe, classifier = _read(run_dir)
-    source = sources.load(recipe.dataset, data_dir or recipe.data_dir, recipe.image_size, skip_broken=recipe.skip_broken)
+    images_of_run = verified.load(run_dir / runs.IMAGES, recipe.dataset, data_dir or recipe.data_dir, recipe.image_size)
+    source = images_of_run.source
     class_names = preprocessing_of(classifier).class_names
     if class_names != tuple(source.class_names):
         raise RunError(
@@ -69,7 +67,10 @@ def export(
             argument="data_dir",
             hint="Give the images that it was trained on by --data-dir",
         )
-    source, held_out = _hold_out(run_dir, source)
+    for warning in images_of_run.warnings:
+        _warn(warning)
+    if not len(source.test):
+        raise _gone("test", run_dir)
     test = source.test.limit(recipe.test_limit).limit(verify_images)
     images = _pixels(test.images, recipe.image_size)
     quantized = quantized_cvt_of(classifier) is not None
@@ -105,7 +106,7 @@ def export(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 runs.place(file, path)
             # After each artifact, as the next one may fail.
-            _report(folder, artifact, source, held_out, 0 if calibration is None else len(calibration))
+            _report(folder, artifact, images_of_run, 0 if calibration is None else len(calibration))
             page.write(run_dir)
     return artifacts
 
@@ -124,31 +125,6 @@ def _read(run_dir):
     except Exception as error:
         raise RunError(f"{run_dir / runs.MODEL} can't be read: {first_line(error)}") from error
     return recipe, classifier
-
-
-def _hold_out(run_dir, source):
-    """Splits a folder of images as the run's record does: an image that it was trained on is never a test image.
-
-    Returns:
-        The `Source`, and fields of the report: whether it is known that no test image was trained on, and how the images differ
-        from the run's.
-    """
-    if source.train.digests is None:  # the splits of such a data set never change
-        return source, {"held_out": VERIFIED, "held_out_note": ""}
-    record = ImageRecord.read(run_dir / runs.IMAGES)
-    if record is None:
-        note = f"The run has no {runs.IMAGES}: if its folder of images has changed, some may have been trained on."
-        _warn(f"{NOT_VERIFIED}. {note}")
-        return source, {"held_out": NOT_VERIFIED, "held_out_note": note}
-    source, comparison = record.apply(source, keep_new=False)
-    note = ""
-    if comparison:
-        new = " New ones are left out." if comparison.new else ""
-        note = f"Images differ from those of the run: {comparison}.{new}"
-        _warn(note)
-    if not len(source.test):
-        raise _gone("test", run_dir)
-    return source, {"held_out": VERIFIED, "held_out_note": note}
 
 
 def _calibration(run_dir, train, num_classes, recipe):
@@ -202,7 +178,7 @@ def _place(folder, name):
     return folder / name / str(max(versions, default=0) + 1)
 
 
-def _report(folder, artifact, source, held_out, calibration_images):
+def _report(folder, artifact, images_of_run, calibration_images):
     """Puts an artifact's row into the report. The rows of other artifacts stay, also those of earlier exports."""
     path = folder / runs.REPORT
     try:
@@ -213,9 +189,10 @@ def _report(folder, artifact, source, held_out, calibration_images):
     rows[artifact.name] = dataclasses.asdict(artifact)
     report |= {
         "artifacts": [rows[name] for name in FORMATS if name in rows],
-        "dataset": source.name,
-        "data_note": source.note,
-        **held_out,
+        "dataset": images_of_run.source.name,
+        "data_note": images_of_run.source.note,
+        "held_out": images_of_run.held_out,
+        "held_out_note": " ".join(filter(None, (images_of_run.unverified, *images_of_run.notes))),
         "versions": environment.versions(),
     }
     if artifact.name == "int8":

@@ -44,20 +44,22 @@ _LAYOUT = "Lay the images out as DIR/cat/1.jpg and DIR/dog/2.jpg, with a folder 
 _SKIP = "or add --skip-broken to go on without them"
 
 
-def load(data_dir, image_size=32, skip_broken=False):
+def load(data_dir, image_size=32, skip_broken=False, record=None):
     """Loads images from a folder for each class: `data_dir/CLASS/*`, or `data_dir/train/CLASS/*`.
 
     Beside them, `test` and `validation` (or a usual synonym, in any case) may hold the same classes. Where one is missing,
     about a tenth of the training images is held out for it. Which ones depends on the bytes of each file, not on a run's seed,
     so that adding, removing or renaming files moves no other image. See `split.hold_out`.
 
-    Files are read by their bytes, not by their names. Folders within a class are read as part of it. Test images with the same
-    pixels as a training image are left out.
+    Files are read by their bytes, not by their names. Folders within a class are read as part of it. No pixels are in two
+    splits: a validation image with those of a training image is left out, and a test image with those of either.
 
     Args:
         data_dir: the folder.
         image_size: side of the square, in pixels, that the images are stretched to.
         skip_broken: whether to leave out files that can't be read, and count them; otherwise they are an error.
+        record: the `ImageRecord` of a run, whose images go into its splits. No others are then held out, and a split may lack
+            images.
 
     Returns:
         A `Source`, with digests.
@@ -83,7 +85,9 @@ def load(data_dir, image_size=32, skip_broken=False):
     pixels = np.empty((len(listing.files), image_size, image_size, 3), "uint8")
     found = _read_all(listing.files, pixels, image_size)
     _sort_out(listing, found, skip_broken)
-    return _source(listing, found, pixels)
+    if record is None:
+        _require_images(listing, found)
+    return _source(listing, found, pixels, record)
 
 
 # === Which files there are ===
@@ -429,6 +433,10 @@ def _sort_out(listing, found, skip_broken):
         names = _some([path for path, _ in broken], listing.root)
         what = _count(len(broken), "file that can't be read is", "files that can't be read are")
         listing.warnings.append(f"{what} left out: {names}")
+
+
+def _require_images(listing, found):
+    """Raises unless each split that has a folder has an image of each class."""
     for split in listing.splits:
         usable = {each.file.label for each in found if each.usable and each.file.split == split}
         if lacking := [name for label, name in enumerate(listing.class_names) if label not in usable]:
@@ -462,9 +470,9 @@ def _broken_error(listing, broken, n):
     )
 
 
-def _source(listing, found, pixels):
+def _source(listing, found, pixels, record=None):
     """Decides which image goes where. `pixels` is put in that order, in place. -> `Source`"""
-    sides = _sides(listing, found)
+    sides = _sides(listing, found, record)
     held_out = [split for split in ("test", "validation") if split not in listing.splits]
     places = {split: [place for place, side in enumerate(sides) if side == split] for split in SPLITS}
     _leave_out_seen(listing, found, places)
@@ -483,7 +491,8 @@ def _source(listing, found, pixels):
         decoded = tuple(found[place].pixels.hex() for place in chosen)
         splits[split] = Split(pixels[start : start + len(chosen)], labels, digests, decoded)
         start += len(chosen)
-    mean, std = images.mean_and_std(splits["train"].images)
+    # A record may leave nothing to train on, and so nothing to normalise by.
+    mean, std = images.mean_and_std(splits["train"].images) if len(splits["train"]) else ((0.0,) * 3, (1.0,) * 3)
     return Source(
         name="folder",
         **splits,
@@ -497,10 +506,13 @@ def _source(listing, found, pixels):
     )
 
 
-def _sides(listing, found):
+def _sides(listing, found, record=None):
     """The split of each file, or `None` if it is no image."""
     held_out = [split for split in ("test", "validation") if split not in listing.splits]
     sides = [each.file.split if each.usable else None for each in found]
+    if record is not None:
+        known = [side and record.split_of(each.digest, each.pixels.hex()) for each, side in zip(found, sides)]
+        return [split if split in SPLITS else side for split, side in zip(known, sides)]
     if not held_out:
         return sides
     classes = {name: [] for name in listing.class_names}
@@ -512,35 +524,33 @@ def _sides(listing, found):
 
 
 def _leave_out_seen(listing, found, places):
-    """Takes out of `places` what has the pixels of an image of an earlier split, of train, validation and test."""
-    seen = {}  # the digest of an image's pixels -> its split
-    for split in SPLITS:
+    """Takes out of `places` what has the pixels of an image of a split before it, in the order train, validation, test.
+
+    Raises:
+        DataError: if that leaves no image of a split.
+    """
+    seen = {}  # the digest of an image's pixels -> "training" or "validation"
+    for split, what in zip(SPLITS, ("training", "validation", "test")):
+        copies = [place for place in places[split] if found[place].pixels in seen]
+        if copies and len(copies) == len(places[split]):
+            raise _error(
+                f"all {_count(len(copies), f'{what} image', f'{what} images')} of {_shown(listing.root)} have the same pixels "
+                f"as a {' or '.join(dict.fromkeys(seen.values()))} image",
+                f"Give the {what} split images of its own, or move its folder away: some are then held out",
+            )
         for other in ("training", "validation"):
-            copies = [place for place in places[split] if seen.get(found[place].pixels) == other]
-            _leave_out_copies(listing, found, places, split, other, copies)
-        seen |= {found[place].pixels: "training" if split == "train" else split for place in places[split]}
+            paths = [found[place].file.path for place in copies if seen[found[place].pixels] == other]
+            if paths:
+                listing.left_out[f"the same pixels as a {other} image"] += len(paths)
+                listing.warnings.append(
+                    f"{_count(len(paths), f'{what} image has', f'{what} images have')} the same pixels as a {other} image and "
+                    f"{'is' if len(paths) == 1 else 'are'} left out: {_some(paths, listing.root)}"
+                )
+        places[split] = [place for place in places[split] if found[place].pixels not in seen]
+        seen |= {found[place].pixels: what for place in places[split]}
     labels = {found[place].file.label for place in places["test"]}
     if lacking := [name for label, name in enumerate(listing.class_names) if label not in labels]:
         listing.warnings.append(f"no test image is left of {', '.join(lacking)}")
-
-
-def _leave_out_copies(listing, found, places, split, other, copies):
-    if not copies:
-        return
-    n = len(copies)
-    if n == len(places[split]):
-        raise _error(
-            f"all {_count(n, f'{split} image', f'{split} images')} of {_shown(listing.root)} have the same pixels as a "
-            f"{other} image",
-            f"Give the {split} split images of its own, or move its folder away: some are then held out",
-        )
-    left_out = set(copies)
-    places[split] = [place for place in places[split] if place not in left_out]
-    listing.left_out[f"the same pixels as a {other} image"] += n
-    listing.warnings.append(
-        f"{_count(n, f'{split} image has', f'{split} images have')} the same pixels as a {other} image and "
-        f"{'is' if n == 1 else 'are'} left out: {_some([found[place].file.path for place in copies], listing.root)}"
-    )
 
 
 def _warn(listing, found, places):

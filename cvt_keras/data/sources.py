@@ -21,7 +21,7 @@ def check_name(dataset):
         )
 
 
-def load(dataset, data_dir=None, image_size=32, skip_broken=False):
+def load(dataset, data_dir=None, image_size=32, skip_broken=False, record=None):
     """Loads a data set.
 
     Args:
@@ -30,7 +30,7 @@ def load(dataset, data_dir=None, image_size=32, skip_broken=False):
         image_size: side of the square, in pixels, that images of another size are stretched to. A set of TFDS with small
             images, all of one size, is kept at that, as CIFAR-10 at 224 pixels would take 50 times its memory: the pipeline
             stretches its batches.
-        skip_broken: for `folder`, see `folder.load`; ignored for the others.
+        skip_broken, record: for `folder`, see `folder.load`; ignored for the others.
 
     Returns:
         A `Source`.
@@ -43,7 +43,7 @@ def load(dataset, data_dir=None, image_size=32, skip_broken=False):
     check_name(dataset)
     kind, _, name = dataset.partition(":")
     try:
-        return _LOADERS[kind](name, data_dir, image_size, skip_broken)
+        return _LOADERS[kind](name, data_dir, image_size, skip_broken=skip_broken, record=record)
     except OSError as error:
         raise DataError(f"{dataset} can't be read: {failures.reason(error)}", argument="data_dir") from error
     except Exception as error:
@@ -79,13 +79,13 @@ def auto(data_dir=None, image_size=32):
         return dataclasses.replace(source, fallback=f"scikit-learn's digits stand in for CIFAR-10: {because}")
 
 
-# How each kind is loaded: (what follows the colon in its name, data_dir, image_size, skip_broken) -> `Source`.
+# How each kind is loaded: (what follows the colon in its name, data_dir, image_size, and what is for a folder) -> `Source`.
 _LOADERS = {
-    "auto": lambda name, data_dir, image_size, skip_broken: auto(data_dir, image_size),
-    "cifar10": lambda name, data_dir, image_size, skip_broken: tfds.cifar10(data_dir, image_size),
-    "cifar100": lambda name, data_dir, image_size, skip_broken: tfds.cifar100(data_dir, image_size),
-    "tfds": lambda name, data_dir, image_size, skip_broken: tfds.load(name, data_dir, image_size),
-    "folder": lambda name, data_dir, image_size, skip_broken: folder.load(data_dir, image_size, skip_broken),
-    "digits": lambda name, data_dir, image_size, skip_broken: digits.load(image_size),
+    "auto": lambda name, data_dir, image_size, **of_folder: auto(data_dir, image_size),
+    "cifar10": lambda name, data_dir, image_size, **of_folder: tfds.cifar10(data_dir, image_size),
+    "cifar100": lambda name, data_dir, image_size, **of_folder: tfds.cifar100(data_dir, image_size),
+    "tfds": lambda name, data_dir, image_size, **of_folder: tfds.load(name, data_dir, image_size),
+    "folder": lambda name, data_dir, image_size, **of_folder: folder.load(data_dir, image_size, **of_folder),
+    "digits": lambda name, data_dir, image_size, **of_folder: digits.load(image_size),
 }
 NAMES = tuple(f"{kind}:NAME" if kind == "tfds" else kind for kind in _LOADERS)

@@ -16,6 +16,7 @@ from cvt_keras.search.candidates import Candidates
 from cvt_keras.search.options import Algorithm, Options
 from cvt_keras.search.space import Choice, Range
 from cvt_keras.search.tuner import RecipeTuner
+from cvt_keras.training import held_out
 from cvt_keras.training.plan import load_images, read_weights, require_fit, warn
 from cvt_keras.training.recipes import Recipe
 from cvt_keras.training.resume import newer_fields, without_newer_fields
@@ -154,9 +155,14 @@ def _settle(recipe, space, options):
     if source.fallback:
         warn(source.fallback)
     # A chief trains nothing, and need not have the weights.
-    network = recipe.variant if recipe.weights is None or options.chief else read_weights(recipe).variant
+    checkpoint = None if recipe.weights is None or options.chief else read_weights(recipe)
+    names = checkpoint and (checkpoint.preprocessing.class_names or ())
+    settled, _, differences = held_out.settle(source, weights=checkpoint and recipe.weights, class_names=names)
+    for warning in (*source.warnings, *differences):
+        warn(warning)
+    network = checkpoint.variant if checkpoint else recipe.variant
     if network is not None:
-        _require_trainable(dataclasses.replace(recipe, variant=network), space, source.train.limit(recipe.train_limit))
+        _require_trainable(dataclasses.replace(recipe, variant=network), space, settled.train.limit(recipe.train_limit))
     max_macs = None if options.max_macs is None else int(options.max_macs)
     settings = {
         "recipe": recipe.settings(),

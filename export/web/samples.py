@@ -14,13 +14,11 @@ import threading
 from pathlib import Path
 
 from cvt_keras import cli, runs
-from cvt_keras.data.record import ImageRecord
 from cvt_keras.errors import DataError, UserError
 
 from ..verify import why_ended
 
 MOST = 20  # the page has room for so many classes
-NOT_VERIFIED = "Held-out images not verified: the run has no record of the images that it was trained on."
 
 
 class Samples:
@@ -82,36 +80,15 @@ def first_of_each_class(source):
             yield name, source.test.images[place]
 
 
-def held_out(source, run_dir):
-    """Leaves in the test split only what the run's record says was tested on.
-
-    Args:
-        source: a `Source`.
-        run_dir: the run folder.
-
-    Returns:
-        The `Source`; a note, not empty if the data set is a folder of images and the run has no record; and a list of warnings.
-
-    Raises:
-        RunError: if the record is damaged.
-    """
-    if source.name != "folder":
-        return source, "", []  # its split is fixed
-    record = ImageRecord.read(run_dir / runs.IMAGES)
-    if record is None:
-        return source, NOT_VERIFIED, []
-    source, comparison = record.apply(source, keep_new=False)
-    return source, "", [f"the images differ from those of {run_dir}: {comparison}"] if comparison else []
-
-
 def main(argv):
     run_dir, data_dir = Path(argv[0]), argv[1] if argv[1:] else None
     with contextlib.redirect_stdout(sys.stderr):  # TFDS prints its progress
-        source, note, warnings = held_out(_load(run_dir, data_dir), run_dir)
+        images = _load(run_dir, data_dir)
         samples = [
-            {"label": name, "png": base64.b64encode(_png(image)).decode()} for name, image in first_of_each_class(source)
+            {"label": name, "png": base64.b64encode(_png(image)).decode()} for name, image in first_of_each_class(images.source)
         ]
-    print(json.dumps({"samples": samples, "note": note, "warnings": warnings}))
+    note = f"{images.held_out.capitalize()}. {images.unverified}" if images.unverified else ""  # the page shows it
+    print(json.dumps({"samples": samples, "note": note, "warnings": images.notes}))
 
 
 def _png(pixels):
@@ -124,7 +101,7 @@ def _png(pixels):
 
 def _load(run_dir, data_dir):
     # Here, as the server, which starts this process, does without TensorFlow.
-    from cvt_keras.data import sources
+    from cvt_keras.data import verified
     from cvt_keras.training.recipes import read_recipe
 
     recipe = read_recipe(run_dir)
@@ -136,7 +113,7 @@ def _load(run_dir, data_dir):
             argument="data_dir",
             hint="Name its folder with --data-dir",
         )
-    return sources.load(recipe.dataset, data_dir, recipe.image_size, recipe.skip_broken)
+    return verified.load(run_dir / runs.IMAGES, recipe.dataset, data_dir, recipe.image_size)
 
 
 def _on_disk(dataset, data_dir):

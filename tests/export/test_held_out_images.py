@@ -136,12 +136,21 @@ def test_where_none_of_the_runs_images_is_found_is_an_error(split, formats, run_
     assert not (run_dir / "export").exists()
 
 
-def test_broken_files_are_skipped_as_in_training(run_dir, used, tmp_path):
-    folder = _write(tmp_path / "photos", PHOTOS)
+def test_a_folder_of_the_test_images_and_broken_files_is_enough(run_dir, used, tmp_path, capsys):
+    test = _of(run_dir, "test")
+    photos = {name: {row: data for row, data in files.items() if DIGESTS[row] in test} for name, files in PHOTOS.items()}
+    folder = _write(tmp_path / "photos", photos)
     (folder / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(DataError):
-        export(run_dir, ["float32"], data_dir=str(folder))
-    recipe = json.loads((run_dir / "recipe.json").read_text())
-    (run_dir / "recipe.json").write_text(json.dumps({**recipe, "skip_broken": True}))
     export(run_dir, ["float32"], data_dir=str(folder))
+    assert used["test"] == test
+    report = _report(run_dir)
+    assert report["held_out"] == "verified"
+    assert report["held_out_note"].endswith(" missing. Files that can't be read are left out: 1.")
+    assert "WARNING: Files that can't be read are left out: 1.\n" in capsys.readouterr().err
+
+
+def test_a_photo_whose_bytes_were_changed_keeps_its_side(run_dir, used, tmp_path):
+    edited = {name: {row: data + b"edited" for row, data in files.items()} for name, files in PHOTOS.items()}
+    export(run_dir, ["float32"], data_dir=str(_write(tmp_path / "photos", edited)))
     assert used["test"] == _of(run_dir, "test")
+    assert _report(run_dir)["held_out_note"] == ""

@@ -1,3 +1,4 @@
+import base64
 import dataclasses
 import http.client
 import json
@@ -12,13 +13,13 @@ import urllib.request
 
 import numpy as np
 import pytest
+import tensorflow as tf
+from small_sources import small_source
 
 from cvt_keras import cli, runs
 from cvt_keras.data import sources
 from cvt_keras.data.images import MAX_PIXELS
 from cvt_keras.data.record import ImageRecord
-from cvt_keras.data.split import Source, Split
-from cvt_keras.errors import RunError
 from cvt_keras.export.verify import TFLITE_FORMATS
 from cvt_keras.export.web import __main__ as command
 from cvt_keras.export.web import samples as module_of_samples
@@ -273,50 +274,6 @@ def test_without_the_data_there_are_no_samples_and_a_line_says_why(exported, tmp
 # === Samples of a folder ===
 
 
-def _pixels(n):
-    """`n` images, each of one grey of its own."""
-    return np.repeat(np.arange(n, dtype="uint8"), 12).reshape(n, 2, 2, 3)
-
-
-def _source(**splits):
-    """A folder of two classes, by the labels of its splits. A digest is the split's letter and the place."""
-    splits = {
-        name: Split(_pixels(len(labels)), np.array(labels, "int64"), tuple(f"{name[0]}{i}" for i in range(len(labels))))
-        for name, labels in splits.items()
-    }
-    return Source("folder", **splits, class_names=("cat", "dog"), mean=(0.5,) * 3, std=(0.5,) * 3)
-
-
-def test_samples_of_a_folder_are_images_that_the_run_tested_on(tmp_path):
-    source = _source(train=[0, 1, 1], validation=[0, 1], test=[0, 1])
-    images = {"t0": ("test", "cat"), "v0": ("test", "cat"), "v1": ("train", "dog"), "gone": ("test", "dog")}
-    ImageRecord(images).write(tmp_path / runs.IMAGES)
-    found, note, [warning] = module_of_samples.held_out(source, tmp_path)
-    # t1 and the training images are new; "t0" is the name of a training and a test image.
-    assert set(found.test.digests) == {"t0", "v0"}
-    assert note == "" and warning.startswith(f"the images differ from those of {tmp_path}: 1 missing, ")
-
-
-def test_a_folder_that_is_as_it_was_gets_no_warning(tmp_path):
-    source = _source(train=[], validation=[0, 1], test=[0, 1])
-    ImageRecord.of({"validation": source.validation, "test": source.test}, source.class_names).write(tmp_path / runs.IMAGES)
-    found, note, warnings = module_of_samples.held_out(source, tmp_path)
-    assert (found.test.digests, note, warnings) == (source.test.digests, "", [])
-
-
-def test_without_a_record_a_folder_gets_a_note_and_a_set_of_fixed_splits_does_not(tmp_path):
-    source = _source(train=[0, 1], validation=[0, 1], test=[0, 1])
-    assert module_of_samples.held_out(source, tmp_path) == (source, module_of_samples.NOT_VERIFIED, [])
-    fixed = dataclasses.replace(source, name="cifar10")
-    assert module_of_samples.held_out(fixed, tmp_path) == (fixed, "", [])
-
-
-def test_a_damaged_record_is_an_error(tmp_path):
-    (tmp_path / runs.IMAGES).write_text("hello\n")
-    with pytest.raises(RunError):
-        module_of_samples.held_out(_source(train=[0], validation=[0], test=[0]), tmp_path)
-
-
 def test_the_user_and_the_page_learn_of_other_images(monkeypatch):
     """What the process prints reaches both."""
     printed = {"samples": [{"label": "cat", "png": ""}], "note": "a note", "warnings": ["a line"]}
@@ -328,14 +285,25 @@ def test_the_user_and_the_page_learn_of_other_images(monkeypatch):
     assert told == ["a line"]
 
 
-def test_a_broken_file_that_the_run_skipped_is_skipped_again(exported, monkeypatch, tmp_path):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_samples_of_a_folder_are_images_that_the_run_tested_on(recorded, exported, monkeypatch, tmp_path, capsys):
     recipe = json.loads((exported / "recipe.json").read_text())
-    (tmp_path / "recipe.json").write_text(
-        json.dumps({**recipe, "dataset": "folder", "data_dir": "photos", "skip_broken": True})
-    )
+    (tmp_path / "recipe.json").write_text(json.dumps({**recipe, "dataset": "folder", "data_dir": "photos"}))
+    if recorded:
+        ImageRecord.of_source(small_source("2a", "3a", "1a 4b")).write(tmp_path / runs.IMAGES)
     asked = []
-    monkeypatch.setattr(
-        sources, "load", lambda *arguments: asked.append(arguments) or _source(train=[], validation=[], test=[0])
-    )
+    found = dataclasses.replace(small_source("1a 4b", "3a", "2a 5b"), left_out={"broken": 2})
+    monkeypatch.setattr(sources, "load", lambda *arguments, **options: asked.append((arguments, options)) or found)
     module_of_samples.main([str(tmp_path)])
-    assert asked == [("folder", "photos", 32, True)]
+    record = ImageRecord.read(tmp_path / runs.IMAGES)
+    assert asked == [(("folder", "photos", 32), {"skip_broken": True, "record": record})]
+    printed = json.loads(capsys.readouterr().out)
+    assert [sample["label"] for sample in printed["samples"]] == ["a", "b"]
+    colours = [int(tf.io.decode_png(base64.b64decode(sample["png"]))[0, 0, 0]) for sample in printed["samples"]]
+    broken = "Files that can't be read are left out: 2."
+    if recorded:
+        assert (colours, printed["note"]) == ([1, 4], "")
+        assert printed["warnings"] == ["Images differ from those of the run: 1 new. New ones are left out.", broken]
+    else:
+        assert (colours, printed["warnings"]) == ([2, 5], [broken])
+        assert printed["note"].startswith("Held-out images not verified. The run has no images.csv")

@@ -1,0 +1,82 @@
+"""The images of a finished run, in the splits that it had: what a later command may test on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cvt_keras.data import sources
+from cvt_keras.data.record import ImageRecord
+from cvt_keras.data.split import Source
+
+# Whether it is known that no test image was trained on, as reports say it.
+VERIFIED, NOT_VERIFIED = "verified", "held-out images not verified"
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """The images of a run.
+
+    Args:
+        source: a `Source`; of a folder, with the images that the run had.
+        unverified: why some of the test images may have been trained on, or empty if none was.
+        notes: what else a user must know about them, a sentence each.
+    """
+
+    source: Source
+    unverified: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def held_out(self):
+        """`VERIFIED` or `NOT_VERIFIED`."""
+        return NOT_VERIFIED if self.unverified else VERIFIED
+
+    @property
+    def warnings(self):
+        """Lines for the terminal."""
+        return [*([f"{NOT_VERIFIED}. {self.unverified}"] if self.unverified else []), *self.notes]
+
+
+def load(record_file, dataset, data_dir, image_size):
+    """Loads the images of a run.
+
+    Files that can't be read are left out: those that were added since don't matter.
+
+    Args:
+        record_file: the run's images.csv, which a run of an older version lacks.
+        dataset, data_dir, image_size: as for `sources.load`.
+
+    Returns:
+        A `RunImages`. Any of its splits may be empty.
+
+    Raises:
+        RunError: if the record is damaged.
+        And what `sources.load` raises.
+    """
+    record = ImageRecord.read(record_file)
+    return settle(sources.load(dataset, data_dir, image_size, skip_broken=True, record=record), record, Path(record_file).name)
+
+
+def settle(source, record, name):
+    """Leaves in a source the images that a run had, each in its split.
+
+    Args:
+        source: a `Source`.
+        record: the `ImageRecord` of the run, or `None`.
+        name: the name of the record's file.
+
+    Returns:
+        A `RunImages`.
+    """
+    if source.train.digests is None:  # the splits of such a data set never change
+        return RunImages(source)
+    notes = []
+    if broken := source.left_out.get("broken", 0):
+        notes.append(f"Files that can't be read are left out: {broken:,}.")
+    if record is None:
+        reason = f"The run has no {name}: if its folder of images has changed, some may have been trained on."
+        return RunImages(source, reason, tuple(notes))
+    source, comparison = record.apply(source, keep_new=False)
+    if comparison:
+        new = " New ones are left out." if comparison.new else ""
+        notes.insert(0, f"Images differ from those of the run: {comparison}.{new}")
+    return RunImages(source, notes=tuple(notes))

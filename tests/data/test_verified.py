@@ -1,0 +1,57 @@
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+from labelled_images import write_image
+from small_sources import small_source, written
+
+from cvt_keras.data import sources, verified
+from cvt_keras.data.record import ImageRecord
+from cvt_keras.errors import RunError
+
+SOURCE = small_source("1a 2b 3a", "4b 5a", "6a 7b")
+
+
+def test_only_what_a_run_tested_on_is_left_in_its_test_split():
+    found = small_source("6a 2b 8a", "4b 5a", "1'a 7b 9a")
+    images = verified.settle(found, ImageRecord.of_source(SOURCE), "images.csv")
+    assert written(images.source) == ["1'a 2b", "4b 5a", "6a 7b"]
+    note = "Images differ from those of the run: 1 missing, 2 new. New ones are left out."
+    assert (images.held_out, images.notes, images.warnings) == ("verified", (note,), [note])
+
+
+def test_without_a_record_a_folder_is_not_verified_and_a_set_of_fixed_splits_is():
+    images = verified.settle(SOURCE, None, "images.csv")
+    assert (images.source, images.held_out) == (SOURCE, "held-out images not verified")
+    assert images.warnings == [f"held-out images not verified. {images.unverified}"]
+    split = dataclasses.replace(SOURCE.train, digests=None)
+    fixed = dataclasses.replace(SOURCE, train=split, validation=split, test=split)
+    assert verified.settle(fixed, None, "images.csv") == verified.RunImages(fixed)
+
+
+def test_a_damaged_record_is_an_error(tmp_path):
+    (tmp_path / "images.csv").write_text("hello\n")
+    with pytest.raises(RunError):
+        verified.load(tmp_path / "images.csv", "folder", tmp_path, 8)
+
+
+def test_the_test_images_alone_are_enough(tmp_path):
+    photos = tmp_path / "photos"
+    for name in ("cat", "dog"):
+        for i in range(10):
+            write_image(photos / name / f"{i}.png", np.full((8, 8, 3), 10 * i + len(name) + ord(name[0]) % 5, "uint8"))
+    source = sources.load("folder", photos, 8)
+    ImageRecord.of_source(source).write(tmp_path / "images.csv")
+    for path in photos.rglob("*.png"):
+        if ImageRecord.of_source(source).images[_digest(path)].split != "test":
+            path.unlink()
+    (photos / "cat" / "new.png").write_bytes(b"")
+    images = verified.load(tmp_path / "images.csv", "folder", photos, 8)
+    assert images.source.test.digests == source.test.digests
+    assert (len(images.source.train), images.held_out) == (0, "verified")
+    assert images.notes[-1] == "Files that can't be read are left out: 1."
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
