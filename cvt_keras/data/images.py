@@ -61,7 +61,7 @@ class Room:
         limit: number of pixels. An image with more of them waits until no other is in the room.
     """
 
-    def __init__(self, limit=MAX_PIXELS):
+    def __init__(self, limit=2 * MAX_PIXELS):  # about a gigabyte: a pixel takes seven bytes as it is copied
         self.limit = limit
         self.used = 0
         self._changed = threading.Condition()
@@ -129,18 +129,18 @@ def read(data, reserve=None):
         jpeg = image.format in ("JPEG", "MPO")
         try:
             image.load()
-            cut_off = jpeg and _is_filled_up(data)
+            frame = _frame(data) if jpeg and data.endswith(_FILL) else None  # zeros decode without an error, to a wrong picture
         except OSError:
-            if not jpeg:
+            frame = _frame(data) if jpeg else None
+            if frame is None:
                 raise
-            cut_off = True
-        if cut_off:
-            image = _mended(data)
+        if frame is not None:
+            image = _mended(data, frame)
         if image is None:
             raise ImageError("the image is broken: the file is cut off, and too much of the picture is missing")
         bits = data[24] if image.format == "PNG" else 8
         pixels = _rgb(_upright(image), bits)
-        return Picture(pixels if first_frame is None else _around_white(pixels, first_frame), cut_off)
+        return Picture(pixels if first_frame is None else _around_white(pixels, first_frame), frame is not None)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the warning where it is made an error
@@ -165,7 +165,7 @@ def is_image(head):
 
 
 def _kind(data):
-    """ "AVIF" or "HEIF" for a file of either, broken or not, else `None`."""
+    """AVIF or HEIF, as Pillow calls them, for a file of either, broken or not; else `None`."""
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
     if brand in _EITHER:
         end = min(int.from_bytes(data[:4], "big"), len(data), 256)
@@ -239,12 +239,7 @@ def _reason(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
 
 
-def _is_filled_up(data):
-    """Whether a JPEG has zeros in place of its end. They decode without an error, to a wrong picture."""
-    return data.endswith(_FILL) and _frame(data) is not None
-
-
-def _mended(data):
+def _mended(data, frame):
     """A JPEG without its last bytes -> a Pillow image, or `None` if too much of it is missing; see `read`.
 
     A decoder makes up what is missing. So the picture is decoded twice, with nothing and with noise in place of the missing
@@ -252,9 +247,6 @@ def _mended(data):
     """
     from PIL import Image
 
-    frame = _frame(data)
-    if frame is None:
-        return None
     if data.endswith(_FILL):
         stripped = data.rstrip(b"\0")
         data = stripped + b"\0" if stripped.endswith(b"\xff") else stripped  # 0xff, 0 is a byte of the picture

@@ -313,6 +313,15 @@ def test_a_jpeg_may_lack_a_twentieth_of_its_blocks(options):
             images.read(whole[: -int(missing * (len(whole) - header))])
 
 
+def test_a_jpeg_with_an_end_is_not_called_cut_off(monkeypatch):
+    def fail(self):
+        raise OSError("broken data stream")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(ImageError, match="broken data stream"):
+        images.read(encoded(quarters(), "JPEG"))
+
+
 def test_a_thumbnail_is_not_taken_for_the_photo():
     exif = b"Exif\0\0" + encoded(noise(1, (8, 8, 3))[0], "JPEG")
     whole = encoded(noise(1, (100, 120, 3))[0], "JPEG", exif=exif)
