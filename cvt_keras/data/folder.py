@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import unicodedata
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,12 +21,13 @@ from cvt_keras.data.split import Source, Split, hold_out
 from cvt_keras.errors import ArgumentError, DataError, ImageError
 
 SPLITS = ("train", "validation", "test")
-# What people call the folder of a split, compared without regard to case.
+# What people call the folder of a split, compared without regard to case and to what `_SPLIT_ENDING` describes.
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+_SPLIT_ENDING = re.compile(r"[ _-]*(data ?set|set|data|images|split)$")  # training_set, test-images, ValData
 # Folders that programs leave behind. Those with a leading dot need no name here.
 CLUTTER = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 # A name that promises an image: by its ending, or by one that a download or a copy made longer (.jpg.1, .jpg_large, .jpg?w=3).
@@ -47,9 +49,9 @@ _SKIP = "or add --skip-broken to go on without them"
 def load(data_dir, image_size=32, skip_broken=False, record=None):
     """Loads images from a folder for each class: `data_dir/CLASS/*`, or `data_dir/train/CLASS/*`.
 
-    Beside them, `test` and `validation` (or a usual synonym, in any case) may hold the same classes. Where one is missing,
-    about a tenth of the training images is held out for it. Which ones depends on the bytes of each file, not on a run's seed,
-    so that adding, removing or renaming files moves no other image. See `split.hold_out`.
+    Beside them, `test` and `validation` (or a usual synonym, such as `test_set`, in any case) may hold the same classes. Where
+    one is missing, about a tenth of the training images is held out for it. Which ones depends on the bytes of each file, not
+    on a run's seed, so that adding, removing or renaming files moves no other image. See `split.hold_out`.
 
     Files are read by their bytes, not by their names. Folders within a class are read as part of it. No pixels are in two
     splits: a validation image with those of a training image is left out, and a test image with those of either.
@@ -140,7 +142,15 @@ def _list(root):
     inside = {"train": top} if train == root else {}
     for split, path in split_folders.items():
         inside[split] = _entries(path, left_out, dangling)
+    for entries in (top, *inside.values()):
+        _require_linked(entries.missing)
     beside = [path for path in top.folders if path not in split_folders.values()]
+    files_of = {}  # folder -> `_below` it
+    if train != root:
+        others = {_shown(path.name): path for path in beside}
+        files_of |= {path: _below(path, Counter(), dangling) for path in beside}
+        _leave_out_imageless(root, {"": others}, files_of, dangling, left_out, warnings)
+        beside = list(others.values())
     if train != root and beside:
         raise _error(
             f"{_shown(root)} has a folder {_shown(train.name)} and others that are no split: {_names(beside)}",
@@ -151,8 +161,13 @@ def _list(root):
     for split, entries in inside.items():
         folders = beside if entries is top else entries.folders
         classes[split] = _by_class_name(entries.path, folders)
-    class_names = tuple(sorted(classes["train"]))
     _require_classes(root, train, classes["train"], inside["train"].files)
+    for folders in classes.values():
+        files_of |= {path: _below(path, left_out, dangling) for path in folders.values()}
+    imageless = _leave_out_imageless(root, classes, files_of, dangling, left_out, warnings)
+    _require_classes(root, train, classes["train"], inside["train"].files, imageless)
+    _require_outer_classes(train, classes["train"], files_of)
+    class_names = tuple(sorted(classes["train"]))
     for split, folders in classes.items():
         _require_same_classes(root, train, class_names, inside[split].path, folders, split)
 
@@ -165,7 +180,7 @@ def _list(root):
     files = []
     for split in inside:
         for label, name in enumerate(class_names):
-            paths, inner = _below(classes[split][name], left_out, dangling)
+            paths, inner = files_of[classes[split][name]]
             if not paths and not any(classes[split][name] in link.parents for link in dangling):
                 raise _error(f"{_shown(classes[split][name])} holds no images", "Add some, or remove the folder of this class")
             if inner:
@@ -182,11 +197,12 @@ class _Entries:
     path: Path
     folders: list[Path]
     files: list[Path]
+    missing: list[Path]  # links that lead nowhere and have the name of a folder
 
 
 def _entries(path, left_out, dangling):
     """The folders and files in a folder, without hidden ones and clutter, sorted. What is left out is counted."""
-    folders, files = [], []
+    folders, files, missing = [], [], []
     for entry in sorted(path.iterdir()):
         hidden = entry.name.startswith(".")
         if hidden or entry.name.lower() in map(str.lower, CLUTTER):
@@ -199,9 +215,11 @@ def _entries(path, left_out, dangling):
             files.append(entry)
         elif entry.is_symlink():
             dangling.append(entry)
+            if not re.search(r"\.[A-Za-z]\w{0,4}$", entry.name):
+                missing.append(entry)
         else:
             left_out["not a file"] += 1  # a socket, say; to open it could wait for ever
-    return _Entries(path, folders, files)
+    return _Entries(path, folders, files, missing)
 
 
 def _number_of_files(path):
@@ -228,7 +246,7 @@ def _split_folders(root, folders):
     A class may be called test: its folder holds images, and that of a split holds folders. Beside a folder of training images,
     it is a split in any case.
     """
-    called = {split: [path for path in folders if path.name.lower() in names] for split, names in SPLIT_FOLDERS.items()}
+    called = {split: [path for path in folders if _split_called(path.name) == split] for split in SPLIT_FOLDERS}
     holding = {path for paths in called.values() for path in paths if any(map(_is_class_folder, _visible(path)))}
     has_train = any(path in holding for path in called["train"])
     found = {}
@@ -242,6 +260,12 @@ def _split_folders(root, folders):
         if paths:
             found[split] = paths[0]
     return found
+
+
+def _split_called(name):
+    """The split that a folder of this name holds, by its name alone, or `None`."""
+    short = _SPLIT_ENDING.sub("", name.lower())
+    return next((split for split, names in SPLIT_FOLDERS.items() if short in names), None)
 
 
 def _is_class_folder(path):
@@ -275,10 +299,86 @@ def _by_class_name(parent, folders):
     return found
 
 
-def _require_classes(root, train, classes, loose):
-    """Raises unless there are two classes or more."""
+def _require_linked(missing):
+    """Raises if a link in place of a folder leads nowhere: the class or split would be missing."""
+    if missing:
+        lines = [f"{_shown(path)} is a link to {_shown(os.readlink(path))}, which is missing" for path in missing]
+        raise DataError(
+            lines[0] if len(lines) == 1 else f"{len(lines)} links in {_shown(missing[0].parent)} lead nowhere",
+            argument="data_dir",
+            hint="Fetch what it leads to (by git annex get or dvc pull, if one of them made the link), or remove the link",
+            details=lines if len(lines) > 1 else [],
+        )
+
+
+def _may_be_image(path):
+    return bool(_IMAGE_NAME.search(path.name)) or not path.suffix
+
+
+def _is_imageless(files):
+    """Whether there are files, and none of them is an image, broken or not."""
+
+    def is_image(path):
+        try:
+            with open(path, "rb") as stream:
+                return images.is_image(stream.read(_HEAD))
+        except OSError:
+            return True
+
+    return bool(files) and not any(_IMAGE_NAME.search(path.name) for path in files) and not any(map(is_image, files))
+
+
+def _leave_out_imageless(root, classes, files_of, dangling, left_out, warnings):
+    """Takes folders of other files, such as annotations, out of `classes`, counts their files and adds a warning.
+
+    A folder stays if it has the name of one that holds images, and if it is empty: its images may be missing.
+
+    Args:
+        classes: `{split: {name: folder}}`.
+        files_of: `{folder: what _below returned}`.
+
+    Returns:
+        The names.
+    """
+    around = {folder for link in dangling for folder in link.parents}
+    names = sorted({name for folders in classes.values() for name in folders})
+    imageless = []
+    for name in names:
+        paths = [folders[name] for folders in classes.values() if name in folders]
+        if all(path not in around and _is_imageless(files_of[path][0]) for path in paths):
+            imageless.append(name)
+            for path in paths:
+                n = len(files_of[path][0])
+                left_out[f"in a folder without images: {_shown(path.relative_to(root))}"] += n
+                warnings.append(
+                    f"{_shown(path.relative_to(root))} holds no image and is left out: {_count(n, 'file', 'files')}"
+                )
+            for folders in classes.values():
+                folders.pop(name, None)
+    return imageless
+
+
+def _require_outer_classes(root, classes, files_of):
+    """Raises if all classes hold the same folders and no images of their own: the folders within are the classes."""
+    inner = set()
+    for path in classes.values():
+        files = [file.relative_to(path).parts for file in files_of[path][0] if _may_be_image(file)]
+        if any(len(parts) == 1 for parts in files):
+            return
+        inner.add(tuple(sorted({unicodedata.normalize("NFC", parts[0]).casefold() for parts in files})))
+    if len(inner) == 1 and len(*inner) > 1:
+        outer, within = _names([*classes.values()]), ", ".join(map(_shown, *inner))
+        raise _error(
+            f"{outer} in {_shown(root)} hold no images of their own, but all hold the folders {within}",
+            f"If {within} are the classes, merge the folders {outer}, or call them train, validation and test. If {outer} are "
+            "the classes, move the images of each up into its folder",
+        )
+
+
+def _require_classes(root, train, classes, loose, imageless=()):
+    """Raises unless there are two classes or more. `imageless`: folders that were left out."""
     in_itself = "" if train == root else f" in its folder {_shown(train.name)}"
-    if set(map(str.lower, classes)) <= set(sum(SPLIT_FOLDERS.values(), ())) and classes:
+    if classes and all(map(_split_called, classes)):
         held = sorted(classes)
         raise _error(
             f"{_shown(root)} has no folder for each class: {', '.join(held)} hold{'s' if len(held) == 1 else ''} none",
@@ -288,18 +388,32 @@ def _require_classes(root, train, classes, loose):
         return
     loose = sum(bool(_IMAGE_NAME.search(file.name)) for file in loose)
     flat = f", but {_count(loose, 'image', 'images')} in no folder of a class" if loose else ""
-    found = f"Found: {', '.join(classes) or 'none'}{flat}"
+    others = f"; without an image: {', '.join(imageless)}" if imageless else ""
     hint = _LAYOUT
     if len(classes) == 1 and train == root:
         [only] = classes.values()
         inner = _entries(only, Counter(), []).folders
-        if len(inner) > 1:
+        if splits := _split_folders(only, inner):
+            hint = f"{_shown(only)} holds {_names([*splits.values()])}: name it with --data-dir {_shown(only)}"
+        elif len(inner) > 1:
             hint = f"If {_names(inner)} are the classes, name the folder around them with --data-dir {_shown(only)}. {_LAYOUT}"
-    raise _error(f"{_shown(root)} needs a folder for each of two classes or more{in_itself}. {found}", hint)
+    raise _error(
+        f"{_shown(root)} needs a folder for each of two classes or more{in_itself}. "
+        f"Found: {', '.join(classes) or 'none'}{flat}{others}",
+        hint,
+    )
 
 
 def _require_same_classes(root, train, class_names, path, folders, split):
     """Raises unless a split has the classes of the training images."""
+    spelled = {name.casefold(): name for name in class_names}
+    renamed = {name: spelled[name.casefold()] for name in folders if name.casefold() in spelled and name not in class_names}
+    if renamed and not set(renamed.values()) & set(folders):
+        raise _error(
+            f"{_shown(path)} and {_shown(train)} differ in the case of a class's name: "
+            f"{', '.join(f'{name} and {other}' for name, other in renamed.items())}",
+            f"Rename in {_shown(path)}: {', '.join(f'{name} to {other}' for name, other in renamed.items())}",
+        )
     held_out = f"move {_shown(path.name)} out of {_shown(root)}: about a tenth of the images of each class is then held out"
     if lacking := sorted(set(class_names) - set(folders)):
         raise _error(
@@ -346,25 +460,28 @@ class _Found:
 def _read_all(files, pixels, image_size):
     """Reads all files. Each image goes to its place in `pixels`. -> a `_Found` for each"""
     tf = packages.require("tensorflow")
+    room = images.Room()
 
     def read(place):
-        found, picture = _read(files[place])
-        if picture is not None:
-            with tf.device("CPU:0"):
-                pixels[place] = images.stretch(picture.pixels, image_size).numpy()
-        return found
+        with room.place() as reserve:
+            contents, picture = _read(files[place], reserve)
+            if picture is not None:
+                with tf.device("CPU:0"):
+                    pixels[place] = images.stretch(picture.pixels, image_size).numpy()
+                contents.pixels = _pixel_digest(picture.pixels, pixels[place])
+        return contents
 
     # Several at a time, each stretched before the next is read: photos would not fit into memory at their size.
-    with ThreadPoolExecutor() as pool, _progress(len(files)) as advance:
-        found = []
-        for each in pool.map(read, range(len(files))):
-            found.append(each)
+    with ThreadPoolExecutor(images.threads()) as pool, _progress(len(files)) as advance:
+        contents_of_all = []
+        for contents in pool.map(read, range(len(files))):
+            contents_of_all.append(contents)
             advance()
-    return found
+    return contents_of_all
 
 
-def _read(file):
-    """Reads a file. -> `_Found`, and a `Picture` or `None`"""
+def _read(file, reserve=None):
+    """Reads a file. -> `_Found` (without the digest of its pixels), and a `Picture` or `None`"""
     named = bool(_IMAGE_NAME.search(file.path.name))
     try:
         with open(file.path, "rb") as stream:
@@ -372,22 +489,35 @@ def _read(file):
             if not named and not images.is_image(data):  # perhaps a video of gigabytes
                 return _Found(file, no_image=True), None
             data += stream.read()
-        picture = images.read(data)
+        picture = images.read(data, reserve)
     except OSError as error:
         return _Found(file, broken=error.strerror or str(error)), None
     except ImageError as error:
         return _Found(file, broken=_why(data) or error.summary), None
-    pixels = np.ascontiguousarray(picture.pixels)
     return (
         _Found(
             file,
             digest=hashlib.sha256(data).hexdigest(),
-            pixels=hashlib.blake2b(pixels, digest_size=16, key=repr(pixels.shape).encode()).digest(),
             cut_off=picture.cut_off,
-            one_colour=all(bool((part == pixels[0, 0]).all()) for part in (pixels[0], pixels)),  # mostly, the first row tells
+            one_colour=_is_of_one_colour(picture.pixels),
         ),
         picture,
     )
+
+
+def _pixel_digest(pixels, square):
+    """A digest of an image's pixels and size.
+
+    A cryptographic one of a photo takes as long as to decode it. A checksum of all pixels is five times as fast; that of two
+    images is the same once in four billion times, and only if their squares are the same, too, does it matter here.
+    """
+    checksum = zlib.crc32(np.ascontiguousarray(pixels))
+    return hashlib.blake2b(square, digest_size=16, key=repr((pixels.shape, checksum)).encode()).digest()
+
+
+def _is_of_one_colour(pixels):
+    """Whether all pixels are the same. In most images a row or a coarse grid tells."""
+    return all(bool((part == pixels[0, 0]).all()) for part in (pixels[0], pixels[::16, ::16], pixels))
 
 
 def _why(data):

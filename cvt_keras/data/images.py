@@ -5,6 +5,12 @@ The one decoder: training, the client and the checks of every export go through 
 
 import functools
 import io
+import logging
+import os
+import re
+import threading
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +21,23 @@ from cvt_keras.errors import ImageError
 MAX_PIXELS = 67_108_864
 # What Pillow calls the formats. AVIF and HEIF are read where it has a plugin for them.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF")
-READABLE = "JPEG, PNG, GIF, BMP, TIFF or WebP"
+READABLE = "JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF"
 # What files of these formats begin with. BMP, WebP and the two that are kept as videos are, need a second look.
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _AVIF, _HEIF = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_EITHER = (b"mif1", b"msf1")  # brands of both
 # Under this a grey pixel fits 12 bits, as scanners, depth cameras and microscopes store them in 16.
 _TWELVE_BITS = 4096
-# The largest share of its pixels that a JPEG may lack.
+# The largest share of its blocks that a JPEG may lack.
 _MISSING = 0.05
-_BLOCK = 8  # pixels along a side of a JPEG's block
+_END = b"\xff\xd9"  # of a JPEG
+_FILL = bytes(512)  # zeros that a copy that broke off may be filled up with; in a picture, so many are very rare
+_NOISE = bytes(range(254, 0, -1))  # without a marker, which begins with 0xff
+# A marker, but for those within a scan.
+_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")
+_FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
+_MOST_THREADS = 8
+_STRIP = 256  # rows that are copied at a time
 
 
 @dataclass(frozen=True)
@@ -32,28 +46,69 @@ class Picture:
 
     Args:
         pixels: uint8 `(height, width, 3)`.
-        cut_off: whether the file, a JPEG, lacks its last bytes: a few pixels at the end may be grey, or a progressive one lacks
-            detail.
+        cut_off: whether the file, a JPEG, lacks its last bytes: at most a twentieth of the picture, at its end, is grey; or a
+            progressive one lacks detail.
     """
 
     pixels: np.ndarray
     cut_off: bool = False
 
 
-def decode(data):
+class Room:
+    """Bounds how many pixels are decoded at a time, whatever the number of threads.
+
+    Args:
+        limit: number of pixels. An image with more of them waits until no other is in the room.
+    """
+
+    def __init__(self, limit=2 * MAX_PIXELS):  # about a gigabyte: a pixel takes seven bytes as it is copied
+        self.limit = limit
+        self.used = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def place(self):
+        """Yields the `reserve` for one call of `read`. What it reserves is free again when the block ends."""
+        reserved = 0
+
+        def reserve(n):
+            nonlocal reserved
+            with self._changed:
+                self._changed.wait_for(lambda: not self.used or self.used + n <= self.limit)
+                self.used += n
+                reserved = n
+
+        try:
+            yield reserve
+        finally:
+            with self._changed:
+                self.used -= reserved
+                self._changed.notify_all()
+
+
+def threads():
+    """How many threads read images: one per core, up to eight."""
+    return min(os.cpu_count() or 1, _MOST_THREADS)
+
+
+def decode(data, reserve=None):
     """The pixels of an image file; see `read`."""
-    return read(data).pixels
+    return read(data, reserve).pixels
 
 
-def read(data):
+def read(data, reserve=None):
     """Decodes the bytes of an image file.
 
     A photo is turned as its EXIF orientation says. Transparent pixels are laid on white. Of an animation, the first frame is
     taken. 16-bit greys keep their upper 8 bits, or bits 4 to 11 if no pixel needs more than 12. Colour profiles are ignored.
 
+    A JPEG without its last bytes is read if its end marker alone is missing, if at most a twentieth of the picture is, or if it
+    is progressive and all its colours are there coarsely. A JPEG that ends in an end marker is never taken for cut off: if
+    bytes within it are missing or damaged, its pixels may be wrong.
+
     Args:
-        data: the `bytes` of a JPEG, PNG, GIF, BMP, TIFF or WebP file; or of AVIF or HEIC, where Pillow has a plugin for it
-            (`pillow-heif`).
+        data: the `bytes` of a JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF file; or of HEIC, with the plugin `pillow-heif`.
+        reserve: called with the number of pixels before they are decoded; it may wait. See `Room`.
 
     Returns:
         A `Picture`.
@@ -68,16 +123,24 @@ def read(data):
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise _too_large(f"{width} x {height} pixels")
+        if reserve is not None:
+            reserve(width * height)
+        first_frame = image.tile[0][1] if image.format == "GIF" and image.tile else None
+        jpeg = image.format in ("JPEG", "MPO")
         try:
             image.load()
-            cut_off = False
+            frame = _frame(data) if jpeg and data.endswith(_FILL) else None  # zeros decode without an error, to a wrong picture
         except OSError:
-            image = _mended(data) if image.format in ("JPEG", "MPO") else None
-            if image is None:
+            frame = _frame(data) if jpeg else None
+            if frame is None:
                 raise
-            cut_off = True
+        if frame is not None:
+            image = _mended(data, frame)
+        if image is None:
+            raise ImageError("the image is broken: the file is cut off, and too much of the picture is missing")
         bits = data[24] if image.format == "PNG" else 8
-        return Picture(_rgb(_upright(image), bits), cut_off)
+        pixels = _rgb(_upright(image), bits)
+        return Picture(pixels if first_frame is None else _around_white(pixels, first_frame), frame is not None)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the warning where it is made an error
@@ -101,11 +164,22 @@ def is_image(head):
     return head.startswith(_SIGNATURES) or (head[4:8] == b"ftyp" and head[8:12] in (*_AVIF, *_HEIF))
 
 
+def _kind(data):
+    """AVIF or HEIF, as Pillow calls them, for a file of either, broken or not; else `None`."""
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in _EITHER:
+        end = min(int.from_bytes(data[:4], "big"), len(data), 256)
+        if any(data[i : i + 4] in _AVIF for i in range(16, end, 4)):
+            return "AVIF"
+    return "AVIF" if brand in _AVIF else "HEIF" if brand in _HEIF else None
+
+
 @functools.cache
 def _formats():
     """The names of the formats that this Pillow reads."""
     from PIL import Image
 
+    _quiet()
     try:
         import pillow_heif
 
@@ -114,6 +188,15 @@ def _formats():
         pass
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _quiet():
+    """Keeps what Pillow has to say about broken metadata off the terminal, for the process: no pixel depends on it.
+
+    `warnings.catch_warnings` around each image would not do, as it is not made for threads.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def _open(data):
@@ -125,16 +208,18 @@ def _open(data):
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError as error:
-        brand = data[8:12] if data[4:8] == b"ftyp" else b""
-        if brand in _HEIF and "HEIF" not in _formats():
+        kind = _kind(data)
+        if kind == "HEIF" and "HEIF" not in _formats():
             raise ImageError(f"not a readable {READABLE}: install pillow-heif to read HEIC") from error
-        if brand in _AVIF and "AVIF" not in _formats():
+        if kind == "AVIF" and "AVIF" not in _formats():
             raise ImageError(f"not a readable {READABLE}: this build of Pillow does not read AVIF") from error
         if is_image(data):
             raise ImageError("the image is broken: its header can't be read") from error
         raise ImageError(f"not a readable {READABLE}") from error
     if image.format == "TIFF" and _is_preview(image, data):
         raise ImageError("a camera's raw file, of which only a small preview could be read")
+    if image.format in ("JPEG", "MPO"):
+        image.decodermaxblock = len(data)  # in one go; in parts of 64 kB it takes half as long again
     # Pillow also takes an orientation from XMP, which browsers ignore; a TIFF is turned as it is loaded.
     for key in ("xmp", "XML:com.adobe.xmp"):
         image.info.pop(key, None)
@@ -154,27 +239,72 @@ def _reason(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
 
 
-def _mended(data):
-    """A JPEG without its last bytes -> a Pillow image, or `None` if more of its pixels are missing than may be.
+def _mended(data, frame):
+    """A JPEG without its last bytes -> a Pillow image, or `None` if too much of it is missing; see `read`.
 
-    A decoder fills what is missing with the grey of an empty block. So the picture is compared with one that lacks the whole
-    last scan: the pixels at the end that are equal in both are those that the scan never reached.
+    A decoder makes up what is missing. So the picture is decoded twice, with nothing and with noise in place of the missing
+    bytes: where the two differ first, the bytes ran out.
     """
     from PIL import Image
 
-    end = b"\xff\xd9"
-    scan = data.rfind(b"\xff\xda")
-    if scan < 0 or data.endswith(end):
-        return None
-    header = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
-    try:
-        image, without = (Image.open(io.BytesIO(part + end), formats=["JPEG"]) for part in (data, data[:header]))
-        changed = (np.asarray(image) != np.asarray(without)).reshape(*image.size[::-1], -1).any(axis=2)
-    except (OSError, ValueError, SyntaxError):
-        return None
-    reached = changed[:, -_BLOCK:].any(axis=1)  # whole rows
-    missing = np.count_nonzero(~changed[len(reached) - reached[::-1].argmax() if reached.any() else 0 :])
-    return image if missing <= _MISSING * changed.size else None
+    if data.endswith(_FILL):
+        stripped = data.rstrip(b"\0")
+        data = stripped + b"\0" if stripped.endswith(b"\xff") else stripped  # 0xff, 0 is a byte of the picture
+    elif data.endswith(b"\xff"):
+        data = data[:-1]  # half a marker
+    image, noisy = (Image.open(io.BytesIO(data + end), formats=["JPEG"]) for end in (_END, _NOISE + _END))
+    if frame.progressive:
+        return image if frame.coarse else None
+    differs = (_array(image) != _array(noisy)).reshape(*image.size[::-1], -1).any(axis=2)
+    width, height = frame.block
+    for border in (differs[::height], differs[height - 1 :: height], differs[:, ::width], differs[:, width - 1 :: width]):
+        border[...] = False  # which a missing neighbour changes, too, as colours are smoothed
+    across, down = -(-image.width // width), -(-image.height // height)
+    rows, columns = np.nonzero(differs)
+    reached = (rows // height * across + columns // width).min(initial=across * down)
+    return image if frame.complete and reached >= (1 - _MISSING) * across * down else None
+
+
+@dataclass
+class _Frame:
+    """What the markers of a JPEG without an end say.
+
+    Args:
+        progressive: whether each scan refines the picture.
+        block: width and height in pixels of what is decoded at a time.
+        complete: whether a scan of each colour component has begun.
+        coarse: whether a scan of each component's mean values is whole, in a progressive JPEG.
+    """
+
+    progressive: bool
+    block: tuple[int, int]
+    complete: bool
+    coarse: bool
+
+
+def _frame(data):
+    """-> `_Frame`, or `None` if the JPEG has an end or no scan."""
+    components, progressive, block = set(), False, None
+    begun, whole, last = set(), set(), set()  # components
+    place = 2
+    while (marker := _MARKER.search(data, place)) is not None:
+        kind, place = marker[0][1], marker.end()
+        if kind == 0xD9:
+            return None
+        whole |= last
+        last = set()
+        segment = data[place + 2 : place + int.from_bytes(data[place : place + 2], "big")]
+        if kind in _FRAMES:
+            factors = segment[7::3]
+            components, progressive = set(segment[6::3]), kind in (0xC2, 0xCA)
+            block = 8 * max(n >> 4 for n in factors), 8 * max(n & 15 for n in factors)
+        elif kind == 0xDA:
+            names = segment[1 : 1 + 2 * segment[0] : 2]
+            begun.update(names)
+            if segment[-3] == 0 and segment[-1] >> 4 == 0:  # the first scan of mean values
+                last = set(names)
+        place += 2 + len(segment)
+    return _Frame(progressive, block, components <= begun, components <= whole) if block and begun else None
 
 
 def _upright(image):
@@ -215,13 +345,34 @@ def _rgb(image, bits=8):
     if image.mode == "F":
         raise ImageError("its pixels are 32-bit floats, whose range is not known")
     if not image.has_transparency_data:
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return _array(image if image.mode == "RGB" else image.convert("RGB"))
     if image.mode in ("L", "RGB") and bits != 8:
         # Pillow has stretched the pixels to 8 bits, but not the number of the one that is transparent.
         numbers = [int(n) >> 8 if bits == 16 else int(n) * 255 // (2**bits - 1) for n in np.ravel(image.info["transparency"])]
         image.info["transparency"] = tuple(numbers) if image.mode == "RGB" else numbers[0]
-    rgba = np.asarray(image.convert("RGBA"))
+    rgba = _array(image.convert("RGBA"))
     return on_white(rgba[..., :3], rgba[..., 3:])
+
+
+def _array(image):
+    """`numpy.asarray` of a Pillow image, for a large one in less time and memory: Pillow would copy it twice."""
+    if image.height <= _STRIP:
+        return np.asarray(image)
+    pixels = np.empty((image.height, image.width, *([len(image.getbands())] if len(image.getbands()) > 1 else [])), "uint8")
+    for top in range(0, image.height, _STRIP):
+        bottom = min(top + _STRIP, image.height)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def _around_white(pixels, box):
+    """Lays the part of a picture within a box (left, upper, right, lower) on white."""
+    left, upper, right, lower = box
+    if (right - left, lower - upper) == pixels.shape[1::-1]:
+        return pixels
+    white = np.full_like(pixels, 255)
+    white[upper:lower, left:right] = pixels[upper:lower, left:right]
+    return white
 
 
 def _from_16_bits(grey):

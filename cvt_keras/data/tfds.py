@@ -226,12 +226,13 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
     small = None not in (height, width) and max(height, width) <= image_size
     shape = (height, width, 3) if small else (image_size, image_size, 3)
 
+    room = images.Room()
+
     def decode(data):
-        decoded = images.decode(data)
         if small:
-            return decoded
-        with tf.device("CPU:0"):
-            return images.stretch(decoded, image_size).numpy()
+            return images.decode(data)
+        with room.place() as reserve, tf.device("CPU:0"):
+            return images.stretch(images.decode(data, reserve), image_size).numpy()
 
     try:
         batches = _encoded(builder, split, keys).batch(_READ_BATCH).prefetch(1)
@@ -240,7 +241,7 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
         places = fixed_order(n) if shuffle else np.arange(n)
         pixels, labels = np.empty((n, *shape), "uint8"), np.empty(n, "int64")
         start = 0
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(images.threads()) as pool:
             for files, batch_labels in batches.as_numpy_iterator():
                 chosen = places[start : start + len(files)]
                 labels[chosen] = batch_labels

@@ -185,7 +185,19 @@ def test_a_folder_may_bring_its_splits(photos, tmp_path, validation, nested):
     assert len(np.unique(rows(source.train, source.validation, source.test), axis=0)) == sum(sizes(source))
 
 
-@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("training", "testing"), ("Training", "TEST")])
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Train", "Test"),
+        ("training", "testing"),
+        ("Training", "TEST"),
+        ("training_set", "test_set"),
+        ("train-set", "Test Set"),
+        ("trainset", "testset"),
+        ("train_data", "test_images"),
+        ("train_dataset", "testing_split"),
+    ],
+)
 def test_usual_names_of_splits_are_understood(split_photos, train, test):
     before = digests(sources.load("folder", split_photos))
     (split_photos / "train").rename(split_photos / train)
@@ -395,8 +407,6 @@ def test_a_class_of_broken_files_is_an_error_in_any_case(photos):
     (photos / "eel").mkdir()
     (photos / "eel" / "1.jpg").write_bytes(b"")
     assert data_error_of(photos, skip_broken=True).summary == f"{photos} has no image that can be read of eel"
-    (photos / "eel" / "1.jpg").rename(photos / "eel" / "1.txt")
-    assert data_error_of(photos).summary == f"{photos} has no image that can be read of eel"
 
 
 def test_links_that_lead_nowhere_are_an_error(photos):
@@ -407,8 +417,17 @@ def test_links_that_lead_nowhere_are_an_error(photos):
     assert error.summary.startswith(f"20 files of 50 in {photos} can't be read")
     assert error.details[0] == f"{photos}/cat/0.png: a link to ../.git/annex/objects/0.png, which is missing"
     assert "git annex get" in error.hint and "dvc pull" in error.hint
-    (photos / "eel").symlink_to("/nowhere")
+    (photos / "README.md").symlink_to("/nowhere")
     assert "21 files of 51" in data_error_of(photos).summary
+
+
+def test_a_link_to_a_missing_folder_is_named_before_anything_is_read(photos):
+    (photos / "eel").symlink_to("/nowhere")
+    error = data_error_of(photos, skip_broken=True)
+    assert error.summary == f"{photos}/eel is a link to /nowhere, which is missing"
+    (photos / "owl").symlink_to("/nowhere")
+    error = data_error_of(photos)
+    assert error.summary == f"2 links in {photos} lead nowhere" and len(error.details) == 2
 
 
 def test_a_file_that_may_not_be_read_is_named(photos, monkeypatch):
@@ -442,6 +461,24 @@ def test_a_jpeg_without_its_last_bytes_is_read_with_a_warning(photos):
     assert warning(source, "last bytes") == "1 image lacks its last bytes, and is read as far as it goes: cat/x.jpg"
 
 
+def test_other_images_are_not_of_one_colour(photos):
+    for i, spot in enumerate([(0, 0), (0, 7), (7, 0), (5, 3)]):
+        pixels = np.zeros((8, 8, 3), "uint8")
+        pixels[spot] = 1
+        write_image(photos / "cat" / f"spot{i}.png", pixels)
+    assert sources.load("folder", photos).warnings == ()
+
+
+def test_pixels_are_compared_at_their_full_size(split_photos):
+    """Also where the squares are the same: an image and the same one twice as large, or with another pixel."""
+    for i, path in enumerate(["train/cat/x.png", "train/cat/y.png", "test/cat/x.png", "test/cat/y.png"]):
+        pixels = np.zeros((80, 80, 3), "uint8")
+        pixels[40:, 40:] = 255
+        pixels[-1, -1, 0] -= i
+        write_image(split_photos / path, pixels if i < 3 else pixels.repeat(2, axis=0))
+    assert sources.load("folder", split_photos, image_size=2).left_out == {}
+
+
 def test_images_of_one_colour_are_counted(photos):
     for i in range(4):
         write_image(photos / "cat" / f"icon{i}.png", np.zeros((8, 8 + i, 4), "uint8"))
@@ -450,7 +487,78 @@ def test_images_of_one_colour_are_counted(photos):
     )
 
 
+# === Folders beside those of the classes ===
+
+
+def test_a_folder_of_other_files_is_left_out_with_a_warning(split_photos):
+    for path in ("annotations/1.xml", "train/labels/a/1.txt", "train/labels/2", "test/labels/1.txt"):
+        (split_photos / path).parent.mkdir(parents=True, exist_ok=True)
+        (split_photos / path).write_bytes(b"x")
+    source = sources.load("folder", split_photos)
+    assert source.class_names == ("cat", "dog")
+    assert source.left_out == {
+        "in a folder without images: annotations": 1,
+        "in a folder without images: test/labels": 1,
+        "in a folder without images: train/labels": 2,
+    }
+    assert warning(source, "annotations") == "annotations holds no image and is left out: 1 file"
+    assert warning(source, "train/labels") == "train/labels holds no image and is left out: 2 files"
+
+
+def test_a_folder_of_other_files_stays_where_its_class_has_images(split_photos):
+    write_image(split_photos / "train" / "eel" / "1")  # an image without an ending
+    (split_photos / "test" / "eel").mkdir()
+    (split_photos / "test" / "eel" / "1.txt").write_bytes(b"x")
+    assert data_error_of(split_photos).summary == f"{split_photos} has no image that can be read to test of eel"
+
+
+def test_a_class_without_images_is_named_where_classes_are_too_few(photos):
+    shutil.rmtree(photos / "dog")
+    (photos / "dog").mkdir()
+    (photos / "dog" / "1.txt").write_bytes(b"x")
+    assert data_error_of(photos).summary.endswith("two classes or more. Found: cat; without an image: dog")
+
+
 # === Folders that are no data set ===
+
+
+def test_folders_that_hold_the_same_classes_are_an_error(photos, tmp_path):
+    for name in ("fold1", "fold2"):
+        shutil.copytree(photos, tmp_path / "folds" / name)
+    error = data_error_of(tmp_path / "folds")
+    assert error.summary == (f"fold1, fold2 in {tmp_path}/folds hold no images of their own, but all hold the folders cat, dog")
+    assert "merge the folders fold1, fold2" in error.hint and "If fold1, fold2 are the classes" in error.hint
+    (tmp_path / "folds" / "fold2" / "dog").rename(tmp_path / "folds" / "fold2" / "eel")
+    assert sources.load("folder", tmp_path / "folds").class_names == ("fold1", "fold2")
+
+
+def test_images_and_labels_in_each_class_are_no_classes(photos):
+    for name in ("cat", "dog"):
+        (photos / name).rename(photos / "images")
+        (photos / name).mkdir()
+        (photos / "images").rename(photos / name / "images")
+        (photos / name / "labels").mkdir()
+        (photos / name / "labels" / "1.txt").write_bytes(b"x")
+    assert sources.load("folder", photos).class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("test", ["Cat", "CAT"])
+def test_names_that_differ_in_case_are_to_be_renamed(split_photos, test):
+    (split_photos / "test" / "cat").rename(split_photos / "test" / test)
+    error = data_error_of(split_photos)
+    assert error.summary == f"{split_photos}/test and {split_photos}/train differ in the case of a class's name: {test} and cat"
+    assert error.hint == f"Rename in {split_photos}/test: {test} to cat"
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_splits_one_level_down_are_named(split_photos, tmp_path, beside):
+    root = tmp_path / "around"
+    root.mkdir()
+    split_photos.rename(root / "data")
+    if beside:
+        (root / "labels").mkdir()
+        (root / "labels" / "1.txt").write_bytes(b"x")
+    assert data_error_of(root).hint == f"{root}/data holds train, test: name it with --data-dir {root}/data"
 
 
 def test_a_folder_is_needed():

@@ -1,5 +1,6 @@
 import io
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -107,6 +108,23 @@ def test_cmyk_is_turned_into_colours():
     red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     for kind in ("JPEG", "TIFF"):
         np.testing.assert_allclose(images.decode(encoded(red, kind))[4, 4], (255, 0, 0), atol=3)
+
+
+def test_a_frame_smaller_than_its_gif_is_laid_on_white():
+    data = bytearray(encoded(Image.fromarray(quarters()).quantize(16), "GIF"))
+    data[6:10] = struct.pack("<HH", 60, 50)  # the size of the screen
+    frame = data.index(b"\x2c\0\0\0\0" + struct.pack("<HH", 48, 32))
+    data[frame + 1 : frame + 5] = struct.pack("<HH", 10, 12)
+    expected = np.full((50, 60, 3), 255)
+    expected[12:44, 10:58] = quarters()
+    np.testing.assert_array_equal(images.decode(bytes(data)), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK"])
+def test_a_large_picture_is_copied_in_strips(mode):
+    [pixels] = noise(1, (300, 5, len(mode) if mode != "L" else 1))
+    image = Image.fromarray(np.squeeze(pixels), mode)
+    np.testing.assert_array_equal(images._array(image), np.asarray(image))
 
 
 # === 16 bits ===
@@ -221,6 +239,25 @@ def test_broken_exif_data_says_nothing():
     assert images.decode(data).shape == (32, 48, 3)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_broken_metadata_warns_nobody(kind, recwarn, capfd):
+    images._formats.cache_clear()  # pytest forgets the filter after each test
+    data = encoded(quarters(), kind, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff") if kind == "JPEG" else two_orientations()
+    assert images.decode(data).shape == (32, 48, 3)
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
+
+
+def two_orientations():
+    """A TIFF whose tag 274, which holds one number, holds two."""
+    data = bytearray(encoded(quarters(), "TIFF", tiffinfo={274: 1}))
+    entry = data.index(struct.pack("<HHI", 274, 3, 1))
+    data[entry + 4 : entry + 8] = struct.pack("<I", 2)
+    with pytest.warns(UserWarning, match="tag 274"):
+        Image.open(io.BytesIO(data)).load()
+    return bytes(data)
+
+
 # === What is refused, and what is mended ===
 
 
@@ -233,6 +270,72 @@ def test_a_jpeg_without_its_last_bytes_is_read(options):
     assert images.read(whole[:-20]).cut_off
     assert not images.read(whole).cut_off
     assert not images.read(whole + b"what a camera writes after it").cut_off
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"optimize": True}])
+@pytest.mark.parametrize("size", [(8, 8), (32, 40), (33, 49)])
+@pytest.mark.parametrize("kind", ["noise", "grey", "black", "grey below"])
+def test_a_jpeg_that_lacks_its_end_marker_alone_is_read_whatever_it_shows(options, size, kind):
+    [pixels] = noise(1, (*size, 3))
+    pixels[{"noise": size[0], "grey below": size[0] // 3}.get(kind, 0) :] = 0 if kind == "black" else 128
+    whole = encoded(pixels, "JPEG", **options)
+    for data in (whole[:-2], whole[:-1]):
+        np.testing.assert_array_equal(images.decode(data), images.decode(whole))
+
+
+def scans(data):
+    """Where each scan of a JPEG begins."""
+    return [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
+
+
+def test_a_progressive_jpeg_is_read_from_its_first_scan_on():
+    photo = Image.fromarray(noise(1, (6, 8, 3))[0]).resize((120, 100))
+    whole = encoded(photo, "JPEG", progressive=True)
+    second, third = scans(whole)[1:3]
+    errors = []
+    for end in (second + 20, third + 20, (third + len(whole)) // 2, len(whole) - 50):
+        picture = images.read(whole[:end])
+        assert picture.cut_off
+        errors.append(abs(picture.pixels.astype(int) - images.decode(whole)).mean())
+    assert errors[0] < 25 and errors == sorted(errors, reverse=True)
+    with pytest.raises(ImageError, match="broken"):
+        images.read(whole[: second - 20])
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_blocks": 2}])
+def test_a_jpeg_may_lack_a_twentieth_of_its_blocks(options):
+    whole = encoded(noise(1, (320, 320, 3))[0], "JPEG", **options)
+    [header] = scans(whole)
+    for missing in (0.02, 0.04):
+        assert images.read(whole[: -int(missing * (len(whole) - header))]).cut_off
+    for missing in (0.06, 0.3):
+        with pytest.raises(ImageError, match="broken"):
+            images.read(whole[: -int(missing * (len(whole) - header))])
+
+
+def test_a_jpeg_with_an_end_is_not_called_cut_off(monkeypatch):
+    def fail(self):
+        raise OSError("broken data stream")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(ImageError, match="broken data stream"):
+        images.read(encoded(quarters(), "JPEG"))
+
+
+def test_a_thumbnail_is_not_taken_for_the_photo():
+    exif = b"Exif\0\0" + encoded(noise(1, (8, 8, 3))[0], "JPEG")
+    whole = encoded(noise(1, (100, 120, 3))[0], "JPEG", exif=exif)
+    assert images.read(whole[:-2]).cut_off
+    with pytest.raises(ImageError, match="broken"):
+        images.read(whole[: len(whole) // 2])
+
+
+def test_half_a_jpeg_that_was_filled_up_with_zeros_is_broken():
+    whole = encoded(noise(1, (100, 120, 3))[0], "JPEG")
+    with pytest.raises(ImageError, match="broken"):
+        images.read(whole[: len(whole) // 2] + bytes(len(whole)))
+    assert images.read(whole[:-2] + bytes(1000)).cut_off
+    assert not images.read(whole + bytes(1000)).cut_off
 
 
 @pytest.mark.parametrize("size", [(100, 120, 3), (32, 40, 3)])
@@ -259,7 +362,16 @@ def test_what_is_no_image_is_refused(data):
     assert not images.is_image(data)
 
 
-@pytest.mark.parametrize(("brand", "reason"), [(b"heic", "install pillow-heif"), (b"avif", "does not read AVIF")])
+@pytest.mark.parametrize(
+    ("brand", "reason"),
+    [
+        (b"heic", "install pillow-heif"),
+        (b"avif", "does not read AVIF"),
+        (b"mif1\0\0\0\0mif1heic", "install pillow-heif"),
+        (b"mif1\0\0\0\0mif1avif", "does not read AVIF"),
+        (b"mif1", "install pillow-heif"),
+    ],
+)
 def test_a_missing_plugin_is_named(monkeypatch, brand, reason):
     data = b"\0\0\0\x18ftyp" + brand + bytes(100)
     monkeypatch.setattr(images, "_formats", lambda: ["JPEG"])
@@ -300,6 +412,49 @@ def test_a_size_is_checked_before_anything_is_decoded(monkeypatch):
 def test_the_preview_in_a_camera_s_raw_file_is_not_taken_for_the_photo():
     with pytest.raises(ImageError, match="raw"):
         images.read(encoded(quarters(), "TIFF", tiffinfo={254: 1}))
+
+
+# === Memory ===
+
+
+def test_the_pixels_that_are_decoded_at_a_time_are_bounded():
+    room = images.Room(limit=100)
+    order = []
+
+    def hold(n):
+        with room.place() as reserve:
+            reserve(n)
+            order.append(n)
+
+    with room.place() as reserve:
+        reserve(60)
+        second = threading.Thread(target=hold, args=(50,))
+        second.start()
+        hold(40)
+        assert second.is_alive() and order == [40]
+    second.join(10)
+    hold(101)  # larger than the room: alone
+    assert order == [40, 50, 101] and room.used == 0
+
+
+def test_a_picture_is_reserved_by_its_header_before_it_is_decoded(monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(n):
+        assert n == 32 * 48
+        raise Stop
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageError) as error:
+        images.read(encoded(quarters(), "JPEG"), stop)
+    assert isinstance(error.value.__cause__, Stop)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(2, 2), (64, 8), (None, 1)])
+def test_the_number_of_threads_is_bounded(monkeypatch, cores, threads):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert images.threads() == threads
 
 
 # === Squares ===
