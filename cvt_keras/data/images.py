@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cvt_keras.data.file_types import AVIF, HEIF, READABLE, is_image
 from cvt_keras.errors import ImageError
 
 # 8192 x 8192. What a header claims is checked before anything is decoded: a few kilobytes can claim to be gigabytes.
 MAX_PIXELS = 67_108_864
 # What Pillow calls the formats. AVIF and HEIF are read where it has a plugin for them.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF")
-READABLE = "JPEG, PNG, GIF, BMP, TIFF or WebP"
-# What files of these formats begin with. BMP, WebP and the two that are kept as videos are, need a second look.
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_AVIF, _HEIF = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # Under this a grey pixel fits 12 bits, as scanners, depth cameras and microscopes store them in 16.
 _TWELVE_BITS = 4096
 # The largest share of its pixels that a JPEG may lack.
@@ -88,19 +85,6 @@ def read(data):
         raise ImageError(f"the image is broken: {_reason(error)}") from error
 
 
-def is_image(head):
-    """Whether a file begins as one of a format that `read` may know, broken or not.
-
-    Args:
-        head: its first bytes, 32 or more.
-    """
-    if head.startswith(b"BM"):  # so may a text
-        return int.from_bytes(head[14:18], "little") in (12, 16, 40, 52, 56, 64, 108, 124)
-    if head.startswith(b"RIFF"):
-        return head[8:12] == b"WEBP"
-    return head.startswith(_SIGNATURES) or (head[4:8] == b"ftyp" and head[8:12] in (*_AVIF, *_HEIF))
-
-
 @functools.cache
 def _formats():
     """The names of the formats that this Pillow reads."""
@@ -126,9 +110,9 @@ def _open(data):
         image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError as error:
         brand = data[8:12] if data[4:8] == b"ftyp" else b""
-        if brand in _HEIF and "HEIF" not in _formats():
+        if brand in HEIF and "HEIF" not in _formats():
             raise ImageError(f"not a readable {READABLE}: install pillow-heif to read HEIC") from error
-        if brand in _AVIF and "AVIF" not in _formats():
+        if brand in AVIF and "AVIF" not in _formats():
             raise ImageError(f"not a readable {READABLE}: this build of Pillow does not read AVIF") from error
         if is_image(data):
             raise ImageError("the image is broken: its header can't be read") from error
