@@ -8,9 +8,9 @@ import functools
 
 import tensorflow as tf
 
+from cvt_keras.data import file_types
 from cvt_keras.data.images import MAX_PIXELS
 
-_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 # Bounds what a hostile file can cost; a photo has some 20 segments, and a large PNG has some 10,000 chunks.
 _MOST_SEGMENTS, _MOST_CHUNKS = 1_000, 20_000
 _ORIENTATION = 0x0112
@@ -36,7 +36,7 @@ def decode(data):
             docs/serving.md.
     """
     with tf.device("CPU"):  # where the decoders run; a GPU would only be waited for
-        png, jpeg = _starts(data, _PNG), _starts(data, _JPEG)
+        png, jpeg = _starts(data, file_types.PNG), _starts(data, file_types.JPEG)
         rule = "image_bytes must be JPEG or PNG files; cvt-keras classify re-encodes others. Received:"
         data = _require(data, png | jpeg, rule, _format(data))
         pixels, exif = tf.cond(png, lambda: _decode_png(data), lambda: _decode_jpeg(data))
@@ -53,11 +53,11 @@ def _format(data):
 
     formats = {
         "a WebP": _starts(data, b"RIFF") & is_any(8, b"WEBP"),
-        "a GIF": is_any(0, b"GIF8"),
+        "a GIF": is_any(0, *file_types.GIF),
         "a BMP": is_any(0, b"BM"),
-        "a TIFF": is_any(0, b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
-        "an AVIF": is_any(4, b"ftypavif", b"ftypavis"),
-        "a HEIC": is_any(4, b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1"),
+        "a TIFF": is_any(0, *file_types.TIFF),
+        "an AVIF": is_any(4, *(b"ftyp" + brand for brand in file_types.AVIF)),
+        "a HEIC": is_any(4, *(b"ftyp" + brand for brand in file_types.HEIF)),
     }
     name = tf.constant("something else")
     for text, condition in formats.items():
@@ -140,7 +140,7 @@ def _chunks(data):
         types += tf.where((kind == b"IDAT") & (kind == last), b"", kind + b" ")
         return at + length + 12, types, kind, tf.where(kind == b"eXIf", at, exif_at)
 
-    start = (tf.constant(len(_PNG), tf.int64), tf.constant(b""), tf.constant(b""), tf.constant(0, tf.int64))
+    start = (tf.constant(len(file_types.PNG), tf.int64), tf.constant(b""), tf.constant(b""), tf.constant(0, tf.int64))
     at, types, last, exif_at = tf.while_loop(
         lambda at, types, last, _: (at < end) & (last != b"IEND"),
         next_chunk,

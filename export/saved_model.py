@@ -5,11 +5,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-from cvt_keras.data.images import MAX_PIXELS, stretch
+from cvt_keras.data.images import stretch
 
 from .decoding import decode
-
-__all__ = ["MAX_PIXELS", "WARM_UP", "write"]
 
 WARM_UP = "assets.extra/tf_serving_warmup_requests"
 WARM_UP_BATCHES = (1, 8)

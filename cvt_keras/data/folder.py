@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cvt_keras.data import images, packages
+from cvt_keras.data import file_types, images, packages
 from cvt_keras.data.split import Source, Split, hold_out
 from cvt_keras.errors import ArgumentError, DataError, ImageError
 
@@ -28,8 +28,6 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing"),
 }
 _SPLIT_ENDING = re.compile(r"[ _-]*(data ?set|set|data|images|split)$")  # training_set, test-images, ValData
-# Folders that programs leave behind. Those with a leading dot need no name here.
-CLUTTER = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 # A name that promises an image: by its ending, or by one that a download or a copy made longer (.jpg.1, .jpg_large, .jpg?w=3).
 # Files with other names are known by their bytes alone. The list is written out, because what `mimetypes` knows differs from
 # machine to machine.
@@ -204,9 +202,9 @@ def _entries(path, left_out, dangling):
     """The folders and files in a folder, without hidden ones and clutter, sorted. What is left out is counted."""
     folders, files, missing = [], [], []
     for entry in sorted(path.iterdir()):
-        hidden = entry.name.startswith(".")
-        if hidden or entry.name.lower() in map(str.lower, CLUTTER):
-            reason = "hidden" if hidden else f"in {entry.name}"
+        hidden = file_types.is_hidden(entry.name)
+        if hidden or file_types.is_clutter(entry.name):
+            reason = "hidden" if hidden else f"in {entry.name}" if entry.is_dir() else entry.name
             if n := _number_of_files(entry):
                 left_out[reason] += n
         elif entry.is_dir():
@@ -269,11 +267,11 @@ def _split_called(name):
 
 
 def _is_class_folder(path):
-    return path.is_dir() and path.name.lower() not in map(str.lower, CLUTTER)
+    return path.is_dir() and not file_types.is_clutter(path.name)
 
 
 def _visible(path):
-    return [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    return [entry for entry in path.iterdir() if not file_types.is_hidden(entry.name)]
 
 
 def _by_class_name(parent, folders):
@@ -321,7 +319,7 @@ def _is_imageless(files):
     def is_image(path):
         try:
             with open(path, "rb") as stream:
-                return images.is_image(stream.read(_HEAD))
+                return file_types.is_image(stream.read(_HEAD))
         except OSError:
             return True
 
@@ -486,7 +484,7 @@ def _read(file, reserve=None):
     try:
         with open(file.path, "rb") as stream:
             data = stream.read(_HEAD)
-            if not named and not images.is_image(data):  # perhaps a video of gigabytes
+            if not named and not file_types.is_image(data):  # perhaps a video of gigabytes
                 return _Found(file, no_image=True), None
             data += stream.read()
         picture = images.read(data, reserve)

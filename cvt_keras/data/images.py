@@ -15,16 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cvt_keras.data.file_types import AVIF, HEIF, READABLE, is_image
 from cvt_keras.errors import ImageError
 
 # 8192 x 8192. What a header claims is checked before anything is decoded: a few kilobytes can claim to be gigabytes.
 MAX_PIXELS = 67_108_864
 # What Pillow calls the formats. AVIF and HEIF are read where it has a plugin for them.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF")
-READABLE = "JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF"
-# What files of these formats begin with. BMP, WebP and the two that are kept as videos are, need a second look.
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_AVIF, _HEIF = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _EITHER = (b"mif1", b"msf1")  # brands of both
 # Under this a grey pixel fits 12 bits, as scanners, depth cameras and microscopes store them in 16.
 _TWELVE_BITS = 4096
@@ -151,27 +148,14 @@ def read(data, reserve=None):
         raise ImageError(f"the image is broken: {_reason(error)}") from error
 
 
-def is_image(head):
-    """Whether a file begins as one of a format that `read` may know, broken or not.
-
-    Args:
-        head: its first bytes, 32 or more.
-    """
-    if head.startswith(b"BM"):  # so may a text
-        return int.from_bytes(head[14:18], "little") in (12, 16, 40, 52, 56, 64, 108, 124)
-    if head.startswith(b"RIFF"):
-        return head[8:12] == b"WEBP"
-    return head.startswith(_SIGNATURES) or (head[4:8] == b"ftyp" and head[8:12] in (*_AVIF, *_HEIF))
-
-
 def _kind(data):
     """AVIF or HEIF, as Pillow calls them, for a file of either, broken or not; else `None`."""
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
     if brand in _EITHER:
         end = min(int.from_bytes(data[:4], "big"), len(data), 256)
-        if any(data[i : i + 4] in _AVIF for i in range(16, end, 4)):
+        if any(data[i : i + 4] in AVIF for i in range(16, end, 4)):
             return "AVIF"
-    return "AVIF" if brand in _AVIF else "HEIF" if brand in _HEIF else None
+    return "AVIF" if brand in AVIF else "HEIF" if brand in HEIF else None
 
 
 @functools.cache

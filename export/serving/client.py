@@ -11,6 +11,7 @@ import dataclasses
 import http.client
 import importlib.util
 import json
+import operator
 import os
 import random
 import re
@@ -145,7 +146,7 @@ class Client:
 
         Args:
             images: the `bytes` of image files, of any kind that `data.images.read` reads. Those that the server does not read
-                as training did are sent as PNGs.
+                as training did are sent as PNGs of their pixels, and so is one that it refuses.
 
         Returns:
             For each image an `Answer`, or the `ImageError` that says why there is none.
@@ -156,13 +157,15 @@ class Client:
         """
         # One bad image fails its whole batch, and on a server that merges requests also those of strangers. So what can't be
         # read here is not sent.
-        files = [_for_server(file) for file in _checked(images)]
+        images = _checked(images)
+        files = [_for_server(image) for image in images]
         sent = [file for file in files if isinstance(file, bytes)]
         answers: Iterator[Answer | ImageError]
         try:
             answers = iter(self._predict(sent) if sent else ())
         except ImageError:
-            answers = map(self._alone, sent)
+            pairs = zip(images, files, strict=True)
+            answers = (self._alone(image, file) for image, file in pairs if isinstance(file, bytes))
         return [next(answers) if isinstance(file, bytes) else file for file in files]
 
     def predict(self, images: Iterable[bytes]) -> list[Answer]:
@@ -179,10 +182,16 @@ class Client:
             ImageError: if one of them can't be read, or the server refuses one. The server does not say which.
             ServingError: if it does not answer.
         """
-        files = [image_files.for_server(image) for image in _checked(images)]
-        if not files:
+        images = _checked(images)
+        if not images:
             raise ArgumentError("`images` must be at least one. Received: none", argument="images")
-        return self._predict(files)
+        files = [image_files.for_server(image) for image in images]
+        try:
+            return self._predict(files)
+        except ImageError:
+            if not any(map(operator.is_, files, images)):
+                raise
+        return self._predict([image_files.as_png(image) if file is image else file for file, image in zip(files, images)])
 
     def _predict(self, files):
         try:
@@ -198,12 +207,24 @@ class Client:
         """
         return self._try(self._server.versions)
 
-    def _alone(self, image: bytes) -> Answer | ImageError:
+    def _alone(self, image: bytes, file: bytes) -> Answer | ImageError:
+        """Asks for one image.
+
+        Args:
+            image: the bytes of its file.
+            file: what is sent for it.
+        """
         # A server that merges requests refuses a good image together with a stranger's bad one. Only an image that it refuses
         # each time is bad.
-        for _ in range(self.retries + 1):
+        tries = self.retries + 1
+        for attempt in range(max(tries, 2) if file is image else tries):
+            if attempt and file is image:  # there are files that training reads and a server does not
+                try:
+                    file = image_files.as_png(image)
+                except ImageError as error:
+                    return error
             try:
-                return self._predict([image])[0]
+                return self._predict([file])[0]
             except ImageError as error:
                 refused = error
         return refused
@@ -498,7 +519,7 @@ def _answers(names, rows, images):
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Image files (JPEG, PNG, GIF, BMP, TIFF or WebP), or folders: each file in them, at any depth, is judged by its bytes. A
+    """Image files (JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF), or folders: each file in them, at any depth, is judged by its bytes. A
     file that is no image or can't be read is named on stderr, and the exit code is 1. Hidden files, Thumbs.db, desktop.ini,
     @eaDir and __MACOSX are ignored."""
     address: str | None = None

@@ -1,4 +1,4 @@
-"""Image files for a server: as they are where the server reads them as training does, and otherwise as a PNG of their pixels.
+"""Image files for a server: as they are if it reads their kind as training does, and otherwise as a PNG of their pixels.
 
 Neither Keras nor TensorFlow is imported, and Pillow and NumPy only for a file that has to be decoded.
 """
@@ -8,34 +8,39 @@ import os
 import re
 from pathlib import Path
 
+from cvt_keras.data.file_types import JPEG, PNG, READABLE, is_clutter, is_hidden, is_image
 from cvt_keras.errors import ImageError
 
-_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _HEAD = 64  # bytes that show what a file is
 # In the compressed pixels of a JPEG: what ends them. A zero or a restart behind 0xFF does not.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
-# Of a file system or a program, not of its user. Those with a leading dot need no name here.
-_CLUTTER = ("__macosx", "@eadir", "thumbs.db", "desktop.ini")
 
 
 # === What to send ===
 
 
 def for_server(data):
-    """The bytes to send for an image file.
+    """The bytes to send first for an image file. A server may still refuse an odd one, which `as_png` mends.
 
     Args:
         data: the bytes of a file that `data.images.read` reads.
 
     Returns:
-        The same bytes, or those of a PNG.
+        The same object, or the bytes of a PNG.
+
+    Raises:
+        ImageError: if it has to be decoded, and can't be.
+    """
+    return data if _is_plain_jpeg(data) or _is_plain_png(data) else as_png(data)
+
+
+def as_png(data):
+    """The bytes of a PNG with the pixels that training has of an image file.
 
     Raises:
         ImageError: if it can't be read.
     """
-    if _is_plain_jpeg(data) or _is_plain_png(data):
-        return data
     from PIL import Image
 
     from cvt_keras.data import images
@@ -47,7 +52,7 @@ def for_server(data):
 
 def _is_plain_jpeg(data):
     """Whether it is RGB or grey, whole, and with EXIF data in one place. What a camera or a phone writes is."""
-    if not data.startswith(_JPEG):
+    if not data.startswith(JPEG):
         return False
     channels, exif, at = None, 0, 2
     while len(data) >= at + 2 and data[at] == 0xFF:
@@ -71,9 +76,9 @@ def _is_plain_jpeg(data):
 
 def _is_plain_png(data):
     """Whether it is whole, and has no transparent colour among those of 16 bits."""
-    if not data.startswith(_PNG):
+    if not data.startswith(PNG):
         return False
-    at, types = len(_PNG), set()
+    at, types = len(PNG), set()
     while len(data) >= at + 12:
         kind = data[at + 4 : at + 8]
         types.add(kind)
@@ -104,7 +109,7 @@ def within(folder):
             yield path, _unreadable(error)
             return
         for entry in found:
-            if entry.name.startswith(".") or entry.name.lower() in _CLUTTER:
+            if is_hidden(entry.name) or is_clutter(entry.name):
                 continue
             if entry.is_dir():
                 yield from entries(entry)
@@ -127,11 +132,8 @@ def read(file):
             head = stream.read(_HEAD)
             if not head:
                 raise ImageError("the file is empty")
-            if not head.startswith((_PNG, _JPEG)):
-                from cvt_keras.data import images
-
-                if not images.is_image(head):  # which may be a film of gigabytes
-                    raise ImageError(f"not a {images.READABLE}")
+            if not is_image(head):  # which may be a film of gigabytes
+                raise ImageError(f"not a {READABLE}")
             return head + stream.read()
     except OSError as error:
         raise _unreadable(error) from error

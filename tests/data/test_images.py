@@ -9,7 +9,7 @@ import tensorflow as tf
 from labelled_images import noise, resized
 from PIL import Image, UnidentifiedImageError, features
 
-from cvt_keras.data import images
+from cvt_keras.data import file_types, images
 from cvt_keras.errors import ImageError
 
 WHITE = [255, 255, 255]
@@ -359,7 +359,7 @@ def test_half_of_another_file_is_broken(kind, kept):
 def test_what_is_no_image_is_refused(data):
     with pytest.raises(ImageError, match="empty" if not data else "not a readable"):
         images.read(data)
-    assert not images.is_image(data)
+    assert not file_types.is_image(data)
 
 
 @pytest.mark.parametrize(
@@ -389,14 +389,14 @@ def unidentified(file, formats):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_images_are_known_by_their_first_bytes(kind):
-    assert images.is_image(encoded(quarters(), kind)[:64])
+    assert file_types.is_image(encoded(quarters(), kind)[:64])
 
 
 @pytest.mark.parametrize(
     "text", [b"BMW and Audi are the two classes of this set", b"RIFF\0\0\0\0WAVEfmt ", b"\0\0\0\x18ftypmp42"]
 )
 def test_other_files_that_begin_alike_are_not_images(text):
-    assert not images.is_image(text)
+    assert not file_types.is_image(text)
 
 
 def test_a_size_is_checked_before_anything_is_decoded(monkeypatch):

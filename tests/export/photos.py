@@ -140,3 +140,21 @@ REENCODED = (
     "tiff",
     "webp",
 )
+
+
+def odd_photos():
+    """Name -> bytes: JPEGs and PNGs that training reads, that look plain to the client, and that a SavedModel refuses."""
+    scene = Image.open(PHOTO).resize((61, 47))
+    jpeg, plain = encoded(scene, "JPEG"), encoded(scene)
+    kinds = {
+        f"jpeg with an orientation of TIFF type {kind}": encoded(scene, "JPEG", exif=exif(6, "<", kind=kind))
+        for kind in (5, 8, 9, 11)  # RATIONAL, SSHORT, SLONG and FLOAT
+    }
+    kinds["jpeg with three orientations"] = encoded(scene, "JPEG", exif=exif(6, "<", count=3))
+    kinds["jpeg of 1,200 segments"] = jpeg[:2] + b"\xff\xfe\0\6abcd" * 1_200 + jpeg[2:]
+    turned = with_chunk(plain, b"eXIf", exif(6)[6:])
+    kinds["png with EXIF data twice"] = with_chunk(turned, b"eXIf", exif(6)[6:])
+    at = turned.index(b"IDAT") - 4
+    kinds["png of 20,000 chunks"] = turned[:at] + chunk(b"tEXt", b"a\0b") * 20_000 + turned[at:]
+    kinds["png with a wrong checksum of its pixels"] = plain[:-13] + bytes([plain[-13] ^ 1]) + plain[-12:]
+    return kinds

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import tensorflow as tf
-from photos import PHOTO, REENCODED, chunk, encoded, exif, photos, png, with_chunk, with_header
+from photos import PHOTO, REENCODED, chunk, encoded, exif, odd_photos, photos, png, with_chunk, with_header
 
 from cvt_keras.data import images
 from cvt_keras.errors import ImageError
@@ -41,10 +41,10 @@ def test_noise_in_every_form_of_png_is_equal(graph):
 
 
 def test_what_tensorflow_reads_otherwise_is_refused(graph):
-    for kind in REENCODED:
-        assert images.decode(PHOTOS[kind]).size
+    for data in (*map(PHOTOS.get, REENCODED), *odd_photos().values()):
+        assert images.decode(data).size
         with pytest.raises(INVALID):
-            graph(PHOTOS[kind])
+            graph(data)
 
 
 @pytest.mark.parametrize(

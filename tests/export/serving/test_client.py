@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from photos import REENCODED, exif, photos, png, with_chunk, with_header
+from photos import REENCODED, exif, odd_photos, photos, png, with_chunk, with_header
 
 from cvt_keras import cli, preprocessing_of
 from cvt_keras.data.images import decode, stretch
@@ -30,7 +30,7 @@ from cvt_keras.export.serving.files import for_server
 COMMAND = [sys.executable, "-m", "cvt_keras.export.serving.client"]
 STATUS = grpc.StatusCode
 UNAVAILABLE = (STATUS.UNAVAILABLE, "The batch scheduling queue to which this task was submitted is full")
-# A PNG by its chunks, with pixels that can't be unpacked: the client does not look at these, the server refuses them.
+# A PNG by its chunks, with pixels that can't be unpacked: the client looks at these only after the server has refused them.
 BAD = png(8, 0).replace(b"IDATx", b"IDATy")
 
 both = pytest.mark.parametrize("protocol", ADDRESSES)
@@ -195,8 +195,12 @@ def test_progress_is_for_a_terminal_alone_and_erased_before_lines(folder, server
         done = subprocess.run(command, **more)
         os.close(terminal)
         assert done.returncode == 1
-        with contextlib.suppress(OSError), open(reading, "rb", closefd=False) as file:  # at its end Linux raises
-            return file.read1(100_000).decode()
+        parts = []
+        with contextlib.suppress(OSError):  # at the end Linux raises
+            while part := os.read(reading, 100_000):
+                parts.append(part)
+        os.close(reading)
+        return b"".join(parts).decode()
 
     with open(tmp_path / "lines.txt", "w+") as lines:
         first, *rest = said(stdout=lines, stderr=None).split(ERASE)
@@ -252,7 +256,8 @@ def test_odd_names_of_files_keep_to_their_column_and_line(encoding, images, serv
     flags = [str(tmp_path), "--protocol", "rest", "--address", server.rest_address, "--batch", "1", "--retries", "0"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([*COMMAND, *flags], env=environment, capture_output=True)
-    assert done.returncode == 1 and rf"cvt-keras classify: {tmp_path}/bad\nname.png: refused by" in done.stderr.decode(encoding)
+    assert done.returncode == 1
+    assert rf"cvt-keras classify: {tmp_path}/bad\nname.png: the image is broken: " in done.stderr.decode(encoding)
     rows = [line.split("\t") for line in done.stdout.decode(encoding).splitlines()]
     assert {len(row) for row in rows} == {3}
     accented = "caf\u00e9.png" if encoding == "utf-8" else r"caf\xe9.png"
@@ -298,18 +303,24 @@ def test_bad_images_are_named_and_the_good_ones_answered(protocol, folder, serve
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 7
     bad, text = err.strip().splitlines()
-    assert f"cvt-keras classify: {folder / 'bad.png'}: refused by the server: " in bad and "{{" not in bad and "[[" not in bad
-    assert text == f"cvt-keras classify: {folder / 'text.png'}: not a JPEG, PNG, GIF, BMP, TIFF or WebP"
-    # All but the text at once, then each alone, the bad one twice.
-    assert [asked.images for asked in server.asked] == [8, *[1] * 9]
+    assert bad.startswith(f"cvt-keras classify: {folder / 'bad.png'}: the image is broken: ")
+    assert text == f"cvt-keras classify: {folder / 'text.png'}: not a JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF"
+    # All but the text at once, then each alone.
+    assert [asked.images for asked in server.asked] == [8, *[1] * 8]
 
 
 @both
 def test_what_the_export_says_of_an_image_is_told_without_tensorflows_marks(protocol, server, images):
-    large = with_header(png(8, 0), 9000, 8000)
+    marks = "{{function_node __inference}} assertion failed: [an image may have at most 9 pixels; its header says] [4] [x] [3]"
+    server.faults.extend([(STATUS.INVALID_ARGUMENT, f"{marks} [[{{{{node map/while/Assert}}}}]]")] * 3)
     with _client(server, protocol, retries=0) as client:
+        [refused] = client.classify(images[:1])
+    assert str(refused) == "refused by the server: an image may have at most 9 pixels; its header says 4 x 3"
+    assert len(server.asked) == 3  # with another, unchanged, and decoded here
+    large = with_header(png(8, 0), 9000, 8000)
+    with _client(server, protocol) as client:
         [refused] = client.classify([large])
-    assert str(refused) == "refused by the server: an image may have at most 67,108,864 pixels; its header says 9000 x 8000"
+    assert "at most 67,108,864 pixels" in str(refused) and len(server.asked) == 5
 
 
 @both
@@ -341,7 +352,10 @@ def test_nothing_is_sent_of_what_cant_be_read(server):
     with _client(server, "grpc") as client:
         errors = client.classify([b"", b"hello", b"GIF89a" + bytes(40), cut_off])
         assert all(isinstance(error, ImageError) for error in errors)
-        assert [str(error) for error in errors[:2]] == ["the file is empty", "not a readable JPEG, PNG, GIF, BMP, TIFF or WebP"]
+        assert [str(error) for error in errors[:2]] == [
+            "the file is empty",
+            "not a readable JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF",
+        ]
         with pytest.raises(ImageError):
             client.predict([cut_off])
     assert not server.asked
@@ -360,6 +374,22 @@ def test_a_photo_of_each_kind_is_answered_as_in_training(protocol, server, class
     largest = {kind: np.abs(answer.probabilities - row).max() for kind, answer, row in zip(kinds, answers, expected)}
     # The pixels are equal; the network computes in another order.
     assert max(largest.values()) < 1e-5, f"largest differences of a probability: {largest}"
+
+
+@both
+@pytest.mark.parametrize("retries", [0, 1])
+def test_what_the_server_refuses_is_decoded_here(protocol, retries, server, classifier, images):
+    kinds = odd_photos()
+    assert [kind for kind, data in kinds.items() if for_server(data) is not data] == []
+    squares = np.stack([stretch(decode(data), 32) for data in (*kinds.values(), images[0])])
+    expected = tf.nn.softmax(classifier(squares.astype("float32"), training=False)).numpy()
+    with _client(server, protocol, retries=retries) as client:
+        answers = client.classify([*kinds.values(), images[0]])
+        # All at once, each alone, and those that are refused once more.
+        assert [asked.images for asked in server.asked] == [len(kinds) + 1, *[1, 1] * len(kinds), 1]
+        several = client.predict([*kinds.values(), images[0]])
+    for found in (answers, several):
+        np.testing.assert_allclose([answer.probabilities for answer in found], expected, atol=1e-5)
 
 
 def test_only_what_the_server_does_not_read_is_decoded_here():
@@ -388,7 +418,7 @@ def test_a_folder_is_looked_at_file_by_file(folder, server, tmp_path, capsys):
         "c.txt": kinds["bmp"],
     }.items():
         (folder / name).write_bytes(data)
-    for name in (".DS_Store", "Thumbs.db", "@eaDir/x.png", "__MACOSX/x.png", ".hidden/x.png"):
+    for name in (".DS_Store", "Thumbs.db", "@eaDir/x.png", "__MACOSX/x.png", "$RECYCLE.BIN/x.png", ".hidden/x.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("hello")
     (folder / "deeper" / "again").symlink_to(folder)
@@ -414,7 +444,7 @@ def test_a_folder_is_looked_at_file_by_file(folder, server, tmp_path, capsys):
     assert reasons.pop("broken.gif")
     assert reasons == {
         "dangling.jpg": "a dangling link",
-        "notes.txt": "not a JPEG, PNG, GIF, BMP, TIFF or WebP",
+        "notes.txt": "not a JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF",
         "empty.png": "the file is empty",
         "pipe": "not a file",
     }
