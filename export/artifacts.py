@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,10 @@ from cvt_keras.report import page
 from cvt_keras.training.recipes import read_recipe
 
 from . import saved_model, tflite
-from .verify import BOUNDS, FORMATS, QUANTIZED, Artifact, batches, checked, summary, verify
+from .verify import BOUNDS, FORMATS, LEAST_IMAGES, QUANTIZED, Artifact, batches, checked, summary, verify
 
 IMAGES = "images.npy"
+FEW_IMAGES = 100  # one of them is a whole point of accuracy
 
 
 def export(
@@ -87,6 +89,13 @@ def export(
     folder = run_dir / runs.EXPORT
     folder.mkdir(exist_ok=True)
     artifacts = []
+    if len(images) < FEW_IMAGES:
+        print(
+            f"WARNING: only {len(images)} test images: a loss of accuracy shows by chance alone, and fewer than {LEAST_IMAGES} images "
+            "that differ pass",
+            file=sys.stderr,
+            flush=True,
+        )
     with runs.lock(folder), runs.scratch(folder) as scratch:
         np.save(scratch / IMAGES, images)
         with runs.whole(folder / tflite.LABELS) as aside:

@@ -12,6 +12,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,13 @@ _IMAGE_NAME = re.compile(
 )
 _LISTED = 10  # the broken files that an error names itself
 _NAMED = 3  # the files that a warning names
+_DIGEST_ROWS = 64  # of a photo, at least, that its pixels are known by
 _HEAD = 64  # bytes that show what a file is
 _LONG_READING = 200  # files from which on a bar shows the progress
 _LAYOUT = "Lay the images out as DIR/cat/1.jpg and DIR/dog/2.jpg, with a folder for each class, and name DIR with --data-dir"
+_DANGLING = "a link that leads nowhere"
+_LFS_POINTER, _WEB_PAGE = "a pointer of git-lfs, not the image itself", "a web page (HTML), not an image"
+_KINDS_OF_BROKEN = (_DANGLING, _LFS_POINTER, _WEB_PAGE, "the file is empty", os.strerror(errno.EACCES))
 _SKIP = "or add --skip-broken to go on without them"
 
 
@@ -88,6 +93,13 @@ def load(data_dir, image_size=32, skip_broken=False, record=None):
     if record is None:
         _require_images(listing, found)
     return _source(listing, found, pixels, record)
+
+
+def holds_classes(path):
+    """Whether a folder holds two folders of images or more, or a split's folder that does; by their names, without reading."""
+    folders = [entry for entry in Path(path).iterdir() if entry.is_dir()]
+    named = sum(any(_IMAGE_NAME.search(file.name) for file in islice(folder.iterdir(), 100)) for folder in folders)
+    return named > 1 or any(_split_called(folder.name) and holds_classes(folder) for folder in folders)
 
 
 # === Which files there are ===
@@ -466,7 +478,6 @@ def _read_all(files, pixels, image_size):
             if picture is not None:
                 with tf.device("CPU:0"):
                     pixels[place] = images.stretch(picture.pixels, image_size).numpy()
-                contents.pixels = _pixel_digest(picture.pixels, pixels[place])
         return contents
 
     # Several at a time, each stretched before the next is read: photos would not fit into memory at their size.
@@ -479,7 +490,7 @@ def _read_all(files, pixels, image_size):
 
 
 def _read(file, reserve=None):
-    """Reads a file. -> `_Found` (without the digest of its pixels), and a `Picture` or `None`"""
+    """Reads a file. -> `_Found`, and a `Picture` or `None`"""
     named = bool(_IMAGE_NAME.search(file.path.name))
     try:
         with open(file.path, "rb") as stream:
@@ -496,6 +507,7 @@ def _read(file, reserve=None):
         _Found(
             file,
             digest=hashlib.sha256(data).hexdigest(),
+            pixels=_pixel_digest(picture.pixels),
             cut_off=picture.cut_off,
             one_colour=_is_of_one_colour(picture.pixels),
         ),
@@ -503,14 +515,15 @@ def _read(file, reserve=None):
     )
 
 
-def _pixel_digest(pixels, square):
-    """A digest of an image's pixels and size.
+def _pixel_digest(pixels):
+    """A digest of an image's size and pixels, whatever size it is stretched to.
 
-    A cryptographic one of a photo takes as long as to decode it. A checksum of all pixels is five times as fast; that of two
-    images is the same once in four billion times, and only if their squares are the same, too, does it matter here.
+    A cryptographic one of a whole photo takes as long as to decode it. A checksum of all pixels is five times as fast. That of two
+    images is the same once in four billion times, and only if a grid of their rows is the same too, does it matter here.
     """
     checksum = zlib.crc32(np.ascontiguousarray(pixels))
-    return hashlib.blake2b(square, digest_size=16, key=repr((pixels.shape, checksum)).encode()).digest()
+    rows = np.ascontiguousarray(pixels[:: max(1, len(pixels) // _DIGEST_ROWS)])
+    return hashlib.blake2b(rows, digest_size=16, key=repr((pixels.shape, checksum)).encode()).digest()
 
 
 def _is_of_one_colour(pixels):
@@ -522,9 +535,9 @@ def _why(data):
     """What a file is that is no image, or `None` if it is something else."""
     head = data[:_HEAD].lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
-        return "a pointer of git-lfs, not the image itself"
+        return _LFS_POINTER
     if head.startswith((b"<!doctype html", b"<html")):
-        return "a web page (HTML), not an image"
+        return _WEB_PAGE
     return None
 
 
@@ -547,7 +560,9 @@ def _progress(n):
 
 def _sort_out(listing, found, skip_broken):
     """Counts what is not used, or raises for what is broken."""
-    broken = [(path, f"a link to {_shown(os.readlink(path))}, which is missing") for path in listing.dangling]
+    broken = [
+        (path, f"{_DANGLING}: {_shown(os.readlink(path))}" if not skip_broken else _DANGLING) for path in listing.dangling
+    ]
     broken += [(each.file.path, each.broken) for each in found if each.broken is not None]
     for each in found:
         if each.no_image:
@@ -557,7 +572,8 @@ def _sort_out(listing, found, skip_broken):
         broken.sort(key=lambda pair: str(pair[0]))
         if not skip_broken:
             raise _broken_error(listing, broken, len(found) + len(listing.dangling))
-        listing.left_out["broken"] += len(broken)
+        for _, reason in broken:
+            listing.left_out[f"broken: {reason if reason in _KINDS_OF_BROKEN else 'damaged, or too large'}"] += 1
         names = _some([path for path, _ in broken], listing.root)
         what = _count(len(broken), "file that can't be read is", "files that can't be read are")
         listing.warnings.append(f"{what} left out: {names}")

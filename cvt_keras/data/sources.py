@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 from cvt_keras.data import digits, failures, folder, tfds
 from cvt_keras.errors import ArgumentError, DataError, UnavailableError
@@ -43,6 +44,13 @@ def load(dataset, data_dir=None, image_size=32, skip_broken=False, record=None):
     check_name(dataset)
     kind, _, name = dataset.partition(":")
     try:
+        # TFDS would download its own data set into the folder.
+        if data_dir is not None and kind not in ("folder", "digits") and _holds_classes(data_dir):
+            raise DataError(
+                f"`data_dir` holds a folder of images for each class, not data of TFDS. Received: data_dir={data_dir}, dataset={dataset}",
+                argument="data_dir",
+                hint="Add --dataset folder to train on these images",
+            )
         return _LOADERS[kind](name, data_dir, image_size, skip_broken=skip_broken, record=record)
     except OSError as error:
         raise DataError(f"{dataset} can't be read: {failures.reason(error)}", argument="data_dir") from error
@@ -54,6 +62,11 @@ def load(dataset, data_dir=None, image_size=32, skip_broken=False, record=None):
             argument="image_size",
             hint=f"Choose a smaller --image-size than {image_size}",
         ) from error
+
+
+def _holds_classes(data_dir):
+    path = Path(data_dir).expanduser()
+    return path.is_dir() and folder.holds_classes(path)
 
 
 def auto(data_dir=None, image_size=32):

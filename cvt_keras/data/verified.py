@@ -70,7 +70,7 @@ def settle(source, record, name):
     if source.train.digests is None:  # the splits of such a data set never change
         return RunImages(source)
     notes = []
-    if broken := source.left_out.get("broken", 0):
+    if broken := sum(n for reason, n in source.left_out.items() if reason.startswith("broken")):
         notes.append(f"Files that can't be read are left out: {broken:,}.")
     if record is None:
         reason = f"The run has no {name}: if its folder of images has changed, some may have been trained on."

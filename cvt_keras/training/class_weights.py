@@ -10,6 +10,7 @@ import numpy as np
 from cvt_keras.errors import RecipeError
 
 FEW_IMAGES = 10  # of a class, to train on
+FEW_TEST_IMAGES = 5  # of a class
 FEW_VALIDATION_IMAGES = 50  # one of them is 2% of the accuracy
 UNEQUAL = 5  # times as many images in the largest class as in the smallest
 _NAMED = 3  # the classes that a warning names
@@ -30,7 +31,7 @@ def read(setting):
     if setting in ("none", "auto"):
         return setting
     try:
-        weights = json.loads(Path(setting).expanduser().read_text(encoding="utf-8"), object_pairs_hook=_distinct)
+        weights = json.loads(Path(setting).expanduser().read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct)
     except OSError as error:
         raise _error(f"`class_weights` must be auto, none or a file. Received: {setting}: {error.strerror}") from error
     except ValueError as error:
@@ -72,7 +73,7 @@ def settle(weights, class_names, counts):
     return tuple(known[name] for name in names)
 
 
-def warnings(class_names, counts, validation_images, weighted):
+def warnings(class_names, counts, validation_images, weighted, test_counts=None):
     """What a user must know about few and unequal images: sentences for the start and the report.
 
     Args:
@@ -80,6 +81,7 @@ def warnings(class_names, counts, validation_images, weighted):
         counts: training images of each class.
         validation_images: how many there are.
         weighted: whether the classes have weights.
+        test_counts: test images of each class, or `None` if there is no test.
     """
     found = []
     most, fewest = int(np.argmax(counts)), int(np.argmin(counts))
@@ -88,13 +90,21 @@ def warnings(class_names, counts, validation_images, weighted):
             f"unequal classes: {class_names[most]} has {counts[most]:,} training images and {class_names[fewest]} "
             f"{counts[fewest]:,}. With --class-weights auto each class weighs the same"
         )
-    if few := sorted((int(n), name) for n, name in zip(counts, class_names) if n < FEW_IMAGES):
-        named = ", ".join(f"{name} {n}" for n, name in few[:_NAMED])
-        more = f" and {len(few) - _NAMED:,} more classes" if len(few) > _NAMED else ""
-        found.append(f"classes with under {FEW_IMAGES} training images: {named}{more}")
+    found += _few(class_names, counts, FEW_IMAGES, "training images")
+    if test_counts is not None:
+        found += _few(class_names, test_counts, FEW_TEST_IMAGES, "test images, whose accuracy says little")
     if validation_images < FEW_VALIDATION_IMAGES:
         found.append(f"only {validation_images} validation images: which epoch validates best depends on chance")
     return found
+
+
+def _few(class_names, counts, least, what):
+    few = sorted((int(n), name) for n, name in zip(counts, class_names) if n < least)
+    if not few:
+        return []
+    named = ", ".join(f"{name} {n}" for n, name in few[:_NAMED])
+    more = f" and {len(few) - _NAMED:,} more classes" if len(few) > _NAMED else ""
+    return [f"classes with under {least} {what}: {named}{more}"]
 
 
 def _distinct(pairs):

@@ -135,7 +135,9 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
     train, validation = source.train.limit(settled.train_limit), source.validation.limit(settled.validation_limit)
     counts = np.bincount(train.labels, minlength=len(source.class_names))
     weights_per_class = class_weights.settle(weights_per_class, source.class_names, counts)
-    few = class_weights.warnings(source.class_names, counts, len(validation), weights_per_class is not None)
+    test = source.test.limit(settled.test_limit) if evaluate_test else None
+    test_counts = None if test is None else np.bincount(test.labels, minlength=len(source.class_names))
+    few = class_weights.warnings(source.class_names, counts, len(validation), weights_per_class is not None, test_counts)
     plan = Plan(
         recipe=settled,
         run_dir=run_dir,
@@ -143,7 +145,7 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
         source=_normalized_like(source, preprocessing),
         train=train,
         validation=validation,
-        test=source.test.limit(settled.test_limit) if evaluate_test else None,
+        test=test,
         checkpoint=checkpoint,
         compressor=compressor,
         record=record,

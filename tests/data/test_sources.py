@@ -141,3 +141,14 @@ def test_auto_with_neither_names_both(tmp_path, monkeypatch):
     assert type(error) is UnavailableError
     assert "CIFAR-10 is not in" in error.summary and "sklearn.datasets" in error.summary
     assert "--data-dir" in error.hint and "pip install scikit-learn" in error.hint
+
+
+@pytest.mark.parametrize("split", ["", "Train"])
+@pytest.mark.parametrize("dataset", ["auto", "cifar10", "tfds:mnist"])
+def test_a_folder_of_classes_is_not_taken_for_tfds(dataset, split, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / split / name).mkdir(parents=True)
+        (tmp_path / split / name / "1.jpg").touch()
+    with pytest.raises(DataError) as refusal:
+        sources.load(dataset, tmp_path)
+    assert refusal.value.argument == "data_dir" and "--dataset folder" in refusal.value.hint

@@ -82,3 +82,5 @@ def test_few_and_unequal_images_are_told():
     [validation] = warnings([20, 20], validation=49)
     assert "49 validation images" in validation
     assert warnings([20, 20], validation=50) == []
+    [test] = class_weights.warnings("ab", [20, 20], 100, False, test_counts=[5, 4])
+    assert test == "classes with under 5 test images, whose accuracy says little: b 4"

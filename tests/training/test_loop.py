@@ -77,6 +77,15 @@ def test_report_holds_the_contracts_fields(finished, recipe):
         *("dataset", "data_note", "variant", "recipe", "epochs", "seed", "image_size", "class_names", "parameters", "macs"),
         *("train_seconds", "train_images_per_second", "test", "validation", "per_class", "device", "versions"),
         *("confusion", "train_images", "compression"),
+        *(
+            "data_warnings",
+            "left_out",
+            "class_weights",
+            "epochs_trained",
+            "kept_epoch",
+            "test_images",
+            "train_images_per_class",
+        ),
     }
     assert report.compression is None
     assert report.train_images == recipe.train_limit
