@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 from small_search import SMOKE
+from small_sources import small_source
 
 from cvt_keras import cli, runs
 from cvt_keras.data import sources, tfds
+from cvt_keras.data.record import ImageRecord
 from cvt_keras.errors import (
     ArgumentError,
     DivergedError,
@@ -25,8 +27,10 @@ from cvt_keras.errors import (
     UnavailableError,
     UserError,
 )
+from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.search import distributed, folder, results, search, study, tuner
 from cvt_keras.search.__main__ import Arguments, main
+from cvt_keras.search.options import Options
 from cvt_keras.search.space import Choice
 from cvt_keras.training import flags
 
@@ -417,10 +421,27 @@ def test_weights_that_are_not_there_are_told_before_there_is_a_search(command, t
 
 
 def test_the_network_of_weights_is_kept(tmp_path, quick_run, no_pictures, monkeypatch):
-    monkeypatch.setattr(study, "read_weights", lambda recipe: SimpleNamespace(variant="cvt_tiny"))
+    monkeypatch.setattr(
+        study, "read_weights", lambda recipe: SimpleNamespace(variant="cvt_tiny", preprocessing=Preprocessing())
+    )
     words = ["finetune", "--weights", "some.keras", "--image-size", "32", "--crop-padding", "4", "--dataset", "digits"]
     assert _search([*words, "--search-dir", str(tmp_path / "search"), "--trials", "2"]) == 0
     assert {recipe.variant for recipe in quick_run} == {None} and len({recipe.layer_decay for recipe in quick_run}) == 2
+
+
+def test_the_fit_is_checked_with_the_images_that_a_trial_trains_on(tmp_path, monkeypatch, capsys):
+    recipe = dataclasses.replace(SMOKE, dataset="folder", weights=str(tmp_path / "model.keras"), batch_size=3, train_limit=None)
+    source = dataclasses.replace(small_source("1a 2b 3a", "4b 5a", "6a 7b"), warnings=("a warning",))
+    monkeypatch.setattr(study, "load_images", lambda recipe: (recipe, source))
+    weights = SimpleNamespace(variant="cvt_tiny", preprocessing=Preprocessing(class_names=("a", "b")))
+    monkeypatch.setattr(study, "read_weights", lambda recipe: weights)
+    study._settle(recipe, {}, Options())
+    told = capsys.readouterr().err
+    assert told.startswith("WARNING: a warning\nWARNING: held-out images not verified: ")
+    ImageRecord.of_source(small_source("1a 2b", "3a 4b", "5a 6a 7b")).write(tmp_path / "images.csv")
+    with pytest.raises(RecipeError) as error:
+        study._settle(recipe, {}, Options())
+    assert error.value.argument == "batch_size"
 
 
 def test_a_chief_hears_at_the_address_and_has_no_gpu(command, monkeypatch, quick_run):

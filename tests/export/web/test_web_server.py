@@ -251,7 +251,7 @@ def test_samples_come_from_where_the_data_set_lies_now(exported, cifar10_dir, st
 def test_what_is_printed_while_the_data_set_is_read_is_no_sample(exported, monkeypatch, capsys):
     real = sources.load
 
-    def load(*arguments):
+    def load(*arguments, **options):
         print("Downloading and preparing")
         return real(*arguments)
 
