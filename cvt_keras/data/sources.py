@@ -47,7 +47,8 @@ def load(dataset, data_dir=None, image_size=32, skip_broken=False, record=None):
         # TFDS would download its own data set into the folder.
         if data_dir is not None and kind not in ("folder", "digits") and _holds_classes(data_dir):
             raise DataError(
-                f"`data_dir` holds a folder of images for each class, not data of TFDS. Received: data_dir={data_dir}, dataset={dataset}",
+                f"`data_dir` holds a folder of images for each class, which is not data of TFDS. "
+                f"Received: data_dir={data_dir}, dataset={dataset}",
                 argument="data_dir",
                 hint="Add --dataset folder to train on these images",
             )
