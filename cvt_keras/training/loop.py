@@ -134,7 +134,7 @@ def fit(plan):
 
 
 def _write_record(plan):
-    """Writes which image is in which split, unless the run has that already or is not on a folder of images."""
+    """Writes which image is in which split, unless the run has that already or must have none."""
     path = plan.run_dir / runs.IMAGES
     if plan.record is not None and not path.exists():
         with runs.whole(path) as unfinished:

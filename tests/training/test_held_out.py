@@ -4,6 +4,7 @@ import pytest
 from small_sources import small_source, written
 
 from cvt_keras import runs
+from cvt_keras.data import verified
 from cvt_keras.data.record import ImageRecord
 from cvt_keras.errors import DataError
 from cvt_keras.training import held_out
@@ -71,6 +72,8 @@ def test_a_run_from_weights_that_saw_unknown_images_gets_no_record(run_dir, tmp_
     tuned.mkdir()
     runs.write_json(tuned / "recipe.json", {"dataset": "folder", "weights": weights})
     assert held_out.settle(SOURCE, tuned, weights) == (SOURCE, None, [warning])  # resumed
+    record = ImageRecord.read(tuned / "images.csv")
+    assert verified.settle(SOURCE, record, "images.csv").held_out == verified.NOT_VERIFIED  # its export says so
     _, record, [warning] = held_out.settle(SOURCE, weights=str(tuned / "model.keras"))  # a third run
     assert record is None and warning.startswith(f"held-out images not verified: {tuned} has no")
 

@@ -253,7 +253,7 @@ def test_what_is_printed_while_the_data_set_is_read_is_no_sample(exported, monke
 
     def load(*arguments, **options):
         print("Downloading and preparing")
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(sources, "load", load)
     module_of_samples.main([str(exported)])
