@@ -43,9 +43,8 @@ _DIGEST_ROWS = 64  # of a photo, at least, that its pixels are known by
 _HEAD = 64  # bytes that show what a file is
 _LONG_READING = 200  # files from which on a bar shows the progress
 _LAYOUT = "Lay the images out as DIR/cat/1.jpg and DIR/dog/2.jpg, with a folder for each class, and name DIR with --data-dir"
-_DANGLING = "a link that leads nowhere"
 _LFS_POINTER, _WEB_PAGE = "a pointer of git-lfs, not the image itself", "a web page (HTML), not an image"
-_KINDS_OF_BROKEN = (_DANGLING, _LFS_POINTER, _WEB_PAGE, "the file is empty", os.strerror(errno.EACCES))
+_KINDS_OF_BROKEN = (_LFS_POINTER, _WEB_PAGE, "the file is empty", os.strerror(errno.EACCES))
 _SKIP = "or add --skip-broken to go on without them"
 
 
@@ -518,8 +517,8 @@ def _read(file, reserve=None):
 def _pixel_digest(pixels):
     """A digest of an image's size and pixels, whatever size it is stretched to.
 
-    A cryptographic one of a whole photo takes as long as to decode it. A checksum of all pixels is five times as fast. That of two
-    images is the same once in four billion times, and only if a grid of their rows is the same too, does it matter here.
+    A cryptographic one of a whole photo takes as long as to decode it. A checksum of all pixels is five times as fast. Those of
+    two images agree once in four billion times, and that matters only if a grid of their rows is the same too.
     """
     checksum = zlib.crc32(np.ascontiguousarray(pixels))
     rows = np.ascontiguousarray(pixels[:: max(1, len(pixels) // _DIGEST_ROWS)])
@@ -560,9 +559,7 @@ def _progress(n):
 
 def _sort_out(listing, found, skip_broken):
     """Counts what is not used, or raises for what is broken."""
-    broken = [
-        (path, f"{_DANGLING}: {_shown(os.readlink(path))}" if not skip_broken else _DANGLING) for path in listing.dangling
-    ]
+    broken = [(path, f"a link to {_shown(os.readlink(path))}, which is missing") for path in listing.dangling]
     broken += [(each.file.path, each.broken) for each in found if each.broken is not None]
     for each in found:
         if each.no_image:
@@ -572,8 +569,11 @@ def _sort_out(listing, found, skip_broken):
         broken.sort(key=lambda pair: str(pair[0]))
         if not skip_broken:
             raise _broken_error(listing, broken, len(found) + len(listing.dangling))
-        for _, reason in broken:
-            listing.left_out[f"broken: {reason if reason in _KINDS_OF_BROKEN else 'damaged, or too large'}"] += 1
+        listing.left_out["broken: a link that leads nowhere"] += len(listing.dangling)
+        for each in found:
+            if each.broken is not None:
+                kind = each.broken if each.broken in _KINDS_OF_BROKEN else "damaged, or too large"
+                listing.left_out[f"broken: {kind}"] += 1
         names = _some([path for path, _ in broken], listing.root)
         what = _count(len(broken), "file that can't be read is", "files that can't be read are")
         listing.warnings.append(f"{what} left out: {names}")
@@ -645,7 +645,7 @@ def _source(listing, found, pixels, record=None):
         std=std,
         note="tested on about a tenth of the images, held out" if "test" in held_out else "",
         warnings=tuple(listing.warnings),
-        left_out=dict(sorted(listing.left_out.items())),
+        left_out={reason: n for reason, n in sorted(listing.left_out.items()) if n},
         split_folders=listing.splits,
     )
 
