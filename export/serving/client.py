@@ -519,9 +519,9 @@ def _answers(names, rows, images):
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Image files (JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF), or folders: each file in them, at any depth, is judged by its bytes. A
-    file that is no image or can't be read is named on stderr, and the exit code is 1. Hidden files, Thumbs.db, desktop.ini,
-    @eaDir and __MACOSX are ignored."""
+    """Image files (JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF), or folders with such files, at any depth and with any names. A
+    file that is not an image or can't be read is named on stderr, and the exit code is then 1. Skipped silently in folders:
+    hidden files, and what systems leave behind (Thumbs.db, desktop.ini, @eaDir, __MACOSX and the like)."""
     address: str | None = None
     """HOST:PORT of the server; localhost:8500, or localhost:8501 for REST."""
     protocol: Literal["grpc", "rest"] = "grpc"

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import keras
 import numpy as np
@@ -26,6 +27,18 @@ def exported(trained):
     """The same, exported."""
     assert cli.main(["export", str(trained)]) == 0
     return trained
+
+
+@pytest.fixture(scope="session")
+def serving(exported, tmp_path_factory):
+    """A double of TF Serving that has three versions of the export on disk."""
+    from double import Double
+
+    folder = tmp_path_factory.mktemp("models")
+    for version in "123":
+        shutil.copytree(exported / "export" / "saved_model" / "1", folder / version)
+    with Double(folder) as double:
+        yield double
 
 
 @pytest.fixture(scope="session")

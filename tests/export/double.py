@@ -3,7 +3,7 @@
 It speaks by the official stubs, with the names, codes and texts that the server's source has, and replays warm-up requests as
 it loads. It does not merge requests: what merging does to a client is played by `faults`. As a process:
 
-    python tests/export/serving/double.py RUN/export/saved_model [GRPC_PORT REST_PORT]
+    python tests/export/double.py RUN/export/saved_model [GRPC_PORT REST_PORT]
 """
 
 import base64
@@ -31,7 +31,7 @@ from tensorflow_serving.apis import (
 )
 from tensorflow_serving.config import model_server_config_pb2
 
-SERVING = Path(__file__).parents[3] / "export" / "serving"
+SERVING = Path(__file__).parents[2] / "export" / "serving"
 WARM_UP = "assets.extra/tf_serving_warmup_requests"
 STATUS = grpc.StatusCode
 HTTP = {
