@@ -1,6 +1,5 @@
 """MediaPipe's ImageClassifier, which apps on Android and iOS use, beside LiteRT on the same pixels."""
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -99,8 +98,7 @@ def test_the_docs_lines_take_a_photo_as_training_does(mode, classify, exported, 
     exif[0x0112] = 6
     photo.save(tmp_path / "cat.png", exif=exif)
     command = [mediapipe_resize.PYTHON, "-c", lines]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the lines are for the repository's folder
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     pixels = images.stretch(images.decode((tmp_path / "cat.png").read_bytes()), 32).numpy()
     found = litert(exported / "export" / "tflite" / "float32.tflite", [pixels])[0]

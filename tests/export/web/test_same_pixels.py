@@ -215,7 +215,7 @@ def test_the_page_answers_as_the_exported_network_does_on_trainings_pixels(cards
 
 
 def test_a_photo_of_each_kind_has_one_answer_whichever_way_it_goes(cards, exported, classifier, serving):
-    """Training's decoder and Keras, `serving_bytes`, the client with the double, and the page; docs/export.md has the figures."""
+    """Training's decoder and Keras, `serving_bytes`, the client with the double, and the page: see docs/export.md."""
     names = (exported / "export" / "labels.txt").read_text().splitlines()
     squares = np.stack([images.stretch(images.decode(data), 32) for data in _SCENES.values()])
     expected = dict(zip(_SCENES, tf.nn.softmax(classifier(squares.astype("float32"), training=False)).numpy()))
@@ -231,7 +231,8 @@ def test_a_photo_of_each_kind_has_one_answer_whichever_way_it_goes(cards, export
         "page": {kind: [answer[name] for name in names] for kind, answer in on_page.items()},
     }
     apart = {
-        way: {kind: float(abs(np.array(row) - expected[kind]).max()) for kind, row in rows.items()} for way, rows in ways.items()
+        way: {kind: float(abs(np.array(row) - expected[kind]).max()) for kind, row in rows.items()}
+        for way, rows in ways.items()
     }
     print(json.dumps(apart, indent=1))
     assert list(apart["client"]) == list(_SCENES)
