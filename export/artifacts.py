@@ -89,11 +89,9 @@ def export(
     folder.mkdir(exist_ok=True)
     artifacts = []
     if len(images) < FEW_IMAGES:
-        print(
-            f"WARNING: only {len(images)} test images, too few to measure a loss of accuracy. A file passes if fewer than "
-            f"{LEAST_IMAGES} of them differ",
-            file=sys.stderr,
-            flush=True,
+        _warn(
+            f"only {len(images)} test images, too few to measure a loss of accuracy. A file passes if fewer than "
+            f"{LEAST_IMAGES} of them differ"
         )
     with runs.lock(folder), runs.scratch(folder) as scratch:
         np.save(scratch / IMAGES, images)

@@ -43,6 +43,7 @@ _DIGEST_ROWS = 64  # of a photo, at least, that its pixels are known by
 _HEAD = 64  # bytes that show what a file is
 _LONG_READING = 200  # files from which on a bar shows the progress
 _LAYOUT = "Lay the images out as DIR/cat/1.jpg and DIR/dog/2.jpg, with a folder for each class, and name DIR with --data-dir"
+BROKEN = "broken: "  # begins a key of `Source.left_out`
 _LFS_POINTER, _WEB_PAGE = "a pointer of git-lfs, not the image itself", "a web page (HTML), not an image"
 _KINDS_OF_BROKEN = (_LFS_POINTER, _WEB_PAGE, "the file is empty", os.strerror(errno.EACCES))
 _SKIP = "or add --skip-broken to go on without them"
@@ -569,11 +570,11 @@ def _sort_out(listing, found, skip_broken):
         broken.sort(key=lambda pair: str(pair[0]))
         if not skip_broken:
             raise _broken_error(listing, broken, len(found) + len(listing.dangling))
-        listing.left_out["broken: a link that leads nowhere"] += len(listing.dangling)
+        listing.left_out[f"{BROKEN}a link that leads nowhere"] += len(listing.dangling)
         for each in found:
             if each.broken is not None:
                 kind = each.broken if each.broken in _KINDS_OF_BROKEN else "damaged, or too large"
-                listing.left_out[f"broken: {kind}"] += 1
+                listing.left_out[f"{BROKEN}{kind}"] += 1
         names = _some([path for path, _ in broken], listing.root)
         what = _count(len(broken), "file that can't be read is", "files that can't be read are")
         listing.warnings.append(f"{what} left out: {names}")
@@ -680,7 +681,9 @@ def _leave_out_seen(listing, found, places):
             raise _error(
                 f"all {_count(len(copies), f'{what} image', f'{what} images')} of {_shown(listing.root)} have the same pixels "
                 f"as a {' or '.join(dict.fromkeys(seen.values()))} image",
-                f"Give the {what} split images of its own, or move its folder away: some are then held out",
+                f"Give the {what} split images of its own, or move its folder away: some are then held out"
+                if split in listing.splits
+                else "Remove the copies, or add other images",
             )
         for other in ("training", "validation"):
             paths = [found[place].file.path for place in copies if seen[found[place].pixels] == other]

@@ -278,6 +278,8 @@ def _frame(data):
         whole |= last
         last = set()
         segment = data[place + 2 : place + int.from_bytes(data[place : place + 2], "big")]
+        if kind in (*_FRAMES, 0xDA) and len(segment) < 6:  # damaged
+            return None
         if kind in _FRAMES:
             factors = segment[7::3]
             components, progressive = set(segment[6::3]), kind in (0xC2, 0xCA)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvt_keras.data import sources
+from cvt_keras.data import folder, sources
 from cvt_keras.data.record import ImageRecord
 from cvt_keras.data.split import Source
 
@@ -70,10 +70,13 @@ def settle(source, record, name):
     if source.train.digests is None:  # the splits of such a data set never change
         return RunImages(source)
     notes = []
-    if broken := sum(n for reason, n in source.left_out.items() if reason.startswith("broken")):
+    if broken := sum(n for reason, n in source.left_out.items() if reason.startswith(folder.BROKEN)):
         notes.append(f"Files that can't be read are left out: {broken:,}.")
     if record is None:
-        reason = f"The run has no {name}: if its folder of images has changed, some may have been trained on."
+        reason = (
+            f"The run has no {name}, so some test images may have been trained on: by the run, if its folder has changed "
+            "since, or by a run that its weights come from."
+        )
         return RunImages(source, reason, tuple(notes))
     source, comparison = record.apply(source, keep_new=False)
     if comparison:

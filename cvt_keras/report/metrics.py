@@ -91,12 +91,11 @@ def best_epoch(history, first_epoch=0):
     Returns:
         The dict of that epoch.
     """
-
     return max(history[first_epoch:], key=lambda row: merit(row["val_accuracy"], row["val_loss"]))
 
 
 def merit(accuracy, loss):
-    """What the better of two epochs has more of, to be compared: the accuracy, and if that is equal, the lower loss."""
+    """The sort key of an epoch, higher is better: the accuracy, and among equals the lower loss."""
     # A loss that is NaN would compare as neither higher nor lower.
     return accuracy, -math.inf if math.isnan(loss) else -loss
 

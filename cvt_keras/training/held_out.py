@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cvt_keras import runs
 from cvt_keras.data.record import SPLITS, ImageRecord
+from cvt_keras.data.verified import NOT_VERIFIED
 from cvt_keras.errors import DataError, RunError
 
 
@@ -32,7 +33,7 @@ def settle(source, run_dir=None, weights=None, class_names=None):
     if run_dir and (own := ImageRecord.read(run_dir / runs.IMAGES)):
         settled, comparison = own.apply(source, keep_new=False)
         _require_images(settled, run_dir)
-        return settled, own, _differences(comparison, run_dir, ", which are left out" if comparison.new else "")
+        return settled, own, _differences(comparison, run_dir, " New ones are left out." if comparison.new else "")
     earlier_dir, earlier, origin = _record_of(weights)
     if earlier:
         settled, comparison = earlier.apply(source)
@@ -41,12 +42,12 @@ def settle(source, run_dir=None, weights=None, class_names=None):
     unknown = None
     if earlier_dir:
         unknown = f"{earlier_dir} has no {runs.IMAGES}"
-    elif _is_keras_file(origin) and class_names in (None, source.class_names):
+    elif _may_have_seen(source, origin, class_names if origin == weights else None):
         unknown = f"there is no {runs.IMAGES} beside {origin}"
     if unknown is None:
         return source, ImageRecord.of_source(source), []
     # A record would say that no test image was trained on.
-    return source, None, [f"held-out images not verified: {unknown}, so that this run gets none"]
+    return source, None, [f"{NOT_VERIFIED}: {unknown}, so that this run gets none"]
 
 
 def _require_images(source, run_dir):
@@ -93,9 +94,15 @@ def run_of(weights):
     return None
 
 
-def _is_keras_file(weights):
-    return weights is not None and Path(weights).suffix == ".keras"
+def _may_have_seen(source, weights, class_names):
+    """Whether weights that lie in no run may have been trained on images of a source: they name one of its classes, or they are
+    a `.keras` file of which the names are not known."""
+    if weights is None:
+        return False
+    if class_names is None:
+        return Path(weights).suffix == ".keras"
+    return not set(class_names).isdisjoint(source.class_names)
 
 
 def _differences(comparison, run_dir, more=""):
-    return [f"images differ from those of {run_dir}: {comparison}{more}"] if comparison else []
+    return [f"images differ from those of {run_dir}: {comparison}.{more}"] if comparison else []

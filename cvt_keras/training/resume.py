@@ -65,6 +65,8 @@ class StoredRun:
             names = [name for name in names if name != "data_dir"]
         if _same_place(was["class_weights"], is_now["class_weights"]):  # the checkpoint has the weights in the file
             names = [name for name in names if name != "class_weights"]
+        # The checkpoint knows the images; a file that broke since must not end the run.
+        names = [name for name in names if name != "skip_broken"]
         if same_weights(was["weights"], is_now["weights"]):
             names = [name for name in names if name != "weights"]
         elif "variant" in names:  # which comes from the weights

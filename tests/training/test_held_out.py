@@ -39,7 +39,7 @@ def test_a_run_from_weights_tests_on_nothing_that_they_have_seen(run_dir, weight
     found = small_source("6a 8a 9b", "1'a 4b", "2b 7b")  # 3 and 5 are gone
     source, record, warnings = held_out.settle(found, weights=str(run_dir.parent / weights))
     assert written(source) == ["1'a 2b 8a 9b", "4b", "6a 7b"]
-    assert warnings == [f"images differ from those of {run_dir}: 2 missing, 2 new"]
+    assert warnings == [f"images differ from those of {run_dir}: 2 missing, 2 new."]
     assert record.images["3"].split == "earlier"  # the weights know it still
     assert "5" not in record.images
 
@@ -49,7 +49,7 @@ def test_a_resumed_run_keeps_its_own_images(run_dir):
     source, record, warnings = held_out.settle(found, run_dir)
     assert written(source) == written(SOURCE)
     assert record == ImageRecord.of_source(SOURCE)
-    assert warnings == [f"images differ from those of {run_dir}: 1 new, which are left out"]
+    assert warnings == [f"images differ from those of {run_dir}: 1 new. New ones are left out."]
     assert held_out.settle(SOURCE, run_dir)[2] == []
 
 
@@ -100,10 +100,20 @@ def test_weights_that_were_copied_away_from_their_run_are_not_verified(tmp_path)
     warning = f"held-out images not verified: there is no images.csv beside {weights}, so that this run gets none"
     assert held_out.settle(SOURCE, weights=weights, class_names=("a", "b")) == (SOURCE, None, [warning])
     assert held_out.settle(SOURCE, tmp_path, weights) == (SOURCE, None, [warning])  # resumed, and the file is gone
-    for published in (None, "microsoft/cvt-13", str(tmp_path / "cvt.pth")):
-        assert held_out.settle(SOURCE, weights=published, class_names=("a", "b"))[2] == []
-    for others in (("a", "c"), ()):
-        assert held_out.settle(SOURCE, weights=weights, class_names=others)[1:] == (ImageRecord.of_source(SOURCE), [])
+    assert held_out.settle(SOURCE, weights=weights, class_names=("a", "c"))[1] is None  # trained on one class of it
+    for place in ("someone/fruits", str(tmp_path / "folder"), str(tmp_path / "cvt.pth")):  # a run may have been saved so
+        assert held_out.settle(SOURCE, weights=place, class_names=("a", "b"))[1] is None
+        for others in (("tench", "goldfish"), (), None):
+            assert held_out.settle(SOURCE, weights=place, class_names=others)[1:] == (ImageRecord.of_source(SOURCE), [])
+    assert held_out.settle(SOURCE, weights=None)[1:] == (ImageRecord.of_source(SOURCE), [])
+
+
+def test_weights_that_a_run_on_another_data_set_started_from_are_not_verified_if_they_are_gone(tmp_path):
+    middle = tmp_path / "middle"
+    middle.mkdir()
+    runs.write_json(middle / "recipe.json", {"dataset": "cifar10", "weights": str(tmp_path / "gone" / "model.keras")})
+    settled = held_out.settle(SOURCE, weights=str(middle / "model.keras"), class_names=("airplane", "automobile"))
+    assert settled[1] is None and "not verified" in settled[2][0]
 
 
 def test_a_split_of_which_nothing_is_left_is_refused(run_dir):

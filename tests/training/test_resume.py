@@ -20,7 +20,7 @@ from cvt_keras.errors import (
 )
 from cvt_keras.training import loop
 from cvt_keras.training.recipes import SMOKE
-from cvt_keras.training.resume import newer_fields, same_weights, without_newer_fields
+from cvt_keras.training.resume import StoredRun, newer_fields, same_weights, without_newer_fields
 
 
 def run(*args, **kwargs):
@@ -34,6 +34,13 @@ def test_a_finished_run_is_left_as_it_is(finished, recipe, capsys):
     assert run(recipe, run_dir, resume=True) == report
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
     assert "finished" in capsys.readouterr().out
+
+
+def test_files_that_broke_since_may_be_skipped(tmp_path):
+    stored = StoredRun(tmp_path, SMOKE, newer_fields=())
+    stored.require_same(dataclasses.replace(SMOKE, skip_broken=True))
+    with pytest.raises(DifferentRunError):
+        stored.require_same(dataclasses.replace(SMOKE, early_stopping=3))
 
 
 def test_a_finished_run_needs_its_images_no_more(finished, recipe, monkeypatch):
@@ -169,7 +176,7 @@ def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path, capsys):
     (tmp_path / "run" / "report.json").unlink()
     add("cat", 40)
     report = run(folder, tmp_path / "run", resume=True)
-    differences = f"images differ from those of {tmp_path}/run: 1 new, which are left out"
+    differences = f"images differ from those of {tmp_path}/run: 1 new. New ones are left out."
     assert differences in report.data_warnings
     assert f"WARNING: {differences}" in capsys.readouterr().err
     (tmp_path / "run" / "report.json").unlink()
