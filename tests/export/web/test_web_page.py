@@ -17,7 +17,7 @@ from tools import require_browser
 
 from cvt_keras.data import images, sources
 from cvt_keras.export.verify import TFLITE_FORMATS
-from cvt_keras.export.web.samples import NOT_VERIFIED
+from cvt_keras.data.verified import NOT_VERIFIED
 
 WAIT = 30_000  # milliseconds: the machine may be busy
 
