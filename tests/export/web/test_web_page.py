@@ -16,8 +16,8 @@ from tensorflow.lite.python import schema_py_generated as schema
 from tools import require_browser
 
 from cvt_keras.data import images, sources
-from cvt_keras.export.verify import TFLITE_FORMATS
 from cvt_keras.data.verified import NOT_VERIFIED
+from cvt_keras.export.verify import TFLITE_FORMATS
 
 WAIT = 30_000  # milliseconds: the machine may be busy
 
