@@ -90,7 +90,7 @@ def test_fine_tuning_tests_on_nothing_that_was_trained_on(result, recipe, photos
     )
     report = run(tuned, tmp_path / "tuned").report
     [difference] = [line for line in report.data_warnings if line.startswith(f"images differ from those of {result.run_dir}")]
-    assert "1 missing, " in difference and difference.endswith(" in another split than their folder says")
+    assert "1 missing, " in difference and difference.endswith(" in another split than their folder says.")
     assert f"WARNING: {difference}" in capsys.readouterr().err
     later = ImageRecord.read(tmp_path / "tuned" / "images.csv").images
     gone = hashlib.sha256(gone.read_bytes()).hexdigest()
