@@ -15,7 +15,7 @@ from cvt_keras.conversion import torch_files
 from cvt_keras.conversion.torch_files import StandIn, Tensor
 from cvt_keras.errors import ArgumentError, CheckpointError, MissingPackageError, first_line
 
-# A source that does not exist and ends so is a missing file, and no hub id. A file that exists is told by its bytes.
+# A source with such an ending that does not exist is a missing file, not a hub id. The format of a file is read from its bytes.
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt", ".tar", ".json")
 # As transformers calls them. Of the weights' the first is preferred.
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -128,7 +128,7 @@ def read(file, which=None):
 
 
 def _read_file(file):
-    """What a file holds, told by its bytes."""
+    """Reads a file in the format that its first bytes show."""
     with open(file, "rb") as opened:
         start = opened.read(9)
     if start[8:] == b"{" or file.suffix.lower() == ".safetensors":

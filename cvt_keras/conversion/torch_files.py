@@ -38,7 +38,7 @@ _ATTACKS_OF_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "getatt
 
 
 class _Fixed:
-    """What no pickle may change after it is made, so that its sizes are those that were checked."""
+    """Base of objects that a pickle must not change later: their sizes have been checked."""
 
     def __setstate__(self, state):
         raise pickle.UnpicklingError("a tensor is not described as PyTorch does")

@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from cvt_keras.data import file_types, images, packages
-from cvt_keras.data.split import Source, Split, hold_out
+from cvt_keras.data.split import SPLITS, Source, Split, hold_out
 from cvt_keras.errors import ArgumentError, DataError, ImageError
 
-SPLITS = ("train", "validation", "test")
 # What people call the folder of a split, compared without regard to case and to what `_SPLIT_ENDING` describes.
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -42,11 +41,12 @@ _NAMED = 3  # the files that a warning names
 _DIGEST_ROWS = 64  # of a photo, at least, that its pixels are known by
 _HEAD = 64  # bytes that show what a file is
 _LONG_READING = 200  # files from which on a bar shows the progress
+_EXPECTED = "Name the folder that holds a folder of images for each class, with --data-dir"
 _LAYOUT = "Lay the images out as DIR/cat/1.jpg and DIR/dog/2.jpg, with a folder for each class, and name DIR with --data-dir"
 BROKEN = "broken: "  # begins a key of `Source.left_out`
 _LFS_POINTER, _WEB_PAGE = "a pointer of git-lfs, not the image itself", "a web page (HTML), not an image"
 _KINDS_OF_BROKEN = (_LFS_POINTER, _WEB_PAGE, "the file is empty", os.strerror(errno.EACCES))
-_SKIP = "or add --skip-broken to go on without them"
+_SKIP = "or add --skip-broken to leave them out"
 
 
 def load(data_dir, image_size=32, skip_broken=False, record=None):
@@ -77,14 +77,14 @@ def load(data_dir, image_size=32, skip_broken=False, record=None):
         raise ArgumentError(
             "the data set `folder` needs `data_dir`. Received: None",
             argument="data_dir",
-            hint="Name the folder that holds a folder of images for each class, with --data-dir",
+            hint=_EXPECTED,
         )
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise DataError(
             f"`data_dir` is not a folder. Received: data_dir={data_dir}",
             argument="data_dir",
-            hint="Name the folder that holds a folder of images for each class, with --data-dir",
+            hint=_EXPECTED,
         )
     listing = _list(root)
     pixels = np.empty((len(listing.files), image_size, image_size, 3), "uint8")

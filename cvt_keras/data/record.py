@@ -8,10 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cvt_keras.data import images as pictures
-from cvt_keras.data.split import Split
+from cvt_keras.data.split import SPLITS, Split
 from cvt_keras.errors import RunError
 
-SPLITS = ("train", "validation", "test")
 # What the weights that a run started from were trained on, and what the run itself did not find.
 EARLIER = "earlier"
 COLUMNS = ("digest", "split", "label", "pixels")

@@ -8,6 +8,8 @@ import numpy as np
 
 from cvt_keras.errors import DataError
 
+SPLITS = ("train", "validation", "test")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -67,7 +69,7 @@ class Source:
     def fingerprint(self):
         """What tells these images and labels from others: a dict of numbers and strings, as JSON keeps them."""
         parts = {"class names": ", ".join(self.class_names), "note": self.note}
-        for name in ("train", "validation", "test"):
+        for name in SPLITS:
             split = getattr(self, name)
             parts[f"number of {name} images"] = len(split)
             parts[f"checksum of {name} images"] = zlib.crc32(split.labels, zlib.crc32(split.images))

@@ -156,7 +156,7 @@ def _settle(recipe, space, options):
         warn(source.fallback)
     # A chief trains nothing, and need not have the weights.
     checkpoint = None if recipe.weights is None or options.chief else read_weights(recipe)
-    names = checkpoint and (checkpoint.preprocessing.class_names or ())
+    names = held_out.named_classes(checkpoint)
     settled, _, differences = held_out.settle(source, weights=checkpoint and recipe.weights, class_names=names)
     for warning in (*source.warnings, *differences):
         warn(warning)

@@ -82,6 +82,11 @@ def _record_of(weights):
     return None, None, weights
 
 
+def named_classes(checkpoint):
+    """The classes that a `Checkpoint` names, `()` if it names none; `None` without a checkpoint."""
+    return None if checkpoint is None else checkpoint.preprocessing.class_names or ()
+
+
 def run_of(weights):
     """The run folder in which the weights lie, or a link to them leads, or `None`."""
     if weights is None:

@@ -122,9 +122,8 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
         source = dataclasses.replace(source, fallback=reason)
     if source.fallback:
         warn(source.fallback)
-    named_classes = checkpoint and (checkpoint.preprocessing.class_names or ())
     resumed_dir = run_dir if stored is not None else None
-    source, record, differences = held_out.settle(source, resumed_dir, started.weights, named_classes)
+    source, record, differences = held_out.settle(source, resumed_dir, started.weights, held_out.named_classes(checkpoint))
     settled = dataclasses.replace(loaded, flip=loaded.flip and source.mirror)
     if stored is not None:
         stored.require_same(settled)

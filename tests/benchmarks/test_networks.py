@@ -10,6 +10,7 @@ import pytest
 from benchmarks import networks
 from benchmarks.networks import Network, Settings
 from cvt_keras import CvT, Stage, Variant, macs
+from cvt_keras.data import tfds
 from cvt_keras.training import Recipe
 from cvt_keras.training.optimizers import make_optimizer
 
@@ -175,3 +176,9 @@ def test_it_writes_a_line_per_run(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["experiment"], line["seed"], len(line["validation"])) for line in lines] == [("tiny", 0, 2), ("tiny", 1, 2)]
     assert lines[0]["loss"] != lines[1]["loss"]
+
+
+def test_the_constants_of_cifar10_are_those_of_the_data_set():
+    """Written out in the script, which runs where the package is not installed."""
+    assert (networks.MEAN, networks.STD) == (tfds.CIFAR10_MEAN, tfds.CIFAR10_STD)
+    assert networks.VALIDATION_IMAGES == tfds.VALIDATION_IMAGES
