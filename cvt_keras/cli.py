@@ -1,7 +1,7 @@
 """The command `cvt-keras`: a table from a name to a module, and how every command ends.
 
-A command's module has `main(argv)`, which does its work or raises. It is imported when the command is asked for, and imports
-Keras and TensorFlow only once the flags are read, so that `--help` answers at once.
+A command's module has `parse(argv)`, which returns the checked arguments, and `main(argv)`, which does the work or raises.
+It is imported when its command is called, and imports Keras and TensorFlow after reading the flags, so that `--help` is fast.
 
 Exit codes:
     0: done.

@@ -151,13 +151,19 @@ class Arguments:
     """Which weights to read where the file holds several: ema for their moving average, or a name or prefix in the file."""
 
 
-def main(argv):
-    """The command `cvt-keras convert`."""
+def parse(argv):
+    """Reads the command line. Raises a `UserError` unless the file to write ends in .keras."""
     description = "Convert PyTorch weights of a CvT to a file for keras.saving.load_model."
     arguments = tyro.cli(Arguments, prog="cvt-keras convert", description=description, args=argv)
+    if arguments.out.suffix != ".keras":
+        raise ArgumentError(f"`OUT.keras` must end in .keras. Received: {arguments.out}", argument="out")
+    return arguments
+
+
+def main(argv):
+    """The command `cvt-keras convert`."""
+    arguments = parse(argv)
     out = arguments.out
-    if out.suffix != ".keras":
-        raise ArgumentError(f"`OUT.keras` must end in .keras. Received: {out}", argument="out")
     if out.exists():
         raise ArgumentError(f"`OUT.keras` already exists: remove it, or name another. Received: {out}", argument="out")
     if not out.absolute().parent.is_dir():

@@ -27,10 +27,16 @@ class Arguments:
     """Verify on the first N test images only."""
 
 
-def main(argv):
+def parse(argv):
+    """Reads the command line. Raises a `UserError` for a value that no export can have."""
     description = "Write a run as SavedModel and TFLite files, and verify each of them."
     arguments = tyro.cli(Arguments, prog="cvt-keras export", description=description, args=argv)
     checked(arguments.formats, arguments.verify_images)
+    return arguments
+
+
+def main(argv):
+    arguments = parse(argv)
     runs.require_finished(arguments.run, argument="run")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the converter warns about every file
     environment.start()

@@ -74,14 +74,20 @@ class Qat(Arguments):
     method = "qat"
 
 
+def parse(argv):
+    """Reads the method's name and its flags. Raises a `UserError` if they do not go together."""
+    arguments = tyro.cli(Prune | Cluster | Qat, prog="cvt-keras", description="Makes a run's network smaller.", args=argv)
+    arguments.require()
+    return arguments
+
+
 def main(argv):
     """Compresses a run.
 
     Args:
         argv: the method's name and its flags.
     """
-    arguments = tyro.cli(Prune | Cluster | Qat, prog="cvt-keras", description="Makes a run's network smaller.", args=argv)
-    arguments.require()
+    arguments = parse(argv)
     runs.require_finished(arguments.run, argument="run")
     environment.start()
     from cvt_keras.compression.methods import compress

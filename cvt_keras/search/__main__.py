@@ -27,10 +27,16 @@ class Arguments(flags.RecipeFlags, Options):
     """Delete without asking."""
 
 
+def parse(argv):
+    """Reads the command line. Raises a `UserError` if its flags do not go together."""
+    _, arguments = flags.parse(argv, Arguments, "cvt-keras search", "Search for a good recipe with keras-tuner.")
+    Options(**_options(arguments)).require(arguments.recipe)
+    return arguments
+
+
 def main(argv):
-    _, arguments = flags.parse(argv, Arguments, "cvt-keras search", "Search for a good recipe by keras-tuner.")
-    options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
-    Options(**options).require(arguments.recipe)
+    arguments = parse(argv)
+    options = _options(arguments)
     space = None if arguments.space is None else spaces.read(arguments.space, arguments.recipe)
     if not arguments.worker:  # its folder has trials, and no search of its own
         folder.require_usable(arguments.search_dir)
@@ -46,6 +52,10 @@ def main(argv):
         return 0
     _show(result, arguments.recipe.epochs)
     return 1 if result.failing else 0
+
+
+def _options(arguments):
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
 
 
 def _agreed(search_dir):

@@ -16,8 +16,13 @@ class Arguments(flags.RecipeFlags):
     """Continue the run in the run folder after its last finished epoch."""
 
 
+def parse(argv):
+    """Reads the command line; see `flags.parse` for what it returns and raises."""
+    return flags.parse(argv, Arguments, "cvt-keras train", "Train a network.")
+
+
 def main(argv):
-    name, arguments = flags.parse(argv, Arguments, "cvt-keras train", "Train a network.")
+    name, arguments = parse(argv)
     environment.start()
     from cvt_keras.training.loop import run
 

@@ -26,13 +26,19 @@ class Arguments:
     """Where the run's data set lies now, if not where it was. The page shows a test image of each class."""
 
 
-def main(argv):
+def parse(argv):
+    """Reads the command line. Raises a `UserError` for a port that no machine has."""
     description = "Serve a page that classifies images in the browser by a run's .tflite files."
     arguments = tyro.cli(Arguments, prog="cvt-keras web", description=description, args=argv)
+    if not 0 <= arguments.port < 2**16:
+        raise ArgumentError(f"`port` must be within 0 and {2**16 - 1}. Received: port={arguments.port}", argument="port")
+    return arguments
+
+
+def main(argv):
+    arguments = parse(argv)
     run_dir, port = arguments.run, arguments.port
     runs.require_run(run_dir)
-    if not 0 <= port < 2**16:
-        raise ArgumentError(f"`port` must be within 0 and {2**16 - 1}. Received: port={port}", argument="port")
     for exists, what in ((artifacts(run_dir), ".tflite file to run"), ((run_dir / LABELS).exists(), LABELS)):
         if not exists:
             raise RunError(
