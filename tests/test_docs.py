@@ -1,20 +1,94 @@
-"""What the docs say of sizes is what the code has."""
+"""What the docs say is what the code does: sizes, and every command."""
 
+import importlib
 import re
-from pathlib import Path
 
 import pytest
+from docs_blocks import PAGES, ROOT, blocks, commands, shortened
 from test_model import PARAMETERS
 
 from cvt_keras import VARIANTS, macs
+from cvt_keras.cli import COMMANDS
 
-DOCS = Path(__file__).parent.parent / "docs"
+COMMAND_LINES = [
+    pytest.param(words, id=f"{block.page}:{block.line} {' '.join(words)}")
+    for page in PAGES
+    for block in blocks(page)
+    for words in commands(block.script)
+]
+RESULTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs" / "results").glob("*.md"))]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_table_of_sizes(name):
     row = re.compile(rf"\| `{name}` \| (\d+)x\d+ \| (\d+) \| ([\d,]+) \| ([\d,.]+) M \|")
-    side, num_classes, parameters, cost = row.search((DOCS / "network.md").read_text()).groups()
+    side, num_classes, parameters, cost = row.search((ROOT / "docs" / "network.md").read_text()).groups()
     assert int(parameters.replace(",", "")) == PARAMETERS[name][0 if num_classes == "1000" else 1]
     expected = macs(name, (int(side), int(side), 3), int(num_classes)) / 1e6
     assert cost == f"{expected:,.1f}"
+
+
+def _parse(words):
+    if words[0].startswith("-"):  # cvt-keras --help
+        return
+    command = COMMANDS[words[0]]
+    try:
+        importlib.import_module(command.module).parse([*command.before, *words[1:]])
+    except SystemExit as end:
+        assert "--help" in words and not end.code, words
+
+
+@pytest.mark.parametrize("words", COMMAND_LINES)
+def test_commands_are_parsed_by_the_commands_own_parser(words):
+    _parse(words)
+
+
+@pytest.mark.parametrize("page", RESULTS)
+def test_commands_that_made_the_results(page):
+    for block in blocks(page):
+        for words in commands(block.script):
+            if not any("$" in word for word in words):  # a loop's
+                _parse(words)
+
+
+def test_a_wrong_command_is_found():
+    [words] = commands("cvt-keras train cifar10 \\\n  --epoch-number 3   # no such flag\n")
+    with pytest.raises(AssertionError):
+        _parse(words)
+
+
+def test_every_guide_is_run_and_few_blocks_are_not():
+    guides = {str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "guides").glob("*.md")}
+    assert guides == {page for page in PAGES if page.startswith("docs/")}
+    assert len([block for page in PAGES for block in blocks(page) if block.reason]) <= 8
+
+
+def test_every_block_is_a_block_of_commands():
+    for page in PAGES:
+        assert len(blocks(page)) == (ROOT / page).read_text().count("```bash\n")
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_trainings_are_cut_short():
+    script = "cvt-keras train --epochs 30 --seed 1  # a while\nTFDS_DATA_DIR=x cvt-keras prune runs/a \\\n --run-dir runs/b\n"
+    assert shortened(script).splitlines() == [
+        "cvt-keras train  --seed 1 --epochs 1 --train-limit 256  # a while",
+        "TFDS_DATA_DIR=x cvt-keras prune runs/a   --run-dir runs/b --epochs 1 --train-limit 256",
+    ]
+    assert shortened("cvt-keras export runs/a  # all") == "cvt-keras export runs/a  # all"
+
+
+def test_links_lead_somewhere():
+    link = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target in link.findall(path.read_text()):
+            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"
+
+
+def test_pages_that_the_code_names_exist():
+    for path in [*(ROOT / "cvt_keras").rglob("*.py"), *(ROOT / "export").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        for target in re.findall(r"\bdocs/[\w/-]+\.(?:md|csv|png)", path.read_text()):
+            assert (ROOT / target).exists(), f"{path.relative_to(ROOT)}: {target}"

@@ -1,0 +1,177 @@
+"""The command blocks of the README and the guides: test_docs.py parses them, and as a program this runs them in order.
+
+    python tests/docs_blocks.py [PAGE ...]
+
+runs them in a new folder with the checkout's files and some photos. A double takes the place of TF Serving.
+`--epochs` and `--train-limit` are replaced, so that each training takes seconds. A block runs unless the line above it is
+`<!-- not run in CI: REASON -->`.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+GUIDES = (
+    *("your-photos", "training", "python", "pretrained", "search", "compression"),
+    *("export", "serving", "mobile", "browser"),
+)
+# Each list runs in a folder of its own, in this order: later guides use the runs of earlier ones.
+FOLDERS = (("README.md",), tuple(f"docs/guides/{name}.md" for name in GUIDES))
+PAGES = tuple(page for pages in FOLDERS for page in pages)
+BLOCK = re.compile(r"(?:^<!-- not run in CI: (?P<reason>.+?) -->\n)?^```bash\n(?P<script>.*?)^```$", re.MULTILINE | re.DOTALL)
+# From a checkout, each command has a second name.
+PROGRAMS = {
+    ("cvt-keras",): (),
+    ("python", "train.py"): ("train",),
+    ("python", "-m", "export"): ("export",),
+    ("python", "-m", "cvt_keras.search"): ("search",),
+    ("python", "-m", "cvt_keras.compression"): (),
+    ("python", "-m", "cvt_keras.pretrained"): ("convert",),
+}
+# CI has installed everything, and runs the rest of a line that installs.
+INSTALLATION = re.compile(r"python3\.11 -m venv \.venv && \.venv/bin/pip install -r \S+ && \.venv/bin/")
+# What the trainings are cut to: enough for every command after them, and the README's enough to learn something.
+TRAINING = ("train", "search", "prune", "cluster", "qat")
+SHORT = {"--epochs": "1", "--train-limit": "256"}
+README_LIMIT = "12800"
+README_RUN = "runs/cifar10-cifar10-cvt_cifar"
+LEAST_TOP1 = 0.25  # after one epoch of 12,800 images
+# A block that starts a server names the run that it serves. The double takes its place.
+SERVER = re.compile(r'^RUN="\$PWD/(\S+)" docker compose', re.MULTILINE)
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    script: str
+    reason: str | None  # why CI does not run it
+
+
+def blocks(page):
+    """The bash blocks of a page, given by its path from the top of the repository."""
+    text = (ROOT / page).read_text()
+    return [
+        Block(page, text.count("\n", 0, match.start("script")) + 1, match["script"], match["reason"])
+        for match in BLOCK.finditer(text)
+    ]
+
+
+def lines(script):
+    """The logical lines of a script: backslashes joined, comments and empty lines left out, as lists of words."""
+    for line in INSTALLATION.sub("", script).replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+def commands(script):
+    """Yields the `cvt-keras` command lines in a script as lists of words after `cvt-keras`."""
+    for words in lines(script):
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # a variable for this command
+            words = words[1:]
+        for program, name in PROGRAMS.items():
+            if tuple(words[: len(program)]) == program:
+                yield [*name, *words[len(program) :]]
+
+
+def shortened(script, limit=SHORT["--train-limit"]):
+    """The script with each training cut short, by other values of its own flags or by added ones."""
+    result = []
+    for line in INSTALLATION.sub("", script).replace("\\\n", " ").splitlines():
+        for words in commands(line):
+            if words[0] not in TRAINING or "--help" in words:
+                continue
+            code, comment = (*re.split(r"(?=\s#)", line, maxsplit=1), "")[:2]
+            for flag, value in {**SHORT, "--train-limit": limit}.items():
+                code = re.sub(rf"{flag}[ =]\S+", "", code) + f" {flag} {value}"
+            line = code + comment
+        result.append(line)
+    return "\n".join(result)
+
+
+def write_photos(folder):
+    """Writes `photos/apples` and `photos/pears`, 60 made photos each, and cat.jpg."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for name, colour in (("apples", (190, 40, 40)), ("pears", (110, 180, 60))):
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(60):
+            pixels = np.clip(np.array(colour) + random.normal(0, 40, (60, 80, 3)), 0, 255).astype("uint8")
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{i}.jpg")
+    Image.fromarray(pixels).save(folder / "cat.jpg")
+
+
+def start_server(folder, run):
+    """Starts the double of TF Serving for a run's SavedModel, on the ports of the real one."""
+    double = str(ROOT / "tests" / "export" / "double.py")
+    server = subprocess.Popen(
+        [sys.executable, double, f"{run}/export/saved_model", "8500", "8501"], cwd=folder, stdout=subprocess.PIPE
+    )
+    if not server.stdout.readline():  # its first line says that it answers
+        raise SystemExit(f"the double of TF Serving for {run} ended at its start")
+    return server
+
+
+# `cvt-keras web` serves until Ctrl-C, which ends it with 130.
+WEB = """
+cvt-keras() {
+  if [ "$1" != web ]; then command cvt-keras "$@"; return; fi
+  timeout --preserve-status --signal INT 20 cvt-keras "$@" || [ $? = 130 ]
+}
+"""
+
+
+def run(pages, folder):
+    """Runs the blocks of `pages` in `folder`, and returns the blocks that it did not run."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for path in ROOT.iterdir():
+        if path.name not in (".git", "runs", "photos"):
+            (folder / path.name).symlink_to(path)
+    write_photos(folder)
+    not_run, server = [], None
+    try:
+        for block in (block for page in pages for block in blocks(page)):
+            if block.reason:
+                not_run.append(block)
+                if served := SERVER.search(block.script):
+                    if server:
+                        server.kill()
+                    server = start_server(folder, served[1])
+                continue
+            is_readme = block.page == "README.md"
+            script = shortened(block.script, **({"limit": README_LIMIT} if is_readme else {}))
+            print(f"=== {block.page}:{block.line}\n{script.strip()}", flush=True)
+            start = time.monotonic()
+            subprocess.run(["bash", "-euo", "pipefail", "-c", WEB + script], cwd=folder, env=environment, check=True)
+            print(f"=== {time.monotonic() - start:.0f} s", flush=True)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"{block.page}:{block.line} ended with {error.returncode}") from error
+    finally:
+        if server:
+            server.kill()
+    return not_run
+
+
+def main(chosen):
+    not_run = []
+    for pages in FOLDERS:
+        if pages := [page for page in pages if page in (chosen or PAGES)]:
+            with tempfile.TemporaryDirectory() as folder:
+                not_run += run(pages, Path(folder))
+                if "README.md" in pages:
+                    top1 = json.loads((Path(folder) / README_RUN / "report.json").read_text())["test"]["top1"]
+                    assert top1 >= LEAST_TOP1, f"the README's run ended at {top1:.2%}; {LEAST_TOP1:.0%} is the least"
+    print("Not run:", *(f"{block.page}:{block.line}: {block.reason}" for block in not_run), sep="\n  ")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
