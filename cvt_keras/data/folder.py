@@ -161,8 +161,8 @@ def _list(root):
         if others:
             raise _error(
                 f"{_shown(root)} has a folder {_shown(train.name)}, and folders that are not splits: {_names(others.values())}",
-                f"Move class folders into {_shown(train.name)}, name splits test or validation, and move anything else out "
-                f"of {_shown(root)}",
+                f"Move class folders into {_shown(train.name)}, rename folders of splits to test or validation, and move the "
+                f"others out of {_shown(root)}",
             )
     class_folders = {}  # split -> {class name: folder}
     for split, entries in entries_of.items():
@@ -402,7 +402,7 @@ def _require_classes(root, train, class_folders, files, imageless=()):
         )
     if len(class_folders) > 1:
         return
-    summary = f"{_shown(train)} must hold a folder of images for each of at least two classes. Found: "
+    summary = f"{_shown(train)} must hold at least two folders of images, one for each class. Found: "
     summary += ", ".join(class_folders) or "none"
     if n := sum(bool(_IMAGE_NAME.search(file.name)) for file in files):
         summary += f", and {_count(n, 'image', 'images')} outside class folders"
@@ -699,8 +699,8 @@ def _leave_out_duplicates(listing, contents, members):
             raise _error(
                 f"every {kind} image in {_shown(listing.root)} has the same pixels as a "
                 f"{' or '.join(dict.fromkeys(earlier.values()))} image. Number of {kind} images: {len(copies):,}",
-                f"Put other images into the folder of the {kind} images, or move it out of {_shown(listing.root)}: others are "
-                "then held out"
+                f"Put other images into the folder of the {kind} images. Or move it out of {_shown(listing.root)}: some "
+                "training images are then held out instead"
                 if split in listing.splits
                 else "Remove the copies, or add other images",
             )

@@ -207,7 +207,7 @@ def _open(data):
         raise ImageError("a camera's raw file, of which only a small preview could be read: convert it to JPEG or TIFF")
     if image.format in ("JPEG", "MPO"):
         image.decodermaxblock = len(data)  # decode in one go: chunks of 64 kB take half as long again
-    # Without its XMP: Pillow would take an orientation from there, which browsers ignore, and rotate a TIFF as it is loaded.
+    # Pillow would also take the orientation from XMP, which browsers ignore; for a TIFF, as soon as it is loaded.
     for key in ("xmp", "XML:com.adobe.xmp"):
         image.info.pop(key, None)
     return image

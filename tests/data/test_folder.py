@@ -11,6 +11,7 @@ from labelled_images import error_of, noise, resized, rows, sizes, write_image
 
 from cvt_keras.cli import message
 from cvt_keras.data import images, sources
+from cvt_keras.data.record import ImageRecord
 from cvt_keras.data.split import hold_out
 from cvt_keras.errors import ArgumentError, DataError
 
@@ -96,6 +97,16 @@ def test_adding_removing_and_renaming_files_moves_no_other_image(photos):
     assert len(common) == 119
     for split in SPLITS:
         assert [d for d in before[split] if d in common] == [d for d in after[split] if d in common]
+
+
+def test_with_a_record_images_keep_their_splits_also_in_another_format(photos):
+    before = sources.load("folder", photos)
+    path = next(path for path in sorted(photos.rglob("*.png")) if sha256(path) in before.test.digests)
+    write_image(path.with_suffix(".bmp"), images.decode(path.read_bytes()))
+    path.unlink()
+    after = sources.load("folder", photos, record=ImageRecord.of_source(before))
+    for split in SPLITS:
+        assert set(getattr(after, split).pixels) == set(getattr(before, split).pixels)
 
 
 def digest_at(share):
@@ -225,7 +236,7 @@ def test_a_folder_beside_train_that_is_not_a_split_is_an_error(split_photos, nam
     (split_photos / "test").rename(split_photos / name)
     error = data_error_of(split_photos)
     assert error.summary == f"{split_photos} has a folder train, and folders that are not splits: {name}"
-    assert "name splits test or validation" in error.hint
+    assert "rename folders of splits to test or validation" in error.hint
 
 
 def test_two_folders_for_a_split_are_an_error(photos, tmp_path):
@@ -522,7 +533,7 @@ def test_folders_without_images_are_named_if_there_are_too_few_classes(photos):
     shutil.rmtree(photos / "dog")
     (photos / "dog").mkdir()
     (photos / "dog" / "1.txt").write_bytes(b"x")
-    assert data_error_of(photos).summary.endswith("two classes. Found: cat, and folders without images: dog")
+    assert data_error_of(photos).summary.endswith("one for each class. Found: cat, and folders without images: dog")
 
 
 # === Other layouts ===
@@ -584,7 +595,7 @@ def test_fewer_than_two_classes_are_an_error(photos, remove):
     for name in remove.split():
         shutil.rmtree(photos / name)
     error = data_error_of(photos)
-    assert error.summary.startswith(f"{photos} must hold a folder of images for each of at least two classes")
+    assert error.summary.startswith(f"{photos} must hold at least two folders of images, one for each class")
     assert ("Found: none" in error.summary) == (remove == "cat dog")
     assert "DIR/cat/1.jpg" in error.hint
 
