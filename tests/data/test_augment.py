@@ -106,6 +106,14 @@ def test_erase_fills_a_box_of_the_chosen_images_with_noise():
     assert not augment.erase(images, (0, 0), 0.0).numpy().max() >= 0
 
 
+def test_a_box_reaches_every_position_inside_the_image():
+    half = tf.fill((300,), 0.5)
+    boxes = augment._box(tf.constant(8), tf.constant(12), half, half, (0, 0)).numpy()[..., 0]
+    assert (boxes.sum(axis=(1, 2)) == 4 * 6).all()
+    positions = {(int(box.any(axis=1).argmax()), int(box.any(axis=0).argmax())) for box in boxes}
+    assert positions == {(top, left) for top in range(5) for left in range(7)}
+
+
 def _colour(operation, images, level=1.0):
     return operation(tf.constant(images, tf.float32), tf.fill((len(images), 1, 1, 1), level)).numpy()
 

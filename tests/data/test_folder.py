@@ -10,7 +10,7 @@ import pytest
 from labelled_images import error_of, noise, resized, rows, sizes, write_image
 
 from cvt_keras.cli import message
-from cvt_keras.data import images, sources
+from cvt_keras.data import folder, images, sources
 from cvt_keras.data.record import ImageRecord
 from cvt_keras.data.split import hold_out
 from cvt_keras.errors import ArgumentError, DataError
@@ -107,6 +107,14 @@ def test_with_a_record_images_keep_their_splits_also_in_another_format(photos):
     after = sources.load("folder", photos, record=ImageRecord.of_source(before))
     for split in SPLITS:
         assert set(getattr(after, split).pixels) == set(getattr(before, split).pixels)
+
+
+def test_with_a_record_a_class_may_lack_images(photos):
+    record = ImageRecord.of_source(sources.load("folder", photos))
+    for path in (photos / "dog").iterdir():
+        path.write_bytes(b"")
+    source = sources.load("folder", photos, skip_broken=True, record=record)
+    assert (sum(sizes(source)), source.class_names) == (20, ("cat", "dog"))
 
 
 def digest_at(share):
@@ -494,6 +502,7 @@ def test_pixels_are_compared_at_their_full_size(split_photos):
         pixels[-1, -1, 0] -= i
         write_image(split_photos / path, pixels if i < 3 else pixels.repeat(2, axis=0))
     assert sources.load("folder", split_photos, image_size=2).left_out == {}
+    assert folder._pixel_digest(np.zeros((4, 6, 3), "uint8")) != folder._pixel_digest(np.zeros((6, 4, 3), "uint8"))
 
 
 def test_images_with_only_one_colour_are_counted(photos):

@@ -103,6 +103,14 @@ def test_augmentation_depends_only_on_seed_epoch_and_batch(split, change):
     assert not np.array_equal(first[0], plain[0])
 
 
+def test_each_batch_of_each_epoch_has_draws_of_its_own(split):
+    # 100 copies of one image, so that only the draws differ.
+    copies = Split(np.repeat(split.images[:1], 100, axis=0), split.labels)
+    recipe = dataclasses.replace(PLAIN, batch_size=50, erase=1.0)
+    batches = [images.tobytes() for images, _ in training_batches(copies, 10, recipe).as_numpy_iterator()]
+    assert len(set(batches)) == len(batches) == 4
+
+
 @pytest.mark.parametrize("change", [{"mixup": 0.5}, {"cutmix": 0.5}, {"mixup": 0.5, "cutmix": 0.5}])
 def test_mixup_and_cutmix_change_the_labels(split, change):
     recipe = dataclasses.replace(PLAIN, batch_size=100, epochs=1, **change)

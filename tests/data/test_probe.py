@@ -94,6 +94,17 @@ def test_a_host_that_hangs_times_out(monkeypatch):
     assert time.monotonic() - started < 5
 
 
+def test_a_refusal_is_reported_rather_than_the_host_that_hangs(monkeypatch):
+    def connect(address, *args, **kwargs):
+        if address[0] == "a.invalid":
+            raise OSError("no network")
+        threading.Event().wait()
+
+    monkeypatch.setattr(probe, "SECONDS", 1)
+    monkeypatch.setattr(urllib3.util.connection, "create_connection", connect)
+    assert refusal(CIFAR, "http://a.invalid/x").endswith("(no network)")
+
+
 # === Proxies ===
 
 

@@ -73,6 +73,11 @@ def test_a_file_with_the_pixels_of_a_recorded_image_is_that_image():
     assert not trained_on & {*again.validation.pixels, *again.test.pixels}
 
 
+def test_pixels_that_were_trained_on_count_as_training_also_if_a_copy_was_tested_on():
+    for source in (small_source("1a", "2b", "1'a"), small_source("1'a", "1a", "2b")):
+        assert ImageRecord.of_source(source).split_of("another file", "pixels 1") == "train"
+
+
 def test_images_in_the_folder_of_another_split_are_counted():
     moved = small_source("6a 2b 3a", "4b 5a", "1a 7b", ("train", "test"))
     again, comparison = ImageRecord.of_source(SOURCE).apply(moved)
