@@ -1,7 +1,7 @@
-"""Whether data keeps up with training: python benchmarks/pipeline.py --help.
+"""Measures whether the data pipeline keeps up with training: python benchmarks/pipeline.py --help.
 
-The pipeline of a recipe alone, and the recipe's training on one batch that is already there, turn by turn, so that a noisy
-machine treats both alike.
+Runs a recipe's pipeline without training, and its training on one batch in memory. The two alternate, so that noise on the
+machine affects both alike.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ from cvt_keras.training.plan import resolve
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Images per second of a recipe's pipeline and of its training, on synthetic pixels."""
+    """Images per second of a recipe's pipeline and of its training, on random pixels."""
 
     recipe: str = "cifar10"
-    """A recipe in RECIPES."""
+    """Name of a recipe."""
     num_images: int = 45_000
-    """Training images, shuffled and augmented as the recipe does."""
+    """Training images, shuffled and augmented as in the recipe."""
     num_classes: int = 10
-    """Outputs of the head."""
+    """Number of classes."""
     steps: int = 20
-    """Training steps a turn; the pipeline makes four times as many batches."""
+    """Training steps per turn; the pipeline makes four times as many batches."""
     turns: int = 5
-    """Of each; the medians count."""
+    """Turns of each; the result is their median."""
 
     def __post_init__(self):
         if self.recipe not in RECIPES:
@@ -45,11 +45,11 @@ class Arguments:
                 raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
         least = RECIPES[self.recipe].batch_size
         if self.num_images < least:
-            raise ValueError(f"`num_images` must be a batch of {least} at least. Received: num_images={self.num_images}")
+            raise ValueError(f"`num_images` must be at least a batch, {least}. Received: num_images={self.num_images}")
 
 
 def main(arguments):
-    recipe = dataclasses.replace(resolve(RECIPES[arguments.recipe]), epochs=10**6)  # more than will be asked for
+    recipe = dataclasses.replace(resolve(RECIPES[arguments.recipe]), epochs=10**6)  # never ends
     random = np.random.default_rng(0)
     shape = (recipe.image_size, recipe.image_size, 3)
     images = random.integers(0, 256, (arguments.num_images, *shape), "uint8")
@@ -66,7 +66,7 @@ def main(arguments):
     batch = tf.data.Dataset.from_tensors(next(iter(batches))).repeat()
 
     def pipeline():
-        # A new iterator: what an old one's prefetch made while the network trained would count as made at once.
+        # A new iterator: the batches that an old one prefetched during training would count as made in no time.
         for _ in batches.take(4 * arguments.steps):
             pass
         return 4 * arguments.steps
@@ -80,7 +80,7 @@ def main(arguments):
         for name, work in (("pipeline", pipeline), ("training", training)):
             started = time.perf_counter()
             count = work() * recipe.batch_size
-            if turn:  # the first compiles
+            if turn:  # the first turn compiles
                 rates[name].append(count / (time.perf_counter() - started))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     print(

@@ -1,4 +1,4 @@
-"""Small images with labels, and ways to compare them, for the tests of `cvt_keras.data`."""
+"""Makes small labelled images and compares them, for the tests of `cvt_keras.data`."""
 
 import time
 
@@ -16,7 +16,7 @@ def noise(n, shape=(32, 32, 3)):
 
 
 def labelled(images, num_classes=10, **features):
-    """Examples for `write_tfds`, with one class after the other."""
+    """Examples for `write_tfds`, whose labels cycle through the classes."""
     return [{"image": image, "label": i % num_classes, **features} for i, image in enumerate(images)]
 
 
@@ -25,13 +25,14 @@ def sizes(source):
 
 
 def rows(*splits):
+    """The images of all splits, flattened: `(n, pixels)`."""
     return np.concatenate([split.images.reshape(len(split), -1) for split in splits])
 
 
 def same_rows(a, b):
-    """Whether the same rows lie in both, in any order, and each once."""
-    kept = np.unique(a, axis=0)
-    return len(kept) == len(a) and np.array_equal(kept, np.unique(b, axis=0))
+    """Whether the rows of `a` are unique, and the same as those of `b` in any order."""
+    unique = np.unique(a, axis=0)
+    return len(unique) == len(a) and np.array_equal(unique, np.unique(b, axis=0))
 
 
 def resized(image, size):
@@ -39,7 +40,7 @@ def resized(image, size):
 
 
 def write_image(path, image=None, shape=(12, 16, 3)):
-    """Writes a file by its suffix, and returns the pixels: noise of its own for each name in each folder."""
+    """Writes an image in the format of its suffix, and returns the pixels; by default noise that depends on the path."""
     if image is None:
         image = np.random.default_rng(list("/".join(path.parts[-3:]).encode())).integers(0, 256, shape, "uint8")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,13 +50,13 @@ def write_image(path, image=None, shape=(12, 16, 3)):
 
 
 def error_of(*arguments, **keywords):
-    """The error that `sources.load` raises: within seconds, in one line, in an argument's terms."""
+    """The error that `sources.load` raises. Checks that it comes within seconds, in one line that names no flag."""
     started = time.monotonic()
     with pytest.raises(UserError) as raised:
         sources.load(*arguments, **keywords)
     assert time.monotonic() - started < 20
     error = raised.value
-    for inside in ("\n", "{{", "[Op:", " --"):  # a hint may name flags
-        assert inside not in error.summary
+    for part in ("\n", "{{", "[Op:", " --"):  # flags belong into the hint
+        assert part not in error.summary
     assert not error.summary.endswith(".") and not (error.hint or "").endswith(".")
     return error

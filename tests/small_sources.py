@@ -1,4 +1,4 @@
-"""Folders of images as `sources.load` gives them, without files, for the tests of what is in which split."""
+"""Builds `Source`s of a folder without files, for tests of which image is in which split."""
 
 import numpy as np
 
@@ -7,9 +7,9 @@ from cvt_keras.data.split import Source, Split
 
 
 def _split(images):
-    """A `Split` of one-coloured images: the colour is the number in front of the class, as in `"7a"`, and so is the digest.
+    """A `Split` of images such as `"7a"`: digest 7, all pixels 7, class a.
 
-    `"7'a"` is another file of the same pixels.
+    `"7'a"` is another file with the same pixels.
     """
     colours = [image[:-1].rstrip("'") for image in images]
     pixels = np.tile(np.array(colours, "uint8")[:, None, None, None], (1, 2, 2, 3)).reshape(-1, 2, 2, 3)
@@ -18,13 +18,13 @@ def _split(images):
 
 
 def small_source(train, validation, test, split_folders=("train",)):
-    """A `Source` with digests."""
+    """A `Source` with digests; a split is a string such as `"1a 2b"`."""
     splits = [_split(images.split()) for images in (train, validation, test)]
     return Source("folder", *splits, ("a", "b"), *mean_and_std(splits[0].images), split_folders=split_folders)
 
 
 def written(source):
-    """The splits of a source, as `small_source` takes them."""
+    """The splits of a source as strings, in the format of `small_source`."""
     return [
         " ".join(f"{digest}{'ab'[label]}" for digest, label in zip(split.digests, split.labels))
         for split in (source.train, source.validation, source.test)

@@ -1,1 +1,1 @@
-"""Labelled images: a file for each kind of source, which loads a `Source`, and the pipeline from there to batches."""
+"""Labelled images: one module per kind of source, which loads a `Source`, and the pipeline that makes batches of it."""

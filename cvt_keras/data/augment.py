@@ -1,28 +1,28 @@
-"""Augmentation of whole batches, drawn for each image: stateless, so the same seed draws the same again.
+"""Augmentation of whole batches, with random draws per image. Stateless: the same seed gives the same result.
 
-Everywhere `images` are `(batch, height, width, channels)` with pixels in 0..255, `labels` are `(batch, classes)`, and `seed` is
-two integers.
+In all functions, `images` has shape `(batch, height, width, channels)` and pixels in 0..255, `labels` has shape
+`(batch, classes)`, and `seed` is two integers.
 """
 
 import math
 
 import tensorflow as tf
 
-MAGNITUDES = 10  # of RandAugment, as its paper counts them
-_GREY = 128.0  # of what a moved image uncovers
+MAX_MAGNITUDE = 10  # RandAugment's scale in its paper: 0..10
+_GREY = 128.0  # fills the area that a moved image uncovers
 
 
 def flip(images, seed):
-    """Mirrors half of the images left to right."""
-    chosen = tf.random.stateless_uniform((tf.shape(images)[0], 1, 1, 1), seed) < 0.5
-    return tf.where(chosen, tf.reverse(images, axis=[2]), images)
+    """Mirrors each image left to right with probability 0.5."""
+    mirrored = tf.random.stateless_uniform((tf.shape(images)[0], 1, 1, 1), seed) < 0.5
+    return tf.where(mirrored, tf.reverse(images, axis=[2]), images)
 
 
 def crop(images, seed, padding):
-    """Pads by reflection, then cuts the original size out, at a place of its own for each image.
+    """Pads each image by reflection, then crops it to the original size at a random position.
 
     Args:
-        padding: pixels on each of the four sides; under the image's sides.
+        padding: pixels on each of the four sides; less than the image's height and width.
     """
     batch, height, width = tf.unstack(tf.shape(images)[:3])
     padded = tf.pad(images, [(0, 0), (padding, padding), (padding, padding), (0, 0)], "REFLECT")
@@ -32,74 +32,74 @@ def crop(images, seed, padding):
 
 
 def mixup(images, labels, seed, alpha):
-    """Blends each image with its neighbour in the batch, and their labels alike (Zhang et al., arXiv 1710.09412).
+    """Blends each image and its label with its neighbour's in the batch (Zhang et al., arXiv 1710.09412).
 
     Args:
         images: float.
-        alpha: the blend's weight is drawn from Beta(alpha, alpha), for each image; positive.
+        alpha: positive; the weight of each blend is drawn from Beta(alpha, alpha).
     """
-    kept = _beta(tf.shape(images)[0], seed, alpha)
+    weights = _beta(tf.shape(images)[0], seed, alpha)
     return tuple(
         weight * values + (1 - weight) * _neighbour(values)
-        for values, weight in ((images, kept[:, None, None, None]), (labels, kept[:, None]))
+        for values, weight in ((images, weights[:, None, None, None]), (labels, weights[:, None]))
     )
 
 
 def cutmix(images, labels, seed, alpha):
-    """Replaces a box of each image by its neighbour's, and as much of its label (Yun et al., arXiv 1905.04899).
+    """Replaces a box in each image, and the same share of its label, by its neighbour's (Yun et al., arXiv 1905.04899).
 
-    The box lies inside the image, so its area is what was drawn, rounded to pixels; the label goes by the pixels.
+    The box lies inside the image. Labels are mixed by the number of pixels that were replaced.
 
     Args:
-        alpha: the share that is kept is drawn from Beta(alpha, alpha), for each image; positive.
+        alpha: positive; the share of each image outside its box is drawn from Beta(alpha, alpha).
     """
     batch, height, width = tf.unstack(tf.shape(images)[:3])
-    draw, place = _split(seed, 2)
-    side = tf.sqrt(1 - _beta(batch, draw, alpha))
-    inside = _box(height, width, side, side, place)
-    kept = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), axis=(1, 2))  # (B, 1)
-    return tf.where(inside, _neighbour(images), images), kept * labels + (1 - kept) * _neighbour(labels)
+    share_seed, box_seed = _split(seed, 2)
+    side = tf.sqrt(1 - _beta(batch, share_seed, alpha))
+    inside = _box(height, width, side, side, box_seed)
+    weight = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), axis=(1, 2))  # (B, 1)
+    return tf.where(inside, _neighbour(images), images), weight * labels + (1 - weight) * _neighbour(labels)
 
 
 def erase(images, seed, probability):
-    """Fills a box of some images with noise (Zhong et al., arXiv 1708.04896; its areas and aspects).
+    """Fills a box of some images with noise (Zhong et al., arXiv 1708.04896, with its areas and aspect ratios).
 
     Args:
         images: float.
-        probability: of an image to be chosen.
+        probability: the probability that an image gets a box.
     """
     batch, height, width = tf.unstack(tf.shape(images)[:3])
-    choice, sizes, place, noise = _split(seed, 4)
+    choice, sizes, position, noise = _split(seed, 4)
     chosen = tf.random.stateless_uniform((batch, 1, 1, 1), choice) < probability
     area, aspect = tf.unstack(tf.random.stateless_uniform((2, batch), sizes))
     area = 0.02 + area * (0.4 - 0.02)
     aspect = tf.exp(math.log(0.3) * (1 - 2 * aspect))  # 0.3 to 1 / 0.3
-    inside = _box(height, width, tf.sqrt(area * aspect), tf.sqrt(area / aspect), place)
+    inside = _box(height, width, tf.sqrt(area * aspect), tf.sqrt(area / aspect), position)
     return tf.where(chosen & inside, tf.random.stateless_uniform(tf.shape(images), noise, 0, 255), images)
 
 
 def rand_augment(images, seed, operations, magnitude):
-    """Passes each image through operations drawn for it alone (Cubuk et al., arXiv 1909.13719).
+    """Applies random operations to each image (Cubuk et al., arXiv 1909.13719).
 
     Args:
         images: float `(batch, height, width, 3)`.
-        operations: how many, one after the other; each is one of the paper's fourteen.
-        magnitude: of all of them, 0 to 10. What an operation does at 10 is in the source.
+        operations: number of operations, applied in sequence; each is drawn from the paper's fourteen.
+        magnitude: strength of every operation, 0 to 10. The code of an operation shows what it does at 10.
     """
-    # By hand: `keras.layers.RandAugment` draws its operations once per call, not per image, and evaluates every one of them.
-    # Its draws depend on a state, not on the seed and the step alone, so that a resumed run would draw others.
+    # Not `keras.layers.RandAugment`: it draws operations per call, not per image, and evaluates all of them. Its draws depend
+    # on a state, not only on seed and step, so a resumed run would draw others.
     for layer in _split(seed, operations):
         draw, direction = _split(layer, 2)
         batch = tf.shape(images)[0]
         drawn = tf.random.stateless_uniform((batch,), draw, 0, len(_POINTWISE) + len(_GEOMETRIC), tf.int32)
         sign = tf.where(tf.random.stateless_uniform((batch,), direction) < 0.5, -1.0, 1.0)
-        level = sign * magnitude / MAGNITUDES  # -1..1
+        level = sign * magnitude / MAX_MAGNITUDE  # -1..1
         images = _colour(_move(images, drawn, level), drawn, level)
     return images
 
 
 def _colour(images, drawn, level):
-    """Every operation on every image, then the one drawn: a batch of them costs less than a branch for each image."""
+    """Applies every operation to the batch, then selects per image: that costs less than a branch per image."""
     result = images
     for number, operation in enumerate(_POINTWISE):
         result = tf.where((drawn == number)[:, None, None, None], operation(images, level[:, None, None, None]), result)
@@ -113,7 +113,7 @@ def _autocontrast(images, level):
 
 
 def _equalize(images, level):
-    # Each channel by itself: its values spread so that each is as frequent as any other, with Pillow's rounding.
+    # Equalizes the histogram of each channel, with Pillow's rounding.
     batch, height, width, channels = tf.unstack(tf.shape(images))
     flat = tf.reshape(tf.transpose(images, (0, 3, 1, 2)), (batch * channels, height * width))  # (B, H, W, C) -> (B*C, H*W)
     values = tf.clip_by_value(tf.cast(tf.round(flat), tf.int32), 0, 255)
@@ -122,7 +122,7 @@ def _equalize(images, level):
     step = ((height * width - brightest) // 255)[:, None]
     spread = (tf.cumsum(counts, axis=-1, exclusive=True) + step // 2) // tf.maximum(step, 1)
     equal = tf.cast(tf.minimum(tf.gather(spread, values, batch_dims=1), 255), tf.float32)
-    flat = tf.where(step > 0, equal, flat)  # too few pixels to spread
+    flat = tf.where(step > 0, equal, flat)  # step 0: too few pixels to spread over 256 values
     return tf.transpose(tf.reshape(flat, (batch, channels, height, width)), (0, 2, 3, 1))  # (B*C, H*W) -> (B, H, W, C)
 
 
@@ -150,7 +150,7 @@ def _saturation(images, level):
 def _sharpness(images, level):
     kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32)[:, :, None, None] / 13
     smooth = tf.nn.depthwise_conv2d(images, tf.tile(kernel, (1, 1, images.shape[-1], 1)), (1, 1, 1, 1), "VALID")
-    # The border has no neighbours outside, and stays.
+    # Border pixels lack neighbours and stay unchanged, as in Pillow.
     border = tf.pad(tf.ones_like(smooth, tf.bool), [(0, 0), (1, 1), (1, 1), (0, 0)])
     smooth = tf.where(border, tf.pad(smooth, [(0, 0), (1, 1), (1, 1), (0, 0)]), images)
     return _blend(smooth, images, level)
@@ -161,7 +161,7 @@ def _grey(images):
 
 
 def _blend(extreme, images, level):
-    """Away from `extreme` where `level` is positive, towards it where it is negative, by up to nine tenths."""
+    """Moves pixels away from `extreme` if `level` is positive, or towards it if negative; by nine tenths at level 1 or -1."""
     return tf.clip_by_value(extreme + (1 + 0.9 * level) * (images - extreme), 0, 255)
 
 
@@ -184,13 +184,13 @@ _GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
 def _move(images, drawn, level):
-    """Rotates, shears or translates the images for which that was drawn."""
+    """Rotates, shears or translates the images for which such an operation was drawn."""
     height, width = tf.unstack(tf.cast(tf.shape(images)[1:3], tf.float32))
     rotate, shear_x, shear_y, translate_x, translate_y = (
         tf.where(drawn == len(_POINTWISE) + number, level, 0.0) for number in range(len(_GEOMETRIC))
     )
     angle = rotate * math.radians(30)
-    # Output pixel (x, y), counted from the middle -> input pixel: (a x + b y, c x + d y), then moved.
+    # Output pixel (x, y), relative to the centre -> input pixel (a x + b y, c x + d y), plus the translation.
     a, b = tf.cos(angle), tf.sin(angle) + 0.3 * shear_x
     c, d = -tf.sin(angle) + 0.3 * shear_y, tf.cos(angle)
     middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
@@ -208,7 +208,7 @@ def _move(images, drawn, level):
 
 
 def _split(seed, n):
-    """`n` seeds that draw apart from each other."""
+    """Derives `n` independent seeds."""
     return tf.unstack(tf.random.split(tf.convert_to_tensor(seed), n) if n else tf.zeros((0, 2), tf.int32))
 
 
@@ -223,18 +223,20 @@ def _neighbour(batch):
 
 
 def _box(height, width, tall, wide, seed):
-    """A box inside each image -> bool `(batch, height, width, 1)`.
+    """Draws the position of a box inside each image. -> bool `(batch, height, width, 1)`, true inside
 
     Args:
-        tall, wide: `(batch,)`, its sides as shares of the image's; what is more than 1 counts as 1.
+        height, width: the images' sides in pixels.
+        tall, wide: `(batch,)`, the box's sides as shares of the image's; clipped to 1.
+        seed: two integers.
     """
-    place = tf.random.stateless_uniform((2, tf.shape(tall)[0]), seed)
+    top, left = tf.unstack(tf.random.stateless_uniform((2, tf.shape(tall)[0]), seed))
 
-    def inside(side, share, place):
+    def inside(side, share, start):
         length = tf.round(tf.minimum(share, 1.0) * tf.cast(side, tf.float32))
-        first = tf.floor(place * (tf.cast(side, tf.float32) - length + 1))
+        first = tf.floor(start * (tf.cast(side, tf.float32) - length + 1))
         position = tf.range(tf.cast(side, tf.float32))
         return (position >= first[:, None]) & (position < (first + length)[:, None])  # (B, side)
 
-    rows, columns = inside(height, tall, place[0]), inside(width, wide, place[1])
+    rows, columns = inside(height, tall, top), inside(width, wide, left)
     return rows[:, :, None, None] & columns[:, None, :, None]

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn carries: images for which nothing has to be downloaded."""
+"""The handwritten digits that come with scikit-learn, so nothing has to be downloaded."""
 
 import numpy as np
 

@@ -1,12 +1,12 @@
-"""What a file is: an image by its first bytes, or by its name what a system leaves behind. Imports nothing."""
+"""Tells images by their first bytes, and hidden and system files by their names. Imports nothing."""
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 GIF = (b"GIF87a", b"GIF89a")
-# What stands behind "ftyp" in the two formats that are kept as videos are.
+# The brand after "ftyp" in the two formats that use the container of MP4 videos.
 AVIF, HEIF = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-READABLE = "JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF"  # by the Pillow that pip installs
-# Files and folders that a system or a program leaves among a user's images, in lower case.
+READABLE = "JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF"  # with the Pillow from PyPI
+# Files and folders that operating systems and NAS devices create among a user's images; in lower case.
 _CLUTTER = (
     *("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"),
     *("thumbs.db", "desktop.ini"),
@@ -14,12 +14,12 @@ _CLUTTER = (
 
 
 def is_image(head):
-    """Whether a file begins as one of a format that `images.read` may know, broken or not.
+    """Whether a file begins like an image in a format that `images.read` knows. The image may be broken.
 
     Args:
         head: its first bytes, 32 or more.
     """
-    if head.startswith(b"BM"):  # so may a text
+    if head.startswith(b"BM"):  # a text may begin so, too: check the size of the header
         return int.from_bytes(head[14:18], "little") in (12, 16, 40, 52, 56, 64, 108, 124)
     if head.startswith(b"RIFF"):
         return head[8:12] == b"WEBP"
@@ -32,5 +32,5 @@ def is_hidden(name):
 
 
 def is_clutter(name):
-    """Whether a file or folder of this name was left behind by a system or a program, such as Thumbs.db."""
+    """Whether a file or folder of this name was created by an operating system or a NAS, such as Thumbs.db."""
     return name.lower() in _CLUTTER

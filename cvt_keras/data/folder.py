@@ -21,50 +21,53 @@ from cvt_keras.data import file_types, images, packages
 from cvt_keras.data.split import SPLITS, Source, Split, hold_out
 from cvt_keras.errors import ArgumentError, DataError, ImageError
 
-# What people call the folder of a split, compared without regard to case and to what `_SPLIT_ENDING` describes.
+# Usual names for the folder of a split, compared in lower case and without `_SPLIT_ENDING`.
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+_ADJECTIVES = {"train": "training", "validation": "validation", "test": "test"}
 _SPLIT_ENDING = re.compile(r"[ _-]*(data ?set|set|data|images|split)$")  # training_set, test-images, ValData
-# A name that promises an image: by its ending, or by one that a download or a copy made longer (.jpg.1, .jpg_large, .jpg?w=3).
-# Files with other names are known by their bytes alone. The list is written out, because what `mimetypes` knows differs from
-# machine to machine.
+# Names of image files, also with an extension that a download or a copy made longer (.jpg.1, .jpg_large, .jpg?w=3). A file with
+# another name counts as an image only if its bytes say so. `mimetypes` is not used, because its list differs between machines.
 _IMAGE_NAME = re.compile(
     r"\.(jpe?g|jpe|jfif|png|apng|gif|bmp|dib|tiff?|webp|avif|hei[cf]|ico|j2k|jp2|jp[fx]|jxl|eps|exr|hdr|p[bgnp]m|pcx|psd|svg|"
     r"tga|xbm|xpm|arw|cr2|cr3|dng|nef|orf|raf|rw2)(\.\d+|_\w*|[^\w.].*)?$",
     re.IGNORECASE | re.DOTALL,
 )
-_LISTED = 10  # the broken files that an error names itself
-_NAMED = 3  # the files that a warning names
-_DIGEST_ROWS = 64  # of a photo, at least, that its pixels are known by
-_HEAD = 64  # bytes that show what a file is
-_LONG_READING = 200  # files from which on a bar shows the progress
-_EXPECTED = "Name the folder that holds a folder of images for each class, with --data-dir"
-_LAYOUT = "Lay the images out as DIR/cat/1.jpg and DIR/dog/2.jpg, with a folder for each class, and name DIR with --data-dir"
-BROKEN = "broken: "  # begins a key of `Source.left_out`
-_LFS_POINTER, _WEB_PAGE = "a pointer of git-lfs, not the image itself", "a web page (HTML), not an image"
-_KINDS_OF_BROKEN = (_LFS_POINTER, _WEB_PAGE, "the file is empty", os.strerror(errno.EACCES))
-_SKIP = "or add --skip-broken to leave them out"
+_MAX_FILES_IN_ERROR = 10  # an error with more broken files lists all of them in a text file
+_MAX_FILES_IN_WARNING = 3
+_MIN_DIGEST_ROWS = 64  # rows of an image that go into the digest of its pixels, if it has as many
+_HEAD = 64  # first bytes of a file, which tell its format
+_MIN_FILES_FOR_PROGRESS = 200
+_PASS_FOLDER = "Pass --data-dir DIR, where DIR holds a folder of images for each class"
+_LAYOUT = "sort the images into a folder for each class, as in DIR/cat/1.jpg and DIR/dog/2.jpg, and pass --data-dir DIR"
+BROKEN = "broken: "  # prefix of a key of `Source.left_out`
+_LFS_POINTER, _WEB_PAGE = "a Git LFS pointer, not the image itself", "a web page (HTML), not an image"
+_DENIED = os.strerror(errno.EACCES)
+_RESTORE = "Restore the missing link targets (with git annex get or dvc pull, if one of them made the links)"
+_KINDS_OF_BROKEN = (_LFS_POINTER, _WEB_PAGE, "the file is empty", _DENIED)  # counted under their own keys
 
 
 def load(data_dir, image_size=32, skip_broken=False, record=None):
     """Loads images from a folder for each class: `data_dir/CLASS/*`, or `data_dir/train/CLASS/*`.
 
-    Beside them, `test` and `validation` (or a usual synonym, such as `test_set`, in any case) may hold the same classes. Where
-    one is missing, about a tenth of the training images is held out for it. Which ones depends on the bytes of each file, not
-    on a run's seed, so that adding, removing or renaming files moves no other image. See `split.hold_out`.
+    Folders named `test` and `validation` beside them may hold the same classes. Usual synonyms, such as `test_set`, are
+    understood, in upper or lower case. For a split without a folder, about a tenth of the training images is held out. A file's
+    bytes decide whether it is held out, not the run's seed, so adding, removing or renaming files moves no other image. See
+    `split.hold_out`.
 
-    Files are read by their bytes, not by their names. Folders within a class are read as part of it. No pixels are in two
-    splits: a validation image with those of a training image is left out, and a test image with those of either.
+    The format of a file is told by its bytes, not by its name. Images in folders within a class belong to that class. No two
+    splits share pixels: a validation image with the pixels of a training image is left out, and so is a test image with the
+    pixels of a training or validation image.
 
     Args:
         data_dir: the folder.
         image_size: side of the square, in pixels, that the images are stretched to.
-        skip_broken: whether to leave out files that can't be read, and count them; otherwise they are an error.
-        record: the `ImageRecord` of a run, whose images go into its splits. No others are then held out, and a split may lack
-            images.
+        skip_broken: whether to leave out and count files that can't be read, instead of raising an error.
+        record: the `ImageRecord` of a run. Its images go into the splits that they had there, no others are held out, and a
+            split may lack images.
 
     Returns:
         A `Source`, with digests.
@@ -75,44 +78,39 @@ def load(data_dir, image_size=32, skip_broken=False, record=None):
     """
     if data_dir is None:
         raise ArgumentError(
-            "the data set `folder` needs `data_dir`. Received: None",
-            argument="data_dir",
-            hint=_EXPECTED,
+            "`data_dir` is required for the data set `folder`. Received: data_dir=None", argument="data_dir", hint=_PASS_FOLDER
         )
     root = Path(data_dir).expanduser()
     if not root.is_dir():
-        raise DataError(
-            f"`data_dir` is not a folder. Received: data_dir={data_dir}",
-            argument="data_dir",
-            hint=_EXPECTED,
-        )
+        reason = "is not a folder" if root.exists() else "does not exist"
+        raise _error(f"`data_dir` {reason}. Received: data_dir={data_dir}", _PASS_FOLDER)
     listing = _list(root)
     pixels = np.empty((len(listing.files), image_size, image_size, 3), "uint8")
-    found = _read_all(listing.files, pixels, image_size)
-    _sort_out(listing, found, skip_broken)
+    contents = _read_all(listing.files, pixels, image_size)
+    _require_readable(listing, contents, skip_broken)
     if record is None:
-        _require_images(listing, found)
-    return _source(listing, found, pixels, record)
+        _require_images(listing, contents)
+    return _source(listing, contents, pixels, record)
 
 
 def holds_classes(path):
-    """Whether a folder holds two folders of images or more, or a split's folder that does; by their names, without reading."""
+    """Whether a folder, or the folder of a split in it, holds two folders of images or more. Goes by names, reads no file."""
     folders = [entry for entry in Path(path).iterdir() if entry.is_dir()]
-    named = sum(any(_IMAGE_NAME.search(file.name) for file in islice(folder.iterdir(), 100)) for folder in folders)
-    return named > 1 or any(_split_called(folder.name) and holds_classes(folder) for folder in folders)
+    n = sum(any(_IMAGE_NAME.search(file.name) for file in islice(folder.iterdir(), 100)) for folder in folders)
+    return n > 1 or any(_split_named(folder.name) and holds_classes(folder) for folder in folders)
 
 
-# === Which files there are ===
+# === Listing files ===
 
 
 @dataclass(frozen=True)
 class _File:
-    """A file in the folder of a class.
+    """A file in a class folder.
 
     Args:
-        path: where it lies.
-        split: of `SPLITS`: whose folder it lies in, "train" if the folder has no splits.
-        label: the place of its class among the class names.
+        path: its path.
+        split: the split whose folder it is in; "train" if there are no folders for splits.
+        label: index of its class in the class names.
     """
 
     path: Path
@@ -122,16 +120,16 @@ class _File:
 
 @dataclass
 class _Listing:
-    """What lies in a folder.
+    """The files of a data set.
 
     Args:
         root: the folder.
-        class_names: in Unicode's form NFC, sorted.
-        splits: the splits that have a folder of their own, and "train".
-        files: a `_File` for each file in the folder of a class.
+        class_names: sorted, in Unicode's form NFC.
+        splits: "train", and the splits that have a folder of their own.
+        files: a `_File` for each file in a class folder.
         left_out: reason -> number of files.
         warnings: lines for the user.
-        dangling: links that lead nowhere.
+        broken_links: links whose target is missing.
     """
 
     root: Path
@@ -140,66 +138,63 @@ class _Listing:
     files: list[_File]
     left_out: Counter
     warnings: list[str]
-    dangling: list[Path]
+    broken_links: list[Path]
 
 
 def _list(root):
-    """Lists the files of each class and split, and reads none. -> `_Listing`"""
-    left_out, dangling, warnings = Counter(), [], []
-    top = _entries(root, left_out, dangling)
+    """Lists the files of each class and split without reading them. -> `_Listing`"""
+    left_out, broken_links, warnings = Counter(), [], []
+    top = _entries(root, left_out, broken_links)
     split_folders = _split_folders(root, top.folders)
     train = split_folders.get("train", root)
-    inside = {"train": top} if train == root else {}
+    entries_of = {"train": top} if train == root else {}  # split -> `_Entries` of its folder
     for split, path in split_folders.items():
-        inside[split] = _entries(path, left_out, dangling)
-    for entries in (top, *inside.values()):
-        _require_linked(entries.missing)
-    beside = [path for path in top.folders if path not in split_folders.values()]
-    files_of = {}  # folder -> `_below` it
+        entries_of[split] = _entries(path, left_out, broken_links)
+    for entries in (top, *entries_of.values()):
+        _require_link_targets(entries.broken_folder_links)
+    other_folders = [path for path in top.folders if path not in split_folders.values()]
+    files_of = {}  # folder -> what `_files_below` returns for it
     if train != root:
-        others = {_shown(path.name): path for path in beside}
-        files_of |= {path: _below(path, Counter(), dangling) for path in beside}
-        _leave_out_imageless(root, {"": others}, files_of, dangling, left_out, warnings)
-        beside = list(others.values())
-    if train != root and beside:
-        raise _error(
-            f"{_shown(root)} has a folder {_shown(train.name)} and others that are no split: {_names(beside)}",
-            f"Move classes into {_shown(train.name)}, call a split test or validation, and move what is neither out of "
-            f"{_shown(root)}",
-        )
-    classes = {}
-    for split, entries in inside.items():
-        folders = beside if entries is top else entries.folders
-        classes[split] = _by_class_name(entries.path, folders)
-    _require_classes(root, train, classes["train"], inside["train"].files)
-    for folders in classes.values():
-        files_of |= {path: _below(path, left_out, dangling) for path in folders.values()}
-    imageless = _leave_out_imageless(root, classes, files_of, dangling, left_out, warnings)
-    _require_classes(root, train, classes["train"], inside["train"].files, imageless)
-    _require_outer_classes(train, classes["train"], files_of)
-    class_names = tuple(sorted(classes["train"]))
-    for split, folders in classes.items():
-        _require_same_classes(root, train, class_names, inside[split].path, folders, split)
+        others = {_shown(path.name): path for path in other_folders}
+        files_of |= {path: _files_below(path, Counter(), broken_links) for path in other_folders}
+        _leave_out_imageless(root, {"": others}, files_of, broken_links, left_out, warnings)
+        if others:
+            raise _error(
+                f"{_shown(root)} has a folder {_shown(train.name)}, and folders that are not splits: {_names(others.values())}",
+                f"Move class folders into {_shown(train.name)}, rename folders of splits to test or validation, and move the "
+                f"others out of {_shown(root)}",
+            )
+    class_folders = {}  # split -> {class name: folder}
+    for split, entries in entries_of.items():
+        folders = other_folders if entries is top else entries.folders
+        class_folders[split] = _by_class_name(entries.path, folders)
+    _require_classes(root, train, class_folders["train"], entries_of["train"].files)
+    for folders in class_folders.values():
+        files_of |= {path: _files_below(path, left_out, broken_links) for path in folders.values()}
+    imageless = _leave_out_imageless(root, class_folders, files_of, broken_links, left_out, warnings)
+    _require_classes(root, train, class_folders["train"], entries_of["train"].files, imageless)
+    _require_unambiguous_classes(train, class_folders["train"], files_of)
+    class_names = tuple(sorted(class_folders["train"]))
+    for split, folders in class_folders.items():
+        _require_same_classes(root, train, class_names, entries_of[split].path, folders)
 
-    loose = [*(top.files if train != root else ()), *(file for entries in inside.values() for file in entries.files)]
-    if loose:
-        left_out["in no folder of a class"] += len(loose)
-    if loose := [file for file in loose if _IMAGE_NAME.search(file.name)]:
-        what = _count(len(loose), "image in no folder of a class is", "images in no folder of a class are")
-        warnings.append(f"{what} left out: {_some(loose, root)}")
+    stray = [*(top.files if train != root else ()), *(file for entries in entries_of.values() for file in entries.files)]
+    if stray:
+        left_out["outside the class folders"] += len(stray)
+    if stray := [file for file in stray if _IMAGE_NAME.search(file.name)]:
+        what = _count(len(stray), "image outside the class folders is", "images outside the class folders are")
+        warnings.append(f"{what} left out: {_first_few(stray, root)}")
     files = []
-    for split in inside:
+    for split, folders in class_folders.items():
         for label, name in enumerate(class_names):
-            paths, inner = files_of[classes[split][name]]
-            if not paths and not any(classes[split][name] in link.parents for link in dangling):
-                raise _error(f"{_shown(classes[split][name])} holds no images", "Add some, or remove the folder of this class")
+            paths, inner = files_of[folders[name]]
+            if not paths and not any(folders[name] in link.parents for link in broken_links):
+                raise _error(f"the class folder {_shown(folders[name])} is empty", "Add images, or remove the folder")
             if inner:
-                warnings.append(
-                    f"{_shown(classes[split][name].relative_to(root))} holds folders, and all images in them count as "
-                    f"{name}: {_names(inner)}"
-                )
+                shown = _shown(folders[name].relative_to(root))
+                warnings.append(f"images in folders within {shown} count as {name}: {_names(inner)}")
             files += [_File(path, split, label) for path in paths]
-    return _Listing(root, class_names, tuple(inside), files, left_out, warnings, dangling)
+    return _Listing(root, class_names, tuple(entries_of), files, left_out, warnings, broken_links)
 
 
 @dataclass(frozen=True)
@@ -207,12 +202,12 @@ class _Entries:
     path: Path
     folders: list[Path]
     files: list[Path]
-    missing: list[Path]  # links that lead nowhere and have the name of a folder
+    broken_folder_links: list[Path]  # links without a target, whose name has no extension
 
 
-def _entries(path, left_out, dangling):
-    """The folders and files in a folder, without hidden ones and clutter, sorted. What is left out is counted."""
-    folders, files, missing = [], [], []
+def _entries(path, left_out, broken_links):
+    """Lists a folder, sorted. Hidden files and system files are counted in `left_out`. -> `_Entries`"""
+    folders, files, broken_folder_links = [], [], []
     for entry in sorted(path.iterdir()):
         hidden = file_types.is_hidden(entry.name)
         if hidden or file_types.is_clutter(entry.name):
@@ -224,12 +219,12 @@ def _entries(path, left_out, dangling):
         elif entry.is_file():
             files.append(entry)
         elif entry.is_symlink():
-            dangling.append(entry)
+            broken_links.append(entry)
             if not re.search(r"\.[A-Za-z]\w{0,4}$", entry.name):
-                missing.append(entry)
+                broken_folder_links.append(entry)
         else:
-            left_out["not a file"] += 1  # a socket, say; to open it could wait for ever
-    return _Entries(path, folders, files, missing)
+            left_out["not a file"] += 1  # such as a named pipe: opening it could block forever
+    return _Entries(path, folders, files, broken_folder_links)
 
 
 def _number_of_files(path):
@@ -238,42 +233,42 @@ def _number_of_files(path):
     return 1
 
 
-def _below(folder, left_out, dangling, around=()):
-    """The files in a folder of a class and in the folders within it, and the latter."""
-    around = (*around, os.path.realpath(folder))
-    entries = _entries(folder, left_out, dangling)
-    files, inner = list(entries.files), list(entries.folders)
+def _files_below(folder, left_out, broken_links, ancestors=()):
+    """Returns all files below a folder, and the folders directly in it."""
+    ancestors = (*ancestors, os.path.realpath(folder))
+    entries = _entries(folder, left_out, broken_links)
+    files = list(entries.files)
     for path in entries.folders:
-        if os.path.realpath(path) in around:
-            raise _error(f"{_shown(path)} is a link to a folder that it lies in", "Remove the link")
-        files += _below(path, left_out, dangling, around)[0]
-    return files, inner
+        if os.path.realpath(path) in ancestors:
+            raise _error(f"{_shown(path)} is a link to a folder that contains it", "Remove the link")
+        files += _files_below(path, left_out, broken_links, ancestors)[0]
+    return files, entries.folders
 
 
 def _split_folders(root, folders):
-    """The folders of the splits: `{split: folder}`.
+    """Returns `{split: folder}`.
 
-    A class may be called test: its folder holds images, and that of a split holds folders. Beside a folder of training images,
-    it is a split in any case.
+    A folder with the name of a split is one if it holds folders; if it holds images only, it is a class called, say, test.
+    Beside the folder of the train split, the names of the other splits always mean splits.
     """
-    called = {split: [path for path in folders if _split_called(path.name) == split] for split in SPLIT_FOLDERS}
-    holding = {path for paths in called.values() for path in paths if any(map(_is_class_folder, _visible(path)))}
-    has_train = any(path in holding for path in called["train"])
-    found = {}
-    for split, paths in called.items():
-        paths = [path for path in paths if path in holding or (has_train and split != "train")]
+    candidates = {split: [path for path in folders if _split_named(path.name) == split] for split in SPLIT_FOLDERS}
+    with_folders = {path for paths in candidates.values() for path in paths if any(map(_is_class_folder, _visible(path)))}
+    has_train = any(path in with_folders for path in candidates["train"])
+    split_folders = {}
+    for split, paths in candidates.items():
+        paths = [path for path in paths if path in with_folders or (has_train and split != "train")]
         if len(paths) > 1:
             raise _error(
-                f"{_shown(root)} must have one folder for {split}. Found: {_names(paths)}",
-                "Merge them, or move all but one away",
+                f"{_shown(root)} has more than one folder for the split {split}: {_names(paths)}",
+                f"Merge them into one, or move all but one out of {_shown(root)}",
             )
         if paths:
-            found[split] = paths[0]
-    return found
+            split_folders[split] = paths[0]
+    return split_folders
 
 
-def _split_called(name):
-    """The split that a folder of this name holds, by its name alone, or `None`."""
+def _split_named(name):
+    """The split that a folder of this name may hold, or `None`."""
     short = _SPLIT_ENDING.sub("", name.lower())
     return next((split for split, names in SPLIT_FOLDERS.items() if short in names), None)
 
@@ -287,38 +282,44 @@ def _visible(path):
 
 
 def _by_class_name(parent, folders):
-    """`{class name: folder}`; a name is in Unicode's form NFC, as macOS takes names apart and others do not."""
-    found = {}
+    """Returns `{class name: folder}`. Names are converted to Unicode's form NFC: macOS may store NFD, other systems don't."""
+    by_name = {}
     for path in folders:
         try:
             path.name.encode("utf-8")
         except UnicodeEncodeError:
             raise _error(
-                f"the name of a class's folder is not UTF-8: {_shown(path)}",
-                "Rename it; for many, convmv -r -f cp1252 -t utf8 --notest DIR renames all that lie in DIR",
+                f"the name of a class folder is not valid UTF-8: {_shown(path)}",
+                "Rename the folder. To rename everything in DIR: convmv -r -f cp1252 -t utf8 --notest DIR",
             ) from None
         if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in path.name):
-            raise _error(f"the name of a class has a line break or a control character: {path.name!r}", "Rename its folder")
-        name = unicodedata.normalize("NFC", path.name)
-        if name in found:
             raise _error(
-                f"{_shown(parent)} has two folders of the same name, which Unicode spells in two ways: {name}",
-                "Move the images of one into the other",
+                f"the name of a class folder contains a line break or a control character: {path.name!r}", "Rename the folder"
             )
-        found[name] = path
-    return found
+        name = unicodedata.normalize("NFC", path.name)
+        if name in by_name:
+            raise _error(
+                f"{_shown(parent)} has two folders named {name}, whose names differ only in their Unicode form (NFC and NFD)",
+                "Move the images of one into the other, and remove the empty folder",
+            )
+        by_name[name] = path
+    return by_name
 
 
-def _require_linked(missing):
-    """Raises if a link in place of a folder leads nowhere: the class or split would be missing."""
-    if missing:
-        lines = [f"{_shown(path)} is a link to {_shown(os.readlink(path))}, which is missing" for path in missing]
+def _require_link_targets(links):
+    """Raises if there are broken links that may stand for folders: a class or a split would be missing."""
+    if links:
+        lines = [f"{_shown(path)} is {_broken_link(path)}" for path in links]
         raise DataError(
-            lines[0] if len(lines) == 1 else f"{len(lines)} links in {_shown(missing[0].parent)} lead nowhere",
+            lines[0] if len(lines) == 1 else f"{len(lines)} links in {_shown(links[0].parent)} are broken",
             argument="data_dir",
-            hint="Fetch what it leads to (by git annex get or dvc pull, if one of them made the link), or remove the link",
+            hint=f"{_RESTORE}, or remove {'the link' if len(lines) == 1 else 'them'}",
             details=lines if len(lines) > 1 else [],
         )
+
+
+def _broken_link(path):
+    return f"a broken link: {_shown(os.readlink(path))} does not exist"
 
 
 def _may_be_image(path):
@@ -326,7 +327,7 @@ def _may_be_image(path):
 
 
 def _is_imageless(files):
-    """Whether there are files, and none of them is an image, broken or not."""
+    """Whether there are files, but no images, not even broken ones."""
 
     def is_image(path):
         try:
@@ -338,102 +339,107 @@ def _is_imageless(files):
     return bool(files) and not any(_IMAGE_NAME.search(path.name) for path in files) and not any(map(is_image, files))
 
 
-def _leave_out_imageless(root, classes, files_of, dangling, left_out, warnings):
-    """Takes folders of other files, such as annotations, out of `classes`, counts their files and adds a warning.
+def _leave_out_imageless(root, class_folders, files_of, broken_links, left_out, warnings):
+    """Removes folders without images, such as annotations, from `class_folders`, counts their files and adds a warning.
 
-    A folder stays if it has the name of one that holds images, and if it is empty: its images may be missing.
+    A folder stays if another split has images under its name. An empty one stays as well: its images may be missing.
 
     Args:
-        classes: `{split: {name: folder}}`.
-        files_of: `{folder: what _below returned}`.
+        class_folders: `{split: {name: folder}}`.
+        files_of: `{folder: what _files_below returned}`.
 
     Returns:
-        The names.
+        The names of the removed folders.
     """
-    around = {folder for link in dangling for folder in link.parents}
-    names = sorted({name for folders in classes.values() for name in folders})
+    link_parents = {folder for link in broken_links for folder in link.parents}
+    names = sorted({name for folders in class_folders.values() for name in folders})
     imageless = []
     for name in names:
-        paths = [folders[name] for folders in classes.values() if name in folders]
-        if all(path not in around and _is_imageless(files_of[path][0]) for path in paths):
+        paths = [folders[name] for folders in class_folders.values() if name in folders]
+        if all(path not in link_parents and _is_imageless(files_of[path][0]) for path in paths):
             imageless.append(name)
             for path in paths:
-                n = len(files_of[path][0])
-                left_out[f"in a folder without images: {_shown(path.relative_to(root))}"] += n
-                warnings.append(
-                    f"{_shown(path.relative_to(root))} holds no image and is left out: {_count(n, 'file', 'files')}"
-                )
-            for folders in classes.values():
+                n, shown = len(files_of[path][0]), _shown(path.relative_to(root))
+                left_out[f"in a folder without images: {shown}"] += n
+                warnings.append(f"{shown} holds no images and is left out: {_count(n, 'file', 'files')}")
+            for folders in class_folders.values():
                 folders.pop(name, None)
     return imageless
 
 
-def _require_outer_classes(root, classes, files_of):
-    """Raises if all classes hold the same folders and no images of their own: the folders within are the classes."""
+def _require_unambiguous_classes(root, class_folders, files_of):
+    """Raises if all class folders hold the same folders and no images directly: the inner folders may be the classes."""
     inner = set()
-    for path in classes.values():
+    for path in class_folders.values():
         files = [file.relative_to(path).parts for file in files_of[path][0] if _may_be_image(file)]
         if any(len(parts) == 1 for parts in files):
             return
         inner.add(tuple(sorted({unicodedata.normalize("NFC", parts[0]).casefold() for parts in files})))
     if len(inner) == 1 and len(*inner) > 1:
-        outer, within = _names([*classes.values()]), ", ".join(map(_shown, *inner))
+        outer, within = _names([*class_folders.values()]), ", ".join(map(_shown, *inner))
         raise _error(
-            f"{outer} in {_shown(root)} hold no images of their own, but all hold the folders {within}",
-            f"If {within} are the classes, merge the folders {outer}, or call them train, validation and test. If {outer} are "
-            "the classes, move the images of each up into its folder",
+            f"it is not clear which folders in {_shown(root)} are the classes: {outer} hold no images directly, but all hold "
+            f"the folders {within}",
+            f"If {within} are the classes, merge {outer}, or rename them to train, validation and test. If {outer} are the "
+            f"classes, move the images in {within} up into them",
         )
 
 
-def _require_classes(root, train, classes, loose, imageless=()):
-    """Raises unless there are two classes or more. `imageless`: folders that were left out."""
-    in_itself = "" if train == root else f" in its folder {_shown(train.name)}"
-    if classes and all(map(_split_called, classes)):
-        held = sorted(classes)
+def _require_classes(root, train, class_folders, files, imageless=()):
+    """Raises unless the train split has two classes or more.
+
+    Args:
+        root: the folder.
+        train: the folder of the train split, or `root`.
+        class_folders: `{class name: folder}` in `train`.
+        files: the files directly in `train`.
+        imageless: names of folders that were left out.
+    """
+    if class_folders and all(map(_split_named, class_folders)):
         raise _error(
-            f"{_shown(root)} has no folder for each class: {', '.join(held)} hold{'s' if len(held) == 1 else ''} none",
-            "Lay the images out as DIR/train/cat/1.jpg and DIR/train/dog/2.jpg, with a folder for each class",
+            f"{_shown(root)} has no class folders within {', '.join(sorted(class_folders))}",
+            "Sort the images into a folder for each class, as in DIR/train/cat/1.jpg and DIR/train/dog/2.jpg",
         )
-    if len(classes) > 1:
+    if len(class_folders) > 1:
         return
-    loose = sum(bool(_IMAGE_NAME.search(file.name)) for file in loose)
-    flat = f", but {_count(loose, 'image', 'images')} in no folder of a class" if loose else ""
-    others = f"; without an image: {', '.join(imageless)}" if imageless else ""
-    hint = _LAYOUT
-    if len(classes) == 1 and train == root:
-        [only] = classes.values()
+    summary = f"{_shown(train)} must hold at least two folders of images, one for each class. Found: "
+    summary += ", ".join(class_folders) or "none"
+    if n := sum(bool(_IMAGE_NAME.search(file.name)) for file in files):
+        summary += f", and {_count(n, 'image', 'images')} outside class folders"
+    if imageless:
+        summary += f", and folders without images: {', '.join(imageless)}"
+    hint = _LAYOUT[0].upper() + _LAYOUT[1:]
+    if len(class_folders) == 1 and train == root:
+        [only] = class_folders.values()
         inner = _entries(only, Counter(), []).folders
         if splits := _split_folders(only, inner):
-            hint = f"{_shown(only)} holds {_names([*splits.values()])}: name it with --data-dir {_shown(only)}"
+            hint = f"The splits {_names([*splits.values()])} are in {_shown(only)}: pass --data-dir {_shown(only)}"
         elif len(inner) > 1:
-            hint = f"If {_names(inner)} are the classes, name the folder around them with --data-dir {_shown(only)}. {_LAYOUT}"
-    raise _error(
-        f"{_shown(root)} needs a folder for each of two classes or more{in_itself}. "
-        f"Found: {', '.join(classes) or 'none'}{flat}{others}",
-        hint,
-    )
+            hint = f"If {_names(inner)} are the classes, pass --data-dir {_shown(only)}. Otherwise {_LAYOUT}"
+    raise _error(summary, hint)
 
 
-def _require_same_classes(root, train, class_names, path, folders, split):
-    """Raises unless a split has the classes of the training images."""
+def _require_same_classes(root, train, class_names, path, folders):
+    """Raises unless `folders`, `{class name: folder}` of the split in `path`, has the classes of the train split."""
     spelled = {name.casefold(): name for name in class_names}
     renamed = {name: spelled[name.casefold()] for name in folders if name.casefold() in spelled and name not in class_names}
     if renamed and not set(renamed.values()) & set(folders):
         raise _error(
-            f"{_shown(path)} and {_shown(train)} differ in the case of a class's name: "
+            f"class names in {_shown(path)} and {_shown(train)} differ in upper and lower case: "
             f"{', '.join(f'{name} and {other}' for name, other in renamed.items())}",
-            f"Rename in {_shown(path)}: {', '.join(f'{name} to {other}' for name, other in renamed.items())}",
+            f"In {_shown(path)}, rename {', '.join(f'{name} to {other}' for name, other in renamed.items())}",
         )
-    held_out = f"move {_shown(path.name)} out of {_shown(root)}: about a tenth of the images of each class is then held out"
     if lacking := sorted(set(class_names) - set(folders)):
         raise _error(
-            f"{_shown(path)} lacks a folder for {', '.join(lacking)}, which {_shown(train)} has",
-            f"Move some images of each missing class from there to a folder of its name in {_shown(path)}, or {held_out}",
+            f"{_shown(path)} has no folder for {', '.join(lacking)}, unlike {_shown(train)}",
+            f"Move some images of each missing class from {_shown(train)} to {_shown(path)}. Or move {_shown(path.name)} out "
+            f"of {_shown(root)}: about a tenth of the images of each class is then held out instead",
         )
-    if more := sorted(set(folders) - set(class_names)):
+    if extra := sorted(set(folders) - set(class_names)):
         raise _error(
-            f"{_shown(path)} has a folder for {', '.join(more)}, which {_shown(train)} lacks",
-            f"Add training images of it, move that folder out of {_shown(path)}, or rename it if its name is misspelled",
+            f"{_shown(path)} has a folder for {', '.join(extra)}, unlike {_shown(train)}",
+            f"Add training images of each in {_shown(train)}, move its folder out of {_shown(path)}, or correct the name if it "
+            "is misspelled",
         )
 
 
@@ -441,98 +447,98 @@ def _require_same_classes(root, train, class_names, path, folders, split):
 
 
 @dataclass
-class _Found:
-    """What a file holds.
+class _Content:
+    """The content of a file.
 
     Args:
         file: its `_File`.
         digest: SHA-256 of its bytes, in hexadecimal digits.
-        pixels: digest of its decoded pixels at their full size.
+        pixel_digest: digest of its decoded pixels at full size.
         cut_off: see `images.Picture`.
         one_colour: whether all pixels are the same.
         broken: why it can't be read, or `None`.
-        no_image: whether neither its bytes nor its name are an image's.
+        not_an_image: whether neither its bytes nor its name say that it is an image.
     """
 
     file: _File
     digest: str = ""
-    pixels: bytes = b""
+    pixel_digest: bytes = b""
     cut_off: bool = False
     one_colour: bool = False
     broken: str | None = None
-    no_image: bool = False
+    not_an_image: bool = False
 
     @property
     def usable(self):
-        return self.broken is None and not self.no_image
+        return self.broken is None and not self.not_an_image
 
 
 def _read_all(files, pixels, image_size):
-    """Reads all files. Each image goes to its place in `pixels`. -> a `_Found` for each"""
+    """Reads all files, and writes file i's image to `pixels[i]`. -> list of `_Content`"""
     tf = packages.require("tensorflow")
     room = images.Room()
 
-    def read(place):
+    def read(i):
         with room.place() as reserve:
-            contents, picture = _read(files[place], reserve)
+            content, picture = _read(files[i], reserve)
             if picture is not None:
                 with tf.device("CPU:0"):
-                    pixels[place] = images.stretch(picture.pixels, image_size).numpy()
-        return contents
+                    pixels[i] = images.stretch(picture.pixels, image_size).numpy()
+        return content
 
-    # Several at a time, each stretched before the next is read: photos would not fit into memory at their size.
+    # A thread stretches an image before it reads the next: photos at full size would not fit into memory.
+    contents = []
     with ThreadPoolExecutor(images.threads()) as pool, _progress(len(files)) as advance:
-        contents_of_all = []
-        for contents in pool.map(read, range(len(files))):
-            contents_of_all.append(contents)
+        for content in pool.map(read, range(len(files))):
+            contents.append(content)
             advance()
-    return contents_of_all
+    return contents
 
 
 def _read(file, reserve=None):
-    """Reads a file. -> `_Found`, and a `Picture` or `None`"""
-    named = bool(_IMAGE_NAME.search(file.path.name))
+    """Reads a file. -> `_Content`, and a `Picture` or `None`"""
+    has_image_name = bool(_IMAGE_NAME.search(file.path.name))
     try:
         with open(file.path, "rb") as stream:
             data = stream.read(_HEAD)
-            if not named and not file_types.is_image(data):  # perhaps a video of gigabytes
-                return _Found(file, no_image=True), None
+            if not has_image_name and not file_types.is_image(data):  # may be a video of many gigabytes: don't read it
+                return _Content(file, not_an_image=True), None
             data += stream.read()
         picture = images.read(data, reserve)
     except OSError as error:
-        return _Found(file, broken=error.strerror or str(error)), None
+        return _Content(file, broken=error.strerror or str(error)), None
     except ImageError as error:
-        return _Found(file, broken=_why(data) or error.summary), None
+        return _Content(file, broken=_kind_of_text(data) or error.summary), None
     return (
-        _Found(
+        _Content(
             file,
             digest=hashlib.sha256(data).hexdigest(),
-            pixels=_pixel_digest(picture.pixels),
+            pixel_digest=_pixel_digest(picture.pixels),
             cut_off=picture.cut_off,
-            one_colour=_is_of_one_colour(picture.pixels),
+            one_colour=_has_one_colour(picture.pixels),
         ),
         picture,
     )
 
 
 def _pixel_digest(pixels):
-    """A digest of an image's size and pixels, whatever size it is stretched to.
+    """A digest of an image's size and pixels, before it is stretched.
 
-    A cryptographic one of a whole photo takes as long as to decode it. A checksum of all pixels is five times as fast. Those of
-    two images agree once in four billion times, and that matters only if a grid of their rows is the same too.
+    Hashing a whole photo cryptographically takes as long as decoding it; a CRC-32 is five times as fast. Two different images
+    have the same CRC-32 once in four billion times, and are confused only if the hashed rows are also the same.
     """
     checksum = zlib.crc32(np.ascontiguousarray(pixels))
-    rows = np.ascontiguousarray(pixels[:: max(1, len(pixels) // _DIGEST_ROWS)])
+    rows = np.ascontiguousarray(pixels[:: max(1, len(pixels) // _MIN_DIGEST_ROWS)])
     return hashlib.blake2b(rows, digest_size=16, key=repr((pixels.shape, checksum)).encode()).digest()
 
 
-def _is_of_one_colour(pixels):
-    """Whether all pixels are the same. In most images a row or a coarse grid tells."""
+def _has_one_colour(pixels):
+    """Whether all pixels are the same. A row or a coarse grid rules out most images before all pixels are compared."""
     return all(bool((part == pixels[0, 0]).all()) for part in (pixels[0], pixels[::16, ::16], pixels))
 
 
-def _why(data):
-    """What a file is that is no image, or `None` if it is something else."""
+def _kind_of_text(data):
+    """Names a text file that often stands in place of an image, or returns `None`."""
     head = data[:_HEAD].lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
         return _LFS_POINTER
@@ -543,100 +549,104 @@ def _why(data):
 
 @contextmanager
 def _progress(n):
-    """A bar for a long reading, where someone looks: yields what advances it by a file."""
+    """Shows a progress bar for many files on a terminal. Yields the function that advances it by one file."""
     try:
         from tqdm import tqdm
     except ImportError:
         tqdm = None
-    if tqdm is None or n < _LONG_READING:
+    if tqdm is None or n < _MIN_FILES_FOR_PROGRESS:
         yield lambda: None
         return
     with tqdm(total=n, desc="reading images", unit=" images", leave=False, disable=None, file=sys.stdout) as bar:
         yield bar.update
 
 
-# === What is used ===
+# === Checks, splits and warnings ===
 
 
-def _sort_out(listing, found, skip_broken):
-    """Counts what is not used, or raises for what is broken."""
-    broken = [(path, f"a link to {_shown(os.readlink(path))}, which is missing") for path in listing.dangling]
-    broken += [(each.file.path, each.broken) for each in found if each.broken is not None]
-    for each in found:
-        if each.no_image:
-            ending = each.file.path.suffix.lower()
-            listing.left_out[f"not an image: {ending if re.fullmatch(r'[.][a-z0-9]{1,8}', ending) else 'other files'}"] += 1
-    if broken:
-        broken.sort(key=lambda pair: str(pair[0]))
-        if not skip_broken:
-            raise _broken_error(listing, broken, len(found) + len(listing.dangling))
-        listing.left_out[f"{BROKEN}a link that leads nowhere"] += len(listing.dangling)
-        for each in found:
-            if each.broken is not None:
-                kind = each.broken if each.broken in _KINDS_OF_BROKEN else "damaged, or too large"
-                listing.left_out[f"{BROKEN}{kind}"] += 1
-        names = _some([path for path, _ in broken], listing.root)
-        what = _count(len(broken), "file that can't be read is", "files that can't be read are")
-        listing.warnings.append(f"{what} left out: {names}")
-
-
-def _require_images(listing, found):
-    """Raises unless each split that has a folder has an image of each class."""
-    for split in listing.splits:
-        usable = {each.file.label for each in found if each.usable and each.file.split == split}
-        if lacking := [name for label, name in enumerate(listing.class_names) if label not in usable]:
-            where = "" if len(listing.splits) == 1 else f" to {'train on' if split == 'train' else split}"
-            raise _error(
-                f"{_shown(listing.root)} has no image that can be read{where} of {', '.join(lacking)}",
-                "Add some, or remove the folder of this class",
-            )
+def _require_readable(listing, contents, skip_broken):
+    """Counts files that are not images. Raises if files are broken, or counts those too and adds a warning."""
+    for content in contents:
+        if content.not_an_image:
+            extension = content.file.path.suffix.lower()
+            kind = extension if re.fullmatch(r"[.][a-z0-9]{1,8}", extension) else "other files"
+            listing.left_out[f"not an image: {kind}"] += 1
+    broken = [(path, _broken_link(path)) for path in listing.broken_links]
+    broken += [(content.file.path, content.broken) for content in contents if content.broken is not None]
+    if not broken:
+        return
+    broken.sort(key=lambda pair: str(pair[0]))
+    if not skip_broken:
+        raise _broken_error(listing, broken, len(contents) + len(listing.broken_links))
+    listing.left_out[f"{BROKEN}a link whose target is missing"] += len(listing.broken_links)
+    for content in contents:
+        if content.broken is not None:
+            kind = content.broken if content.broken in _KINDS_OF_BROKEN else "damaged or too large"
+            listing.left_out[f"{BROKEN}{kind}"] += 1
+    what = _count(len(broken), "file that can't be read is", "files that can't be read are")
+    listing.warnings.append(f"{what} left out: {_first_few([path for path, _ in broken], listing.root)}")
 
 
 def _broken_error(listing, broken, n):
+    """The error for broken files.
+
+    Args:
+        listing: a `_Listing`.
+        broken: pairs of a path and the reason.
+        n: the number of all files.
+    """
     lines = [f"{_shown(path)}: {reason}" for path, reason in broken]
-    summary = f"{_count(len(broken), 'file', 'files')} of {n:,} in {_shown(listing.root)} can't be read"
-    if len(lines) > _LISTED:
+    summary = f"{len(broken):,} of {_count(n, 'file', 'files')} in {_shown(listing.root)} can't be read"
+    if len(lines) > _MAX_FILES_IN_ERROR:
         handle, name = tempfile.mkstemp(prefix="cvt-keras-broken-files-", suffix=".txt")
         with open(handle, "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         summary += f"; all are listed in {name}"
-    ways = ["Mend or remove them", _SKIP]
-    if any(reason == os.strerror(errno.EACCES) for _, reason in broken):
-        ways.insert(0, "Ask for the right to read what is denied")
-    if any("git-lfs" in reason for _, reason in broken):
-        ways.insert(0, "Fetch what is missing with git lfs pull")
-    if listing.dangling:
-        ways.insert(0, "Fetch what the links lead to (by git annex get or dvc pull, if one of them made them)")
-    return DataError(
-        summary,
-        argument="data_dir",
-        hint=", ".join([ways[0], *(way[0].lower() + way[1:] for way in ways[1:])]),
-        details=lines[:_LISTED],
-    )
+    reasons = {reason for _, reason in broken}
+    remedies = []
+    if listing.broken_links:
+        remedies.append(_RESTORE)
+    if _LFS_POINTER in reasons:
+        remedies.append("Run git lfs pull to fetch the images that Git LFS holds")
+    if _DENIED in reasons:
+        remedies.append("Ask for read permission where it is denied")
+    remedies.append("Replace or remove these files, or add --skip-broken to leave them out")
+    return DataError(summary, argument="data_dir", hint=". ".join(remedies), details=lines[:_MAX_FILES_IN_ERROR])
 
 
-def _source(listing, found, pixels, record=None):
-    """Decides which image goes where. `pixels` is put in that order, in place. -> `Source`"""
-    sides = _sides(listing, found, record)
-    held_out = [split for split in ("test", "validation") if split not in listing.splits]
-    places = {split: [place for place, side in enumerate(sides) if side == split] for split in SPLITS}
-    _leave_out_seen(listing, found, places)
-    for chosen in places.values():
-        # An order that mixes the classes, in which a new image moves no other against the rest.
-        chosen.sort(key=lambda place: (found[place].digest, found[place].file.label))
-    _warn(listing, found, places)
+def _require_images(listing, contents):
+    """Raises unless each split that has a folder has an image of each class."""
+    for split in listing.splits:
+        usable = {content.file.label for content in contents if content.usable and content.file.split == split}
+        if lacking := [name for label, name in enumerate(listing.class_names) if label not in usable]:
+            kind = "" if len(listing.splits) == 1 else f"{_ADJECTIVES[split]} "
+            raise _error(
+                f"{_shown(listing.root)} has no readable {kind}images of {', '.join(lacking)}",
+                "Add some, or remove the folder of this class",
+            )
 
-    order = [place for split in SPLITS for place in places[split]]
+
+def _source(listing, contents, pixels, record=None):
+    """Assigns the images to splits, and reorders `pixels` by split in place. -> `Source`"""
+    assigned = _assigned_splits(listing, contents, record)
+    members = {split: [i for i, name in enumerate(assigned) if name == split] for split in SPLITS}
+    _leave_out_duplicates(listing, contents, members)
+    for indices in members.values():
+        # Sorting by digest mixes the classes, and a new image does not change the order of the others.
+        indices.sort(key=lambda i: (contents[i].digest, contents[i].file.label))
+    _warn_of_odd_images(listing, [contents[i] for indices in members.values() for i in indices])
+
+    order = [i for split in SPLITS for i in members[split]]
     used = set(order)
-    _rearrange(pixels, [*order, *(place for place in range(len(pixels)) if place not in used)])
+    _reorder(pixels, [*order, *(i for i in range(len(pixels)) if i not in used)])
     splits, start = {}, 0
-    for split, chosen in places.items():
-        labels = np.array([found[place].file.label for place in chosen], "int64")
-        digests = tuple(found[place].digest for place in chosen)
-        decoded = tuple(found[place].pixels.hex() for place in chosen)
-        splits[split] = Split(pixels[start : start + len(chosen)], labels, digests, decoded)
-        start += len(chosen)
-    # A record may leave nothing to train on, and so nothing to normalise by.
+    for split, indices in members.items():
+        labels = np.array([contents[i].file.label for i in indices], "int64")
+        digests = tuple(contents[i].digest for i in indices)
+        pixel_digests = tuple(contents[i].pixel_digest.hex() for i in indices)
+        splits[split] = Split(pixels[start : start + len(indices)], labels, digests, pixel_digests)
+        start += len(indices)
+    # With a record, the train split may be empty, which has no mean.
     mean, std = images.mean_and_std(splits["train"].images) if len(splits["train"]) else ((0.0,) * 3, (1.0,) * 3)
     return Source(
         name="folder",
@@ -644,119 +654,126 @@ def _source(listing, found, pixels, record=None):
         class_names=listing.class_names,
         mean=mean,
         std=std,
-        note="tested on about a tenth of the images, held out" if "test" in held_out else "",
+        note="" if "test" in listing.splits else "tested on about a tenth of the images, held out",
         warnings=tuple(listing.warnings),
         left_out={reason: n for reason, n in sorted(listing.left_out.items()) if n},
         split_folders=listing.splits,
     )
 
 
-def _sides(listing, found, record=None):
-    """The split of each file, or `None` if it is no image."""
-    held_out = [split for split in ("test", "validation") if split not in listing.splits]
-    sides = [each.file.split if each.usable else None for each in found]
+def _assigned_splits(listing, contents, record=None):
+    """The split of each file; `None` for files that are not usable."""
+    by_folder = [content.file.split if content.usable else None for content in contents]
     if record is not None:
-        known = [side and record.split_of(each.digest, each.pixels.hex()) for each, side in zip(found, sides)]
-        return [split if split in SPLITS else side for split, side in zip(known, sides)]
-    if not held_out:
-        return sides
-    classes = {name: [] for name in listing.class_names}
-    for each, side in zip(found, sides):
-        if side == "train":
-            classes[listing.class_names[each.file.label]].append(each.digest)
-    chosen = hold_out(classes, held_out)
-    return [chosen[each.digest] if side == "train" else side for each, side in zip(found, sides)]
+        recorded = [
+            split and record.split_of(content.digest, content.pixel_digest.hex()) for content, split in zip(contents, by_folder)
+        ]
+        return [old if old in SPLITS else split for old, split in zip(recorded, by_folder)]
+    held_out_splits = [split for split in ("test", "validation") if split not in listing.splits]
+    if not held_out_splits:
+        return by_folder
+    digests_of = {name: [] for name in listing.class_names}
+    for content, split in zip(contents, by_folder):
+        if split == "train":
+            digests_of[listing.class_names[content.file.label]].append(content.digest)
+    by_digest = hold_out(digests_of, held_out_splits)
+    return [by_digest[content.digest] if split == "train" else split for content, split in zip(contents, by_folder)]
 
 
-def _leave_out_seen(listing, found, places):
-    """Takes out of `places` what has the pixels of an image of a split before it, in the order train, validation, test.
+def _leave_out_duplicates(listing, contents, members):
+    """Removes from `members` each image with the pixels of one in an earlier split; in the order train, validation, test.
+
+    Args:
+        listing: a `_Listing`. The images are counted, and warnings added.
+        contents: list of `_Content`.
+        members: `{split: indices of contents}`.
 
     Raises:
-        DataError: if that leaves no image of a split.
+        DataError: if that leaves no image in a split.
     """
-    seen = {}  # the digest of an image's pixels -> "training" or "validation"
-    for split, what in zip(SPLITS, ("training", "validation", "test")):
-        copies = [place for place in places[split] if found[place].pixels in seen]
-        if copies and len(copies) == len(places[split]):
+    earlier = {}  # pixel digest -> "training" or "validation"
+    for split in SPLITS:
+        kind = _ADJECTIVES[split]
+        copies = [i for i in members[split] if contents[i].pixel_digest in earlier]
+        if copies and len(copies) == len(members[split]):
             raise _error(
-                f"all {_count(len(copies), f'{what} image', f'{what} images')} of {_shown(listing.root)} have the same pixels "
-                f"as a {' or '.join(dict.fromkeys(seen.values()))} image",
-                f"Give the {what} split images of its own, or move its folder away: some are then held out"
+                f"every {kind} image in {_shown(listing.root)} has the same pixels as a "
+                f"{' or '.join(dict.fromkeys(earlier.values()))} image. Number of {kind} images: {len(copies):,}",
+                f"Put other images into the folder of the {kind} images. Or move it out of {_shown(listing.root)}: some "
+                "training images are then held out instead"
                 if split in listing.splits
                 else "Remove the copies, or add other images",
             )
         for other in ("training", "validation"):
-            paths = [found[place].file.path for place in copies if seen[found[place].pixels] == other]
+            paths = [contents[i].file.path for i in copies if earlier[contents[i].pixel_digest] == other]
             if paths:
                 listing.left_out[f"the same pixels as a {other} image"] += len(paths)
                 listing.warnings.append(
-                    f"{_count(len(paths), f'{what} image has', f'{what} images have')} the same pixels as a {other} image and "
-                    f"{'is' if len(paths) == 1 else 'are'} left out: {_some(paths, listing.root)}"
+                    f"{_count(len(paths), f'{kind} image has', f'{kind} images have')} the same pixels as a {other} image and "
+                    f"{'is' if len(paths) == 1 else 'are'} left out: {_first_few(paths, listing.root)}"
                 )
-        places[split] = [place for place in places[split] if found[place].pixels not in seen]
-        seen |= {found[place].pixels: what for place in places[split]}
-    labels = {found[place].file.label for place in places["test"]}
+        members[split] = [i for i in members[split] if contents[i].pixel_digest not in earlier]
+        earlier |= {contents[i].pixel_digest: kind for i in members[split]}
+    labels = {contents[i].file.label for i in members["test"]}
     if lacking := [name for label, name in enumerate(listing.class_names) if label not in labels]:
-        listing.warnings.append(f"no test image is left of {', '.join(lacking)}")
+        listing.warnings.append(f"no test images are left of {', '.join(lacking)}")
 
 
-def _warn(listing, found, places):
-    """Adds warnings of what is odd about the images that are used."""
-    used = [found[place] for chosen in places.values() for place in chosen]
+def _warn_of_odd_images(listing, used):
+    """Adds warnings about images that are used; `used` is a list of `_Content`."""
 
-    def add(chosen, one, many):
-        if chosen:
-            paths = sorted(each.file.path for each in chosen)
-            listing.warnings.append(f"{_count(len(paths), one, many)}: {_some(paths, listing.root)}")
+    def warn(odd, one, many):
+        if odd:
+            paths = sorted(content.file.path for content in odd)
+            listing.warnings.append(f"{_count(len(paths), one, many)}: {_first_few(paths, listing.root)}")
 
-    add(
-        [each for each in used if each.cut_off],
-        "image lacks its last bytes, and is read as far as it goes",
-        "images lack their last bytes, and are read as far as they go",
+    warn(
+        [content for content in used if content.cut_off],
+        "image lacks its last bytes and is used without them",
+        "images lack their last bytes and are used without them",
     )
-    add([each for each in used if each.one_colour], "image is of one colour", "images are of one colour")
+    warn([content for content in used if content.one_colour], "image has only one colour", "images have only one colour")
     labels = {}
-    for each in used:
-        labels.setdefault(each.digest, set()).add(each.file.label)
-    add(
-        [each for each in used if len(labels[each.digest]) > 1],
-        "file is also in another class",
-        "files are the same in two classes or more",
-    )
+    for content in used:
+        labels.setdefault(content.digest, set()).add(content.file.label)
+    copies = [content for content in used if len(labels[content.digest]) > 1]
+    warn(copies, "", "files are copies of a file in another class")
 
 
-def _rearrange(pixels, order):
-    """Puts the rows of an array in another order, in place: a copy would take the memory twice."""
+def _reorder(pixels, order):
+    """Sets `pixels` to `pixels[order]` in place, without the memory for a copy."""
     done = np.zeros(len(order), bool)
     for start in range(len(order)):
         if done[start] or order[start] == start:
             continue
-        first, place = pixels[start].copy(), start
-        while order[place] != start:
-            pixels[place] = pixels[order[place]]
-            done[place] = True
-            place = order[place]
-        pixels[place] = first
-        done[place] = True
+        first, i = pixels[start].copy(), start
+        while order[i] != start:
+            pixels[i] = pixels[order[i]]
+            done[i] = True
+            i = order[i]
+        pixels[i] = first
+        done[i] = True
 
 
-# === Words ===
+# === Text for messages ===
 
 
 def _shown(path):
-    """A path as text: the bytes of a name that is not UTF-8 become escapes, which can be printed and written."""
+    """A path as text that can be printed: bytes that are not UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _names(paths, most=5):
+    """The names of the first folders, and how many more there are."""
     names = [_shown(path.name) for path in paths]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _some(paths, root):
-    """The first paths below `root`, and how many more there are."""
-    names = [_shown(path.relative_to(root)) for path in paths[:_NAMED]]
-    return ", ".join(names) + (f" and {len(paths) - _NAMED:,} more" if len(paths) > _NAMED else "")
+def _first_few(paths, root):
+    """The first paths relative to `root`, and how many more there are."""
+    names = [_shown(path.relative_to(root)) for path in paths[:_MAX_FILES_IN_WARNING]]
+    more = len(paths) - len(names)
+    return ", ".join(names) + (f" and {more:,} more" if more else "")
 
 
 def _count(n, one, many):

@@ -1,6 +1,6 @@
-"""From the bytes of an image file to upright RGB pixels, and from those to a square.
+"""Decodes image files to upright RGB pixels, and resizes them to squares.
 
-The one decoder: training, the client and the checks of every export go through it. TensorFlow is imported to resize alone.
+Training, the client and the checks of every export use this decoder. TensorFlow is imported only to resize.
 """
 
 import functools
@@ -18,23 +18,23 @@ import numpy as np
 from cvt_keras.data.file_types import AVIF, HEIF, READABLE, is_image
 from cvt_keras.errors import ImageError
 
-# 8192 x 8192. What a header claims is checked before anything is decoded: a few kilobytes can claim to be gigabytes.
+# 8192 x 8192. Checked against the header before decoding: a file of a few kilobytes can decode to gigabytes.
 MAX_PIXELS = 67_108_864
-# What Pillow calls the formats. AVIF and HEIF are read where it has a plugin for them.
+# Pillow's names of the formats. AVIF and HEIF can be read only if Pillow has a plugin for them.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF")
-_EITHER = (b"mif1", b"msf1")  # brands of both
-# Under this a grey pixel fits 12 bits, as scanners, depth cameras and microscopes store them in 16.
+_AVIF_OR_HEIF = (b"mif1", b"msf1")  # brands that both formats use
+# Scanners, depth cameras and microscopes store 12-bit greys in 16 bits: all pixels are below this.
 _TWELVE_BITS = 4096
 # The largest share of its blocks that a JPEG may lack.
-_MISSING = 0.05
-_END = b"\xff\xd9"  # of a JPEG
-_FILL = bytes(512)  # zeros that a copy that broke off may be filled up with; in a picture, so many are very rare
-_NOISE = bytes(range(254, 0, -1))  # without a marker, which begins with 0xff
-# A marker, but for those within a scan.
+_MAX_MISSING = 0.05
+_END = b"\xff\xd9"  # end marker of a JPEG
+_FILL = bytes(512)  # an interrupted copy may be padded with zeros; a whole JPEG rarely has so many in a row
+_NOISE = bytes(range(254, 0, -1))  # has no 0xff, with which a marker begins
+# A JPEG marker, except those within a scan.
 _MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")
 _FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
-_MOST_THREADS = 8
-_STRIP = 256  # rows that are copied at a time
+_MAX_THREADS = 8
+_STRIP = 256  # rows per copy
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Picture:
 
     Args:
         pixels: uint8 `(height, width, 3)`.
-        cut_off: whether the file, a JPEG, lacks its last bytes: at most a twentieth of the picture, at its end, is grey; or a
-            progressive one lacks detail.
+        cut_off: whether the file is a JPEG without its last bytes. At most the last twentieth of the picture is grey; in a
+            progressive JPEG, the picture lacks detail instead.
     """
 
     pixels: np.ndarray
@@ -52,20 +52,20 @@ class Picture:
 
 
 class Room:
-    """Bounds how many pixels are decoded at a time, whatever the number of threads.
+    """Limits how many pixels are decoded at the same time, whatever the number of threads.
 
     Args:
-        limit: number of pixels. An image with more of them waits until no other is in the room.
+        limit: number of pixels. A larger image waits until no other is being decoded.
     """
 
-    def __init__(self, limit=2 * MAX_PIXELS):  # about a gigabyte: a pixel takes seven bytes as it is copied
+    def __init__(self, limit=2 * MAX_PIXELS):  # about 1 GB: a pixel takes seven bytes while it is copied
         self.limit = limit
         self.used = 0
         self._changed = threading.Condition()
 
     @contextmanager
     def place(self):
-        """Yields the `reserve` for one call of `read`. What it reserves is free again when the block ends."""
+        """Yields the argument `reserve` for one call of `read`. The pixels are released when the block ends."""
         reserved = 0
 
         def reserve(n):
@@ -84,34 +84,34 @@ class Room:
 
 
 def threads():
-    """How many threads read images: one per core, up to eight."""
-    return min(os.cpu_count() or 1, _MOST_THREADS)
+    """Number of threads that read images: one per core, at most eight."""
+    return min(os.cpu_count() or 1, _MAX_THREADS)
 
 
 def decode(data, reserve=None):
-    """The pixels of an image file; see `read`."""
+    """Returns the pixels of an image file; see `read`."""
     return read(data, reserve).pixels
 
 
 def read(data, reserve=None):
     """Decodes the bytes of an image file.
 
-    A photo is turned as its EXIF orientation says. Transparent pixels are laid on white. Of an animation, the first frame is
-    taken. 16-bit greys keep their upper 8 bits, or bits 4 to 11 if no pixel needs more than 12. Colour profiles are ignored.
+    Photos are rotated to their EXIF orientation. Transparent pixels are blended with white. Animations give their first frame.
+    16-bit greys keep their upper 8 bits, or bits 4 to 11 if all pixels fit into 12 bits. Colour profiles are ignored.
 
-    A JPEG without its last bytes is read if its end marker alone is missing, if at most a twentieth of the picture is, or if it
-    is progressive and all its colours are there coarsely. A JPEG that ends in an end marker is never taken for cut off: if
-    bytes within it are missing or damaged, its pixels may be wrong.
+    A JPEG without its last bytes is read if only the end marker is missing, if at most a twentieth of the picture is missing,
+    or if it is progressive and has the first, coarse scan of each colour component. A JPEG with an end marker never counts as
+    cut off: if bytes before the marker are missing or damaged, its pixels may be wrong.
 
     Args:
-        data: the `bytes` of a JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF file; or of HEIC, with the plugin `pillow-heif`.
-        reserve: called with the number of pixels before they are decoded; it may wait. See `Room`.
+        data: the `bytes` of a JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF file; or of a HEIC file, if `pillow-heif` is installed.
+        reserve: called with the number of pixels before they are decoded; may block. See `Room`.
 
     Returns:
         A `Picture`.
 
     Raises:
-        ImageError: if it is none of these, is broken, or has more than `MAX_PIXELS`.
+        ImageError: if the format is another one, the file is broken, or the image has more than `MAX_PIXELS`.
     """
     from PIL import Image
 
@@ -126,7 +126,7 @@ def read(data, reserve=None):
         jpeg = image.format in ("JPEG", "MPO")
         try:
             image.load()
-            frame = _frame(data) if jpeg and data.endswith(_FILL) else None  # zeros decode without an error, to a wrong picture
+            frame = _frame(data) if jpeg and data.endswith(_FILL) else None  # zeros decode to wrong pixels without an error
         except OSError:
             frame = _frame(data) if jpeg else None
             if frame is None:
@@ -140,18 +140,21 @@ def read(data, reserve=None):
         return Picture(pixels if first_frame is None else _around_white(pixels, first_frame), frame is not None)
     except ImageError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the warning where it is made an error
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # a warning, if Python raises warnings as errors
         raise _too_large(_reason(error)) from error
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises a dozen types for a broken file
+    except Exception as error:  # Pillow raises a dozen types for broken files
         raise ImageError(f"the image is broken: {_reason(error)}") from error
 
 
 def _kind(data):
-    """AVIF or HEIF, as Pillow calls them, for a file of either, broken or not; else `None`."""
+    """Returns "AVIF" or "HEIF" if the file begins as one, even if it is broken; else `None`."""
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
-    if brand in _EITHER:
+    if brand in _AVIF_OR_HEIF:
         end = min(int.from_bytes(data[:4], "big"), len(data), 256)
         if any(data[i : i + 4] in AVIF for i in range(16, end, 4)):
             return "AVIF"
@@ -160,7 +163,7 @@ def _kind(data):
 
 @functools.cache
 def _formats():
-    """The names of the formats that this Pillow reads."""
+    """Those of `FORMATS` that the installed Pillow reads."""
     from PIL import Image
 
     _quiet()
@@ -175,16 +178,16 @@ def _formats():
 
 
 def _quiet():
-    """Keeps what Pillow has to say about broken metadata off the terminal, for the process: no pixel depends on it.
+    """Silences Pillow's warnings about broken metadata for the whole process: they don't affect pixels.
 
-    `warnings.catch_warnings` around each image would not do, as it is not made for threads.
+    `warnings.catch_warnings` around each image would not be thread-safe.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def _open(data):
-    """A Pillow image, its header read alone."""
+    """Opens a Pillow image, which reads its header only."""
     from PIL import Image, UnidentifiedImageError
 
     if not data:
@@ -201,17 +204,17 @@ def _open(data):
             raise ImageError("the image is broken: its header can't be read") from error
         raise ImageError(f"not a readable {READABLE}") from error
     if image.format == "TIFF" and _is_preview(image, data):
-        raise ImageError("a camera's raw file, of which only a small preview could be read")
+        raise ImageError("a camera's raw file, of which only a small preview could be read: convert it to JPEG or TIFF")
     if image.format in ("JPEG", "MPO"):
-        image.decodermaxblock = len(data)  # in one go; in parts of 64 kB it takes half as long again
-    # Pillow also takes an orientation from XMP, which browsers ignore; a TIFF is turned as it is loaded.
+        image.decodermaxblock = len(data)  # decode in one go: chunks of 64 kB take half as long again
+    # Pillow would also take the orientation from XMP, which browsers ignore; for a TIFF, as soon as it is loaded.
     for key in ("xmp", "XML:com.adobe.xmp"):
         image.info.pop(key, None)
     return image
 
 
 def _is_preview(image, data):
-    """Whether the first picture of a TIFF stands for a larger one, as in DNG, NEF, ARW and CR2."""
+    """Whether the first picture of a TIFF is the preview of a larger one, as in DNG, NEF, ARW and CR2."""
     return data[8:10] == b"CR" or bool(image.tag_v2.get(254, 0) & 1)
 
 
@@ -224,40 +227,40 @@ def _reason(error):
 
 
 def _mended(data, frame):
-    """A JPEG without its last bytes -> a Pillow image, or `None` if too much of it is missing; see `read`.
+    """Decodes a JPEG without its last bytes. -> a Pillow image, or `None` if too much is missing; see `read`
 
-    A decoder makes up what is missing. So the picture is decoded twice, with nothing and with noise in place of the missing
-    bytes: where the two differ first, the bytes ran out.
+    A decoder fills missing parts with invented pixels. So the picture is decoded twice, once with noise in place of the missing
+    bytes: the first block in which the two results differ is where the bytes ended.
     """
     from PIL import Image
 
     if data.endswith(_FILL):
         stripped = data.rstrip(b"\0")
-        data = stripped + b"\0" if stripped.endswith(b"\xff") else stripped  # 0xff, 0 is a byte of the picture
+        data = stripped + b"\0" if stripped.endswith(b"\xff") else stripped  # 0xff, 0 encodes a byte of the picture
     elif data.endswith(b"\xff"):
-        data = data[:-1]  # half a marker
+        data = data[:-1]  # the first half of a marker
     image, noisy = (Image.open(io.BytesIO(data + end), formats=["JPEG"]) for end in (_END, _NOISE + _END))
     if frame.progressive:
         return image if frame.coarse else None
     differs = (_array(image) != _array(noisy)).reshape(*image.size[::-1], -1).any(axis=2)
     width, height = frame.block
     for border in (differs[::height], differs[height - 1 :: height], differs[:, ::width], differs[:, width - 1 :: width]):
-        border[...] = False  # which a missing neighbour changes, too, as colours are smoothed
+        border[...] = False  # colours are smoothed, so a missing neighbour changes the borders of whole blocks
     across, down = -(-image.width // width), -(-image.height // height)
     rows, columns = np.nonzero(differs)
-    reached = (rows // height * across + columns // width).min(initial=across * down)
-    return image if frame.complete and reached >= (1 - _MISSING) * across * down else None
+    decoded = (rows // height * across + columns // width).min(initial=across * down)  # number of blocks
+    return image if frame.complete and decoded >= (1 - _MAX_MISSING) * across * down else None
 
 
 @dataclass
 class _Frame:
-    """What the markers of a JPEG without an end say.
+    """Facts from the markers of a JPEG without an end marker.
 
     Args:
-        progressive: whether each scan refines the picture.
-        block: width and height in pixels of what is decoded at a time.
-        complete: whether a scan of each colour component has begun.
-        coarse: whether a scan of each component's mean values is whole, in a progressive JPEG.
+        progressive: whether later scans refine the picture.
+        block: width and height in pixels of a minimum coded unit (MCU).
+        complete: whether at least one scan of each colour component has begun.
+        coarse: whether the first scan of each component, its mean values, is complete; for a progressive JPEG.
     """
 
     progressive: bool
@@ -267,17 +270,17 @@ class _Frame:
 
 
 def _frame(data):
-    """-> `_Frame`, or `None` if the JPEG has an end or no scan."""
+    """Parses the markers of a JPEG. -> `_Frame`, or `None` if it has an end marker or no scan"""
     components, progressive, block = set(), False, None
-    begun, whole, last = set(), set(), set()  # components
-    place = 2
-    while (marker := _MARKER.search(data, place)) is not None:
-        kind, place = marker[0][1], marker.end()
+    started, finished, last = set(), set(), set()  # components
+    position = 2
+    while (marker := _MARKER.search(data, position)) is not None:
+        kind, position = marker[0][1], marker.end()
         if kind == 0xD9:
             return None
-        whole |= last
+        finished |= last
         last = set()
-        segment = data[place + 2 : place + int.from_bytes(data[place : place + 2], "big")]
+        segment = data[position + 2 : position + int.from_bytes(data[position : position + 2], "big")]
         if kind in (*_FRAMES, 0xDA) and len(segment) < 6:  # damaged
             return None
         if kind in _FRAMES:
@@ -286,15 +289,15 @@ def _frame(data):
             block = 8 * max(n >> 4 for n in factors), 8 * max(n & 15 for n in factors)
         elif kind == 0xDA:
             names = segment[1 : 1 + 2 * segment[0] : 2]
-            begun.update(names)
+            started.update(names)
             if segment[-3] == 0 and segment[-1] >> 4 == 0:  # the first scan of mean values
                 last = set(names)
-        place += 2 + len(segment)
-    return _Frame(progressive, block, components <= begun, components <= whole) if block and begun else None
+        position += 2 + len(segment)
+    return _Frame(progressive, block, components <= started, components <= finished) if block and started else None
 
 
 def _upright(image):
-    """Turns a Pillow image as its EXIF orientation says; broken EXIF data says nothing. Pillow has turned a TIFF already."""
+    """Rotates a Pillow image to its EXIF orientation, ignoring broken EXIF data. Pillow has already rotated a TIFF."""
     from PIL import ExifTags, Image
 
     turns = Image.Transpose
@@ -307,7 +310,7 @@ def _upright(image):
         7: turns.TRANSVERSE,
         8: turns.ROTATE_90,
     }
-    exif = Image.Exif()  # not `image.getexif()`, which may hold what XMP says
+    exif = Image.Exif()  # not `image.getexif()`, which may take values from XMP
     try:
         exif.load(image.info.get("exif", b""))
         orientation = exif.get(ExifTags.Base.Orientation)
@@ -317,11 +320,11 @@ def _upright(image):
 
 
 def _rgb(image, bits=8):
-    """A Pillow image of any mode -> uint8 `(height, width, 3)`.
+    """Converts a Pillow image of any mode to uint8 `(height, width, 3)`.
 
     Args:
         image: the image.
-        bits: of a pixel's channel in the file, if it is a PNG.
+        bits: bits per channel in the file, if it is a PNG; else 8.
     """
     if image.mode.startswith("I"):
         grey = np.asarray(image)
@@ -329,11 +332,11 @@ def _rgb(image, bits=8):
         transparent = image.info.get("transparency")
         return pixels if transparent is None else on_white(pixels, np.where(grey == transparent, 0, 255)[..., None])
     if image.mode == "F":
-        raise ImageError("its pixels are 32-bit floats, whose range is not known")
+        raise ImageError("its pixels are 32-bit floats, whose range is unknown: save it with 8 or 16 bits")
     if not image.has_transparency_data:
         return _array(image if image.mode == "RGB" else image.convert("RGB"))
     if image.mode in ("L", "RGB") and bits != 8:
-        # Pillow has stretched the pixels to 8 bits, but not the number of the one that is transparent.
+        # Pillow has scaled the pixels to 8 bits, but not the value that stands for transparent.
         numbers = [int(n) >> 8 if bits == 16 else int(n) * 255 // (2**bits - 1) for n in np.ravel(image.info["transparency"])]
         image.info["transparency"] = tuple(numbers) if image.mode == "RGB" else numbers[0]
     rgba = _array(image.convert("RGBA"))
@@ -341,7 +344,7 @@ def _rgb(image, bits=8):
 
 
 def _array(image):
-    """`numpy.asarray` of a Pillow image, for a large one in less time and memory: Pillow would copy it twice."""
+    """`numpy.asarray` of a Pillow image, but in strips: Pillow copies twice, which for a large image takes time and memory."""
     if image.height <= _STRIP:
         return np.asarray(image)
     pixels = np.empty((image.height, image.width, *([len(image.getbands())] if len(image.getbands()) > 1 else [])), "uint8")
@@ -352,7 +355,7 @@ def _array(image):
 
 
 def _around_white(pixels, box):
-    """Lays the part of a picture within a box (left, upper, right, lower) on white."""
+    """Sets the pixels outside a box (left, upper, right, lower) to white."""
     left, upper, right, lower = box
     if (right - left, lower - upper) == pixels.shape[1::-1]:
         return pixels
@@ -363,28 +366,28 @@ def _around_white(pixels, box):
 
 def _from_16_bits(grey):
     if grey.min(initial=0) < 0 or grey.max(initial=0) > 65535:
-        raise ImageError("its pixels are 32-bit integers, whose range is not known")
-    # Pillow's own conversion clips what is over 255.
+        raise ImageError("its pixels are 32-bit integers, whose range is unknown: save it with 8 or 16 bits")
+    # Not Pillow's conversion, which clips values above 255.
     shift = 4 if grey.max(initial=0) < _TWELVE_BITS else 8
     return np.repeat((grey >> shift).astype("uint8")[..., None], 3, axis=-1)
 
 
 def on_white(rgb, alpha):
-    """Lays transparent pixels on white.
+    """Blends transparent pixels with white.
 
     Args:
         rgb: uint8 `(..., 3)`.
         alpha: uint8 `(..., 1)`; 0 is transparent.
 
     Returns:
-        uint8, as `rgb`.
+        uint8, in the shape of `rgb`.
     """
     alpha = alpha.astype("uint16")
     return ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype("uint8")
 
 
 def stretch(images, size):
-    """Resizes images to squares, with antialiasing and whatever their aspect ratio; images of that size are returned unchanged.
+    """Resizes images to squares with antialiasing, ignoring their aspect ratio. Images of that size are returned unchanged.
 
     Args:
         images: uint8 `(..., height, width, 3)`.
@@ -411,9 +414,9 @@ def mean_and_std(images):
         images: uint8 `(n, height, width, 3)`.
 
     Returns:
-        Two tuples of three floats, rounded to four digits. A std is at least 1/255, so that nothing is divided by 0.
+        Two tuples of three floats, rounded to four decimals. A std is at least 1/255, to avoid a division by 0.
     """
-    # By counting values: exact, and no image is held as floats.
+    # From a histogram: exact, and without a float copy of the images.
     counts = np.zeros((3, 256), "int64")
     for start in range(0, len(images), 256):
         for channel in range(3):

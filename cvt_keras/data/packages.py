@@ -1,4 +1,4 @@
-"""The packages that images come through, imported when a data set needs them."""
+"""Imports the optional packages of a data set when they are needed."""
 
 import importlib
 
@@ -10,7 +10,7 @@ def require(module, packages=None):
 
     Args:
         module: its name.
-        packages: what pip installs it by; defaults to `module`.
+        packages: arguments of `pip install`; defaults to `module`.
 
     Raises:
         UnavailableError: if it can't be imported.

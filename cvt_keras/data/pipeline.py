@@ -6,49 +6,49 @@ import tensorflow as tf
 from cvt_keras.data import augment
 from cvt_keras.data.images import stretch
 
-EVALUATION_BATCH = 500  # of 32x32; divides 5,000 and 10,000: XLA compiles a remainder of another size anew
+EVALUATION_BATCH = 500  # for 32x32 pixels. Divides 5,000 and 10,000: XLA would compile again for a smaller last batch
 
-# One purpose's draws must not repeat another's, of this seed or the next: each has a key of its own.
+# Each random draw has a key of its own, so that no two draws are correlated, also with those of another seed.
 _ORDER, _FLIP, _CROP, _RAND_AUGMENT, _ERASE, _MIXUP, _CUTMIX, _MIXUP_OR_CUTMIX = range(8)
-_PURPOSES = 16  # with room for more: another number would change every draw
+_NUM_KEYS = 16  # leaves room for more; changing it would change every draw
 
 
 def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=None):
-    """Augmented batches, epoch after epoch up to `recipe.epochs`; an epoch leaves out what does not fill its last batch.
+    """Augmented batches of the epochs `first_epoch` to `recipe.epochs - 1`. An incomplete last batch of an epoch is dropped.
 
-    The order is a function of (seed, epoch), the augmentation of (seed, epoch, place in the order): a run that starts at
-    `first_epoch` sees what one from the start sees there.
+    The order depends only on (seed, epoch), and the augmentation only on (seed, step, index in the batch). So a resumed run
+    that starts at `first_epoch` gets the same batches as an uninterrupted one.
 
     Args:
-        split: a `Split` of uint8 images.
+        split: a `Split`.
         num_classes: width of the one-hot labels.
-        recipe: its `image_size`, `epochs`, `batch_size`, `seed` and augmentation are read.
+        recipe: a `Recipe`; its `image_size`, `epochs`, `batch_size`, `seed` and augmentation are used.
         first_epoch: counted from 0.
-        class_weights: a number per class, which makes each image weigh as much as its class; `None` for no weights.
+        class_weights: a weight per class, or `None`. An image has the weight of its class.
 
     Returns:
-        A `tf.data.Dataset` of `(images, labels)`: float32 `(batch, height, width, channels)` and `(batch, num_classes)`,
-        `batches_per_epoch` of them an epoch. With `class_weights` of `(images, labels, weights)`, with weights `(batch,)`: a
-        blend of two images, by mixup or CutMix, has the mean of their weights in the same shares. Keras divides the sum of the
-        weighted losses by the number of images, not by the sum of the weights.
+        A `tf.data.Dataset` with `batches_per_epoch` batches `(images, labels)` per epoch: float32
+        `(batch, height, width, channels)` and `(batch, num_classes)`. With `class_weights`, `(images, labels, weights)`, where
+        `weights` is float32 `(batch,)`: images that mixup or CutMix blended get the mean of their two weights, in the shares
+        of their labels. Keras divides the sum of the weighted losses by the number of images, not by the sum of weights.
     """
-    with tf.device("CPU:0"):  # where the pipeline works, also beside a GPU
+    with tf.device("CPU:0"):  # tf.data runs there, also beside a GPU
         images, labels = tf.constant(split.images), tf.constant(split.labels)
     steps = batches_per_epoch(split, recipe)
 
     weights = None if class_weights is None else np.array(class_weights, "float32")
 
-    def key(purpose, position):
-        return tf.stack([tf.constant(recipe.seed * _PURPOSES + purpose, tf.int64), position])
+    def key(draw, position):
+        return tf.stack([tf.constant(recipe.seed * _NUM_KEYS + draw, tf.int64), position])
 
     def epoch_batches(epoch):
         order = tf.random.experimental.stateless_shuffle(tf.range(len(split)), key(_ORDER, epoch))
         batches = tf.data.Dataset.from_tensor_slices(order).batch(recipe.batch_size, drop_remainder=True)
         return batches.enumerate(start=epoch * steps)
 
-    def load(step, chosen):
-        # Bytes as long as they are only moved: a quarter of the memory that floats take.
-        pixels, targets = tf.gather(images, chosen), tf.one_hot(tf.gather(labels, chosen), num_classes)
+    def load(step, indices):
+        # uint8 until arithmetic begins: floats would take four times the memory.
+        pixels, targets = tf.gather(images, indices), tf.one_hot(tf.gather(labels, indices), num_classes)
         pixels = stretch(pixels, recipe.image_size)
         if recipe.flip:
             pixels = augment.flip(pixels, key(_FLIP, step))
@@ -60,7 +60,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
         if recipe.erase:
             pixels = augment.erase(pixels, key(_ERASE, step), recipe.erase)
         pixels, targets = mix(pixels, targets, step)
-        # Not `fit(class_weight=...)`, which gives a blend the weight of its larger part.
+        # Not `fit(class_weight=...)`, which would give a blended image the weight of its larger part.
         return (pixels, targets) if weights is None else (pixels, targets, tf.linalg.matvec(targets, weights))
 
     def mix(pixels, targets, step):
@@ -70,7 +70,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
         if recipe.cutmix:
             mixed = pixels, targets
             pixels, targets = augment.cutmix(*plain, key(_CUTMIX, step), recipe.cutmix)
-            if recipe.mixup:  # one of the two for each image
+            if recipe.mixup:  # each image gets one of the two
                 first = tf.random.stateless_uniform((recipe.batch_size, 1), key(_MIXUP_OR_CUTMIX, step)) < 0.5
                 pixels = tf.where(first[:, :, None, None], mixed[0], pixels)
                 targets = tf.where(first, mixed[1], targets)
@@ -86,7 +86,7 @@ def batches_per_epoch(split, recipe):
 
 
 def evaluation_batches(split, num_classes, image_size):
-    """All images of a `Split`, in their order and unchanged, but stretched to squares of `image_size` pixels a side."""
+    """Batches of all images of a `Split`, in order, not augmented, stretched to `image_size` x `image_size` pixels."""
     size = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 32 * 32 // image_size**2))
 
     def load(images, labels):

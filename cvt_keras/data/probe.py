@@ -1,4 +1,4 @@
-"""Whether a host can be downloaded from, found out within seconds: tensorflow-datasets would try again for minutes."""
+"""Checks within seconds whether a host can be reached. tensorflow-datasets would retry for minutes."""
 
 import queue
 import re
@@ -8,24 +8,24 @@ import time
 import urllib.parse
 
 SECONDS = 5
-# A proxy's own answers to a request for http://, when it lets nobody through or can't reach the host. 403 is not among them: it
-# may be the host's, and TFDS gives up on it at once.
-_REFUSALS = (407, 502, 503, 504)
+# Status codes by which a proxy says that it refuses a request for http://, or can't reach the host. 403 is not among them: it
+# may come from the host, and TFDS does not retry it.
+_PROXY_ERRORS = (407, 502, 503, 504)
 
 
 def require_reachable(urls):
-    """Raises unless one of the hosts answers within `SECONDS`, whatever it answers.
+    """Raises unless one of the hosts answers within `SECONDS`, with any status.
 
-    One is enough: TFDS lists the files of all configs of a data set. Proxies are those of the environment, which
-    tensorflow-datasets also uses.
+    One host is enough, because TFDS lists the files of all configs of a data set. Uses the proxies of the environment, as
+    tensorflow-datasets does.
 
     Args:
-        urls: of the files; one is asked for from each host. Without any, nothing is checked.
+        urls: URLs of the files; one per host is requested. If empty, nothing is checked.
 
     Raises:
-        ConnectionError: naming the hosts, and their proxies without passwords.
+        ConnectionError: names the hosts, and the proxies without passwords.
     """
-    # One file of each host. What has another scheme TFDS copies from a file system.
+    # One file per host. URLs with other schemes are files that TFDS copies.
     files = {address: url for url in sorted(urls) if (address := _address(url))[0] in ("http", "https", "ftp")}
     answers = queue.SimpleQueue()
 
@@ -33,12 +33,12 @@ def require_reachable(urls):
         try:
             _ask(url)
             answers.put(None)
-        except Exception as error:  # of any kind: what a thread raises nobody hears of
+        except Exception as error:  # every type: an exception in a thread would be lost
             answers.put(error)
 
     deadline = time.monotonic() + SECONDS
     for url in files.values():
-        # Threads that nobody waits for: looking up the address of a host has no timeout.
+        # Daemon threads, as a DNS lookup has no timeout.
         threading.Thread(target=ask, args=(url,), daemon=True).start()
     error = None
     for _ in files:
@@ -57,34 +57,34 @@ def require_reachable(urls):
 
 
 def _address(url):
-    """A file's URL -> scheme, host and port, which is `None` if it is the usual one."""
+    """A URL's scheme, host and port; `None` stands for the default port."""
     parts = urllib.parse.urlsplit(url)
     return parts.scheme, parts.hostname, parts.port
 
 
 def _ask(url):
-    """Asks for the head of a file.
+    """Sends a HEAD request for a file.
 
     Raises:
-        OSError: if the host can't be reached, or the proxy lets nobody through to it.
+        OSError: if the host can't be reached, or the proxy refuses.
     """
     import requests
 
     scheme, host, port = _address(url)
-    if scheme == "ftp":  # requests does not speak it
+    if scheme == "ftp":  # not supported by requests
         socket.create_connection((host, port or 21), timeout=SECONDS).close()
         return
     try:
         response = requests.head(url, timeout=SECONDS)
     except requests.exceptions.InvalidURL:
-        # TFDS' URLs are valid, so it is the proxy's. The error is dropped, as it may quote the password.
+        # TFDS' URLs are valid, so the proxy's is not. The error is not chained, as it may quote the password.
         raise ConnectionError("the proxy's URL is not valid") from None
-    if scheme == "http" and _proxy(url) and response.status_code in _REFUSALS:
+    if scheme == "http" and _proxy(url) and response.status_code in _PROXY_ERRORS:
         raise ConnectionError(f"{response.status_code} {response.reason}")
 
 
 def _proxy(url):
-    """The proxy between here and a file, as HOST:PORT, or `None`."""
+    """The proxy for a URL as HOST:PORT, without its password, or `None`."""
     import requests
 
     proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
@@ -92,7 +92,7 @@ def _proxy(url):
 
 
 def _cause(error):
-    """What the innermost error says: requests and urllib3 wrap it three to four times."""
+    """The message of the innermost error: requests and urllib3 wrap it three to four times."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
     return str(error).strip() or type(error).__name__

@@ -1,4 +1,4 @@
-"""images.csv: which images a run trained, validated and tested on, so that no later figure is of images that it has seen."""
+"""images.csv: which images a run trained, validated and tested on, so that no later test uses an image that it trained on."""
 
 import csv
 import dataclasses
@@ -11,18 +11,18 @@ from cvt_keras.data import images as pictures
 from cvt_keras.data.split import SPLITS, Split
 from cvt_keras.errors import RunError
 
-# What the weights that a run started from were trained on, and what the run itself did not find.
+# An image that is no longer in the folder, but that the weights which the run started from were trained on.
 EARLIER = "earlier"
 COLUMNS = ("digest", "split", "label", "pixels")
 
 
 class Image(NamedTuple):
-    """What a record knows of an image.
+    """An image in a record.
 
     Args:
-        split: of `SPLITS`, or `EARLIER`.
+        split: one of `SPLITS`, or `EARLIER`.
         label: the name of its class.
-        pixels: the digest of its decoded pixels; see `Split`.
+        pixels: digest of its decoded pixels; see `Split`.
     """
 
     split: str
@@ -32,13 +32,13 @@ class Image(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the images that are found differ from those of a record. Copies of a file count once.
+    """How the images of a source differ from those of a record. Copies of a file count once.
 
     Args:
-        missing: images of the record that are not found.
-        new: images that are found, and that the run did not have.
-        relabelled: images that lie in the folder of another class than before.
-        moved: images that lie in the folder of another split than the record gives them.
+        missing: images that are in the record only.
+        new: images that are in the source only.
+        relabelled: images that are now in the folder of another class.
+        moved: images that are in the folder of another split than their split in the record.
     """
 
     missing: int
@@ -70,18 +70,18 @@ class ImageRecord:
     images: dict[str, Image]
 
     def __post_init__(self):
-        # A file whose metadata was edited is the same image. What was trained on comes last, and so counts.
+        # Files with the same pixels are the same image, as after an edit of metadata. If one was trained on, that counts: it
+        # comes last in the dict.
         order = ("test", "validation", EARLIER, "train")
         ordered = sorted(self.images.values(), key=lambda image: order.index(image.split))
         object.__setattr__(self, "_splits", {image.pixels: image.split for image in ordered})
 
     @classmethod
     def of(cls, splits, class_names):
-        """The record of a run.
+        """The record of a run's splits.
 
         Args:
-            splits: `{name: Split}` with names of `SPLITS`, each with its digests. Of all images of the folder, also of those
-                that a limit leaves out: what is not recorded could change its side later.
+            splits: `{name: Split}` with digests, before any limit: an image that is not recorded could change its split later.
             class_names: in the order of the labels.
         """
         images = {}
@@ -92,24 +92,24 @@ class ImageRecord:
 
     @classmethod
     def of_source(cls, source):
-        """The record of a `Source`, as it is split."""
+        """The record of the splits of a `Source`."""
         return cls.of({name: getattr(source, name) for name in SPLITS}, source.class_names)
 
     def after(self, earlier):
-        """This record with the training images of the run before it that are gone: the weights have still seen them.
+        """Adds, as `EARLIER`, the training images of an earlier run that this record lacks: the weights have seen them.
 
         Args:
             earlier: the `ImageRecord` of the run that the weights come from.
         """
-        gone = {
+        missing = {
             digest: image._replace(split=EARLIER)
             for digest, image in earlier.images.items()
             if image.split in ("train", EARLIER) and self.split_of(digest, image.pixels) is None
         }
-        return ImageRecord(gone | self.images)
+        return ImageRecord(missing | self.images)
 
     def split_of(self, digest, pixels):
-        """The split of an image, by its file or else by its pixels; `None` if the record does not have it."""
+        """The split of an image, looked up by digest and then by pixels; `None` if the record does not have it."""
         image = self.images.get(digest)
         return image.split if image else self._splits.get(pixels)
 
@@ -122,7 +122,7 @@ class ImageRecord:
 
     @classmethod
     def read(cls, path):
-        """Reads what `write` wrote, or returns `None` if there is no such file, as in the run of an older version.
+        """Reads a file that `write` wrote. Returns `None` if it does not exist, as in runs of older versions.
 
         Raises:
             RunError: if it is damaged.
@@ -134,7 +134,7 @@ class ImageRecord:
                 raise ValueError(f"its columns are {', '.join(header)}")
             images = {digest: Image(split, label, pixels) for digest, split, label, pixels in rows}
             if unknown := {image.split for image in images.values()} - {*SPLITS, EARLIER}:
-                raise ValueError(f"it has a split {min(unknown)}")
+                raise ValueError(f"it has an unknown split, {min(unknown)}")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, csv.Error) as error:
@@ -142,35 +142,35 @@ class ImageRecord:
         return cls(images)
 
     def apply(self, source, keep_new=True):
-        """Gives each image of a source the split that it has in the record.
+        """Moves each image of a source to the split that it has in the record.
 
         Args:
-            source: a `Source` whose splits have digests, and no pixels in two of them.
-            keep_new: whether to keep an image that the run did not have, or to leave it out. One that the weights before the
-                run were trained on is trained on; others stay in their split.
+            source: a `Source` whose splits have digests and share no pixels.
+            keep_new: whether to keep images that the run did not have. An `EARLIER` image then goes to the train split; others
+                stay in their split.
 
         Returns:
             The `Source`, with mean and std of its training images; and a `Comparison`.
         """
-        taken = {name: [] for name in SPLITS}  # pairs of the split where an image lies, and its place there
+        members = {name: [] for name in SPLITS}  # pairs (name of the split in `source`, index there)
         for name in SPLITS:
             split = getattr(source, name)
-            for place, known in enumerate(map(self.split_of, split.digests, split.pixels)):
-                if known in SPLITS:
-                    taken[known].append((name, place))
+            for i, recorded in enumerate(map(self.split_of, split.digests, split.pixels)):
+                if recorded in SPLITS:
+                    members[recorded].append((name, i))
                 elif keep_new:
-                    taken["train" if known == EARLIER else name].append((name, place))
+                    members["train" if recorded == EARLIER else name].append((name, i))
         changed = {
-            name: _gather(source, places)
-            for name, places in taken.items()
-            if places != [(name, place) for place in range(len(getattr(source, name)))]
+            name: _gather(source, pairs)
+            for name, pairs in members.items()
+            if pairs != [(name, i) for i in range(len(getattr(source, name)))]
         }
         if "train" in changed and len(changed["train"]):
             changed["mean"], changed["std"] = pictures.mean_and_std(changed["train"].images)
         return dataclasses.replace(source, **changed), self._compare(source)
 
     def _compare(self, source):
-        labels, folders, new = {}, {}, set()  # by digest and by pixels: no key is both
+        labels, folders, new = {}, {}, set()  # the dicts have both digests and pixels as keys, which never clash
         for name in SPLITS:
             split = getattr(source, name)
             for digest, label, pixels in zip(split.digests, split.labels, split.pixels):
@@ -193,22 +193,17 @@ class ImageRecord:
 
 
 def _folder(source, split):
-    """The split in whose folder the images of a split lie: those that are held out lie among the training images."""
+    """The split whose folder holds the images of `split`: held-out images are in the folder of the train split."""
     return split if split in source.split_folders else "train"
 
 
-def _gather(source, places):
-    """The images at `places`, pairs of a split's name and a place in it, as a `Split` in the order of their digests."""
+def _gather(source, pairs):
+    """A `Split` of the images at `pairs` (name of a split, index), sorted as `folder.load` sorts, by digest and label."""
     splits = {name: getattr(source, name) for name in SPLITS}
-
-    def key(where):  # the order of a folder's images: it must not depend on where they lay
-        name, place = where
-        return splits[name].digests[place], splits[name].labels[place]
-
-    places = sorted(places, key=key)
-    images = np.empty((len(places), *source.train.images.shape[1:]), "uint8")
-    for row, (name, place) in enumerate(places):
-        images[row] = splits[name].images[place]
-    labels = np.array([splits[name].labels[place] for name, place in places], "int64")
-    digests = tuple(splits[name].digests[place] for name, place in places)
-    return Split(images, labels, digests, tuple(splits[name].pixels[place] for name, place in places))
+    pairs = sorted(pairs, key=lambda pair: (splits[pair[0]].digests[pair[1]], splits[pair[0]].labels[pair[1]]))
+    images = np.empty((len(pairs), *source.train.images.shape[1:]), "uint8")
+    for row, (name, i) in enumerate(pairs):
+        images[row] = splits[name].images[i]
+    labels = np.array([splits[name].labels[i] for name, i in pairs], "int64")
+    digests = tuple(splits[name].digests[i] for name, i in pairs)
+    return Split(images, labels, digests, tuple(splits[name].pixels[i] for name, i in pairs))

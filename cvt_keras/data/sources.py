@@ -1,4 +1,4 @@
-"""A name -> the data set of that name."""
+"""Loads a data set by its name."""
 
 import dataclasses
 import re
@@ -9,16 +9,16 @@ from cvt_keras.errors import ArgumentError, DataError, UnavailableError
 
 
 def check_name(dataset):
-    """Raises unless `load` knows a data set of this name. Whether TFDS has one is found out by `load` alone.
+    """Raises unless `dataset` is one of `NAMES`. Does not check whether TFDS has a data set `NAME`: `load` does.
 
     Raises:
-        ArgumentError: if it does not.
+        ArgumentError: for any other name.
     """
     if dataset not in NAMES and not re.match("tfds:.", str(dataset)):
         raise ArgumentError(
             f"`dataset` must be one of {', '.join(NAMES)}. Received: dataset={dataset!r}",
             argument="dataset",
-            hint=f"The NAME in tfds:NAME is one of {tfds.CATALOG}/overview",
+            hint=f"For your own images, use --dataset folder. For the names of tfds:NAME, see {tfds.CATALOG}/overview",
         )
 
 
@@ -26,28 +26,28 @@ def load(dataset, data_dir=None, image_size=32, skip_broken=False, record=None):
     """Loads a data set.
 
     Args:
-        dataset: one of `NAMES`; `tfds:NAME` as TFDS spells it, with a config or version if need be.
-        data_dir: for `folder` the folder of images; for the others TFDS' folder, see `tfds.cifar10`; `digits` needs none.
-        image_size: side of the square, in pixels, that images of another size are stretched to. A set of TFDS with small
-            images, all of one size, is kept at that, as CIFAR-10 at 224 pixels would take 50 times its memory: the pipeline
-            stretches its batches.
-        skip_broken, record: for `folder`, see `folder.load`; ignored for the others.
+        dataset: one of `NAMES`. In `tfds:NAME`, NAME is TFDS' name, with a config or version if needed.
+        data_dir: the folder of images for `folder`; TFDS' folder for its data sets, see `tfds.cifar10`; ignored for `digits`.
+        image_size: side of the square, in pixels, that images are stretched to. If all images of a TFDS data set have the same
+            smaller size, they keep it, and the pipeline stretches each batch: CIFAR-10 at 224 pixels would take 50 times the
+            memory.
+        skip_broken, record: for `folder`, see `folder.load`; ignored for other data sets.
 
     Returns:
         A `Source`.
 
     Raises:
-        ArgumentError: if `dataset` is not a name, or `data_dir` is missing.
+        ArgumentError: if `dataset` is unknown, or `data_dir` is required and `None`.
         UnavailableError: if the images are not on disk and can't be downloaded, or a package is missing.
         DataError: if the images are broken or do not fit into memory.
     """
     check_name(dataset)
     kind, _, name = dataset.partition(":")
     try:
-        # TFDS would download its own data set into the folder.
+        # Otherwise TFDS would download its own data set into the user's folder of images.
         if data_dir is not None and kind not in ("folder", "digits") and _holds_classes(data_dir):
             raise DataError(
-                f"`data_dir` holds a folder of images for each class, which is not data of TFDS. "
+                f"`data_dir` holds folders of images, not a data set that TFDS prepared. "
                 f"Received: data_dir={data_dir}, dataset={dataset}",
                 argument="data_dir",
                 hint="Add --dataset folder to train on these images",
@@ -74,8 +74,8 @@ def auto(data_dir=None, image_size=32):
     """Loads CIFAR-10 if it is on disk or can be downloaded, else the digits, with the reason in `Source.fallback`.
 
     Raises:
-        UnavailableError: if there are no digits either.
-        DataError: if `data_dir` is not a folder, or holds a broken CIFAR-10: to fall back would hide that.
+        UnavailableError: if neither can be loaded.
+        DataError: if `data_dir` is not a folder, or holds a broken CIFAR-10. No fallback then, as it would hide that.
     """
     try:
         return tfds.cifar10(data_dir, image_size)
@@ -84,16 +84,16 @@ def auto(data_dir=None, image_size=32):
             source = digits.load(image_size)
         except UnavailableError as second:
             raise UnavailableError(
-                f"{error}. Nor can scikit-learn's digits stand in for it: {second}",
+                f"{error}. scikit-learn's digits can't be loaded instead: {second}",
                 argument=error.argument,
                 hint=". ".join(filter(None, (error.hint, second.hint))),
             ) from second
-        # A report keeps it, and names the way out too.
+        # The report shows it, so it contains the hint as well.
         because = ". ".join(filter(None, (str(error), error.hint)))
         return dataclasses.replace(source, fallback=f"scikit-learn's digits stand in for CIFAR-10: {because}")
 
 
-# How each kind is loaded: (what follows the colon in its name, data_dir, image_size, and what is for a folder) -> `Source`.
+# Kind -> function of (NAME in tfds:NAME, data_dir, image_size, and arguments for a folder only) that returns a `Source`.
 _LOADERS = {
     "auto": lambda name, data_dir, image_size, **of_folder: auto(data_dir, image_size),
     "cifar10": lambda name, data_dir, image_size, **of_folder: tfds.cifar10(data_dir, image_size),

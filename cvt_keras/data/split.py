@@ -1,4 +1,4 @@
-"""A data set in memory: its splits, and what they are called."""
+"""A data set in memory with its splits, and which images are held out."""
 
 import dataclasses
 import zlib
@@ -16,10 +16,10 @@ class Split:
     """Images and their labels.
 
     Args:
-        images: uint8 `(n, height, width, 3)`: as small as they came, or stretched to the size asked for; see `load`.
+        images: uint8 `(n, height, width, 3)`; for their size see `sources.load`.
         labels: int64 `(n,)`.
-        digests: the SHA-256 of each image's file in hexadecimal digits, `(n,)`; `None` for a data set that is no folder.
-        pixels: a digest of each image's decoded pixels, at their full size, in hexadecimal digits, `(n,)`; `None` likewise.
+        digests: SHA-256 of each image's file in hexadecimal digits, `(n,)`; `None` if the data set is not a folder.
+        pixels: digest of each image's decoded pixels at full size, in hexadecimal digits, `(n,)`; `None` if `digests` is.
     """
 
     images: np.ndarray
@@ -31,25 +31,25 @@ class Split:
         return len(self.labels)
 
     def limit(self, n):
-        """The first `n`, or all if `n` is `None`."""
+        """The first `n` images, or all if `n` is `None`."""
         return Split(self.images[:n], self.labels[:n], self.digests and self.digests[:n], self.pixels and self.pixels[:n])
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set, whole in memory.
+    """A data set in memory.
 
     Args:
-        name: the real one, never `auto`.
-        train, validation, test: disjoint `Split`s, the same whatever a run's seed; the first images of each are a fair sample.
+        name: name of the data set; never `auto`.
+        train, validation, test: disjoint `Split`s, independent of a run's seed. The first images of each are a fair sample.
         class_names: in the order of the labels.
-        mean, std: of the training pixels in 0..1, a number a channel; CIFAR-10's, the usual ones, of those held out too.
-        note: what a reader of a figure must know about the data; empty if nothing.
+        mean, std: of the training pixels in 0..1, per channel. For CIFAR-10 the usual ones, of all 50,000 images.
+        note: what a reader of the results must know about the data, or empty.
         mirror: whether a mirrored image keeps its label.
-        fallback: if this stands in for what was asked for: why, and how to get that; else empty.
-        warnings: what a user must see at the start and in the report, a sentence each.
-        left_out: why files of a folder were not used -> how many.
-        split_folders: the splits that have a folder of their own in a folder of images.
+        fallback: empty, unless this replaces the data set that was asked for: then why, and how to get the other.
+        warnings: one line each, shown at the start and in the report.
+        left_out: reason why files of a folder are not used -> number of files.
+        split_folders: the splits that have a folder of their own, and "train"; only for a folder of images.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Source:
     split_folders: tuple[str, ...] = ()
 
     def fingerprint(self):
-        """What tells these images and labels from others: a dict of numbers and strings, as JSON keeps them."""
+        """Identifies the images and labels: a dict of numbers and strings that survives JSON."""
         parts = {"class names": ", ".join(self.class_names), "note": self.note}
         for name in SPLITS:
             split = getattr(self, name)
@@ -76,19 +76,20 @@ class Source:
         return parts
 
 
-# The first 64 bits of an image's digest, as a fraction in 0..1, decide whether it is held out: from a to b, b itself excluded.
+# The first 64 bits of an image's digest, as a fraction in [0, 1), decide whether it is held out: if it lies in [low, high).
 _SHARES = {"test": (0, 0.1), "validation": (0.1, 0.2)}
 
 
 def hold_out(classes, splits):
-    """Chooses the images to hold out by what their files are, so that to add, remove or rename files moves no other image.
+    """Chooses the images to hold out by their digests, so that adding, removing or renaming files moves no other image.
 
-    A class that would lack a split gives it the training image with the lowest digest. If too few are left to train on, the
-    held-out ones with the highest digests are trained on.
+    Each class has at least one image in each split. If a split would have none, it gets the training image with the lowest
+    digest. If too few images remain to train on, held-out ones with the highest digests become training images.
 
     Args:
-        classes: `{class name: digests}`: SHA-256 in hexadecimal digits. Copies of a file, in whichever class, go the same way.
-        splits: the splits to hold out for: "test", "validation", both or none.
+        classes: `{class name: digests}`: SHA-256 in hexadecimal digits. Copies of a file are in the same split, even if they
+            are in different classes.
+        splits: the splits to hold out: "test", "validation", both or none.
 
     Returns:
         `{digest: split}`.
@@ -97,44 +98,44 @@ def hold_out(classes, splits):
         DataError: if a class has too few different images.
     """
     splits = [split for split in _SHARES if split in splits]
-    different = {name: sorted(set(digests)) for name, digests in classes.items()}
-    sides = {digest: _share_of(digest, splits) for digests in different.values() for digest in digests}
-    for digests in different.values():
+    unique = {name: sorted(set(digests)) for name, digests in classes.items()}
+    assigned = {digest: _split_by_digest(digest, splits) for digests in unique.values() for digest in digests}
+    for digests in unique.values():
         if len(digests) > len(splits):
-            _keep_for_training(digests, splits, sides)
+            _return_to_training(digests, splits, assigned)
     for split in splits:
-        for digests in different.values():
-            training = [digest for digest in digests if sides[digest] == "train"]
-            if training and all(sides[digest] != split for digest in digests):
-                sides[training[0]] = split
-    for name, digests in different.items():
-        if {"train", *splits} - {sides[digest] for digest in digests}:
-            shared = sum(digest in others for other, others in different.items() if other != name for digest in digests)
+        for digests in unique.values():
+            training = [digest for digest in digests if assigned[digest] == "train"]
+            if training and all(assigned[digest] != split for digest in digests):
+                assigned[training[0]] = split
+    for name, digests in unique.items():
+        if {"train", *splits} - {assigned[digest] for digest in digests}:
+            shared = sum(digest in others for other, others in unique.items() if other != name for digest in digests)
             raise DataError(
-                f"the class {name} has too few different images to train on one and to hold out one each for "
-                f"{' and '.join(splits)}: {len(digests)}" + (f", {shared} of which lie in other classes too" if shared else ""),
+                f"the class {name} has too few different images for one each in {', '.join(['train', *splits])}: {len(digests)}"
+                + (f", of which {shared} are also in other classes" if shared else ""),
                 argument="data_dir",
-                hint="Add images of it, or remove its folder",
+                hint="Add images of this class, or remove its folder",
             )
-    return sides
+    return assigned
 
 
-def _share_of(digest, splits):
+def _split_by_digest(digest, splits):
     share = int(digest[:16], 16) / 2**64
     return next((split for split in splits if _SHARES[split][0] <= share < _SHARES[split][1]), "train")
 
 
-def _keep_for_training(digests, splits, sides):
-    """Leaves one image of a class to train on, and one for each split that lacks one. `sides` is changed."""
-    held_out = {split: [digest for digest in digests if sides[digest] == split] for split in splits}
-    needed = 1 + sum(not found for found in held_out.values())
+def _return_to_training(digests, splits, assigned):
+    """Moves images of a class to "train" in `assigned`, until it has one there and one more for each empty split."""
+    held_out = {split: [digest for digest in digests if assigned[digest] == split] for split in splits}
+    needed = 1 + sum(not members for members in held_out.values())
     missing = needed - (len(digests) - sum(map(len, held_out.values())))
     for split in reversed(splits):
         while missing > 0 and len(held_out[split]) > 1:
-            sides[held_out[split].pop()] = "train"
+            assigned[held_out[split].pop()] = "train"
             missing -= 1
 
 
 def fixed_order(n):
-    """0..n-1 in an order that depends on `n` alone. NumPy has frozen what `RandomState` draws, for all versions to come."""
+    """A permutation of 0..n-1 that depends only on `n`. NumPy guarantees that `RandomState` never changes."""
     return np.random.RandomState(0).permutation(n)

@@ -1,4 +1,4 @@
-"""Data sets of tensorflow-datasets (TFDS): CIFAR-10, CIFAR-100, and any other with an image and a class."""
+"""Data sets of tensorflow-datasets (TFDS): CIFAR-10, CIFAR-100, and any other for image classification."""
 
 import dataclasses
 import json
@@ -13,22 +13,22 @@ from cvt_keras.data.split import Source, Split, fixed_order
 from cvt_keras.errors import DataError, UnavailableError
 
 CATALOG = "https://www.tensorflow.org/datasets/catalog"
-# Of the 50,000 training images, their original pixels in 0..1.
+# Of the 50,000 original training images, with pixels in 0..1.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
-# Written out, as a prepared folder may lack the file that TFDS keeps the names in.
+# A folder that TFDS prepared may lack its file of class names.
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-VALIDATION_IMAGES = 5_000  # held out of the training images, at most
-# Sets of characters: a mirrored letter or digit is another one, or none.
+VALIDATION_IMAGES = 5_000  # maximum held out of the training images
+# Data sets of characters: mirroring turns a letter or digit into another one, or none.
 CHARACTERS = {"binary_alpha_digits", "cmaterdb", "emnist", "kmnist", "mnist", "mnist_corrupted", "omniglot", "svhn_cropped"}
 
-_READ_BATCH = 256  # images; reading one by one takes four times as long
+_READ_BATCH = 256  # images; reading them one by one takes four times as long
 
 
 def cifar10(data_dir=None, image_size=32):
     """Loads CIFAR-10, which TFDS downloads (162 MB) if it is not on disk.
 
-    The last 5,000 training images are the validation split. TFDS stores the images shuffled, so they are a fair sample.
+    The last 5,000 training images become the validation split. They are a fair sample, as TFDS stores the images shuffled.
 
     Args:
         data_dir: TFDS' folder; defaults to `TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
@@ -48,7 +48,7 @@ def cifar10(data_dir=None, image_size=32):
 def cifar100(data_dir=None, image_size=32):
     """Loads CIFAR-100 with its 100 fine labels; otherwise like `cifar10`.
 
-    If a prepared folder lacks the file of the class names, they are numbers.
+    If the prepared folder lacks the file of class names, the classes are named by numbers.
     """
     return _cifar("cifar100", "CIFAR-100", data_dir, image_size)
 
@@ -62,13 +62,13 @@ def _cifar(name, title, data_dir, image_size):
 
 
 def load(name, data_dir=None, image_size=32):
-    """Loads any image classification set of TFDS, which downloads it if it is not on disk.
+    """Loads any image classification data set of TFDS, which downloads it if it is not on disk.
 
-    The test split is `test`, else `validation`, else a tenth of `train`; another tenth of `train`, at most 5,000 images, is the
-    validation split. Some sets are stored class by class, so what is held out comes from a fixed shuffle.
+    The test split is TFDS' `test`, else `validation`, else a tenth of `train`. Another tenth of `train`, at most 5,000 images,
+    becomes the validation split. A fixed shuffle chooses the held-out images, as some data sets are stored class by class.
 
     Args:
-        name: as TFDS spells it: `imagenette/160px-v2`, `mnist:3.0.1`.
+        name: TFDS' name, such as `imagenette/160px-v2` or `mnist:3.0.1`.
         data_dir, image_size: see `cifar10`.
 
     Returns:
@@ -76,14 +76,14 @@ def load(name, data_dir=None, image_size=32):
 
     Raises:
         UnavailableError: if the data set is not on disk and can't be downloaded.
-        DataError: if there is no such set, it has no image and label, or it can't be read.
+        DataError: if TFDS has no such data set, if it is not for image classification, or if it can't be read.
     """
     builder, keys = _builder(name, name, data_dir)
     _prepare(builder, name)
     splits = builder.info.splits
     if "train" not in splits:
         raise DataError(
-            f"{name} has no split to train on: it has {', '.join(splits)}",
+            f"{name} has no split named train. Its splits: {', '.join(splits)}",
             argument="dataset",
             hint="Choose another --dataset",
         )
@@ -110,30 +110,27 @@ def _source(builder, keys, name, train, validation, test, **fields):
 
 
 def _copy_note(builder, keys):
-    """What to know about a CIFAR whose pixels are not the original ones, which TFDS packs as PNG."""
+    """The note of a CIFAR whose images were converted to JPEG; TFDS stores the original pixels as PNG."""
     [first] = _encoded(builder, "train[:1]", keys)
     lossy = first[0].numpy().startswith(b"\xff\xd8")
     return "JPEG copy: the pixels went through JPEG, which costs a little accuracy" if lossy else ""
 
 
 def _builder(name, title, data_dir):
-    """Sets up TFDS' builder of a data set of images and labels.
+    """Returns TFDS' builder of a data set, and the names of its features for the image and the label.
 
     Args:
-        name: as TFDS spells it.
-        title: what errors call the data set.
+        name: TFDS' name.
+        title: name for errors.
         data_dir: TFDS' folder or `None`.
-
-    Returns:
-        The builder, and the names of its two features, image and label.
     """
     tfds = _tfds()
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     if data_dir is not None and not root.is_dir():
         raise DataError(
-            f"`data_dir` is not a folder. Received: data_dir={data_dir}",
+            f"`data_dir` {'is not a folder' if root.exists() else 'does not exist'}. Received: data_dir={data_dir}",
             argument="data_dir",
-            hint=f"Name TFDS' folder with --data-dir, or leave it out to download {title}",
+            hint=f"Pass TFDS' folder as --data-dir, or omit --data-dir to download {title}",
         )
     family = re.split("[/:]", name)[0]
     try:
@@ -141,11 +138,11 @@ def _builder(name, title, data_dir):
         features = dict(builder.info.features.items())
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(
-            f"tensorflow-datasets knows no {name}, nor is it in {root}",
+            f"unknown data set: {name} is neither in tensorflow-datasets nor in {root}",
             argument="dataset",
-            hint=f"The names: {CATALOG}/overview",
+            hint=f"For all names, see {CATALOG}/overview",
         ) from error
-    except Exception as error:  # TFDS raises dozens of types for what a user sees as one thing
+    except Exception as error:  # TFDS raises dozens of types
         if broken := _broken_info(root / family):
             raise DataError(
                 f"{title} can't be read: {broken} is broken ({failures.reason(error)})",
@@ -157,18 +154,18 @@ def _builder(name, title, data_dir):
         ) from error
     for keys in (builder.info.supervised_keys, ("image", "label")):
         kinds = [type(features[key]) for key in keys or () if isinstance(key, str) and key in features]
-        # TFDS hides floats in the bytes of an image.
+        # TFDS stores float images as the bytes of PNGs, which would be decoded to wrong pixels.
         if kinds == [tfds.features.Image, tfds.features.ClassLabel] and features[keys[0]].np_dtype != np.float32:
             return builder, keys
     raise DataError(
-        f"{title} has no images with a class each, but {', '.join(features)}",
+        f"{title} is not for image classification, which needs an image and one label. Its features: {', '.join(features)}",
         argument="dataset",
         hint="Choose another --dataset",
     )
 
 
 def _broken_info(folder):
-    """The first broken dataset_info.json under `folder`, or `None`: TFDS does not say which file it stumbled on."""
+    """The first broken dataset_info.json below `folder`, or `None`. TFDS' own error does not name the file."""
     for path in sorted(folder.rglob("dataset_info.json")):
         try:
             json.loads(path.read_bytes())["version"]
@@ -178,11 +175,11 @@ def _broken_info(folder):
 
 
 def _prepare(builder, title):
-    """Downloads a data set that is not on disk.
+    """Downloads a data set unless it is on disk.
 
     Raises:
-        UnavailableError: if that fails.
-        DataError: if there is a broken copy.
+        UnavailableError: if the download fails.
+        DataError: if a broken copy is on disk.
     """
     folder = Path(builder.data_path)
     if folder.exists():
@@ -194,16 +191,16 @@ def _prepare(builder, title):
             )
         return
     try:
-        if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:  # else it is the user who has to download
+        if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:  # otherwise the user has to download the files
             probe.require_reachable(builder.url_infos or [])
         builder.download_and_prepare()
-    except Exception as error:  # TFDS raises dozens of types for what a user sees as one thing
+    except Exception as error:  # TFDS raises dozens of types
         root = Path(builder.data_dir_root)
         raise UnavailableError(
-            f"{title} is not in {root} (as {folder.relative_to(root)}/dataset_info.json and its records), and the download "
-            f"failed: {failures.reason(error)}",
+            f"{title} is not in {root} (expected: {folder.relative_to(root)}/dataset_info.json and its records), and the "
+            f"download failed: {failures.reason(error)}",
             argument="data_dir",
-            hint=f"Name the folder that holds {builder.name}/ with --data-dir or TFDS_DATA_DIR, or connect to the network",
+            hint=f"Set --data-dir or TFDS_DATA_DIR to the folder that holds {builder.name}/, or connect to the network",
         ) from error
 
 
@@ -211,12 +208,12 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
     """Reads a split.
 
     Args:
-        builder: of a data set that is on disk.
-        title: what errors call the data set.
-        split: the name of the split.
-        keys: the names of the features image and label.
-        image_size: side of the square that larger images are stretched to.
-        shuffle: whether to bring the images into a fixed order that is not the one on disk.
+        builder: builder of a data set that is on disk.
+        title: name for errors.
+        split: TFDS' name of the split.
+        keys: names of the features for the image and the label.
+        image_size: side of the square, in pixels, that larger images are stretched to.
+        shuffle: whether to apply `fixed_order` instead of keeping the order on disk.
 
     Returns:
         A `Split`.
@@ -237,54 +234,56 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
     try:
         batches = _encoded(builder, split, keys).batch(_READ_BATCH).prefetch(1)
         n = builder.info.splits[split].num_examples
-        # Each image goes straight to its place: to shuffle afterwards would take twice the memory.
-        places = fixed_order(n) if shuffle else np.arange(n)
+        # Images are written to their shuffled positions: shuffling afterwards would take twice the memory.
+        positions = fixed_order(n) if shuffle else np.arange(n)
         pixels, labels = np.empty((n, *shape), "uint8"), np.empty(n, "int64")
         start = 0
         with ThreadPoolExecutor(images.threads()) as pool:
             for files, batch_labels in batches.as_numpy_iterator():
-                chosen = places[start : start + len(files)]
-                labels[chosen] = batch_labels
-                for place, image in zip(chosen, pool.map(decode, files)):
-                    pixels[place] = image
+                batch_positions = positions[start : start + len(files)]
+                labels[batch_positions] = batch_labels
+                for position, image in zip(batch_positions, pool.map(decode, files)):
+                    pixels[position] = image
                 start += len(files)
     except Exception as error:
         if failures.is_out_of_memory(error):
-            raise  # the copy is sound
+            raise  # the copy on disk is intact
         denied = isinstance(error, (PermissionError, tf.errors.PermissionDeniedError))
         raise DataError(
             f"{title} in {builder.data_dir_root} can't be read: {failures.reason(error)}",
             argument="data_dir",
-            hint="Ask for the right to read it" if denied else f"Remove {builder.data_path} to download it again",
+            hint="Ask for read permission" if denied else f"Remove {builder.data_path} to download it again",
         ) from error
     if labels.min(initial=0) < 0:
         raise DataError(
-            f"{title} does not publish the labels of its split {split}", argument="dataset", hint="Choose another --dataset"
+            f"{title} has no labels for its split {split}: they are not public",
+            argument="dataset",
+            hint="Choose another --dataset",
         )
     return Split(pixels, labels)
 
 
 def _encoded(builder, split, keys):
-    """A `tf.data.Dataset` of a split: the bytes of an image file, and a label."""
+    """A `tf.data.Dataset` of a split, with pairs of an image file's bytes and a label."""
     tfds = _tfds()
     examples = builder.as_dataset(
         split=split,
         decoders={keys[0]: tfds.decode.SkipDecoding()},
-        read_config=tfds.ReadConfig(try_autocache=False),  # each is read once
+        read_config=tfds.ReadConfig(try_autocache=False),  # each image is read once
     )
     return examples.map(lambda example: tuple(example[key] for key in keys))
 
 
 def _cut(split, n, title):
-    """Cuts the last `n` images off, and returns the rest and these."""
-    kept = len(split) - n
-    if kept < 1:
+    """Splits off the last `n` images. Returns the others first."""
+    rest = len(split) - n
+    if rest < 1:
         raise DataError(
-            f"{title} has too few training images to hold out {n}: {len(split)}",
+            f"{title} has too few training images to hold out {n}. Found: {len(split)}",
             argument="dataset",
             hint="Choose another --dataset",
         )
-    return split.limit(kept), Split(split.images[kept:], split.labels[kept:])
+    return split.limit(rest), Split(split.images[rest:], split.labels[rest:])
 
 
 def _tfds():

@@ -1,4 +1,4 @@
-"""The images of a finished run, in the splits that it had: what a later command may test on."""
+"""Loads the images of a finished run in its splits, so that a later command tests on no image that was trained on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from cvt_keras.data import folder, sources
 from cvt_keras.data.record import ImageRecord
 from cvt_keras.data.split import Source
 
-# Whether it is known that no test image was trained on, as reports say it.
+# What reports say: whether it is certain that no test image was trained on.
 VERIFIED, NOT_VERIFIED = "verified", "held-out images not verified"
 
 
@@ -16,9 +16,9 @@ class RunImages:
     """The images of a run.
 
     Args:
-        source: a `Source`; of a folder, with the images that the run had.
-        unverified: why some of the test images may have been trained on, or empty if none was.
-        notes: what else a user must know about them, a sentence each.
+        source: a `Source`. For a folder, it has only the images that the run had.
+        unverified: why some test images may have been trained on; empty if it is certain that none was.
+        notes: other sentences for the user.
     """
 
     source: Source
@@ -39,10 +39,10 @@ class RunImages:
 def load(record_file, dataset, data_dir, image_size):
     """Loads the images of a run.
 
-    Files that can't be read are left out: those that were added since don't matter.
+    Files that can't be read are left out, as they may be new ones, which are not used anyway.
 
     Args:
-        record_file: the run's images.csv, which a run of an older version lacks.
+        record_file: the run's images.csv, which runs of older versions lack.
         dataset, data_dir, image_size: as for `sources.load`.
 
     Returns:
@@ -57,25 +57,25 @@ def load(record_file, dataset, data_dir, image_size):
 
 
 def settle(source, record, name):
-    """Leaves in a source the images that a run had, each in its split.
+    """Removes from a source the images that a run did not have, and moves the others to the run's splits.
 
     Args:
         source: a `Source`.
         record: the `ImageRecord` of the run, or `None`.
-        name: the name of the record's file.
+        name: file name of the record, for messages.
 
     Returns:
         A `RunImages`.
     """
-    if source.train.digests is None:  # the splits of such a data set never change
+    if source.train.digests is None:  # not a folder: its splits never change
         return RunImages(source)
     notes = []
     if broken := sum(n for reason, n in source.left_out.items() if reason.startswith(folder.BROKEN)):
         notes.append(f"Files that can't be read are left out: {broken:,}.")
     if record is None:
         reason = (
-            f"The run has no {name}, so some test images may have been trained on: by the run, if its folder has changed "
-            "since, or by a run that its weights come from."
+            f"The run has no {name}, so some test images may have been trained on: by this run, if its folder has changed "
+            "since, or by the run that its weights come from."
         )
         return RunImages(source, reason, tuple(notes))
     source, comparison = record.apply(source, keep_new=False)

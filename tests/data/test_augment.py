@@ -10,7 +10,7 @@ def _images(n=64, height=8, width=12):
 
 
 @pytest.mark.parametrize("function", [augment.flip, lambda images, seed: augment.crop(images, seed, 2)])
-def test_a_seed_draws_the_same_again(function):
+def test_a_seed_gives_the_same_result_again(function):
     images = _images()
     first, again, other = (function(images, seed).numpy() for seed in ((0, 0), (0, 0), (0, 1)))
     np.testing.assert_array_equal(first, again)
@@ -23,26 +23,26 @@ def test_flip_mirrors_half_of_the_images_left_to_right():
     images = _images(n=1000).numpy()
     flipped = augment.flip(images, (0, 0)).numpy()
     mirrored = np.all(flipped == images[:, :, ::-1], axis=(1, 2, 3))
-    kept = np.all(flipped == images, axis=(1, 2, 3))
-    assert np.all(mirrored ^ kept)
+    unchanged = np.all(flipped == images, axis=(1, 2, 3))
+    assert np.all(mirrored ^ unchanged)
     assert np.mean(mirrored) == pytest.approx(0.5, abs=0.05)
 
 
-def test_crop_cuts_each_image_from_its_reflection_at_its_own_place():
+def test_crop_takes_each_image_from_its_reflection_at_a_position_of_its_own():
     images = _images(n=500).numpy()
     cropped = augment.crop(images, (0, 0), 2).numpy()
     padded = np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)], mode="reflect")
-    places = []
+    positions = []
     for i in range(len(images)):
-        found = [
+        matches = [
             (top, left)
             for top in range(5)
             for left in range(5)
             if np.array_equal(cropped[i], padded[i, top : top + 8, left : left + 12])
         ]
-        assert len(found) == 1
-        places += found
-    assert set(places) == {(top, left) for top in range(5) for left in range(5)}
+        assert len(matches) == 1
+        positions += matches
+    assert set(positions) == {(top, left) for top in range(5) for left in range(5)}
 
 
 FLOAT = {
@@ -54,8 +54,8 @@ FLOAT = {
 
 
 @pytest.mark.parametrize("name", FLOAT)
-def test_each_image_is_drawn_for_itself(name):
-    # The same image again and again: what differs was drawn. Mixing needs something to mix with, the same for all.
+def test_draws_differ_between_images(name):
+    # Copies of one image, so that only the draws differ; and between them another image, as mixing needs two.
     one, other = _images(n=2).numpy().astype("float32")
     images = np.stack([one, other] * 32)
     first, again, reseeded = (FLOAT[name](tf.constant(images), seed).numpy() for seed in ((0, 0), (0, 0), (0, 1)))
@@ -68,8 +68,8 @@ def test_each_image_is_drawn_for_itself(name):
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 @pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0])
-def test_labels_weigh_as_the_pixels_do(name, alpha):
-    # Image i has the pixel value i everywhere, and its own class: the mix can be read off both.
+def test_labels_are_mixed_in_the_shares_of_the_pixels(name, alpha):
+    # All pixels of image i are i, and its class is i: pixels and labels both show the share.
     n = 100
     images = tf.tile(tf.range(n, dtype=tf.float32)[:, None, None, None], (1, 8, 12, 3))
     mixed, labels = (value.numpy() for value in getattr(augment, name)(images, tf.eye(n), (0, 0), alpha))
@@ -79,7 +79,7 @@ def test_labels_weigh_as_the_pixels_do(name, alpha):
     np.testing.assert_allclose(labels.sum(axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(labels[np.arange(n), neighbour], 1 - measured, atol=3e-5)
     assert np.all(np.isfinite(mixed))
-    # Beta(a, a) spreads by 1 / (4 (2 a + 1)) around a half.
+    # Beta(a, a) has mean 1 / 2 and variance 1 / (4 (2 a + 1)).
     assert np.mean(measured) == pytest.approx(0.5, abs=0.15)
     assert np.var(measured) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.3)
 
@@ -106,6 +106,14 @@ def test_erase_fills_a_box_of_the_chosen_images_with_noise():
     assert not augment.erase(images, (0, 0), 0.0).numpy().max() >= 0
 
 
+def test_a_box_reaches_every_position_inside_the_image():
+    half = tf.fill((300,), 0.5)
+    boxes = augment._box(tf.constant(8), tf.constant(12), half, half, (0, 0)).numpy()[..., 0]
+    assert (boxes.sum(axis=(1, 2)) == 4 * 6).all()
+    positions = {(int(box.any(axis=1).argmax()), int(box.any(axis=0).argmax())) for box in boxes}
+    assert positions == {(top, left) for top in range(5) for left in range(7)}
+
+
 def _colour(operation, images, level=1.0):
     return operation(tf.constant(images, tf.float32), tf.fill((len(images), 1, 1, 1), level)).numpy()
 
@@ -113,7 +121,7 @@ def _colour(operation, images, level=1.0):
 @pytest.mark.parametrize(
     "name", ["autocontrast", "equalize", "solarize", "posterize", "brightness", "contrast", "color", "sharpness"]
 )
-def test_colour_operations_are_those_of_pillow(name):
+def test_colour_operations_match_pillow(name):
     from PIL import Image, ImageEnhance, ImageOps
 
     images = np.random.default_rng(0).integers(40, 200, (4, 64, 48, 3)).astype("uint8")
@@ -130,12 +138,12 @@ def test_colour_operations_are_those_of_pillow(name):
     operation = getattr(augment, f"_{'saturation' if name == 'color' else name}")
     ours = _colour(operation, images, 0.5)
     expected = np.stack([np.asarray(theirs(Image.fromarray(image))) for image in images])
-    # Pillow rounds to bytes on its way, and contrast's mean and the greys to integers.
+    # Pillow rounds intermediate results, such as contrast's mean and greys, to integers.
     np.testing.assert_allclose(ours, expected, atol=1.6)
 
 
 @pytest.mark.parametrize("name", ["autocontrast", "equalize"])
-def test_one_value_has_no_contrast_to_spread(name):
+def test_images_of_one_colour_stay_unchanged(name):
     images = np.full((2, 8, 8, 3), 7.0, "float32")
     np.testing.assert_array_equal(_colour(getattr(augment, f"_{name}"), images), images)
 
@@ -145,7 +153,7 @@ def _moved(name, level, image):
     return augment._move(tf.constant(image[None], tf.float32), tf.constant([number]), tf.constant([level])).numpy()[0]
 
 
-def test_translate_moves_by_ten_pixels_of_32():
+def test_translate_moves_by_ten_of_32_pixels():
     image = np.random.default_rng(0).uniform(0, 255, (32, 32, 3)).astype("float32")
     right = _moved("translate_x", 1.0, image)
     np.testing.assert_allclose(right[:, :22], image[:, 10:], atol=1e-3)
@@ -153,12 +161,12 @@ def test_translate_moves_by_ten_pixels_of_32():
     np.testing.assert_allclose(_moved("translate_y", -0.5, image)[5:], image[:27], atol=1e-3)
 
 
-def test_rotate_and_shear_turn_about_the_middle():
+def test_rotate_and_shear_are_about_the_centre():
     image = np.zeros((33, 33, 3), "float32")
-    image[:, 16] = 255  # a line straight down
+    image[:, 16] = 255  # a vertical line
     turned = _moved("rotate", 1.0, image)[:, :, 0]
     assert turned[16, 16] == pytest.approx(255)
-    # 30 degrees: eight rows from the middle, the line is 8 tan(30) = 4.6 columns off it.
+    # At 30 degrees, the line is 8 tan(30) = 4.6 columns from the centre in the eighth row from it.
     assert abs(int(np.argmax(turned[8])) - 16) == pytest.approx(4.6, abs=0.6)
     sheared = _moved("shear_x", 1.0, image)[:, :, 0]
     assert abs(int(np.argmax(sheared[6])) - 16) == pytest.approx(3, abs=0.1)  # 0.3 of ten rows
@@ -166,7 +174,7 @@ def test_rotate_and_shear_turn_about_the_middle():
     np.testing.assert_allclose(_moved("shear_y", 1.0, across)[:, :, 0], sheared.T, atol=1e-3)
 
 
-def test_rand_augment_draws_every_operation_and_obeys_its_strength():
+def test_rand_augment_draws_every_operation_and_uses_its_magnitude():
     images = tf.tile(tf.cast(_images(n=1, height=16, width=16), tf.float32), (300, 1, 1, 1))
     assert len(np.unique(augment.rand_augment(images, (0, 0), 1, 10.0).numpy().reshape(300, -1), axis=0)) >= 14
     change = [

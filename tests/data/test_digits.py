@@ -24,18 +24,18 @@ def test_digits():
     assert sources.load("digits").fingerprint() == source.fingerprint()
 
 
-def test_an_old_run_knows_them_again():
-    """A run is resumed on the images that it began with alone."""
+def test_the_fingerprint_is_that_of_an_old_run():
+    """Otherwise that run could not be resumed."""
     with tarfile.open(OLD_RUN) as archive:
         state = json.load(archive.extractfile("stopped/checkpoints/epoch-0001/state.json"))
     assert sources.load("digits").fingerprint() == state["data"]
 
 
-def test_digits_in_their_own_size_are_scikit_learns():
+def test_digits_at_8_pixels_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     source = sources.load("digits", image_size=8)
-    found = rows(source.train, source.validation, source.test)
+    pixels = rows(source.train, source.validation, source.test)
     expected = np.round(load_digits().images * 255 / 16).astype("uint8")
     expected = np.repeat(expected[..., None], 3, axis=-1).reshape(1_797, -1)
-    np.testing.assert_array_equal(found[np.lexsort(found.T)], expected[np.lexsort(expected.T)])
+    np.testing.assert_array_equal(pixels[np.lexsort(pixels.T)], expected[np.lexsort(expected.T)])

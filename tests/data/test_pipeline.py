@@ -15,7 +15,7 @@ ALL = {"flip": True, "crop_padding": 2, "rand_augment": 1, "erase": 0.5, "mixup"
 
 @pytest.fixture
 def split():
-    """Images whose first pixel tells which they are."""
+    """100 images whose first pixel is their index."""
     images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(100)
     return Split(images, np.arange(100) % 10)
@@ -26,7 +26,7 @@ def _order(split, recipe):
     return np.concatenate([images[:, 0, 0, 0] for images, _ in batches]).reshape(recipe.epochs, -1)
 
 
-def test_an_epoch_is_whole_batches_of_different_images(split):
+def test_an_epoch_has_whole_batches_and_no_image_twice(split):
     order = _order(split, PLAIN)
     assert batches_per_epoch(split, PLAIN) == 6
     assert order.shape == (2, 96)
@@ -34,19 +34,19 @@ def test_an_epoch_is_whole_batches_of_different_images(split):
         assert len(set(epoch)) == 96
 
 
-def test_order_is_a_function_of_seed_and_epoch(split):
+def test_the_order_depends_only_on_seed_and_epoch(split):
     first, again = _order(split, PLAIN), _order(split, PLAIN)
     other = _order(split, dataclasses.replace(PLAIN, seed=1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first[0], first[1])
     assert not np.array_equal(first[0], other[0])
-    # A longer run begins like a shorter one.
+    # The number of epochs does not change it.
     np.testing.assert_array_equal(_order(split, dataclasses.replace(PLAIN, epochs=3))[:2], first)
 
 
-def test_weights_of_classes_follow_the_labels(split):
+def test_class_weights_are_mixed_like_labels(split):
     weights = tuple(np.arange(1.0, 11.0))
-    for change in ({}, ALL):
+    for change in ({}, {"mixup": 1.0, "cutmix": 1.0}):
         recipe = dataclasses.replace(PLAIN, **change)
         plain = list(training_batches(split, 10, recipe).as_numpy_iterator())
         weighted = list(training_batches(split, 10, recipe, class_weights=weights).as_numpy_iterator())
@@ -67,7 +67,7 @@ def test_keras_divides_a_weighted_loss_by_the_number_of_images():
     np.testing.assert_allclose(weighted(labels, logits, np.array([3.0, 0.5], "float32")), expected, rtol=1e-6)
 
 
-def test_a_later_start_sees_what_comes_there(split):
+def test_a_later_first_epoch_gives_the_same_batches(split):
     recipe = dataclasses.replace(PLAIN, epochs=3, **ALL)
     steps = batches_per_epoch(split, recipe)
     whole, later = (list(training_batches(split, 10, recipe, first).as_numpy_iterator()) for first in (0, 2))
@@ -88,8 +88,8 @@ def test_batches_are_float_pixels_and_one_hot_labels(split):
 
 
 @pytest.mark.parametrize("change", [{name: value} for name, value in ALL.items()])
-def test_augmentation_is_a_function_of_seed_epoch_and_batch(split, change):
-    # One batch of all images, so that each epoch shows each image once.
+def test_augmentation_depends_only_on_seed_epoch_and_batch(split, change):
+    # One batch of all images per epoch.
     recipe = dataclasses.replace(PLAIN, batch_size=100, **change)
 
     def epochs(recipe):
@@ -103,8 +103,16 @@ def test_augmentation_is_a_function_of_seed_epoch_and_batch(split, change):
     assert not np.array_equal(first[0], plain[0])
 
 
+def test_each_batch_of_each_epoch_has_draws_of_its_own(split):
+    # 100 copies of one image, so that only the draws differ.
+    copies = Split(np.repeat(split.images[:1], 100, axis=0), split.labels)
+    recipe = dataclasses.replace(PLAIN, batch_size=50, erase=1.0)
+    batches = [images.tobytes() for images, _ in training_batches(copies, 10, recipe).as_numpy_iterator()]
+    assert len(set(batches)) == len(batches) == 4
+
+
 @pytest.mark.parametrize("change", [{"mixup": 0.5}, {"cutmix": 0.5}, {"mixup": 0.5, "cutmix": 0.5}])
-def test_mixing_reaches_the_labels(split, change):
+def test_mixup_and_cutmix_change_the_labels(split, change):
     recipe = dataclasses.replace(PLAIN, batch_size=100, epochs=1, **change)
     [(_, labels)] = training_batches(split, 10, recipe).as_numpy_iterator()
     np.testing.assert_allclose(labels.sum(axis=1), 1, atol=1e-5)
@@ -119,22 +127,22 @@ def test_mixup_and_cutmix_share_the_images(split):
     assert 0.3 < np.mean(blended) < 0.8
 
 
-def test_the_strength_of_rand_augment_is_read(split):
+def test_rand_augment_magnitude_is_used(split):
     shown = []
     for magnitude in (0.0, 10.0):
-        recipe = dataclasses.replace(PLAIN, batch_size=100, epochs=1, rand_augment=2, rand_augment_magnitude=magnitude)
+        recipe = dataclasses.replace(PLAIN, batch_size=100, epochs=1, rand_augment=1, rand_augment_magnitude=magnitude)
         shown.append(next(training_batches(split, 10, recipe).as_numpy_iterator())[0])
     assert not np.array_equal(*shown)
 
 
-def test_evaluation_batches_of_large_images_are_small():
+def test_evaluation_batches_are_smaller_for_large_images():
     images = np.zeros((40, 224, 224, 3), np.uint8)
     for stored in (images, images[:, :32, :32]):
         [first, *_] = evaluation_batches(Split(stored, np.zeros(40, int)), 10, 224)
         assert len(first[0]) == 10
 
 
-def test_small_images_are_stretched_as_they_are_used(split):
+def test_small_images_are_stretched_in_batches(split):
     recipe = dataclasses.replace(PLAIN, image_size=20, epochs=1)
     [(images, _), *_] = training_batches(split, 10, recipe).as_numpy_iterator()
     whole = stretch(split.images, 20).numpy()
@@ -144,7 +152,7 @@ def test_small_images_are_stretched_as_they_are_used(split):
     np.testing.assert_array_equal(shown, whole)
 
 
-def test_evaluation_takes_every_image_in_order(split):
+def test_evaluation_batches_hold_every_image_in_order(split):
     batches = list(evaluation_batches(split, 10, 8).as_numpy_iterator())
     np.testing.assert_array_equal(np.concatenate([images for images, _ in batches]), split.images)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), np.eye(10)[split.labels])

@@ -13,9 +13,9 @@ CIFAR = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 
 @pytest.fixture
 def server(monkeypatch):
-    """A host, and a proxy, that answers with the status `answer`, or without HTTP if that is `None`.
+    """A host and proxy that answers with the status `answer`, or not with HTTP if that is `None`.
 
-    It keeps what it was `asked`, and the `accounts`.
+    Records the requests in `asked`, and the proxy's credentials in `accounts`.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -38,13 +38,13 @@ def server(monkeypatch):
         server.asked, server.accounts, server.answer = [], [], 200
         server.url = f"http://127.0.0.1:{server.server_port}"
         server.as_proxy = f"http://user:p%40ss@127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds until it sees a shutdown
         yield server
         server.shutdown()
 
 
 def refusal(*urls):
-    """What the probe says, which names no password."""
+    """The message of the probe. Checks that it names no password."""
     with pytest.raises(ConnectionError) as error:
         probe.require_reachable(urls)
     for secret in ("word", "p@ss", "p%40ss"):
@@ -53,12 +53,12 @@ def refusal(*urls):
 
 
 @pytest.mark.parametrize("urls", [[], ["gs://bucket/mnist.gz", "mnist.gz"]])
-def test_without_files_on_a_host_nothing_is_asked(reached, urls):
+def test_urls_without_a_host_need_no_connection(reached, urls):
     probe.require_reachable(urls)
     assert not reached
 
 
-def test_each_host_is_asked_once_and_named(reached):
+def test_each_host_is_tried_once_and_named(reached):
     assert refusal(CIFAR, CIFAR.replace("-10-", "-100-"), "http://a.invalid:8080/x") == (
         "no connection to a.invalid, www.cs.toronto.edu (no network)"
     )
@@ -66,33 +66,43 @@ def test_each_host_is_asked_once_and_named(reached):
 
 
 @pytest.mark.parametrize("answer", [200, 302, 403, 404, 405, 503])
-def test_a_host_is_reached_whatever_it_answers(server, answer):
+def test_any_status_counts_as_reachable(server, answer):
     server.answer = answer
     probe.require_reachable([f"{server.url}/mnist.gz"])
     assert server.asked == ["/mnist.gz"]
 
 
-def test_one_host_of_several_is_enough(server):
-    # TFDS lists those of all configs.
+def test_one_of_several_hosts_is_enough(server):
     probe.require_reachable([f"{server.url}/mnist.gz", "http://127.0.0.1:9/other.gz"])
 
 
-def test_a_host_that_hangs_up_is_not_reached(server):
+def test_a_host_without_http_is_not_reachable(server):
     server.answer = None
     assert "no proxy" in refusal(server.url)
 
 
-def test_ftp_is_asked_too(reached):
+def test_ftp_hosts_are_tried(reached):
     assert refusal("ftp://user:word@ftp.invalid/photos.zip") == "no connection to ftp.invalid (no network)"
     assert reached == [("ftp.invalid", 21)]
 
 
-def test_an_address_that_is_looked_up_for_ever_is_given_up(monkeypatch):
+def test_a_host_that_hangs_times_out(monkeypatch):
     monkeypatch.setattr(probe, "SECONDS", 0.2)
     monkeypatch.setattr(urllib3.util.connection, "create_connection", lambda *args, **kwargs: threading.Event().wait())
     started = time.monotonic()
     assert refusal(CIFAR) == "no connection to www.cs.toronto.edu (no answer within 0.2 seconds)"
     assert time.monotonic() - started < 5
+
+
+def test_a_refusal_is_reported_rather_than_the_host_that_hangs(monkeypatch):
+    def connect(address, *args, **kwargs):
+        if address[0] == "a.invalid":
+            raise OSError("no network")
+        threading.Event().wait()
+
+    monkeypatch.setattr(probe, "SECONDS", 1)
+    monkeypatch.setattr(urllib3.util.connection, "create_connection", connect)
+    assert refusal(CIFAR, "http://a.invalid/x").endswith("(no network)")
 
 
 # === Proxies ===
@@ -102,7 +112,7 @@ def test_an_address_that_is_looked_up_for_ever_is_given_up(monkeypatch):
     ("variables", "tried"),
     [
         ({"no_proxy": "localhost"}, ("www.cs.toronto.edu", 443)),  # names no proxy
-        ({"http_proxy": "http://proxy.invalid"}, ("www.cs.toronto.edu", 443)),  # for http:// alone
+        ({"http_proxy": "http://proxy.invalid"}, ("www.cs.toronto.edu", 443)),  # for http:// only
         ({"https_proxy": "http://proxy.invalid:3128"}, ("proxy.invalid", 3128)),
         ({"HTTPS_PROXY": "http://proxy.invalid:3128/"}, ("proxy.invalid", 3128)),
         ({"https_proxy": "proxy.invalid:3128"}, ("proxy.invalid", 3128)),
@@ -111,7 +121,7 @@ def test_an_address_that_is_looked_up_for_ever_is_given_up(monkeypatch):
         ({"https_proxy": "http://proxy.invalid:3128", "no_proxy": "toronto.edu"}, ("www.cs.toronto.edu", 443)),
     ],
 )
-def test_a_proxy_is_tried_in_the_hosts_place(monkeypatch, reached, variables, tried):
+def test_the_proxy_is_tried_instead_of_the_host(monkeypatch, reached, variables, tried):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     text = refusal(CIFAR)
@@ -130,7 +140,7 @@ def test_a_proxy_is_tried_in_the_hosts_place(monkeypatch, reached, variables, tr
         "user:word@proxy.invalid:1080",
     ],
 )
-def test_a_proxy_that_requests_can_not_use_is_named_without_its_password(monkeypatch, proxy):
+def test_an_unusable_proxy_is_named_without_its_password(monkeypatch, proxy):
     monkeypatch.setenv("https_proxy", proxy)
     assert f"no connection to www.cs.toronto.edu through the proxy {proxy.rpartition('@')[2]} (" in refusal(CIFAR)
 
@@ -147,7 +157,7 @@ def test_a_proxy_that_refuses_the_host_is_named(monkeypatch, server, answer, rea
 
 
 @pytest.mark.parametrize("answer", [407, 502, 503, 504])
-def test_a_proxy_that_answers_in_the_hosts_place_is_no_host(monkeypatch, server, answer):
+def test_the_status_of_a_proxy_does_not_count_as_the_hosts(monkeypatch, server, answer):
     monkeypatch.setenv("http_proxy", server.as_proxy)
     server.answer = answer
     text = refusal("http://a.invalid/mnist.gz")
@@ -155,7 +165,7 @@ def test_a_proxy_that_answers_in_the_hosts_place_is_no_host(monkeypatch, server,
 
 
 @pytest.mark.parametrize("answer", [200, 404])
-def test_a_proxy_that_lets_through_is_one(monkeypatch, server, answer):
+def test_a_host_is_reachable_through_a_proxy(monkeypatch, server, answer):
     monkeypatch.setenv("http_proxy", server.as_proxy)
     server.answer = answer
     probe.require_reachable(["http://a.invalid/mnist.gz"])

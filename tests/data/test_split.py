@@ -14,7 +14,7 @@ def source():
     return Source("mine", *splits, class_names=("cat", "dog"), mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
-def test_limit_takes_the_first(source):
+def test_limit_takes_the_first_images(source):
     split = source.train
     np.testing.assert_array_equal(split.limit(4).images, split.images[:4])
     np.testing.assert_array_equal(split.limit(4).labels, split.labels[:4])
@@ -22,7 +22,7 @@ def test_limit_takes_the_first(source):
     assert len(split.limit(None)) == 6
 
 
-def test_a_fingerprint_is_json_and_the_same_again(source):
+def test_a_fingerprint_survives_json(source):
     fingerprint = source.fingerprint()
     assert json.loads(json.dumps(fingerprint)) == fingerprint == source.fingerprint()
     assert [fingerprint[f"number of {name} images"] for name in ("train", "validation", "test")] == [6, 3, 3]
@@ -30,7 +30,7 @@ def test_a_fingerprint_is_json_and_the_same_again(source):
 
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
 @pytest.mark.parametrize("field", ["images", "labels"])
-def test_a_fingerprint_tells_pixels_and_labels_apart(source, name, field):
+def test_a_fingerprint_depends_on_pixels_and_labels(source, name, field):
     split = getattr(source, name)
     values = getattr(split, field).copy()
     values.flat[-1] ^= 1
@@ -40,9 +40,9 @@ def test_a_fingerprint_tells_pixels_and_labels_apart(source, name, field):
 
 
 @pytest.mark.parametrize("change", [{"class_names": ("dog", "cat")}, {"note": "JPEG copy"}], ids=["class order", "note"])
-def test_a_fingerprint_tells_the_order_of_classes_and_the_copy_apart(source, change):
+def test_a_fingerprint_depends_on_the_order_of_classes_and_the_note(source, change):
     assert dataclasses.replace(source, **change).fingerprint() != source.fingerprint()
 
 
-def test_the_order_of_the_images_is_fixed_for_all_time():
+def test_fixed_order_never_changes():
     assert fixed_order(8).tolist() == [6, 2, 1, 7, 3, 0, 5, 4]

@@ -13,22 +13,23 @@ from cvt_keras.errors import DataError, UnavailableError
 TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
-def test_splits_are_disjoint_and_fixed(cifar10_dir):
-    source = tfds.cifar10(cifar10_dir)
-    again = sources.load("cifar10", str(cifar10_dir))
-    assert sizes(source) == [256, 5_000, 256]
+def test_5000_images_are_held_out():
+    assert tfds.VALIDATION_IMAGES == 5_000
+
+
+def test_cifar10_holds_out_the_last_training_images(small_cifar10_dir):
+    source = sources.load("cifar10", str(small_cifar10_dir))
+    assert sizes(source) == [100, 20, 40]
     assert source.train.images.dtype == np.uint8
-    assert source.train.images.shape == (256, 32, 32, 3)
-    for ours, theirs in zip((source.train, source.validation), (again.train, again.validation)):
-        np.testing.assert_array_equal(ours.images, theirs.images)
-        np.testing.assert_array_equal(ours.labels, theirs.labels)
-    assert len(np.unique(rows(source.train, source.validation), axis=0)) == 5_256
+    splits = (source.train, source.validation, source.test)
+    np.testing.assert_array_equal(np.concatenate([split.images for split in splits]), noise(160))
+    assert [split.labels[0] for split in splits] == [0, 0, 0] and source.validation.labels[13] == 3
     assert (source.name, source.note, source.fallback, source.mirror) == ("cifar10", "", "", True)
     assert source.class_names[:3] == ("airplane", "automobile", "bird")
     assert (source.mean, source.std) == (tfds.CIFAR10_MEAN, tfds.CIFAR10_STD)
 
 
-def test_cifar100_is_its_pixels_and_fine_labels_in_their_order(cifar100_dir):
+def test_cifar100_has_fine_labels(cifar100_dir):
     source = sources.load("cifar100", cifar100_dir)
     assert source.name == "cifar100"
     np.testing.assert_array_equal(
@@ -42,25 +43,25 @@ def test_cifar100_is_its_pixels_and_fine_labels_in_their_order(cifar100_dir):
     assert source.mean == tuple(round(number, 4) for number in source.mean)
 
 
-def test_without_the_file_of_names_classes_are_numbers(cifar100_dir):
+def test_without_the_file_of_class_names_they_are_numbers(cifar100_dir):
     [names] = cifar100_dir.rglob("label.labels.txt")
     names.unlink()
     assert sources.load("cifar100", cifar100_dir).class_names == tuple(map(str, range(100)))
 
 
-def test_another_size_is_stretched_to(cifar100_dir):
+def test_larger_images_are_stretched(cifar100_dir):
     source = sources.load("cifar100", cifar100_dir, image_size=20)
     assert source.test.images.shape == (40, 20, 20, 3)
     np.testing.assert_array_equal(source.test.images[0], resized(noise(160)[120], 20))
 
 
-def test_small_images_stay_small(cifar100_dir):
-    """At 224 pixels CIFAR would take 7.5 GB; the pipeline stretches batches."""
+def test_smaller_images_are_not_stretched(cifar100_dir):
+    """At 224 pixels CIFAR would take 7.5 GB. The pipeline stretches batches."""
     source = sources.load("cifar100", cifar100_dir, image_size=224)
     np.testing.assert_array_equal(source.test.images, noise(160)[120:])
 
 
-def test_a_jpeg_copy_is_noted(cifar100_dir, write_tfds, monkeypatch):
+def test_the_note_names_a_jpeg_copy(cifar100_dir, write_tfds, monkeypatch):
     assert sources.load("cifar100", cifar100_dir).note == ""
     shutil.rmtree(cifar100_dir / "cifar100")
     monkeypatch.setattr(
@@ -72,7 +73,7 @@ def test_a_jpeg_copy_is_noted(cifar100_dir, write_tfds, monkeypatch):
         assert "JPEG" in sources.load(name, cifar100_dir).note
 
 
-def test_without_data_or_network_it_says_so_within_seconds(tmp_path, reached):
+def test_without_data_or_network_the_error_names_both(tmp_path, reached):
     for dataset in ("cifar10", "cifar100"):
         error = error_of(dataset, tmp_path)
         assert (type(error), error.argument) == (UnavailableError, "data_dir")
@@ -82,11 +83,11 @@ def test_without_data_or_network_it_says_so_within_seconds(tmp_path, reached):
     assert reached == [("www.cs.toronto.edu", 443)] * 2
 
 
-def test_too_few_images_to_hold_out(cifar100_dir, monkeypatch):
+def test_too_few_images_to_hold_out_are_an_error(cifar100_dir, monkeypatch):
     monkeypatch.setattr(tfds, "VALIDATION_IMAGES", 120)
     error = error_of("cifar100", cifar100_dir)
     assert (type(error), error.argument) == (DataError, "dataset")
-    assert error.summary == "CIFAR-100 has too few training images to hold out 120: 120"
+    assert error.summary == "CIFAR-100 has too few training images to hold out 120. Found: 120"
 
 
 def cut(records):
@@ -141,7 +142,7 @@ def test_a_missing_description_is_named(cifar100_dir, reached):
     assert not reached
 
 
-def test_an_image_that_is_none_is_an_error(write_tfds, tmp_path, monkeypatch):
+def test_a_broken_image_is_an_error(write_tfds, tmp_path, monkeypatch):
     monkeypatch.setattr("tensorflow_datasets.features.Image.encode_example", lambda self, image: b"no image")
     folder = write_tfds(tmp_path, "mnist", {"train": labelled(noise(20, (28, 28, 1)))})
     error = error_of("tfds:mnist", tmp_path)
@@ -149,8 +150,8 @@ def test_an_image_that_is_none_is_an_error(write_tfds, tmp_path, monkeypatch):
     assert str(folder) in error.hint
 
 
-def test_tfds_holds_a_fixed_fair_sample_out(write_tfds, tmp_path):
-    # Sorted by class, as some sets are: the end of it would be one class.
+def test_tfds_holds_out_a_fixed_fair_sample(write_tfds, tmp_path):
+    # Sorted by class, as some data sets are: the last images are of one class.
     images = noise(200, (28, 28, 1))
     train = [{"image": image, "label": i // 20} for i, image in enumerate(images)]
     write_tfds(tmp_path, "mnist", {"train": train, "test": labelled(noise(30, (28, 28, 1)))})
@@ -159,7 +160,7 @@ def test_tfds_holds_a_fixed_fair_sample_out(write_tfds, tmp_path):
     np.testing.assert_array_equal(source.validation.images, again.validation.images)
     assert len(set(source.validation.labels)) > 5
     assert len(set(source.train.limit(20).labels)) > 5
-    # Grey becomes three channels, and each image keeps its label.
+    # Grey images get three channels, and each image keeps its label.
     colour = np.repeat(images, 3, axis=-1)
     assert same_rows(rows(source.train, source.validation), colour.reshape(200, -1))
     for image, label in zip(source.validation.images, source.validation.labels):
@@ -169,14 +170,14 @@ def test_tfds_holds_a_fixed_fair_sample_out(write_tfds, tmp_path):
     assert source.class_names == tuple("0123456789")
 
 
-def test_tfds_holds_out_no_more_than_cifar_does(write_tfds, tmp_path, monkeypatch):
+def test_tfds_holds_out_at_most_as_many_as_cifar(write_tfds, tmp_path, monkeypatch):
     monkeypatch.setattr(tfds, "VALIDATION_IMAGES", 3)
     write_tfds(tmp_path, "mnist", {"train": labelled(noise(100, (28, 28, 1))), "test": labelled(noise(5, (28, 28, 1)))})
     assert sizes(sources.load("tfds:mnist", tmp_path)) == [97, 3, 5]
 
 
-def test_tfds_takes_a_config_and_images_of_any_size(write_tfds, tmp_path):
-    # Of one colour each: the set keeps JPEGs.
+def test_tfds_loads_a_config_with_images_of_any_size(write_tfds, tmp_path):
+    # Of one colour each, as this data set stores JPEGs.
     photos = [np.full((20 + i, 40, 3), (8 * i, 100, 200), "uint8") for i in range(30)]
     name = "imagenette/160px-v2"
     write_tfds(tmp_path, name, {"train": labelled(photos), "validation": labelled(photos[:8])})
@@ -189,7 +190,7 @@ def test_tfds_takes_a_config_and_images_of_any_size(write_tfds, tmp_path):
     assert sources.load(f"tfds:{name}:1.0.0", tmp_path).test.images.shape == (8, 32, 32, 3)
 
 
-def test_tfds_without_a_test_split_holds_it_out(write_tfds, tmp_path):
+def test_tfds_holds_out_a_test_split_if_there_is_none(write_tfds, tmp_path):
     write_tfds(tmp_path, "tf_flowers", {"train": labelled(noise(50), 5)})
     source = sources.load("tfds:tf_flowers", tmp_path)
     assert sizes(source) == [40, 5, 5]
@@ -198,12 +199,12 @@ def test_tfds_without_a_test_split_holds_it_out(write_tfds, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "kmnist", "fashion_mnist"])
-def test_a_mirrored_character_is_another_one(write_tfds, tmp_path, name):
+def test_characters_are_not_mirrored(write_tfds, tmp_path, name):
     write_tfds(tmp_path, name, {"train": labelled(noise(20, (28, 28, 1)))})
     assert sources.load(f"tfds:{name}", tmp_path).mirror == (name == "fashion_mnist")
 
 
-def test_the_names_of_characters_are_tfds_own():
+def test_tfds_has_all_data_sets_of_characters():
     import tensorflow_datasets
 
     assert set(tensorflow_datasets.list_builders(with_community_datasets=False)) >= tfds.CHARACTERS
@@ -212,33 +213,36 @@ def test_the_names_of_characters_are_tfds_own():
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("nosuch", "tensorflow-datasets knows no nosuch"),
-        ("imdb_reviews", "imdb_reviews has no images with a class each, but text, label"),
-        ("coco", "coco has no images with a class each"),
+        ("nosuch", "unknown data set: nosuch is neither in tensorflow-datasets nor in "),
+        (
+            "imdb_reviews",
+            "imdb_reviews is not for image classification, which needs an image and one label. Its features: text, label",
+        ),
+        ("coco", "coco is not for image classification"),
         ("imagenette/nosuch", "BuilderConfig nosuch not found with version 1.0.0"),
         ("mnist:9.9.9", "mnist cannot be loaded at version 9.9.9"),
         ("no name", "Parsing builder name string no name failed"),
     ],
 )
-def test_what_is_no_image_classification_is_named(tmp_path, name, part, reached):
+def test_other_data_sets_are_errors(tmp_path, name, part, reached):
     error = error_of(f"tfds:{name}", tmp_path)
     assert (type(error), error.argument) == (DataError, "dataset")
     assert part in error.summary
     assert not reached
 
 
-def test_a_set_without_a_training_split_is_named(write_tfds, tmp_path):
+def test_a_data_set_without_a_train_split_is_an_error(write_tfds, tmp_path):
     write_tfds(tmp_path, "mnist", {"test": labelled(noise(5, (28, 28, 1)))})
-    assert "mnist has no split to train on: it has test" in error_of("tfds:mnist", tmp_path).summary
+    assert "mnist has no split named train. Its splits: test" in error_of("tfds:mnist", tmp_path).summary
 
 
-def test_labels_that_are_kept_back_are_an_error(write_tfds, tmp_path):
-    kept_back = [{"image": image, "label": -1} for image in noise(5, (28, 28, 1))]
-    write_tfds(tmp_path, "mnist", {"train": labelled(noise(20, (28, 28, 1))), "test": kept_back})
-    assert "labels of its split test" in error_of("tfds:mnist", tmp_path).summary
+def test_labels_that_are_not_public_are_an_error(write_tfds, tmp_path):
+    unlabelled = [{"image": image, "label": -1} for image in noise(5, (28, 28, 1))]
+    write_tfds(tmp_path, "mnist", {"train": labelled(noise(20, (28, 28, 1))), "test": unlabelled})
+    assert "mnist has no labels for its split test" in error_of("tfds:mnist", tmp_path).summary
 
 
-def test_hosts_are_tried_before_tfds_does(tmp_path, reached):
+def test_hosts_are_tried_before_tfds_downloads(tmp_path, reached):
     error = error_of("tfds:svhn_cropped", tmp_path)
     assert type(error) is UnavailableError
     assert reached == [("ufldl.stanford.edu", 80)]
@@ -248,8 +252,8 @@ def test_hosts_are_tried_before_tfds_does(tmp_path, reached):
 
 
 @pytest.mark.parametrize("name", ["mnist", "imagenet2012"])
-def test_tfds_downloads_where_the_way_is_open(tmp_path, monkeypatch, name):
-    """Or where it is the user who downloads: ImageNet's files are asked for by nobody."""
+def test_a_failed_download_is_an_error(tmp_path, monkeypatch, name):
+    """The hosts of ImageNet, which the user downloads by hand, are not tried first."""
     import tensorflow_datasets
 
     def download(self):
@@ -272,7 +276,7 @@ def test_real_cifar10():
     assert np.bincount(source.test.labels).tolist() == [1_000] * 10
     assert np.bincount(source.validation.labels).min() > 400
     pixels = source.train.images.reshape(-1, 3) / np.float32(255)
-    # A JPEG copy's are a little off.
+    # Those of a JPEG copy differ a little.
     np.testing.assert_allclose(pixels.mean(axis=0, dtype="float64"), source.mean, atol=0.01)
     np.testing.assert_allclose(pixels.std(axis=0, dtype="float64"), source.std, atol=0.01)
 
@@ -280,7 +284,7 @@ def test_real_cifar10():
 @pytest.mark.skipif(
     not (TFDS_DATA_DIR / "cifar10").is_dir(), reason="set TFDS_DATA_DIR to a folder in which TFDS prepared CIFAR-10"
 )
-def test_the_accurate_decoder_of_tensorflow_gives_the_pixels_that_are_trained_on():
+def test_cifar10_decodes_as_with_tensorflows_accurate_dct():
     builder, keys = tfds._builder("cifar10", "CIFAR-10", None)
     files = [data.numpy() for data, _ in tfds._encoded(builder, "test[:400]", keys)]
     for data in files:

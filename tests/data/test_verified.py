@@ -13,15 +13,15 @@ from cvt_keras.errors import RunError
 SOURCE = small_source("1a 2b 3a", "4b 5a", "6a 7b")
 
 
-def test_only_what_a_run_tested_on_is_left_in_its_test_split():
-    found = small_source("6a 2b 8a", "4b 5a", "1'a 7b 9a")
-    images = verified.settle(found, ImageRecord.of_source(SOURCE), "images.csv")
+def test_the_test_split_holds_only_test_images_of_the_run():
+    source = small_source("6a 2b 8a", "4b 5a", "1'a 7b 9a")
+    images = verified.settle(source, ImageRecord.of_source(SOURCE), "images.csv")
     assert written(images.source) == ["1'a 2b", "4b 5a", "6a 7b"]
     note = "Images differ from those of the run: 1 missing, 2 new. New ones are left out."
     assert (images.held_out, images.notes, images.warnings) == ("verified", (note,), [note])
 
 
-def test_without_a_record_a_folder_is_not_verified_and_a_set_of_fixed_splits_is():
+def test_only_a_folder_needs_a_record_to_be_verified():
     images = verified.settle(SOURCE, None, "images.csv")
     assert (images.source, images.held_out) == (SOURCE, "held-out images not verified")
     assert images.warnings == [f"held-out images not verified. {images.unverified}"]
@@ -36,7 +36,7 @@ def test_a_damaged_record_is_an_error(tmp_path):
         verified.load(tmp_path / "images.csv", "folder", tmp_path, 8)
 
 
-def test_the_test_images_alone_are_enough(tmp_path):
+def test_test_images_are_enough(tmp_path):
     photos = tmp_path / "photos"
     for name in ("cat", "dog"):
         for i in range(10):
