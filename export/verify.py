@@ -243,17 +243,18 @@ def _saved_model(folder, images):
             rows.append(serve(images=tf.constant(batch))["probabilities"].numpy())
             bar.update(len(batch))
     probabilities = np.concatenate(rows)
-    # The other signatures must agree. Where one does not, its answer replaces the first, so that `compare` sees the difference.
+    # The other signatures must agree. Where one does not, its answer replaces the default's, so `compare` sees it.
     done = 0
     for batch in batches(images[:REFERENCE_IMAGES]):
         encoded = tf.constant([tf.io.encode_png(image).numpy() for image in batch])
-        first = probabilities[done : done + len(batch)]
+        rows = probabilities[done : done + len(batch)]
+        default = rows.copy()
         for other in (
             loaded.signatures["serving_bytes"](image_bytes=encoded)["probabilities"],
             tf.nn.softmax(loaded.signatures["logits"](images=tf.constant(batch))["logits"]),
         ):
-            differs = np.abs(other.numpy() - first).max(axis=1) > 1e-5
-            first[differs] = other.numpy()[differs]
+            differs = np.abs(other.numpy() - default).max(axis=1) > 1e-5
+            rows[differs] = other.numpy()[differs]
         done += len(batch)
     one = tf.constant(images[:1])
     milliseconds = _median_milliseconds(lambda: serve(images=one)["probabilities"].numpy())
