@@ -61,6 +61,8 @@ def _floats(stage, activation, tmp_path):
     file = tmp_path / "int8.tflite"
     file.write_bytes(tflite.convert(build_classifier(variant, 2, (16, 16, 3)), ["a", "b"], "int8", images))
     answers = verify.answer(file, images)
+    # The output is uint8 with a scale of 1/256.
+    np.testing.assert_allclose(answers["probabilities"].sum(axis=1), 1, rtol=0, atol=2 / 256)
     return dict(zip(answers["float_tensors"], answers["float_reasons"]))
 
 
