@@ -1,6 +1,6 @@
-"""What leaves the project: SavedModel and TFLite files, each checked in the runtime that its users run.
+"""Exports: SavedModel and TFLite files, each verified in the runtime that its users run.
 
-The names are imported when they are first used: `export` needs TensorFlow, the client of a server and the page do not.
+Names are imported on first use: `export` needs TensorFlow, the serving client and the web page do not.
 """
 
 from typing import TYPE_CHECKING

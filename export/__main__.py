@@ -1,4 +1,4 @@
-"""The command `cvt-keras export`: flags in, one call of `cvt_keras.export.export`."""
+"""The command `cvt-keras export`: parses flags and calls `cvt_keras.export.export`."""
 
 import dataclasses
 import os
@@ -19,16 +19,16 @@ from .verify import FORMATS, checked, summary
 class Arguments:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder."""
-    formats: tuple[Literal[FORMATS], ...] = FORMATS  # type: ignore[valid-type]  # which wants the names written here
-    """What to write."""
+    formats: tuple[Literal[FORMATS], ...] = FORMATS  # type: ignore[valid-type]  # a checker wants literal names
+    """Formats to write."""
     data_dir: str | None = None
-    """Where the run's data set lies now, if not where it was."""
+    """Folder of the run's data set, if it has moved."""
     verify_images: int | None = None
     """Verify on the first N test images only."""
 
 
 def parse(argv):
-    """Reads the command line. Raises a `UserError` for a value that no export can have."""
+    """Parses the command line. Raises an `ArgumentError` for an invalid value."""
     description = "Write a run as SavedModel and TFLite files, and verify each of them."
     arguments = tyro.cli(Arguments, prog="cvt-keras export", description=description, args=argv)
     checked(arguments.formats, arguments.verify_images)
@@ -45,15 +45,15 @@ def main(argv):
     try:
         artifacts = export(arguments.run, arguments.formats, arguments.data_dir, arguments.verify_images)
     except KeyboardInterrupt as stop:
-        raise type(stop)("Files that were verified are kept; what was being written is removed") from stop
+        raise type(stop)("Verified files are kept; the unfinished one is removed") from stop
     console = Console()
     if console.is_terminal:
         console.print(_table(artifacts))
     failed = [artifact for artifact in artifacts if not artifact.passed]
     for artifact in failed:
-        broken = ", ".join(f"{name} ({artifact.bounds.get(name)} at most)" for name in artifact.broken)
+        broken = ", ".join(f"{name} (at most {artifact.bounds.get(name)})" for name in artifact.broken)
         print(
-            f"cvt-keras export: {artifact.name} is out of its bounds in {broken}, and was not put into "
+            f"cvt-keras export: {artifact.name} exceeds its bounds for {broken} and was not written to "
             f"{arguments.run / artifact.path}: {summary(artifact)}. Test image {artifact.worst_image} differs most",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""Writes a run's model in the forms that others run, each verified on real images."""
+"""Exports a run as SavedModel and TFLite files, and verifies each on the run's test images."""
 
 import dataclasses
 import sys
@@ -24,7 +24,7 @@ from . import saved_model, tflite
 from .verify import BOUNDS, FORMATS, LEAST_IMAGES, QUANTIZED, Artifact, batches, checked, summary, verify
 
 IMAGES = "images.npy"
-FEW_IMAGES = 100  # one of them is a whole point of accuracy
+FEW_IMAGES = 100  # with fewer, one image counts for more than a point of accuracy
 
 
 def export(
@@ -33,26 +33,26 @@ def export(
     data_dir: str | None = None,
     verify_images: int | None = None,
 ) -> list[Artifact]:
-    """Writes a run as SavedModel and TFLite files into `RUN/export/`, and their table into `report.html`.
+    """Exports a run as SavedModel and TFLite files into `RUN/export/`, and adds their table to `report.html`.
 
-    Each file is verified on the run's test images; of a folder, on those that the run's images.csv names. A file that is out of
-    its bounds is in the report, but is not put into `RUN/export/`; nor is one that can't be run.
+    Verifies each file on the run's test images. For a run on a folder of images, images.csv lists them. A file that exceeds its
+    bounds is in the report, but not in `RUN/export/`.
 
     Args:
         run_dir: the folder of a finished run.
-        formats: what to write, of `FORMATS`.
-        data_dir: where the run's data set lies now; `None` means where it was.
-        verify_images: the number of test images to verify on; `None` means all that the run was tested on.
+        formats: which of `FORMATS` to write.
+        data_dir: the folder of the run's data set; `None` means the folder in its recipe.
+        verify_images: verify on this many test images; `None` means all that the run was tested on.
 
     Returns:
         An `Artifact` for each of `formats`; those that were not written have `passed=False`.
 
     Raises:
-        ArgumentError: for an argument that can't be, or on another Keras backend than TensorFlow.
+        ArgumentError: if an argument is invalid, or the Keras backend is not TensorFlow.
         RunError: if `run_dir` holds no finished run, is damaged, or is in use.
-        DataError: if the images can't be had, or none of the run's test images is among them.
-        ExportError: if a file can't be made or run. Files that were verified before it are kept, and are in the report.
-        OutOfMemoryError: if the network does not fit into the memory.
+        DataError: if the images are missing, or none of the run's test images is among them.
+        ExportError: if a file can't be written or run. Files that were verified before it are kept, and are in the report.
+        OutOfMemoryError: if the network does not fit into memory.
         OSError: if a file can't be written.
     """
     run_dir = Path(run_dir)
@@ -64,25 +64,25 @@ def export(
     class_names = preprocessing_of(classifier).class_names
     if class_names != tuple(source.class_names):
         raise RunError(
-            f"{run_dir} was trained on other classes than those of {source.name}",
+            f"{run_dir} was trained on other classes than {source.name} has",
             argument="data_dir",
-            hint="Give the images that it was trained on by --data-dir",
+            hint="Set --data-dir to the images that it was trained on",
         )
     for warning in images_of_run.warnings:
         _warn(warning)
     if not len(source.test):
-        raise _gone("test", run_dir)
+        raise _no_images("test", run_dir)
     test = source.test.limit(recipe.test_limit).limit(verify_images)
     images = _pixels(test.images, recipe.image_size)
     quantized = quantized_cvt_of(classifier) is not None
-    # Float files of a quantised network are made of its weights without the roundings.
+    # The float formats of a quantised network use its weights without the rounding.
     networks = {"int8": classifier, "float": float_form(classifier) if quantized else classifier}
     try:
         expected = {form: _probabilities(networks[form], images) for form in {_form(name, quantized) for name in formats}}
     except tf.errors.ResourceExhaustedError as error:
-        raise OutOfMemoryError(f"{run_dir / runs.MODEL} does not fit into the memory") from error
+        raise OutOfMemoryError(f"{run_dir / runs.MODEL} does not fit into memory") from error
     calibration = None
-    if "int8" in formats and not quantized:  # a quantised network holds the ranges that its training found
+    if "int8" in formats and not quantized:  # a quantised network stores the ranges from its training
         calibration = _calibration(run_dir, source.train.limit(recipe.train_limit), len(class_names), recipe)
 
     folder = run_dir / runs.EXPORT
@@ -90,13 +90,13 @@ def export(
     artifacts = []
     if len(images) < FEW_IMAGES:
         _warn(
-            f"only {len(images)} test images, too few to measure a loss of accuracy. A file passes if fewer than "
-            f"{LEAST_IMAGES} of them differ"
+            f"only {len(images)} test images, too few to measure a loss of accuracy. A file passes if it differs from Keras on "
+            f"fewer than {LEAST_IMAGES} of them"
         )
     with runs.lock(folder), runs.scratch(folder) as scratch:
         np.save(scratch / IMAGES, images)
-        with runs.whole(folder / tflite.LABELS) as aside:
-            aside.write_text(tflite.labels_text(class_names), encoding="utf-8")
+        with runs.whole(folder / tflite.LABELS) as temporary:
+            temporary.write_text(tflite.labels_text(class_names), encoding="utf-8")
         for name in formats:
             file, path = scratch / name, _place(folder, name)
             form = _form(name, quantized)
@@ -111,18 +111,18 @@ def export(
             if artifact.passed:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 runs.place(file, path)
-            # After each artifact, as the next one may fail.
+            # After each artifact, because the next may fail.
             _report(folder, artifact, images_of_run, 0 if calibration is None else len(calibration))
             page.write(run_dir)
     return artifacts
 
 
 def _read(run_dir):
-    """A run's recipe and its classifier."""
+    """Reads a run's recipe and classifier."""
     runs.require_finished(run_dir)
     recipe = read_recipe(run_dir)
     if not zipfile.is_zipfile(run_dir / runs.MODEL):
-        raise RunError(f"{run_dir / runs.MODEL} is damaged", hint="Remove it, and resume the run: it is written again")
+        raise RunError(f"{run_dir / runs.MODEL} is damaged", hint="Remove it and resume the run, which writes it again")
     try:
         classifier = keras.saving.load_model(run_dir / runs.MODEL, compile=False)
         preprocessing_of(classifier)
@@ -134,17 +134,17 @@ def _read(run_dir):
 
 
 def _calibration(run_dir, train, num_classes, recipe):
-    """Training images that set the ranges of int8, squares of the network's size."""
+    """Training images that calibrate int8: uint8 `(n, size, size, 3)`."""
     if not len(train):
-        raise _gone("training", run_dir)
+        raise _no_images("training", run_dir)
     return _pixels(tflite.calibration_images(train, num_classes, recipe.seed), recipe.image_size)
 
 
-def _gone(split, run_dir):
+def _no_images(split, run_dir):
     return DataError(
-        f"none of the {split} images of {run_dir} is found",
+        f"none of the {split} images of {run_dir} was found",
         argument="data_dir",
-        hint="Name the folder where they are now with --data-dir; files may have been moved and renamed, but not changed",
+        hint="Set --data-dir to the folder that has them; files may be moved and renamed, but their pixels must not change",
     )
 
 
@@ -153,7 +153,7 @@ def _warn(text):
 
 
 def _form(name, quantized):
-    """Which form of a network an artifact is made of, and compared with."""
+    """The form of the network that an artifact is converted from and compared with."""
     return "int8" if name == "int8" and quantized else "float"
 
 
@@ -163,8 +163,8 @@ def _write(classifier, class_names, name, calibration, file):
             saved_model.write(classifier, class_names, file)
         else:
             file.write_bytes(tflite.convert(classifier, class_names, name, calibration))
-    except (tf.errors.OpError, ConverterError) as error:  # also for a full disk or memory
-        raise ExportError(f"{name} can't be made: {first_line(error)}") from error
+    except (tf.errors.OpError, ConverterError) as error:  # OpError also means a full disk or memory
+        raise ExportError(f"{name} can't be written: {first_line(error)}") from error
 
 
 def _probabilities(classifier, images):
@@ -173,7 +173,7 @@ def _probabilities(classifier, images):
 
 
 def _pixels(images, size):
-    """uint8 squares of the network's size, as training saw them."""
+    """Stretches images to the network's size, as training does: uint8 `(n, size, size, 3)`."""
     return np.concatenate([stretch(batch, size).numpy() for batch in batches(images)])
 
 
@@ -185,13 +185,13 @@ def _place(folder, name):
 
 
 def _report(folder, artifact, images_of_run, calibration_images):
-    """Puts an artifact's row into the report. The rows of other artifacts stay, also those of earlier exports."""
+    """Adds an artifact's row to the report, or replaces it. Keeps the other rows, also those of earlier exports."""
     path = folder / runs.REPORT
     try:
         report = runs.read_json(path) if path.exists() else {}
         rows = {row["name"]: row for row in report.get("artifacts", ())}
     except (RunError, LookupError, TypeError, AttributeError):
-        report, rows = {}, {}  # it was damaged
+        report, rows = {}, {}  # damaged: start a new one
     rows[artifact.name] = dataclasses.asdict(artifact)
     report |= {
         "artifacts": [rows[name] for name in FORMATS if name in rows],

@@ -1,4 +1,4 @@
-"""SavedModel for TF Serving: three signatures, labels inside, and requests that warm a server up."""
+"""SavedModel for TF Serving: three signatures, class names, and warm-up requests."""
 
 import keras
 import numpy as np
@@ -16,15 +16,19 @@ WARM_UP_BATCHES = (1, 8)
 def write(classifier, class_names, folder):
     """Writes a SavedModel.
 
-    Signatures: `serving_default(images)`, uint8 `(batch, height, width, 3)`, and `serving_bytes(image_bytes)`, strings of JPEG
-    or PNG `(batch,)`, each to `probabilities`, float32 `(batch, classes)`, and `classes`, strings `(batch,)`; `logits(images)`
-    to `logits`. An image that can't be decoded as in training is an INVALID_ARGUMENT; see `decoding`. `WARM_UP` holds a request
-    for each signature, which a server replays before it takes others.
+    Signatures:
+        `serving_default(images)`: uint8 `(batch, height, width, 3)` -> `probabilities`, float32 `(batch, classes)`, and
+            `classes`, strings `(batch,)`.
+        `serving_bytes(image_bytes)`: JPEG or PNG files, strings `(batch,)` -> the same. An image that can't be decoded as in
+            training fails with INVALID_ARGUMENT; see `decoding`.
+        `logits(images)`: as `serving_default` -> `logits`, float32 `(batch, classes)`.
+
+    `WARM_UP` holds requests for each signature, which a server replays before it accepts others.
 
     Args:
-        classifier: from float pixels in 0..255 to logits, as `build_classifier` makes it.
+        classifier: maps float pixels in 0..255 to logits, as `build_classifier` returns it.
         class_names: in the order of the logits.
-        folder: a path that is not there yet.
+        folder: where to write; must not exist.
     """
     shape = classifier.input_shape[1:]
     names = tf.constant(list(class_names))
@@ -37,15 +41,15 @@ def write(classifier, class_names, folder):
         return {"probabilities": probabilities, "classes": tf.gather(names, tf.argmax(probabilities, axis=-1))}
 
     def decode_all(image_bytes):
-        kind = tf.TensorSpec(shape, tf.uint8)
-        # One at a time: what a request takes of a server's memory is one image's, however many it holds.
-        return tf.map_fn(lambda data: square(decode(data)), image_bytes, fn_output_signature=kind, parallel_iterations=1)
+        spec = tf.TensorSpec(shape, tf.uint8)
+        # One at a time, so that a request never needs memory for more than one decoded image.
+        return tf.map_fn(lambda data: square(decode(data)), image_bytes, fn_output_signature=spec, parallel_iterations=1)
 
     def square(pixels):
         return tf.ensure_shape(stretch(pixels, shape[0]), shape)
 
     images = [tf.TensorSpec((None, *shape), tf.uint8, name="images")]
-    archive = keras.export.ExportArchive()  # finds the variables by itself; told of them by `track`, it saves each twice
+    archive = keras.export.ExportArchive()  # no `track`: it finds the variables, and would save each twice
     archive.add_endpoint("serving_default", answer, images)
     archive.add_endpoint("logits", lambda images: {"logits": logits(images)}, images)
     archive.add_endpoint(

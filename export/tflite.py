@@ -14,25 +14,25 @@ from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 LABELS = "labels.txt"
-# Each more of them may widen the range of an activation by an outlier, which costs all others precision.
+# More images bring more outliers, which widen the ranges of activations and cost precision.
 CALIBRATION_IMAGES = 100
 
 
 def convert(classifier, class_names, kind, calibration=None):
-    """The bytes of a TFLite file.
+    """Converts a classifier to the bytes of a TFLite file, which uses TFLite's builtin operations only.
 
-    It takes `images`, uint8 `(1, height, width, 3)`, and gives `probabilities` `(1, classes)`: float32, or uint8 with scale and
-    zero point for `"int8"`, which holds no float tensor. It needs TFLite's own operations alone.
+    Input: `images`, uint8 `(1, height, width, 3)`.
+    Output: `probabilities`, `(1, classes)`: float32, or for `"int8"` uint8 with scale and zero point.
 
     Args:
-        classifier: from float pixels in 0..255 to logits, as `build_classifier` makes it, in float32; or for `"int8"` one
-            trained for quantisation, which holds its ranges.
+        classifier: maps float pixels in 0..255 to logits, as `build_classifier` returns it, in float32; or for `"int8"` one
+            that was trained for quantisation and stores its ranges.
         class_names: in the order of the logits.
         kind: one of `verify.TFLITE_FORMATS`.
-        calibration: for `"int8"`: uint8 images `(n, height, width, 3)`, see `calibration_images`; `None` where the classifier
-            holds its ranges: they are taken as they are.
+        calibration: for `"int8"`: uint8 images `(n, height, width, 3)`, see `calibration_images`; `None` if the classifier
+            stores its ranges.
     """
-    # A uint8 signature would leave a cast and a float tensor in an integer file: that one's input is made uint8 afterwards.
+    # A uint8 signature would leave a cast and a float tensor in an int8 file, so the converter makes that input uint8.
     pixels = tf.float32 if kind == "int8" else tf.uint8
     shape = (1, *classifier.input_shape[1:])
 
@@ -41,12 +41,12 @@ def convert(classifier, class_names, kind, calibration=None):
         return {"probabilities": tf.nn.softmax(classifier(tf.cast(images, tf.float32), training=False))}
 
     with tempfile.TemporaryDirectory() as folder, _integer_layer_norm() if kind == "int8" else contextlib.nullcontext():
-        # Constants in place of variables, which calibration can't read; saved, as a function alone would lose the signature.
+        # Calibration can't read variables, so freeze them. Save, because a function alone would lose the signature.
         frozen = convert_variables_to_constants_v2(serve.get_concrete_function())
         signature = tf.function(lambda images: {"probabilities": frozen(images)[0]}, serve.input_signature, autograph=False)
         tf.saved_model.save(tf.Module(), folder, signatures=signature)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
-        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]  # no TensorFlow ops: phones have none
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]  # phones have no TensorFlow operations
         if kind != "float32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if kind == "float16":
@@ -61,15 +61,15 @@ def convert(classifier, class_names, kind, calibration=None):
 
 
 def calibration_images(split, num_classes, seed, n=CALIBRATION_IMAGES):
-    """About `n` images of a `Split`, as many of each class as there are, drawn by `seed`."""
+    """Draws about `n` images of a `Split`, equally many per class, or all of a class that has fewer."""
     random = np.random.default_rng(seed)
-    share = max(1, n // num_classes)
-    chosen = [random.permutation(np.flatnonzero(split.labels == label))[:share] for label in range(num_classes)]
+    per_class = max(1, n // num_classes)
+    chosen = [random.permutation(np.flatnonzero(split.labels == label))[:per_class] for label in range(num_classes)]
     return split.images[np.sort(np.concatenate(chosen))]
 
 
 def _whole_range(images):
-    """With a 0 and a 255 somewhere: the input's scale is 1 then and its zero point 0, so that raw pixels are what goes in."""
+    """Puts a 0 and a 255 among the pixels: then the input's scale is 1 and its zero point 0, and it takes raw pixels."""
     images = images.copy()
     images[0].flat[:2] = 0, 255
     return images
@@ -77,11 +77,11 @@ def _whole_range(images):
 
 @contextlib.contextmanager
 def _integer_layer_norm():
-    """Keras' LayerNormalization in the form that the converter makes integers of throughout, for what is traced in the block.
+    """Within the block, traces Keras' LayerNormalization in a form that converts to integers throughout.
 
     Keras adds -mean * scale to the shift, and the converter leaves that negation in floats.
     """
-    own = keras.layers.LayerNormalization.call
+    original = keras.layers.LayerNormalization.call
 
     def call(layer, inputs):
         centred = inputs - ops.mean(inputs, axis=-1, keepdims=True)
@@ -92,14 +92,14 @@ def _integer_layer_norm():
     try:
         yield
     finally:
-        keras.layers.LayerNormalization.call = own
+        keras.layers.LayerNormalization.call = original
 
 
 # === Metadata ===
 
 
 def _with_metadata(model, class_names):
-    """The file with its input and output described and `labels.txt` in it, as MediaPipe's ImageClassifier looks for them."""
+    """Adds what MediaPipe's ImageClassifier reads: descriptions of input and output, and `labels.txt`."""
     file = schema.ModelT.InitFromPackedBuf(model, 0)
     buffer = schema.BufferT()
     buffer.data = np.frombuffer(_metadata(), "uint8")
@@ -109,31 +109,30 @@ def _with_metadata(model, class_names):
     file.metadata = [*(file.metadata or []), entry]
     builder = flatbuffers.Builder(len(model) + 4096)
     builder.Finish(file.Pack(builder), b"TFL3")
-    # The labels follow as a zip archive, which is found from its end.
-    whole = io.BytesIO(bytes(builder.Output()))
-    with zipfile.ZipFile(whole, "a") as archive:
+    # The labels are appended as a zip archive, which readers find from the end of the file.
+    data = io.BytesIO(bytes(builder.Output()))
+    with zipfile.ZipFile(data, "a") as archive:
         archive.writestr(zipfile.ZipInfo(LABELS), labels_text(class_names))
-    return whole.getvalue()
+    return data.getvalue()
 
 
 def labels_text(class_names):
-    """What `LABELS` holds: a name a line, in the order of the output.
+    """The text of `labels.txt`: one class name per line, in the order of the output.
 
-    MediaPipe refuses a file with more or fewer lines than classes: a name's line breaks become spaces, and an empty name its
-    place.
+    MediaPipe requires one line per class, so line breaks in a name become spaces, and an empty name becomes its index.
     """
-    return "".join(f"{' '.join(name.splitlines()) or place}\n" for place, name in enumerate(class_names))
+    return "".join(f"{' '.join(name.splitlines()) or index}\n" for index, name in enumerate(class_names))
 
 
 def _metadata():
-    """The `ModelMetadata` of TFLite's metadata_schema.fbs, a slot of a table for each of its fields."""
+    """Builds the `ModelMetadata` of TFLite's metadata_schema.fbs. Slots are the numbers of its fields."""
     builder = flatbuffers.Builder(1024)
 
     def text(value):
         return builder.CreateString(value)
 
     def table(slots):
-        """Of slot -> offset of a string, vector or table, or a byte in `bytes`."""
+        """Builds a table from slot -> offset of a string, vector or table; or one byte."""
         builder.StartObject(max(slots) + 1)
         for slot, value in slots.items():
             if isinstance(value, bytes):
@@ -143,12 +142,12 @@ def _metadata():
         return builder.EndObject()
 
     def vector(offset):
-        """With one entry."""
+        """Builds a vector with one entry."""
         builder.StartVector(4, 1, 4)
         builder.PrependUOffsetTRelative(offset)
         return builder.EndVector()
 
-    rgb, image_properties, feature_properties, axis_labels = b"\1", b"\2", b"\1", b"\2"  # enums there
+    rgb, image_properties, feature_properties, axis_labels = b"\1", b"\2", b"\1", b"\2"  # the schema's enums
     image_content = table({0: image_properties, 1: table({0: rgb})})
     image = table({0: text("images"), 1: text("An image of raw pixels, 0 to 255."), 3: image_content})
     labels = table({0: text(LABELS), 1: text("Names of the classes, in the order of the output."), 2: axis_labels})

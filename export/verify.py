@@ -1,6 +1,6 @@
-"""Compares each artifact with the Keras model, on the same real images, in the runtime that its users run.
+"""Verifies each artifact against the Keras model, on the same test images, in the runtime that its users run.
 
-An artifact runs in a process of its own, which makes no Keras object:
+An artifact runs in its own process, which creates no Keras object:
 python -m cvt_keras.export.verify ARTIFACT IMAGES.npy ANSWERS.npz
 """
 
@@ -19,24 +19,24 @@ import numpy as np
 from cvt_keras import environment, runs
 from cvt_keras.errors import ArgumentError, ExportError
 
-# Pixels of a batch, 500 images of 32x32: attention's memory grows with the image.
+# Pixels per batch, 500 images of 32x32: the memory of attention grows with the image.
 BATCH_PIXELS = 512_000
-# For the median time of one image.
+# Calls of which the median time is taken, and calls before them.
 TIMED, WARM_UP = 200, 20
-# Of the first images: TFLite's reference kernels are 30 times slower than the default ones.
+# The reference kernels run on the first images only: they are 30 times slower than the default kernels.
 REFERENCE_IMAGES = 200
-# Fewer images than these are chance: they break no bound.
+# It takes so many images to break a bound; fewer may be chance.
 LEAST_IMAGES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What an artifact must keep to; `None` is no bound. `LEAST_IMAGES` that don't are needed to break one.
+    """The largest differences that an artifact may have; `None` means any. It takes `LEAST_IMAGES` images to break a bound.
 
     Args:
-        top1_drop: the Keras model's top-1 less the artifact's, a fraction of 1.
-        max_abs_diff: of a probability from the Keras model's.
-        reference_max_abs_diff: of a probability by the default kernels from the same by the reference kernels.
+        top1_drop: the Keras model's top-1 minus the artifact's, a fraction of 1.
+        max_abs_diff: absolute difference of a probability from the Keras model's.
+        reference_max_abs_diff: absolute difference of a probability between the default and the reference kernels.
     """
 
     top1_drop: float
@@ -45,20 +45,20 @@ class Bounds:
 
 
 BOUNDS = {
-    # The same operations in another order: rounding of float32.
+    # The same operations in another order: only float32 rounding differs.
     "saved_model": Bounds(0.0, 1e-4),
     "float32": Bounds(0.0, 1e-4, 1e-4),
-    # The weights lose 13 of their 24 bits; a probability near 1/2 turns that into a hundredth.
+    # The weights lose 13 of their 24 bits, which moves a probability near 1/2 by about a hundredth.
     "float16": Bounds(0.002, 0.02, 1e-3),
-    # Where Keras is unsure, 8 bits may turn the answer: only accuracy can be bounded. Kernels that round otherwise are a few
-    # hundredths apart.
+    # Where Keras is unsure, 8 bits may change the class: only accuracy can be bounded. Kernels that round differently are a
+    # few hundredths apart.
     "dynamic_int8": Bounds(0.002, None, 0.1),
     "int8": Bounds(0.01, None, 0.25),
 }
 FORMATS = tuple(BOUNDS)  # the one list of what an export can write
 TFLITE_FORMATS = tuple(name for name in FORMATS if name != "saved_model")
-# For the int8 file of a quantised network, which rounds in Keras too. What is left is how a kernel rounds on the way: at most
-# 0.10 on 10,000 images, without a loss.
+# For the int8 file of a quantised network, which rounds in Keras too. Kernels still round intermediate values differently:
+# by at most 0.10 on 10,000 images, without a loss of accuracy.
 QUANTIZED = Bounds(0.005, 0.2, 0.25)
 
 
@@ -67,22 +67,22 @@ class Artifact:
     """A row of export/report.json.
 
     Args:
-        name: as in `--formats`.
-        path: from the run folder.
-        bytes: of the file, or of all files of a SavedModel.
-        top1, agreement: share of the images that it gets right, and that it classifies as the Keras model does.
+        name: one of `FORMATS`.
+        path: relative to the run folder.
+        bytes: size of the file, or of all files of a SavedModel.
+        top1: share of the images that it classifies correctly.
+        agreement: share of the images that it classifies as the Keras model does.
         max_abs_diff: largest difference of a probability from the Keras model's.
-        reference_max_abs_diff: that of the default kernels from the reference kernels; `None` for a SavedModel.
-        milliseconds: median time of one image on one thread.
-        images: how many.
-        runtime: its name and version.
+        reference_max_abs_diff: largest difference between the default and the reference kernels; `None` for a SavedModel.
+        milliseconds: median time per image, on one thread.
+        images: number of test images.
+        runtime: name and version of the runtime.
         bounds: the fields of `Bounds`.
-        broken: which of them it does not keep to.
+        broken: names of the bounds that it breaks.
         passed: whether `broken` is empty.
-        worst_image: where the image with the largest difference, that of the broken bound if one is, stands in the test
-            split, from 0.
-        device: what it ran on.
-        float_tensors: what stays float in an integer file, each with the reason; empty for the others, float by design.
+        worst_image: index in the test split of the image with the largest difference; if a bound is broken, of that difference.
+        device: the processor that it ran on.
+        float_tensors: name -> reason, for each tensor that stays float in `int8`; empty for the other formats.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Artifact:
 
 
 def summary(artifact):
-    """What was measured, in a line."""
+    """The measurements of an artifact in one line."""
     floats = f", {len(artifact.float_tensors)} float tensors, see {runs.REPORT}" if artifact.float_tensors else ""
     return (
         f"{artifact.top1:.2%} top-1, {artifact.agreement:.2%} same as Keras, {artifact.milliseconds:.2f} ms, "
@@ -113,14 +113,16 @@ def summary(artifact):
 
 
 def checked(formats, verify_images):
-    """Returns the formats, each once.
+    """Returns the formats without duplicates.
 
     Raises:
-        ArgumentError: for an unknown format, or none, or fewer images than one.
+        ArgumentError: if a format is unknown, `formats` is empty, or `verify_images` is below 1.
     """
     formats = [formats] if isinstance(formats, str) else list(formats)
     if not formats or set(formats) - set(FORMATS):
-        raise ArgumentError(f"`formats` must be of {', '.join(FORMATS)}. Received: formats={formats}", argument="formats")
+        raise ArgumentError(
+            f"`formats` must be one or more of {', '.join(FORMATS)}. Received: formats={formats}", argument="formats"
+        )
     if verify_images is not None and verify_images < 1:
         raise ArgumentError(
             f"`verify_images` must be at least 1. Received: verify_images={verify_images}", argument="verify_images"
@@ -129,7 +131,7 @@ def checked(formats, verify_images):
 
 
 def batches(images):
-    """Splits images into batches that a network of any size can take."""
+    """Splits images into batches of up to `BATCH_PIXELS` pixels, at least one image each."""
     n = max(1, BATCH_PIXELS // (images.shape[1] * images.shape[2]))
     return (images[i : i + n] for i in range(0, len(images), n))
 
@@ -139,42 +141,42 @@ def verify(name, file, path, images, labels, expected, bounds=None):
 
     Args:
         name: one of `FORMATS`.
-        file: where it lies now: a SavedModel's folder, or a .tflite file.
-        path: where it will lie, relative to the run folder.
-        images: a file, as `numpy.save` writes it, of uint8 `(n, height, width, 3)`.
+        file: the folder of a SavedModel, or a .tflite file.
+        path: its final path, relative to the run folder.
+        images: a .npy file of uint8 `(n, height, width, 3)`.
         labels: int `(n,)`.
         expected: the Keras model's probabilities, float `(n, classes)`.
-        bounds: `Bounds`; `None` means those of `name`.
+        bounds: `Bounds`; `None` means `BOUNDS[name]`.
 
     Returns:
         An `Artifact`.
 
     Raises:
-        ExportError: if the runtime can't run it, with the last line that it wrote.
+        ExportError: if the runtime can't run it, with the last line of its stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
-        answers = Path(folder) / "answers.npz"
-        command = [sys.executable, "-m", "cvt_keras.export.verify", str(file), str(images), str(answers)]
+        output = Path(folder) / "answers.npz"
+        command = [sys.executable, "-m", "cvt_keras.export.verify", str(file), str(images), str(output)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ExportError(f"{name} does not run: {why_ended(done.returncode, done.stderr)}")
-        with np.load(answers) as found:
-            return compare(name, file, path, labels, expected, dict(found), bounds)
+        with np.load(output) as answers:
+            return compare(name, file, path, labels, expected, dict(answers), bounds)
 
 
 def why_ended(code, stderr):
-    """Why a process failed, in a line: the last one that it wrote, or the signal that killed it."""
+    """Why a process failed: the last line that it wrote, or the signal that killed it."""
     if code < 0:
-        return f"it was ended by {signal.Signals(-code).name}"
-    # TensorFlow's log says nothing about the failure.
+        return f"killed by {signal.Signals(-code).name}"
+    # Skip TensorFlow's log: it does not explain the failure.
     lines = [line for line in stderr.splitlines() if line.strip() and not re.match(r"[IWE]\d{4} |WARNING: All log", line)]
-    return lines[-1] if lines else f"it ended with {code}"
+    return lines[-1] if lines else f"exit code {code}"
 
 
-def compare(name, file, path, labels, expected, found, bounds=None):
+def compare(name, file, path, labels, expected, answers, bounds=None):
     """Compares what `answer` returns with the Keras model's probabilities.
 
-    Args: as in `verify`; `found` is what `answer` returns.
+    Args: as in `verify`; `answers` is what `answer` returns.
 
     Returns:
         An `Artifact`.
@@ -183,46 +185,46 @@ def compare(name, file, path, labels, expected, found, bounds=None):
         ExportError: if a probability is NaN or infinite.
     """
     bounds = bounds or BOUNDS[name]
-    probabilities, reference = found["probabilities"], found.get("reference")
+    probabilities, reference = answers["probabilities"], answers.get("reference")
     if not np.isfinite(probabilities).all():
         raise ExportError(f"{name} does not run: its probabilities are NaN or infinite")
-    apart = {"max_abs_diff": np.abs(probabilities - expected).max(axis=1)}
+    differences = {"max_abs_diff": np.abs(probabilities - expected).max(axis=1)}  # of each image
     if reference is not None:
-        apart["reference_max_abs_diff"] = np.abs(reference - probabilities[: len(reference)]).max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
-    lost = int((expected.argmax(axis=1) == labels).sum() - right.sum())
+        differences["reference_max_abs_diff"] = np.abs(reference - probabilities[: len(reference)]).max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    lost = int((expected.argmax(axis=1) == labels).sum() - correct.sum())
     broken = ["top1_drop"] if lost >= LEAST_IMAGES and lost > bounds.top1_drop * len(labels) else []
-    for field, differences in apart.items():
+    for field, values in differences.items():
         bound = getattr(bounds, field)
-        if bound is not None and np.count_nonzero(differences > bound) >= LEAST_IMAGES:
+        if bound is not None and np.count_nonzero(values > bound) >= LEAST_IMAGES:
             broken.append(field)
     files = [file] if file.is_file() else [part for part in file.rglob("*") if part.is_file()]
     return Artifact(
         name=name,
         path=path,
         bytes=sum(part.stat().st_size for part in files),
-        top1=float(right.mean()),
+        top1=float(correct.mean()),
         agreement=float((probabilities.argmax(axis=1) == expected.argmax(axis=1)).mean()),
-        max_abs_diff=float(apart["max_abs_diff"].max()),
-        reference_max_abs_diff=None if reference is None else float(apart["reference_max_abs_diff"].max()),
-        milliseconds=float(found["milliseconds"]),
+        max_abs_diff=float(differences["max_abs_diff"].max()),
+        reference_max_abs_diff=None if reference is None else float(differences["reference_max_abs_diff"].max()),
+        milliseconds=float(answers["milliseconds"]),
         images=len(labels),
-        runtime=str(found["runtime"]),
+        runtime=str(answers["runtime"]),
         device=environment.cpu(),
         bounds=dataclasses.asdict(bounds),
         broken=broken,
         passed=not broken,
-        worst_image=int(apart[next((field for field in broken if field in apart), "max_abs_diff")].argmax()),
-        float_tensors=dict(zip(found["float_tensors"].tolist(), found["float_reasons"].tolist())) if name == "int8" else {},
+        worst_image=int(differences[next((field for field in broken if field in differences), "max_abs_diff")].argmax()),
+        float_tensors=dict(zip(answers["float_tensors"].tolist(), answers["float_reasons"].tolist())) if name == "int8" else {},
     )
 
 
 def answer(file, images):
-    """An artifact's answers.
+    """Runs an artifact.
 
     Returns:
         A dict of `probabilities`, `(n, classes)`; `milliseconds`; `runtime`; and for a .tflite file `reference`, the
-        probabilities by the reference kernels of the first `REFERENCE_IMAGES`, `float_tensors` and `float_reasons`, strings.
+        probabilities of the first `REFERENCE_IMAGES` by the reference kernels; `float_tensors` and `float_reasons`, strings.
     """
     return _saved_model(file, images) if file.is_dir() else _tflite(file, images)
 
@@ -230,7 +232,7 @@ def answer(file, images):
 def _saved_model(folder, images):
     import tensorflow as tf
 
-    # Before TensorFlow starts: as the .tflite files are timed.
+    # One thread, as for .tflite files. Must be set before TensorFlow starts.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     loaded = tf.saved_model.load(str(folder))
@@ -241,17 +243,18 @@ def _saved_model(folder, images):
             rows.append(serve(images=tf.constant(batch))["probabilities"].numpy())
             bar.update(len(batch))
     probabilities = np.concatenate(rows)
-    # The other signatures must answer the same; what they say otherwise counts as a difference.
+    # The other signatures must agree. Where one does not, its answer replaces the default's, so `compare` sees it.
     done = 0
     for batch in batches(images[:REFERENCE_IMAGES]):
         encoded = tf.constant([tf.io.encode_png(image).numpy() for image in batch])
-        here = probabilities[done : done + len(batch)]
+        rows = probabilities[done : done + len(batch)]
+        default = rows.copy()
         for other in (
             loaded.signatures["serving_bytes"](image_bytes=encoded)["probabilities"],
             tf.nn.softmax(loaded.signatures["logits"](images=tf.constant(batch))["logits"]),
         ):
-            apart = np.abs(other.numpy() - here).max(axis=1) > 1e-5
-            here[apart] = other.numpy()[apart]
+            differs = np.abs(other.numpy() - default).max(axis=1) > 1e-5
+            rows[differs] = other.numpy()[differs]
         done += len(batch)
     one = tf.constant(images[:1])
     milliseconds = _median_milliseconds(lambda: serve(images=one)["probabilities"].numpy())
@@ -264,23 +267,23 @@ def _tflite(file, images):
     def run(resolver, images, kernels):
         interpreter = Interpreter(str(file), experimental_op_resolver_type=resolver, num_threads=1)
         interpreter.allocate_tensors()
-        [taken], [given] = interpreter.get_input_details(), interpreter.get_output_details()
+        [input_], [output] = interpreter.get_input_details(), interpreter.get_output_details()
         rows = []
         with _progress(len(images), f"{file.stem}, {kernels} kernels") as bar:
             for image in images:
-                interpreter.set_tensor(taken["index"], image[None])
+                interpreter.set_tensor(input_["index"], image[None])
                 interpreter.invoke()
-                rows.append(interpreter.get_tensor(given["index"])[0])
+                rows.append(interpreter.get_tensor(output["index"])[0])
                 bar.update()
         rows = np.stack(rows)
         if rows.dtype != np.float32:
-            scale, zero_point = given["quantization"]
+            scale, zero_point = output["quantization"]
             rows = (rows.astype("float32") - zero_point) * scale
         return interpreter, rows
 
     interpreter, probabilities = run(OpResolverType.AUTO, images, "default")
-    plain, reference = run(OpResolverType.BUILTIN_REF, images[:REFERENCE_IMAGES], "reference")
-    floats = _float_tensors(plain)
+    reference_interpreter, reference = run(OpResolverType.BUILTIN_REF, images[:REFERENCE_IMAGES], "reference")
+    floats = _float_tensors(reference_interpreter)
     return {
         "probabilities": probabilities,
         "reference": reference,
@@ -292,24 +295,24 @@ def _tflite(file, images):
 
 
 def _float_tensors(interpreter):
-    """The float tensors of a graph, each with the reason: the operation that the converter left in floats around it."""
+    """Maps each float tensor of a graph to the reason: the operation that the converter keeps in floats."""
     reasons = {}
-    # Private, but the only list of operations that LiteRT gives. Of the reference kernels: a delegate's would be one.
+    # Private, but LiteRT's only list of operations. With default kernels, a delegate would appear as one operation.
     for operation in interpreter._get_ops_details():
         for index in (*operation["inputs"], *operation["outputs"]):
             reasons.setdefault(int(index), f"the converter keeps {operation['op_name']} in floats here")
     return {
-        tensor["name"]: reasons.get(tensor["index"], "no operation takes it")
+        tensor["name"]: reasons.get(tensor["index"], "no operation uses it")
         for tensor in interpreter.get_tensor_details()
         if tensor["dtype"] in (np.float16, np.float32)
     }
 
 
-def _progress(n, said):
-    """A bar where someone looks; gone when it is full."""
-    from tqdm import tqdm  # here, as --help does without it
+def _progress(n, description):
+    """A progress bar, on a terminal only, that disappears when it is full."""
+    from tqdm import tqdm  # imported here to keep --help fast
 
-    return tqdm(total=n, desc=said, unit=" images", leave=False, disable=None, file=sys.stdout)
+    return tqdm(total=n, desc=description, unit=" images", leave=False, disable=None, file=sys.stdout)
 
 
 def _median_milliseconds(run):
@@ -322,5 +325,5 @@ def _median_milliseconds(run):
 
 
 if __name__ == "__main__":
-    artifact, images, answers = map(Path, sys.argv[1:])
-    np.savez(answers, **answer(artifact, np.load(images, mmap_mode="r")))
+    artifact, images, output = map(Path, sys.argv[1:])
+    np.savez(output, **answer(artifact, np.load(images, mmap_mode="r")))

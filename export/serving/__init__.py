@@ -1,1 +1,1 @@
-"""TF Serving: how the server is set up, and a client for it."""
+"""TF Serving: the configuration of a server, and a client."""

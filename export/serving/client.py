@@ -1,7 +1,7 @@
-"""Asks TF Serving what images show; also the command `cvt-keras classify`.
+"""A client for TF Serving, and the command `cvt-keras classify`.
 
-It needs neither Keras nor TensorFlow; gRPC needs the messages of tensorflow-serving-api. An image that the server does not read
-as training did is sent as a PNG of its pixels.
+Imports neither Keras nor TensorFlow; gRPC needs the messages of tensorflow-serving-api. An image that the server does not read
+as training did is decoded here and sent as a PNG.
 """
 
 import array
@@ -37,48 +37,48 @@ MODEL = "cvt"  # as in models.config
 SIGNATURE, INPUT = "serving_bytes", "image_bytes"
 ADDRESSES = {"grpc": "localhost:8500", "rest": "localhost:8501"}
 
-# What may have passed a moment later; anything else fails again.
+# Failures that may pass, which are retried.
 TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
-# Seconds before the first retry, doubled for each further one up to the longest; and up to a half more or less, so that
-# many clients do not come back at once.
+# Seconds before the first retry, doubled for each further one up to the longest. Each varies by up to a half, so that many
+# clients do not retry at once.
 BACKOFF, LONGEST_BACKOFF = 0.5, 10.0
-# A batch ends with the file that takes it past this, however many images it may have.
+# A batch ends with the file that exceeds this, even if it has fewer images than `batch`.
 BATCH_BYTES = 64_000_000
 LONGEST_TIMEOUT = 86_400
-# Where in the graph an error came up, which says nothing to whoever sent the image.
+# The place in the graph where an error arose, which does not help who sent the image.
 GRAPH = re.compile(r"\{\{.*?\}\} ?|\[\[.*|\[Op:.*")
-# Before what the export itself says of an image, each part of it in brackets.
+# Starts the export's own message about an image, whose parts are in brackets.
 ASSERTION = "assertion failed: "
 
-# gRPC's names for what REST tells by a number, as TF Serving translates them.
+# HTTP status -> gRPC status, as TF Serving translates them.
 CODES = {
     400: "INVALID_ARGUMENT",
     404: "NOT_FOUND",
     429: "RESOURCE_EXHAUSTED",
-    502: "UNAVAILABLE",  # not by the server, but by what stands before it
+    502: "UNAVAILABLE",  # from a proxy in front of the server
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
-# What an answer of another form means, as a code and a text.
-OTHER_MODEL = ("FAILED_PRECONDITION", "an answer of another form")
+# Code and text for an answer in another format.
+OTHER_MODEL = ("FAILED_PRECONDITION", "an answer in another format")
 NO_SERVING = ("an answer that is not TF Serving's", "the REST port is 8501 by default")
 NO_GRPC = ("an answer that is not gRPC's", "the gRPC port is 8500 by default")
 
-# What a terminal takes for: from the line's beginning on, nothing.
+# Makes a terminal erase the current line.
 ERASE = "\r\x1b[K"
 
 
 class _NotFoundError(ServingError):
-    """The server does not have the model; or, on a request for an answer, not its version."""
+    """The server does not have the model or, in answer to a prediction, the version."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What an image shows.
+    """The class of an image.
 
     Args:
         name: the most probable class.
-        probabilities: of every class, in the order of the export's labels.txt.
+        probabilities: one per class, in the order of the export's labels.txt.
     """
 
     name: str
@@ -86,19 +86,19 @@ class Answer:
 
 
 class Client:
-    """Asks one model on one server; a context manager.
+    """A client for one model on one server; a context manager.
 
     Args:
         address: "HOST:PORT"; `None` means `ADDRESSES[protocol]`.
         protocol: "grpc" or "rest".
         model: the name in the server's models.config.
-        version: `None` means the newest that is loaded.
+        version: the version to ask; `None` means the newest that is loaded.
         timeout: seconds for each try.
-        retries: how many more tries after a passing failure, each after a longer pause.
+        retries: how often to retry after a temporary failure, each time after a longer pause.
 
     Raises:
-        ArgumentError: for an argument that can't be.
-        MissingPackageError: if gRPC's packages are missing.
+        ArgumentError: if an argument is invalid.
+        MissingPackageError: if the packages for gRPC are missing.
     """
 
     def __init__(
@@ -114,15 +114,15 @@ class Client:
             raise _argument_error("protocol", f"be one of {', '.join(ADDRESSES)}", protocol)
         address = ADDRESSES[protocol] if address is None else address
         if not _is_address(address):
-            raise _argument_error("address", f"be HOST:PORT, as {ADDRESSES[protocol]}", address)
+            raise _argument_error("address", f"be HOST:PORT, such as {ADDRESSES[protocol]}", address)
         if not model:
-            raise _argument_error("model", f"be a name in models.config, as {MODEL}", model)
+            raise _argument_error("model", f"be a name in models.config, such as {MODEL}", model)
         if version is not None and version < 1:
             raise _argument_error("version", "be at least 1; leave it out for the newest", version)
         if not 0 < timeout <= LONGEST_TIMEOUT:
             raise _argument_error("timeout", f"be over 0 and at most {LONGEST_TIMEOUT} seconds", timeout)
         if retries < 0:
-            raise _argument_error("retries", "be at least 0, which is a single try", retries)
+            raise _argument_error("retries", "be at least 0, which means a single try", retries)
         self.address = address
         self.protocol = protocol
         self.model = model
@@ -142,21 +142,21 @@ class Client:
         self._server.close()
 
     def classify(self, images: Iterable[bytes]) -> list[Answer | ImageError]:
-        """Asks for all images at once, and for each alone if the server refuses the whole because of one.
+        """Classifies images in one request, or one by one if the server refuses that request because of an image.
 
         Args:
-            images: the `bytes` of image files, of any kind that `data.images.read` reads. Those that the server does not read
-                as training did are sent as PNGs of their pixels, and so is one that it refuses.
+            images: the `bytes` of image files, of any format that `data.images.read` reads. A file that the server refuses, or
+                does not read as training did, is decoded and sent as a PNG.
 
         Returns:
             For each image an `Answer`, or the `ImageError` that says why there is none.
 
         Raises:
-            ArgumentError: if one of them is not `bytes`.
+            ArgumentError: if an image is not `bytes`.
             ServingError: if the server does not answer.
         """
-        # One bad image fails its whole batch, and on a server that merges requests also those of strangers. So what can't be
-        # read here is not sent.
+        # One bad image fails its whole request and, on a server that merges requests, those of other clients. So an image that
+        # can't be read here is not sent.
         images = _checked(images)
         files = [_for_server(image) for image in images]
         sent = [file for file in files if isinstance(file, bytes)]
@@ -169,22 +169,22 @@ class Client:
         return [next(answers) if isinstance(file, bytes) else file for file in files]
 
     def predict(self, images: Iterable[bytes]) -> list[Answer]:
-        """One request, tried again after passing failures.
+        """Classifies images in one request, which is retried after temporary failures.
 
         Args:
-            images: as in `classify`, one or more.
+            images: as in `classify`, at least one.
 
         Returns:
-            An `Answer` for each.
+            An `Answer` for each image.
 
         Raises:
-            ArgumentError: if there are none, or one is not `bytes`.
-            ImageError: if one of them can't be read, or the server refuses one. The server does not say which.
-            ServingError: if it does not answer.
+            ArgumentError: if there are no images, or one is not `bytes`.
+            ImageError: if an image can't be read, or the server refuses one. The server does not say which.
+            ServingError: if the server does not answer.
         """
         images = _checked(images)
         if not images:
-            raise ArgumentError("`images` must be at least one. Received: none", argument="images")
+            raise ArgumentError("`images` must have at least one image. Received: none", argument="images")
         files = [image_files.for_server(image) for image in images]
         try:
             return self._predict(files)
@@ -203,22 +203,22 @@ class Client:
         """The versions of the model that the server has loaded, ascending.
 
         Raises:
-            ServingError: if it does not answer, or has no such model.
+            ServingError: if the server does not answer, or does not have the model.
         """
         return self._try(self._server.versions)
 
     def _alone(self, image: bytes, file: bytes) -> Answer | ImageError:
-        """Asks for one image.
+        """Classifies one image.
 
         Args:
             image: the bytes of its file.
-            file: what is sent for it.
+            file: the bytes to send for it.
         """
-        # A server that merges requests refuses a good image together with a stranger's bad one. Only an image that it refuses
-        # each time is bad.
+        # A server that merges requests refuses a good image together with another client's bad one. So an image is bad only if
+        # it is refused each time.
         tries = self.retries + 1
         for attempt in range(max(tries, 2) if file is image else tries):
-            if attempt and file is image:  # there are files that training reads and a server does not
+            if attempt and file is image:  # training reads some files that a server does not
                 try:
                     file = image_files.as_png(image)
                 except ImageError as error:
@@ -236,10 +236,10 @@ class Client:
             try:
                 return call()
             except _Failure as failure:
-                last = failure
+                last_failure = failure
                 if failure.code not in TRANSIENT:
                     break
-        raise self._error(last) from last
+        raise self._error(last_failure) from last_failure
 
     def _error(self, failure):
         """The error to raise for a `_Failure`."""
@@ -250,40 +250,40 @@ class Client:
             return ServingError(f"{server} is not available, {tries}: {text}", hint=f"To start one: {start_command()}")
         if code == "DEADLINE_EXCEEDED":
             return ServingError(
-                f"{server} gave no answer within {self.timeout:g} s, {tries}",
+                f"{server} did not answer within {self.timeout:g} s, {tries}",
                 argument="timeout",
-                hint="Give it a longer --timeout, or send fewer images at once by --batch",
+                hint="Set a longer --timeout, or send fewer images per request with --batch",
             )
         if code == "NOT_FOUND":
             return _NotFoundError(
                 f"{server} does not have the model {self.model}",
                 argument="model",
-                hint="Give --model a name in its models.config",
+                hint="Set --model to a name in its models.config",
             )
-        # REST calls several things a bad request.
+        # REST answers 400 for several faults.
         if code == "FAILED_PRECONDITION" or "Serving signature" in text:
             return ServingError(
                 f"the model {self.model} at {self.address} does not have an export's signature {SIGNATURE}",
                 argument="model",
-                hint="Name another with --model",
+                hint="Set --model to another model of the server",
             )
         if code == "INVALID_ARGUMENT" and "larger than maximum" in text:
             return ServingError(
-                f"{server} does not take so many images at once: {text}", argument="images", hint="Give a smaller --batch"
+                f"{server} does not accept so many images per request: {text}", argument="images", hint="Set a smaller --batch"
             )
         if code == "INVALID_ARGUMENT":
             return ImageError(f"refused by the server: {_about_the_image(text)[:200]}")
         return ServingError(f"{server} failed with {code}: {text[:200]}")
 
     def _missing(self, loaded):
-        """The error for a model of which the server has loaded the versions `loaded`."""
+        """The error for a missing model or version. `loaded` are the versions that the server has loaded."""
         server = f"the server at {self.address}"
         if self.version is None or not loaded:
-            return ServingError(f"{server} has no version of {self.model} loaded at the moment; its log says why")
+            return ServingError(f"{server} has not loaded any version of {self.model}; its log says why")
         return ServingError(
-            f"{server} does not have version {self.version} of {self.model}, but {', '.join(map(str, loaded))}",
+            f"{server} does not have version {self.version} of {self.model}, only {', '.join(map(str, loaded))}",
             argument="version",
-            hint="Name one of them with --version",
+            hint="Set --version to one of them, or leave it out",
         )
 
 
@@ -295,7 +295,7 @@ def start_command():
 
 
 def _about_the_image(text):
-    """The part of a server's text that says something about the image."""
+    """The part of a server's message that concerns the image."""
     text = GRAPH.sub("", text).strip()
     if text.startswith(ASSERTION):
         text = text.removeprefix(ASSERTION).translate({ord(bracket): None for bracket in "[]"})
@@ -303,11 +303,13 @@ def _about_the_image(text):
 
 
 def _checked(images):
-    """-> a list of them."""
+    """Returns `images` as a list, or raises an `ArgumentError` if one is not `bytes`."""
     images = list(images)
     for image in images:
         if not isinstance(image, bytes):
-            raise ArgumentError(f"`images` must be the bytes of files. Received: {type(image).__name__}", argument="images")
+            raise ArgumentError(
+                f"`images` must hold the bytes of image files. Received: {type(image).__name__}", argument="images"
+            )
     return images
 
 
@@ -331,11 +333,11 @@ def _is_address(address):
 
 
 class _Failure(Exception):
-    """What a server says instead of an answer.
+    """A server's error.
 
     Args:
         code: the name of a gRPC status.
-        text: the server's words.
+        text: the server's message.
     """
 
     def __init__(self, code, text):
@@ -346,7 +348,7 @@ class _Failure(Exception):
 
 @contextlib.contextmanager
 def _read(code, text):
-    """Raises a `_Failure` if the block finds that a part of an answer is missing or of another type."""
+    """Raises a `_Failure` if the block fails because a part of an answer is missing or has another type."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -378,8 +380,8 @@ class _Grpc:
         self.string = types_pb2.DT_STRING
         self.messages = predict_pb2, get_model_status_pb2
         self.model, self.version, self.timeout = model, version, timeout
-        # By default gRPC receives 4 MB at most, waits longer for a connection after a failure than a retry here, and goes to
-        # $http_proxy even for this machine.
+        # By default gRPC receives at most 4 MB, waits longer before it reconnects than a retry here, and uses $http_proxy even
+        # for this machine.
         options = {
             "max_receive_message_length": -1,
             "max_send_message_length": -1,
@@ -403,7 +405,7 @@ class _Grpc:
         with _read(*OTHER_MODEL):
             names = [name.decode() for name in outputs["classes"].string_val]
             flat = outputs["probabilities"]
-            # A flag of the server says which of the two it fills.
+            # Which of the two is filled depends on a flag of the server.
             flat = list(flat.float_val) or array.array("f", flat.tensor_content).tolist()
             width = len(flat) // len(images)
             return _answers(names, [flat[i * width : (i + 1) * width] for i in range(len(images))], images)
@@ -448,10 +450,10 @@ class _Rest:
         return self._call("GET", self.model, available)
 
     def close(self):
-        pass  # a connection for each request
+        pass  # each request has its own connection
 
     def _call(self, method, path, read, body=None):
-        """What `read` makes of the answer's JSON."""
+        """Returns what `read` makes of the answer's JSON."""
         connection = _Connection(self.host, self.port, timeout=self.timeout)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"})
@@ -462,7 +464,7 @@ class _Rest:
         except OSError as error:
             raise _Failure("UNAVAILABLE", error.strerror or str(error)) from error
         except http.client.IncompleteRead as error:
-            raise _Failure("UNAVAILABLE", "the answer broke off") from error
+            raise _Failure("UNAVAILABLE", "the connection closed in the middle of the answer") from error
         except http.client.HTTPException as error:
             raise _Failure(*NO_SERVING) from error
         finally:
@@ -478,10 +480,10 @@ class _Rest:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection whose `timeout` bounds the whole exchange.
+    """A connection whose `timeout` limits the whole exchange.
 
-    By hand, as the time-outs of http.client, requests and urllib3 bound each operation of the socket: a server that sends a
-    byte now and then would hold the client for ever.
+    The timeouts of http.client, requests and urllib3 limit each operation of the socket: a server that sends a byte now and
+    then would hold the client forever.
     """
 
     def connect(self):
@@ -501,10 +503,10 @@ class _Socket(socket.socket):
         return super().sendall(*arguments)
 
     def _keep_deadline(self):
-        left = self.deadline - time.monotonic()
-        if left <= 0:
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
             raise TimeoutError
-        self.settimeout(left)
+        self.settimeout(seconds)
 
 
 def _answers(names, rows, images):
@@ -519,55 +521,55 @@ def _answers(names, rows, images):
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Image files (JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF), or folders with such files, at any depth and with any names. A
-    file that is not an image or can't be read is named on stderr, and the exit code is then 1. Skipped silently in folders:
-    hidden files, and what systems leave behind (Thumbs.db, desktop.ini, @eaDir, __MACOSX and the like)."""
+    """Image files (JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF), or folders, which are searched at any depth. A file that is not an
+    image or can't be read is named on stderr, and the exit code is then 1. Skipped silently in folders: hidden files, and those
+    that systems leave behind (Thumbs.db, desktop.ini, @eaDir, __MACOSX and the like)."""
     address: str | None = None
-    """HOST:PORT of the server; localhost:8500, or localhost:8501 for REST."""
+    """HOST:PORT of the server; by default localhost:8500, or localhost:8501 with --protocol rest."""
     protocol: Literal["grpc", "rest"] = "grpc"
-    """How it is asked."""
+    """The protocol of the server's port."""
     model: str = MODEL
     """The model's name in models.config."""
     version: int | None = None
-    """Which export; by default the newest."""
+    """Version of the export; by default the newest."""
     batch: int = 32
-    """Images in a request; by batching.config the server takes 256."""
+    """Images per request; batching.config allows 256."""
     timeout: float = 10.0
     """Seconds for each try of a request."""
     retries: int = 3
-    """How many more tries where the server is not available or late."""
+    """How often to retry if the server is not available or late."""
     top: int = 1
-    """Write this many classes for each image."""
+    """Classes to print per image, most probable first."""
     labels: Path | None = None
-    """The export's labels.txt, for the names of the classes after the first; by default they are numbers."""
+    """The export's labels.txt. Without it, --top prints classes after the first as numbers."""
 
 
 def parse(argv):
-    """The flags of a command line.
+    """Parses the command line.
 
     Raises:
-        SystemExit: by tyro, for flags that it refuses and for `--help`.
+        SystemExit: from tyro, for invalid flags and for `--help`.
     """
     settings = {"prog": "cvt-keras classify", "description": "Ask TF Serving what images show.", "args": argv}
-    arguments, more = tyro.cli(Arguments, **settings, return_unknown_args=True)
-    if any(word.startswith("-") for word in more):
-        return tyro.cli(Arguments, **settings)  # ends here, with the name of the unknown flag
-    # Images that stand after a flag, while others stand before it.
-    return dataclasses.replace(arguments, images=(*arguments.images, *map(Path, more)))
+    arguments, rest = tyro.cli(Arguments, **settings, return_unknown_args=True)
+    if any(word.startswith("-") for word in rest):
+        return tyro.cli(Arguments, **settings)  # exits, and names the unknown flag
+    # With images on both sides of a flag, tyro takes those before it, and `rest` has those after it.
+    return dataclasses.replace(arguments, images=(*arguments.images, *map(Path, rest)))
 
 
 def _files(paths):
-    """Yields the files that `paths` name, or that lie in these folders, as `files.within` does."""
+    """Yields the files of `paths`, which are files or folders, in pairs as `files.within` does."""
     rule = "be files or folders of images"
     if not paths:
         raise ArgumentError(f"`images` must {rule}. Received: none", argument="images")
     for path in paths:
         if not path.exists():
             raise ArgumentError(f"`images` must {rule}. Received: {path}, which does not exist", argument="images")
-        found = list(image_files.within(path)) if path.is_dir() else [(path, None)]
-        if not found:
+        files = list(image_files.within(path)) if path.is_dir() else [(path, None)]
+        if not files:
             raise ArgumentError(f"`images` must {rule}. Received: {path}, an empty folder", argument="images")
-        yield from found
+        yield from files
 
 
 def _labels(file):
@@ -580,52 +582,53 @@ def _labels(file):
 
 
 def _batches(files, size):
-    """Yields lists of up to `size` files, each with its `bytes`, or with an `ImageError` if it can't be read."""
-    batch, held = [], 0
+    """Yields lists of up to `size` pairs: a file, and its `bytes` or the `ImageError` that says why it can't be read."""
+    batch, batch_bytes = [], 0
     for file, error in files:
         image = error
         if error is None:
             try:
                 image = image_files.read(file)
-                held += len(image)
-            except ImageError as unread:
-                image = unread
+                batch_bytes += len(image)
+            except ImageError as reason:
+                image = reason
         batch.append((file, image))
-        if len(batch) == size or held > BATCH_BYTES:
+        if len(batch) == size or batch_bytes > BATCH_BYTES:
             yield batch
-            batch, held = [], 0
+            batch, batch_bytes = [], 0
     if batch:
         yield batch
 
 
 def _line(file, answer, top, labels):
-    """The line of an answer: file, class, probability, next class, ..., separated by tabs."""
-    chances = answer.probabilities
-    order = sorted(range(len(chances)), key=lambda index: -chances[index])
-    if labels and (len(labels) != len(chances) or labels[order[0]] != answer.name):
+    """Formats an answer: file, class, probability, next class, and so on, separated by tabs."""
+    probabilities = answer.probabilities
+    order = sorted(range(len(probabilities)), key=lambda index: -probabilities[index])
+    if labels and (len(labels) != len(probabilities) or labels[order[0]] != answer.name):
         raise ServingError(
-            f"`labels` are those of another model: it calls class {order[0]} of {len(chances)} {answer.name}", argument="labels"
+            f"`labels` do not fit the model, which has {len(probabilities)} classes and names class {order[0]} {answer.name}",
+            argument="labels",
         )
     names = labels or {index: str(index) for index in order} | {order[0]: answer.name}
-    shown = ((_escaped(names[index]), f"{chances[index]:.4f}") for index in order[:top])
-    return "\t".join([_escaped(file), *(field for pair in shown for field in pair)])
+    columns = ((_escaped(names[index]), f"{probabilities[index]:.4f}") for index in order[:top])
+    return "\t".join([_escaped(file), *(field for pair in columns for field in pair)])
 
 
 def _escaped(name):
-    """A name without tabs and line breaks, so that it stays in its column."""
+    """Escapes tabs and line breaks, so that a name stays in its column."""
     return str(name).translate({ord(character): repr(character)[1:-1] for character in "\t\n\r"})
 
 
 def _is_file(stream):
     try:
         return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
-    except OSError:  # it has no file
+    except OSError:  # the stream has no file
         return False
 
 
 def main(argv):
     arguments = parse(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file may have a name that can't be shown
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may have characters that stdout can't encode
     for name in ("batch", "top"):
         if (value := getattr(arguments, name)) < 1:
             raise _argument_error(name, "be at least 1", value)
@@ -636,12 +639,12 @@ def main(argv):
     names = ("address", "protocol", "model", "version", "timeout", "retries")
     client = Client(**{name: getattr(arguments, name) for name in names})
     if arguments.top > 1 and not labels:
-        _warn("without --labels, an export's labels.txt, classes after the first are numbers")
+        _warn("without --labels (the export's labels.txt), classes after the first are numbers")
     try:
         with client:
             refused = _classify(client, files, arguments.batch, arguments.top, labels)
-    except BrokenPipeError:  # the reader of the lines has ended, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again as it exits
+    except BrokenPipeError:  # the reader of stdout has closed it, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again at exit
         return 1
     return 1 if refused else 0
 
@@ -651,8 +654,8 @@ def _warn(text):
 
 
 def _classify(client, files, batch, top, labels):
-    """Writes a line for each file, and returns the number of those that have no answer."""
-    # Progress is for a terminal on which the lines themselves can't be seen: they go to a file. A pipe may show them, as tee.
+    """Prints a line for each file, and returns the number of files without an answer."""
+    # Show progress only if the lines go to a file: on a terminal, or through a pipe such as tee, they show it themselves.
     progress = len(files) > batch and sys.stderr.isatty() and _is_file(sys.stdout)
     done = refused = 0
     try:
@@ -680,8 +683,8 @@ def _classify(client, files, batch, top, labels):
 def _without_tensorflow():
     """Lets this process import the messages of tensorflow-serving-api without TensorFlow.
 
-    They import parts of `tensorflow.core`, plain protobuf, and with it all of TensorFlow: seconds, and most of a gigabyte. For
-    the command only: a program that calls this can't use TensorFlow afterwards.
+    They need only protobuf modules in `tensorflow.core`, but importing these imports all of TensorFlow: seconds, and most of a
+    gigabyte. For the command only: a program that calls this can't use TensorFlow afterwards.
     """
     if "tensorflow" not in sys.modules and (spec := importlib.util.find_spec("tensorflow")):
         package = types.ModuleType("tensorflow")

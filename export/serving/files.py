@@ -1,6 +1,6 @@
-"""Image files for a server: as they are if it reads their kind as training does, and otherwise as a PNG of their pixels.
+"""Prepares image files for a server: unchanged if the server reads them as training does, else as a PNG of their pixels.
 
-Neither Keras nor TensorFlow is imported, and Pillow and NumPy only for a file that has to be decoded.
+Imports neither Keras nor TensorFlow, and Pillow and NumPy only to decode a file.
 """
 
 import io
@@ -11,8 +11,8 @@ from pathlib import Path
 from cvt_keras.data.file_types import JPEG, PNG, READABLE, is_clutter, is_hidden, is_image
 from cvt_keras.errors import ImageError
 
-_HEAD = 64  # bytes that show what a file is
-# In the compressed pixels of a JPEG: what ends them. A zero or a restart behind 0xFF does not.
+_HEAD = 64  # bytes that identify a file's type
+# Ends the compressed pixels of a JPEG. 0xFF with a zero or a restart marker behind it does not.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 
@@ -21,22 +21,22 @@ _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 
 
 def for_server(data):
-    """The bytes to send first for an image file. A server may still refuse an odd one, which `as_png` mends.
+    """Returns the bytes to send for an image file. If the server refuses them, send `as_png` instead.
 
     Args:
         data: the bytes of a file that `data.images.read` reads.
 
     Returns:
-        The same object, or the bytes of a PNG.
+        `data` itself, or the bytes of a PNG.
 
     Raises:
-        ImageError: if it has to be decoded, and can't be.
+        ImageError: if it must be decoded and can't be.
     """
     return data if _is_plain_jpeg(data) or _is_plain_png(data) else as_png(data)
 
 
 def as_png(data):
-    """The bytes of a PNG with the pixels that training has of an image file.
+    """Decodes an image file as training does, and returns the bytes of a PNG.
 
     Raises:
         ImageError: if it can't be read.
@@ -46,12 +46,12 @@ def as_png(data):
     from cvt_keras.data import images
 
     png = io.BytesIO()
-    Image.fromarray(images.decode(data)).save(png, "PNG", compress_level=1)  # six times faster than by default
+    Image.fromarray(images.decode(data)).save(png, "PNG", compress_level=1)  # six times faster than the default
     return png.getvalue()
 
 
 def _is_plain_jpeg(data):
-    """Whether it is RGB or grey, whole, and with EXIF data in one place. What a camera or a phone writes is."""
+    """Whether a file is a complete RGB or grey JPEG with at most one EXIF segment, as cameras and phones write."""
     if not data.startswith(JPEG):
         return False
     channels, exif, at = None, 0, 2
@@ -75,7 +75,7 @@ def _is_plain_jpeg(data):
 
 
 def _is_plain_png(data):
-    """Whether it is whole, and has no transparent colour among those of 16 bits."""
+    """Whether a file is a complete PNG, and not one of 16 bits with a transparent colour."""
     if not data.startswith(PNG):
         return False
     at, types = len(PNG), set()
@@ -88,51 +88,51 @@ def _is_plain_png(data):
     return False
 
 
-# === What a folder holds ===
+# === Files of a folder ===
 
 
 def within(folder):
-    """Yields what lies in a folder at any depth, sorted, without hidden files and what programs leave behind.
+    """Yields the files of a folder at any depth, sorted, without hidden files and those that systems leave behind.
 
     Yields:
-        Pairs of a `Path` and the `ImageError` that says why it can't be read; or `None`, if it seems that it can.
+        Pairs `(path, error)`: `error` is an `ImageError` if the path can't be read, else `None`.
     """
     seen = set()
 
     def entries(path):
-        if (identity := os.path.realpath(path)) in seen:  # a link to a folder above it
+        if (identity := os.path.realpath(path)) in seen:  # a link back to a folder that was seen
             return
         seen.add(identity)
         try:
-            found = sorted(path.iterdir())
+            children = sorted(path.iterdir())
         except OSError as error:
             yield path, _unreadable(error)
             return
-        for entry in found:
-            if is_hidden(entry.name) or is_clutter(entry.name):
+        for child in children:
+            if is_hidden(child.name) or is_clutter(child.name):
                 continue
-            if entry.is_dir():
-                yield from entries(entry)
-            elif entry.is_file():
-                yield entry, None
+            if child.is_dir():
+                yield from entries(child)
+            elif child.is_file():
+                yield child, None
             else:
-                yield entry, ImageError("a dangling link" if entry.is_symlink() and not entry.exists() else "not a file")
+                yield child, ImageError("a dangling link" if child.is_symlink() and not child.exists() else "not a file")
 
     yield from entries(Path(folder))
 
 
 def read(file):
-    """The bytes of an image file.
+    """Reads the bytes of an image file.
 
     Raises:
-        ImageError: if it is no image, or can't be read.
+        ImageError: if it is not an image, or can't be read.
     """
     try:
         with open(file, "rb") as stream:
             head = stream.read(_HEAD)
             if not head:
                 raise ImageError("the file is empty")
-            if not is_image(head):  # which may be a film of gigabytes
+            if not is_image(head):  # checked first: it may be a film of gigabytes
                 raise ImageError(f"not a {READABLE}")
             return head + stream.read()
     except OSError as error:

@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import fcntl
 import shutil
 
 import keras
@@ -8,30 +10,46 @@ import pytest
 from cvt_keras import cli
 
 
+@contextlib.contextmanager
+def _made_once(request, tmp_path_factory, name):
+    """Yields a folder that all workers of pytest-xdist share, and whether this one has to fill it; the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if hasattr(request.config, "workerinput") else base
+    done = shared / f"{name}.done"
+    with open(shared / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield shared / name, not done.exists()
+        done.touch()
+
+
 @pytest.fixture(scope="session")
-def trained(cifar10_dir, tmp_path_factory):
-    """The folder of a short run on the made images, in mixed precision."""
+def trained(request, cifar10_dir, tmp_path_factory):
+    """The folder of a short run on the synthetic images, in mixed precision. Not to be written to."""
     from cvt_keras.training import RECIPES, run
 
-    run_dir = tmp_path_factory.mktemp("runs") / "trained"
     recipe = dataclasses.replace(
         RECIPES["smoke"], dataset="cifar10", data_dir=str(cifar10_dir), precision="mixed_bfloat16", epochs=12, flip=False,
-        train_limit=2048, peak_learning_rate=1e-2,
+        train_limit=256, peak_learning_rate=1e-2,
     )  # fmt: skip
-    run(recipe, run_dir)
+    with _made_once(request, tmp_path_factory, "trained") as (run_dir, missing):
+        if missing:
+            run(recipe, run_dir)
     return run_dir
 
 
 @pytest.fixture(scope="session")
-def exported(trained):
-    """The same, exported."""
-    assert cli.main(["export", str(trained)]) == 0
-    return trained
+def exported(request, trained, tmp_path_factory):
+    """A copy of the run, exported in every format. Not to be written to."""
+    with _made_once(request, tmp_path_factory, "exported") as (run_dir, missing):
+        if missing:
+            shutil.copytree(trained, run_dir)
+            assert cli.main(["export", str(run_dir)]) == 0
+    return run_dir
 
 
 @pytest.fixture(scope="session")
 def serving(exported, tmp_path_factory):
-    """A double of TF Serving that has three versions of the export on disk."""
+    """A test double of TF Serving, with three versions of the export on disk."""
     from double import Double
 
     folder = tmp_path_factory.mktemp("models")
@@ -48,7 +66,7 @@ def classifier(trained):
 
 @pytest.fixture(scope="session")
 def test_images(cifar10_dir):
-    """The run's 256 test images and their labels."""
+    """The 256 test images of the run, uint8, and their labels."""
     from cvt_keras.data import sources
 
     split = sources.load("cifar10", str(cifar10_dir)).test
@@ -57,19 +75,19 @@ def test_images(cifar10_dir):
 
 @pytest.fixture(scope="session")
 def litert():
-    """A function: a .tflite file and uint8 images of its network's size -> LiteRT's probabilities, `(n, classes)`."""
+    """A function that runs a .tflite file on uint8 images of its size, and returns probabilities `(n, classes)`."""
     from ai_edge_litert.interpreter import Interpreter
 
     def run(file, images):
         interpreter = Interpreter(str(file))
         interpreter.allocate_tensors()
-        [taken], [given] = interpreter.get_input_details(), interpreter.get_output_details()
+        [input_], [output] = interpreter.get_input_details(), interpreter.get_output_details()
         rows = []
         for image in images:
-            interpreter.set_tensor(taken["index"], image[None])
+            interpreter.set_tensor(input_["index"], image[None])
             interpreter.invoke()
-            rows.append(interpreter.get_tensor(given["index"])[0])
-        scale, zero_point = given["quantization"]
+            rows.append(interpreter.get_tensor(output["index"])[0])
+        scale, zero_point = output["quantization"]
         rows = np.stack(rows).astype("float32")
         return (rows - zero_point) * np.float32(scale) if scale else rows
 

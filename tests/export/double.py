@@ -1,7 +1,7 @@
-"""A double of TF Serving, for want of the server itself: its two gRPC services and its REST interface over a real SavedModel.
+"""A test double of TF Serving: its two gRPC services and its REST interface, over a real SavedModel.
 
-It speaks by the official stubs, with the names, codes and texts that the server's source has, and replays warm-up requests as
-it loads. It does not merge requests: what merging does to a client is played by `faults`. As a process:
+It uses the official stubs and the names, codes and texts of the server's source, and replays warm-up requests as it loads. It
+does not merge requests; `faults` simulate what merging does to a client. To run it as a process:
 
     python tests/export/double.py RUN/export/saved_model [GRPC_PORT REST_PORT]
 """
@@ -48,12 +48,19 @@ MODEL_STATUS = re.compile(r"/v1/models/([^/:]+)(?:/versions/(\d+))?(/metadata)?"
 
 
 class Refused(Exception):
-    """An answer other than OK: a status code and its text."""
+    """An error of the server: a status code and its text."""
 
 
 @dataclasses.dataclass
 class Asked:
-    """A request that came: by "grpc" or "rest", for which version, how many images, the seconds it was given."""
+    """A request that the double received.
+
+    Args:
+        protocol: "grpc" or "rest".
+        version: the version that answers.
+        images: the number of images.
+        seconds: the time until the client's deadline, by gRPC only.
+    """
 
     protocol: str
     version: int
@@ -62,7 +69,7 @@ class Asked:
 
 
 def models_config():
-    """The only model of models.config."""
+    """The one model of models.config."""
     text = (SERVING / "models.config").read_text()
     [config] = text_format.Parse(text, model_server_config_pb2.ModelServerConfig()).model_config_list.config
     return config
@@ -76,13 +83,12 @@ def batching(name):
 class Double:
     """Both servers, on the loopback interface.
 
-    `faults` are `(status, text)` with which the next requests fail; `delay` is how many seconds each answer takes; `states` are
-    those of the versions, of which only the AVAILABLE ones answer: one that was dropped is END, and one that can't be loaded
-    stays LOADING.
+    `faults` are the `(status, text)` of errors for the next requests. `delay` is the seconds that each answer takes. `states`
+    are those of the versions: only AVAILABLE ones answer; a dropped one is END, and one that can't be loaded stays LOADING.
 
     Args:
-        folder: with a SavedModel in each version's folder, as `export/saved_model`.
-        ports: of gRPC and REST; 0 is any.
+        folder: has a SavedModel per version, as `export/saved_model`.
+        ports: for gRPC and REST; 0 means any free port.
     """
 
     def __init__(self, folder, ports=(0, 0)):
@@ -93,12 +99,12 @@ class Double:
         self.tensor_content = False  # --enable_serialization_as_tensor_content
         self.asked = []
         self.warmed_up = 0
-        found = sorted(int(path.name) for path in Path(folder).iterdir() if path.name.isdecimal())
-        kept = found[-config.model_version_policy.latest.num_versions :]
-        self.loaded = {version: "AVAILABLE" if version in kept else "END" for version in found}
+        versions = sorted(int(path.name) for path in Path(folder).iterdir() if path.name.isdecimal())
+        latest = versions[-config.model_version_policy.latest.num_versions :]
+        self.loaded = {version: "AVAILABLE" if version in latest else "END" for version in versions}
         self.states = dict(self.loaded)
-        self.versions = {version: tf.saved_model.load(str(Path(folder) / str(version))) for version in kept}
-        for version in kept:
+        self.versions = {version: tf.saved_model.load(str(Path(folder) / str(version))) for version in latest}
+        for version in latest:
             self._warm_up(version, Path(folder) / str(version) / WARM_UP)
         sizes = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
         self.grpc = grpc.server(futures.ThreadPoolExecutor(4), options=sizes)
@@ -131,13 +137,13 @@ class Double:
             self.warmed_up += 1
 
     def predict(self, protocol, request, seconds=None):
-        """A `PredictRequest` -> the version and a dict of arrays."""
+        """Answers a `PredictRequest` with the version and a dict of arrays."""
         spec = request.model_spec
         available = [version for version, state in self.states.items() if state == "AVAILABLE"]
         version = spec.version.value if spec.HasField("version") else max(available, default=0)
         if spec.name != self.name or version not in available:
-            asked = f"Specific({spec.name}, {version})" if spec.HasField("version") else f"Latest({spec.name})"
-            raise Refused(STATUS.NOT_FOUND, f"Servable not found for request: {asked}")
+            servable = f"Specific({spec.name}, {version})" if spec.HasField("version") else f"Latest({spec.name})"
+            raise Refused(STATUS.NOT_FOUND, f"Servable not found for request: {servable}")
         images = max((value.tensor_shape.dim[0].size for value in request.inputs.values()), default=0)
         self.asked.append(Asked(protocol, version, images, seconds))
         time.sleep(self.delay)
@@ -145,8 +151,8 @@ class Double:
             raise Refused(*self.faults.popleft())
         most = batching("max_batch_size")
         if images > most:
-            said = f"Task size {images} is larger than maximum input batch size {most}"
-            raise Refused(STATUS.INVALID_ARGUMENT, said)
+            text = f"Task size {images} is larger than maximum input batch size {most}"
+            raise Refused(STATUS.INVALID_ARGUMENT, text)
         signature = spec.signature_name or "serving_default"
         if signature not in self.versions[version].signatures:
             if protocol == "rest":
@@ -163,7 +169,7 @@ class Double:
         return {name: value.numpy() for name, value in outputs.items()}
 
     def status(self, name, version=None):
-        """-> a `GetModelStatusResponse`."""
+        """Returns a `GetModelStatusResponse`."""
         if name != self.name or (version or max(self.states)) not in self.states:
             missing = f"version {version} of model {name}" if version else f"any versions of model {name}"
             raise Refused(STATUS.NOT_FOUND, f"Could not find {missing}")
@@ -213,7 +219,7 @@ class _Models(model_service_pb2_grpc.ModelServiceServicer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Strings are `{"b64": ...}` on their way in, and text on their way out, as no output's name ends in _bytes."""
+    """REST: input strings are `{"b64": ...}`. Output strings are text, because no output's name ends in _bytes."""
 
     double: Double
 
@@ -263,8 +269,8 @@ class _Handler(BaseHTTPRequestHandler):
         return request
 
     def _refuse(self, refused):
-        status, said = refused.args
-        self._answer(HTTP[status], {"error": said})
+        status, text = refused.args
+        self._answer(HTTP[status], {"error": text})
 
     def _answer(self, status, body):
         data = json.dumps(body, indent=4).encode()
@@ -275,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # a client that did not wait
+            pass  # the client did not wait
 
     def log_message(self, *_):
         pass

@@ -1,4 +1,4 @@
-"""One photo of each kind, as bytes: what people send."""
+"""Photos in every format and variant that people send, as bytes."""
 
 import io
 import struct
@@ -9,12 +9,12 @@ import numpy as np
 import sklearn.datasets
 from PIL import ExifTags, Image, ImageOps
 
-# A real one, which scikit-learn carries.
+# A real photo, which comes with scikit-learn.
 PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
 
 
 def encoded(image, kind="PNG", **options):
-    """A Pillow image or an array of pixels -> the bytes of a file."""
+    """Encodes a Pillow image or an array of pixels to the bytes of a file."""
     file = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(file, kind, **options)
@@ -22,15 +22,15 @@ def encoded(image, kind="PNG", **options):
 
 
 def exif(orientation, endian=">", kind=3, count=1, before=(), prefix=None):
-    """The EXIF data of an orientation.
+    """EXIF data with an orientation.
 
     Args:
-        orientation: its value.
-        endian: as of `struct`.
+        orientation: the value.
+        endian: ">" or "<", as in `struct`.
         kind: the TIFF type of the value.
-        count: the number of its values.
-        before: entries that stand before it: (tag, type, count, value or offset).
-        prefix: in place of TIFF's.
+        count: the number of values.
+        before: earlier entries: (tag, type, count, value or offset).
+        prefix: replaces the prefix of TIFF.
     """
     value = struct.pack(f"{endian}HH", orientation, 0) if kind == 3 else struct.pack(f"{endian}I", orientation)
     entries = [struct.pack(f"{endian}HHII", *entry) for entry in before]
@@ -41,18 +41,18 @@ def exif(orientation, endian=">", kind=3, count=1, before=(), prefix=None):
 
 
 def chunk(name, data):
-    """A chunk of a PNG."""
+    """Makes a chunk of a PNG."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def with_chunk(png, name, data, before=b"IDAT"):
-    """A PNG with one more chunk, before the first of another type."""
+    """Inserts a chunk into a PNG, before the first chunk of type `before`."""
     at = png.index(before) - 4
     return png[:at] + chunk(name, data) + png[at:]
 
 
 def with_header(png, width, height):
-    """A PNG that claims to have another size."""
+    """Replaces the size in the header of a PNG."""
     header = struct.pack(">II", width, height) + png[24:29]
     return png[:8] + chunk(b"IHDR", header) + png[33:]
 
@@ -61,10 +61,11 @@ def png(depth, colours, width=37, height=23, key=None, seed=0):
     """A PNG of noise, of any bit depth and colour type (0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGBA).
 
     Args:
-        depth, colours: the bits of a channel and the colour type, as PNG counts them.
+        depth: bits per channel.
+        colours: the colour type of PNG.
         width, height: in pixels.
-        key: what the tRNS chunk holds, if it has one.
-        seed: of the noise.
+        key: the data of a tRNS chunk; `None` means no such chunk.
+        seed: seed of the noise.
     """
     random = np.random.default_rng(seed)
     row_bytes = -(-width * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours] * depth // 8)
@@ -78,9 +79,9 @@ def png(depth, colours, width=37, height=23, key=None, seed=0):
 
 
 def photos(size=(203, 131)):
-    """Name -> bytes: one scene in each form that the project reads, upright once its orientation is applied.
+    """Name -> bytes: one scene in each format and variant that the project reads, upright after its orientation is applied.
 
-    Those of `REENCODED` are read by the client, and refused by a SavedModel.
+    A SavedModel refuses those in `REENCODED`, and the client decodes them.
     """
     scene = Image.open(PHOTO).resize(size)
     grey = np.asarray(scene.convert("L")).astype("uint16")
@@ -143,7 +144,7 @@ REENCODED = (
 
 
 def odd_photos():
-    """Name -> bytes: JPEGs and PNGs that training reads, that look plain to the client, and that a SavedModel refuses."""
+    """Name -> bytes: JPEGs and PNGs that training reads and the client sends unchanged, but a SavedModel refuses."""
     scene = Image.open(PHOTO).resize((61, 47))
     jpeg, plain = encoded(scene, "JPEG"), encoded(scene)
     kinds = {

@@ -7,14 +7,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def _number(cell):
-    """A table's cell -> its number, points as a fraction of 1; of an empty one `None`."""
+    """The number in a table's cell, or `None` if it is empty. Percentage points become a fraction of 1."""
     if points := re.fullmatch(r"([\d.]+) points?", cell):
         return float(points[1]) / 100
     return float(cell) if cell else None
 
 
-def test_the_docs_have_the_bounds():
+def test_the_docs_list_the_bounds():
     [table] = re.findall(r"^\| file \| top-1 below.*\n((?:\|.*\n)+)", (DOCS / "export.md").read_text(), re.MULTILINE)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
-    found = {name.strip("`").replace("SavedModel", "saved_model"): Bounds(*map(_number, cells)) for name, *cells in rows}
-    assert found == {**BOUNDS, "int8` of a QAT run": QUANTIZED}
+    documented = {name.strip("`").replace("SavedModel", "saved_model"): Bounds(*map(_number, cells)) for name, *cells in rows}
+    assert documented == {**BOUNDS, "int8` of a QAT run": QUANTIZED}

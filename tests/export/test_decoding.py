@@ -1,4 +1,4 @@
-"""What the SavedModel's decoder reads has the pixels of `data/images.py`; what it can't read is refused."""
+"""The decoder of the SavedModel returns the pixels of `data/images.py`, or refuses the file."""
 
 import warnings
 
@@ -18,18 +18,18 @@ SMALL = encoded(np.arange(8 * 5 * 3, dtype="uint8").reshape(8, 5, 3), "JPEG", qu
 
 @pytest.fixture(scope="module")
 def graph():
-    """The decoder as the SavedModel has it: `bytes` -> an array."""
+    """The decoder in a graph, as in the SavedModel: `bytes` -> an array."""
     function = tf.function(decode, input_signature=[tf.TensorSpec((), tf.string)], autograph=False)
     return lambda data: function(tf.constant(data)).numpy()
 
 
-def test_the_graph_reads_the_pixels_that_training_reads(graph):
+def test_pixels_equal_those_of_training(graph):
     for kind, data in {**PHOTOS, "a larger jpeg": PHOTO.read_bytes()}.items():
         if kind not in REENCODED:
             np.testing.assert_array_equal(graph(data), images.decode(data), err_msg=kind)
 
 
-def test_noise_in_every_form_of_png_is_equal(graph):
+def test_every_png_type_equals_training(graph):
     depths = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
     for colours, depth in ((kind, bits) for kind, choices in depths.items() for bits in choices):
         keys = {3: bytes(range(min(2**depth, 256))), 0: b"\0\1", 2: b"\0\7\0\7\0\7"}
@@ -40,7 +40,7 @@ def test_noise_in_every_form_of_png_is_equal(graph):
     assert (graph(data) == 255).all() and (images.decode(data) == 255).all()
 
 
-def test_what_tensorflow_reads_otherwise_is_refused(graph):
+def test_files_that_tensorflow_reads_differently_are_refused(graph):
     for data in (*map(PHOTOS.get, REENCODED), *odd_photos().values()):
         assert images.decode(data).size
         with pytest.raises(INVALID):
@@ -74,10 +74,10 @@ def _jpeg_with(*segments):
 
 
 _GOOD = exif(6)
-_MAKE = (0x010F, 2, 20)  # a maker's name of 20 letters: its value lies elsewhere
+_MAKE = (0x010F, 2, 20)  # the camera maker's name, 20 letters: too long for its entry, so stored outside it
 
 
-_OF_EXIF = [
+_EXIF_FILES = [
     with_chunk(PHOTOS["png"], b"tEXt", b"Raw profile type exif\0\nexif\n 1\n00"),
     *(_jpeg_with(exif(orientation)) for orientation in (0, 1, 6, 9, 65535)),
     *(_jpeg_with(_GOOD[:length]) for length in range(0, len(_GOOD), 3)),
@@ -105,16 +105,16 @@ _OF_EXIF = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's, of broken EXIF data
-def test_exif_data_good_or_broken_mean_what_they_mean_in_training(graph):
-    for place, data in enumerate(_OF_EXIF):
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about broken EXIF data
+def test_exif_data_are_read_as_in_training_even_if_broken(graph):
+    for place, data in enumerate(_EXIF_FILES):
         np.testing.assert_array_equal(graph(data), images.decode(data), err_msg=f"entry {place}")
 
 
 @pytest.mark.parametrize(
     "data, text",
     [
-        (_jpeg_with(exif(6, kind=5)), "odd type"),
+        (_jpeg_with(exif(6, kind=5)), "unsupported type"),
         (_jpeg_with(_GOOD[:20], b"Exif\0\0" + _GOOD[20:]), "several segments"),
         (png(16, 0, key=b"\0\7"), "transparent colour"),
         (with_chunk(PHOTOS["rgba png"], b"tRNS", b"\0\0", before=b"IEND"), "wrong order"),
@@ -150,8 +150,8 @@ def test_broken_exif_data_never_crash(graph):
                 data[place] = random.integers(256)
             data = _jpeg_with(bytes(data))
             try:
-                found = graph(data)
+                pixels = graph(data)
             except INVALID as error:
-                assert "odd type" in error.message
+                assert "unsupported type" in error.message
                 continue
-            np.testing.assert_array_equal(found, images.decode(data))
+            np.testing.assert_array_equal(pixels, images.decode(data))

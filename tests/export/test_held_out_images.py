@@ -1,4 +1,4 @@
-"""No image that was trained on counts as a test image of an export."""
+"""An export never verifies on an image that the run was trained on."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from cvt_keras.export import artifacts, export
 
 
 def _photos():
-    """Class -> the colour of an image -> its file: no two are alike."""
+    """Class -> colour -> PNG file: 40 images of one colour each for two classes, no two alike."""
     colours = np.random.default_rng(0).permutation(64**3)[:80].reshape(2, 40)
     files = {}
     for name, numbers in zip("ab", colours):
@@ -39,7 +39,7 @@ def _write(folder, photos, ending=".png"):
 
 @pytest.fixture(scope="module")
 def trained_on_folder(tmp_path_factory):
-    """A run of an epoch on a folder."""
+    """A run of one epoch on a folder of images."""
     from cvt_keras.training import RECIPES, run
 
     folder = tmp_path_factory.mktemp("held_out")
@@ -57,7 +57,7 @@ def run_dir(trained_on_folder, tmp_path):
 
 @pytest.fixture
 def used(monkeypatch):
-    """Which images calibrate and which verify, by digest; nothing is converted or run."""
+    """Records the digests of the images that calibrate and verify. Converts and runs nothing."""
     used = {}
 
     def digests(images):
@@ -79,7 +79,7 @@ def used(monkeypatch):
     return used
 
 
-def _of(run_dir, split):
+def _recorded(run_dir, split):
     return {digest for digest, image in ImageRecord.read(run_dir / "images.csv").images.items() if image.split == split}
 
 
@@ -87,17 +87,17 @@ def _report(run_dir):
     return json.loads((run_dir / "export" / "report.json").read_text())
 
 
-def test_images_are_those_of_the_run_wherever_they_lie_and_whatever_they_are_called(run_dir, used, tmp_path, capsys):
-    test, train = _of(run_dir, "test"), _of(run_dir, "train")
+def test_moved_and_renamed_images_are_recognised(run_dir, used, tmp_path, capsys):
+    test, train = _recorded(run_dir, "test"), _recorded(run_dir, "train")
     assert test and train and not test & train
-    kept = {name: dict(reversed(files.items())) for name, files in PHOTOS.items()}
-    gone = next(colour for colour in kept["a"] if DIGESTS[colour] in test)
-    del kept["a"][gone]
+    photos = {name: dict(reversed(files.items())) for name, files in PHOTOS.items()}
+    missing = next(colour for colour in photos["a"] if DIGESTS[colour] in test)
+    del photos["a"][missing]
     new = {(200, number, 0): encoded(np.full((16, 16, 3), (200, number, 0), "uint8")) for number in range(20)}
-    kept["b"] |= new
-    moved = _write(tmp_path / "moved", kept, "_renamed.jpg")
+    photos["b"] |= new
+    moved = _write(tmp_path / "moved", photos, "_renamed.jpg")
     export(run_dir, ["int8"], data_dir=str(moved))
-    assert used["test"] == test - {DIGESTS[gone]}
+    assert used["test"] == test - {DIGESTS[missing]}
     assert used["calibration"] and used["calibration"] <= train
     report = _report(run_dir)
     note = "Images differ from those of the run: 1 missing, 20 new. New ones are left out."
@@ -105,15 +105,15 @@ def test_images_are_those_of_the_run_wherever_they_lie_and_whatever_they_are_cal
     assert f"WARNING: {note}\n" in capsys.readouterr().err
 
 
-def test_nothing_is_said_where_nothing_changed(run_dir, used, capsys):
+def test_an_unchanged_folder_gives_no_warning(run_dir, used, capsys):
     export(run_dir, ["float32"])
-    assert used == {"test": _of(run_dir, "test"), "calibration": None}
+    assert used == {"test": _recorded(run_dir, "test"), "calibration": None}
     assert (_report(run_dir)["held_out"], _report(run_dir)["held_out_note"]) == ("verified", "")
     [warning] = capsys.readouterr().err.splitlines()
     assert "too few to measure a loss of accuracy" in warning
 
 
-def test_a_run_without_a_record_is_exported_and_says_so(run_dir, used, capsys):
+def test_a_run_without_images_csv_is_exported_with_a_warning(run_dir, used, capsys):
     (run_dir / "images.csv").unlink()
     assert cli.main(["export", str(run_dir), "--formats", "float32"]) == 0
     assert used["test"]
@@ -123,11 +123,11 @@ def test_a_run_without_a_record_is_exported_and_says_so(run_dir, used, capsys):
 
 
 @pytest.mark.parametrize("split, formats", [("test", ["float32"]), ("train", ["int8"])])
-def test_where_none_of_the_runs_images_is_found_is_an_error(split, formats, run_dir, used, tmp_path):
-    gone = _of(run_dir, split)
-    # Others in their place, so that the folder can be split.
+def test_a_folder_without_the_runs_images_raises(split, formats, run_dir, used, tmp_path):
+    missing = _recorded(run_dir, split)
+    # Replace them by others, so that the folder can be split.
     photos = {
-        name: {colour: data for colour, data in files.items() if DIGESTS[colour] not in gone}
+        name: {colour: data for colour, data in files.items() if DIGESTS[colour] not in missing}
         | {(201, place, n): encoded(np.full((16, 16, 3), (201, place, n), "uint8")) for n in range(40)}
         for place, (name, files) in enumerate(PHOTOS.items())
     }
@@ -137,8 +137,8 @@ def test_where_none_of_the_runs_images_is_found_is_an_error(split, formats, run_
     assert not (run_dir / "export").exists()
 
 
-def test_a_folder_of_the_test_images_and_broken_files_is_enough(run_dir, used, tmp_path, capsys):
-    test = _of(run_dir, "test")
+def test_a_folder_may_hold_the_test_images_and_broken_files_only(run_dir, used, tmp_path, capsys):
+    test = _recorded(run_dir, "test")
     photos = {name: {row: data for row, data in files.items() if DIGESTS[row] in test} for name, files in PHOTOS.items()}
     folder = _write(tmp_path / "photos", photos)
     (folder / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -150,8 +150,17 @@ def test_a_folder_of_the_test_images_and_broken_files_is_enough(run_dir, used, t
     assert "WARNING: Files that can't be read are left out: 1.\n" in capsys.readouterr().err
 
 
-def test_a_photo_whose_bytes_were_changed_keeps_its_side(run_dir, used, tmp_path):
+def test_a_photo_with_the_same_pixels_stays_in_its_split(run_dir, used, tmp_path):
     edited = {name: {row: data + b"edited" for row, data in files.items()} for name, files in PHOTOS.items()}
     export(run_dir, ["float32"], data_dir=str(_write(tmp_path / "photos", edited)))
-    assert used["test"] == _of(run_dir, "test")
+    assert used["test"] == _recorded(run_dir, "test")
     assert _report(run_dir)["held_out_note"] == ""
+
+
+def test_an_export_keeps_to_the_limits_of_the_run(run_dir, used):
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    (run_dir / "recipe.json").write_text(json.dumps({**recipe, "train_limit": 8, "test_limit": 3}))
+    export(run_dir, ["int8"])
+    assert (len(used["calibration"]), len(used["test"])) == (8, 3)
+    export(run_dir, ["int8"], verify_images=2)
+    assert len(used["test"]) == 2

@@ -1,4 +1,4 @@
-"""MediaPipe's ImageClassifier, which apps on Android and iOS use, beside LiteRT on the same pixels."""
+"""MediaPipe's ImageClassifier, which apps on Android and iOS use, against LiteRT on the same pixels."""
 
 import re
 import subprocess
@@ -18,8 +18,8 @@ from cvt_keras.data import images
 from cvt_keras.export import tflite
 from cvt_keras.export.verify import TFLITE_FORMATS
 
-# Both run TFLite's kernels in float32 with XNNPACK, MediaPipe those of its own build; uint8 probabilities are 1/256 apart, and
-# int8's accumulators round where two builds' kernels may differ: a step.
+# Both run TFLite's kernels in float32 with XNNPACK, each those of its own build. For int8 the two builds may round differently,
+# by one step of the uint8 probabilities: 1/256.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-5, "dynamic_int8": 1e-5, "int8": 1 / 256}
 
 
@@ -30,22 +30,22 @@ def classify():
 
 
 def _scores(answers):
-    """Categories of each image -> probabilities `(n, classes)`, in the order of the output."""
+    """The probabilities of MediaPipe's answers, `(n, classes)`, in the order of the output."""
     return np.array([[row["score"] for row in sorted(rows, key=lambda row: row["index"])] for rows in answers])
 
 
 def _sampled(image, size):
-    """As MediaPipe resizes on a CPU: bilinear between the pixels at `i * side / size`, no half-pixel centres, no smoothing."""
+    """Resizes as MediaPipe does on a CPU: bilinear at `i * side / size`, without half-pixel centres or antialiasing."""
     for axis, side in enumerate(image.shape[:2]):
-        place = np.arange(size) * (side / size)
-        low = place.astype(int)
-        share = (place - low)[:, None] if axis else (place - low)[:, None, None]
-        image = image.take(low, axis) * (1 - share) + image.take(np.minimum(low + 1, side - 1), axis) * share
+        position = np.arange(size) * (side / size)
+        low = position.astype(int)
+        weight = (position - low)[:, None] if axis else (position - low)[:, None, None]
+        image = image.take(low, axis) * (1 - weight) + image.take(np.minimum(low + 1, side - 1), axis) * weight
     return np.floor(image + 0.5).astype("uint8")
 
 
 @pytest.mark.parametrize("kind", TFLITE_FORMATS)
-def test_it_shows_the_names_and_the_probabilities_of_litert(kind, classify, exported, classifier, test_images, litert):
+def test_names_and_probabilities_match_litert(kind, classify, exported, classifier, test_images, litert):
     file = exported / "export" / "tflite" / f"{kind}.tflite"
     sides = [(32, 32)] * 20 + [(64, 64), (50, 70), (20, 45), (33, 31), (480, 640)]  # height, width
     images = [
@@ -63,14 +63,14 @@ def test_it_shows_the_names_and_the_probabilities_of_litert(kind, classify, expo
     np.testing.assert_allclose(_scores(answers), expected, rtol=0, atol=TOLERANCE[kind])
 
 
-def test_the_way_of_resizing_is_told_from_others(classify, exported, test_images, litert):
-    """A check of the check: what it is not differs by far more than the tolerance."""
+def test_other_ways_of_resizing_exceed_the_tolerance(classify, exported, test_images, litert):
+    """Checks the test above: it would notice another way of resizing."""
     file = exported / "export" / "tflite" / "float32.tflite"
     images = [np.asarray(Image.fromarray(image).resize((224, 160))) for image in test_images[0][:10]]
-    found = _scores(classify(file, images)[1])
+    scores = _scores(classify(file, images)[1])
     for antialias in (False, True):  # both with half-pixel centres
         other = [np.round(tf.image.resize(image, (32, 32), antialias=antialias)).astype("uint8") for image in images]
-        assert np.abs(litert(file, other) - found).max() > 100 * TOLERANCE["float32"]
+        assert np.abs(litert(file, other) - scores).max() > 100 * TOLERANCE["float32"]
 
 
 def test_options_choose_among_the_categories(classify, exported, test_images):
@@ -84,9 +84,9 @@ def test_options_choose_among_the_categories(classify, exported, test_images):
     assert {row["category_name"] for [row] in classify(file, images, category_allowlist=["cat"])[1]} == {"cat"}
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-def test_the_docs_lines_take_a_photo_as_training_does(mode, classify, exported, litert, tmp_path):
-    """One that a turned camera wrote, in colours, in grey, partly transparent and with a palette."""
+@pytest.mark.parametrize("mode", ["RGBA", "P", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("RGB", "L"))])
+def test_the_script_in_the_docs_reads_a_photo_as_training_does(mode, classify, exported, litert, tmp_path):
+    """A photo with an EXIF orientation: partly transparent, with a palette, in colour, in grey."""
     text = (Path(__file__).parents[2] / "docs" / "mobile.md").read_text()
     [lines] = re.findall(r"<<'PYTHON'\n(.*?)\nPYTHON\n", text, re.DOTALL)
     (tmp_path / "runs").mkdir()
@@ -101,20 +101,20 @@ def test_the_docs_lines_take_a_photo_as_training_does(mode, classify, exported, 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     pixels = images.stretch(images.decode((tmp_path / "cat.png").read_bytes()), 32).numpy()
-    found = litert(exported / "export" / "tflite" / "float32.tflite", [pixels])[0]
+    expected = litert(exported / "export" / "tflite" / "float32.tflite", [pixels])[0]
     names = (exported / "export" / "labels.txt").read_text().splitlines()
     rows = [line.rpartition(" ")[::2] for line in done.stdout.splitlines()]
-    assert [name for name, _ in rows] == [names[i] for i in np.argsort(-found)[:3]]
-    # Pillow's weights are fixed-point numbers of 22 bits, and it rounds after each side: by a step of 255.
-    np.testing.assert_allclose([float(score) for _, score in rows], np.sort(found)[:-4:-1], atol=0.01)
+    assert [name for name, _ in rows] == [names[i] for i in np.argsort(-expected)[:3]]
+    # Pillow resizes in fixed-point arithmetic and rounds after each axis, so a pixel may differ by 1 of 255.
+    np.testing.assert_allclose([float(score) for _, score in rows], np.sort(expected)[:-4:-1], atol=0.01)
 
 
-def test_odd_names_come_through(classify, tmp_path):
+def test_unusual_class_names_are_kept(classify, tmp_path):
     names = ["fire truck", "a, b", "Café ☕ 猫", " space ", "a\nb", "a\r\nb", "", "a\rb", "twice", "twice"]
     keras.utils.set_random_seed(0)
     model = build_classifier("cvt_tiny", 10, (32, 32, 3))
     file = tmp_path / "odd.tflite"
     file.write_bytes(tflite.convert(model, names, "float32"))
     [rows] = classify(file, [np.zeros((32, 32, 3), "uint8")])[1]
-    shown = ["fire truck", "a, b", "Café ☕ 猫", " space ", "a b", "a b", "6", "a b", "twice", "twice"]
-    assert {row["index"]: row["category_name"] for row in rows} == dict(enumerate(shown))
+    expected = ["fire truck", "a, b", "Café ☕ 猫", " space ", "a b", "a b", "6", "a b", "twice", "twice"]
+    assert {row["index"]: row["category_name"] for row in rows} == dict(enumerate(expected))

@@ -2,7 +2,6 @@ import faulthandler
 import shutil
 import struct
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def loaded(folder):
     return tf.saved_model.load(str(folder))
 
 
-def test_signatures_have_the_names_that_clients_use(loaded):
+def test_signatures_have_the_documented_names_shapes_and_types(loaded):
     shapes = {
         name: (
             {key: (tuple(spec.shape), spec.dtype.name) for key, spec in signature.structured_input_signature[1].items()},
@@ -52,8 +51,8 @@ def test_signatures_have_the_names_that_clients_use(loaded):
     }
 
 
-@pytest.mark.parametrize("batch", [1, 3, 256])
-def test_every_signature_answers_as_keras_does(batch, loaded, classifier, test_images):
+@pytest.mark.parametrize("batch", [1, 256])
+def test_every_signature_matches_keras(batch, loaded, classifier, test_images):
     images = test_images[0][:batch]
     logits = classifier.predict(images.astype("float32"), verbose=0)
     np.testing.assert_allclose(loaded.signatures["logits"](images=tf.constant(images))["logits"], logits, atol=1e-4)
@@ -67,7 +66,7 @@ def test_every_signature_answers_as_keras_does(batch, loaded, classifier, test_i
         assert [name.decode() for name in answer["classes"].numpy()] == list(names[logits.argmax(axis=1)])
 
 
-def test_a_photo_of_each_kind_is_answered_as_in_training(loaded, classifier):
+def test_photos_of_every_kind_match_training(loaded, classifier):
     kinds = {kind: data for kind, data in photos().items() if kind not in REENCODED}
     squares = np.stack([stretch(images.decode(data), 32) for data in kinds.values()])
     expected = tf.nn.softmax(classifier(squares.astype("float32"), training=False)).numpy()
@@ -77,7 +76,7 @@ def test_a_photo_of_each_kind_is_answered_as_in_training(loaded, classifier):
     assert max(largest.values()) < 1e-5, f"largest differences of a probability: {largest}"
 
 
-def _png_that_says(width, height):
+def _png_with_header(width, height):
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -85,37 +84,35 @@ def _png_that_says(width, height):
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
+def test_bad_bytes_fail_one_request_and_not_the_next(loaded, test_images):
+    serve, good = loaded.signatures["serving_bytes"], encoded(test_images[0][0])
+    bad_files = (
         b"",
         b"hello",
         b"\xff\xd8\xff",
         b"\x89PNG\r\n\x1a\n",
-        _png_that_says(100, 100),
-        _png_that_says(50_000, 50_000),
-        _png_that_says(2**32 - 1, 2**32 - 1),
+        _png_with_header(100, 100),
+        _png_with_header(50_000, 50_000),
+        _png_with_header(2**32 - 1, 2**32 - 1),
         encoded(np.zeros((9, 9, 3), "uint8"), "GIF"),
         encoded(np.zeros((9, 9, 3), "uint8"), "BMP"),
         encoded(np.zeros((99, 99, 3), "uint8"))[:60],
         encoded(np.zeros((99, 99, 3), "uint8"), "JPEG")[:300],
-    ],
-    ids=range(11),
-)
-def test_bad_bytes_are_an_invalid_argument_and_hurt_nobody(data, loaded, test_images):
-    good = encoded(test_images[0][0])
-    with pytest.raises(INVALID):
-        loaded.signatures["serving_bytes"](image_bytes=tf.constant([good, data]))
-    assert len(loaded.signatures["serving_bytes"](image_bytes=tf.constant([good]))["classes"]) == 1
+    )
+    for data in bad_files:
+        with pytest.raises(INVALID):
+            serve(image_bytes=tf.constant([good, data]))
+    assert len(serve(image_bytes=tf.constant([good]))["classes"]) == 1
 
 
-def test_1000_mutated_images_are_answered_or_refused(loaded, test_images):
+@pytest.mark.parametrize("n", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutated_images_are_answered_or_refused(n, loaded, test_images):
     random = np.random.default_rng(0)
     pixels = test_images[0]
     answered = 0
     photo = np.asarray(Image.open(PHOTO).resize((320, 213)))
     faulthandler.dump_traceback_later(300, exit=True)  # a hang must fail
-    for i in range(1000):
+    for i in range(n):
         data = bytearray(encoded(photo if i % 10 < 2 else pixels[i % len(pixels)], "PNG" if i % 2 else "JPEG"))
         kind = i // 2 % 4
         if kind == 0:
@@ -136,21 +133,21 @@ def test_1000_mutated_images_are_answered_or_refused(loaded, test_images):
         except INVALID:
             pass
     faulthandler.cancel_dump_traceback_later()
-    assert 0 < answered < 1000
+    assert 0 < answered < n
 
 
 def test_warm_up_requests_are_answered(folder, loaded):
     logs = [
         prediction_log_pb2.PredictionLog.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(folder / WARM_UP))
     ]
-    asked = set()
+    requests = set()
     for log in logs:
         request = log.predict_log.request
         inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in request.inputs.items()}
         loaded.signatures[request.model_spec.signature_name](**inputs)
         [value] = inputs.values()
-        asked.add((request.model_spec.signature_name, len(value)))
-    assert asked == {(name, batch) for name in loaded.signatures for batch in (1, 8)}
+        requests.add((request.model_spec.signature_name, len(value)))
+    assert requests == {(name, batch) for name in loaded.signatures for batch in (1, 8)}
 
 
 def _graph(folder):
@@ -159,7 +156,7 @@ def _graph(folder):
 
 
 def test_no_xla_is_baked_in(classifier, tmp_path):
-    classifier.compile(jit_compile=True)  # as a GPU's user may have it
+    classifier.compile(jit_compile=True)  # as on a GPU
     classifier.predict(np.zeros((1, 32, 32, 3)), verbose=0)
     names = preprocessing_of(classifier).class_names
     saved_model.write(classifier, names, tmp_path / "1")
@@ -173,22 +170,11 @@ def test_no_xla_is_baked_in(classifier, tmp_path):
 def test_each_weight_is_stored_once(folder, classifier):
     stored = sum(path.stat().st_size for path in (folder / "variables").iterdir())
     weights = sum(4 * np.prod(variable.shape) for variable in classifier.weights)
-    assert weights < stored < weights + 300 * len(classifier.weights)  # each with its name and place
-
-
-def test_it_loads_without_keras(folder):
-    code = (
-        "import sys\n"
-        "sys.modules['keras'] = None  # what Python does with it: every import fails\n"
-        "import numpy as np, tensorflow as tf\n"
-        f"serve = tf.saved_model.load({str(folder)!r}).signatures['serving_default']\n"
-        "assert serve(images=tf.constant(np.zeros((2, 32, 32, 3), 'uint8')))['classes'].shape == (2,)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert weights < stored < weights + 300 * len(classifier.weights)  # up to 300 bytes for the name of each
 
 
 def test_a_c_program_runs_it(folder, classifier, test_images, tmp_path):
-    """As any language without Python does, by TensorFlow's C API."""
+    """The SavedModel needs neither Python nor Keras: TensorFlow's C API runs it, as from any language."""
     require(shutil.which("gcc"), "apt-get install gcc")
     program = tmp_path / "classify"
     library = Path(tf.sysconfig.get_lib())
@@ -203,6 +189,6 @@ def test_a_c_program_runs_it(folder, classifier, test_images, tmp_path):
     done = subprocess.run(
         [str(program), str(folder), str(tmp_path / "images"), "3", "32", *tensors], capture_output=True, text=True, check=True
     )
-    found = np.array([line.split() for line in done.stdout.splitlines()], "float64")
+    probabilities = np.array([line.split() for line in done.stdout.splitlines()], "float64")
     expected = keras.ops.softmax(classifier.predict(images.astype("float32"), verbose=0))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)

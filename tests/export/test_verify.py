@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from cvt_keras.errors import ExportError
 from cvt_keras.export import verify
@@ -8,20 +9,20 @@ from cvt_keras.export.verify import BOUNDS, FORMATS, TFLITE_FORMATS, Bounds, com
 LABELS = np.arange(1000) % 10
 
 
-def _found(probabilities, **more):
+def _answers(probabilities, **more):
     floats = {"float_tensors": np.array([], str), "float_reasons": np.array([], str)}
     return {"probabilities": probabilities, "milliseconds": 1.0, "runtime": "none", **floats, **more}
 
 
-def _sure(labels):
+def _confident(labels):
     return np.eye(10)[labels] * 0.9 + 0.01
 
 
 def _wrong(n):
-    """All right but for the first `n`."""
+    """Probabilities with the first `n` images wrong."""
     labels = LABELS.copy()
     labels[:n] = (labels[:n] + 1) % 10
-    return _sure(labels)
+    return _confident(labels)
 
 
 @pytest.fixture
@@ -33,34 +34,33 @@ def file(tmp_path):
 @pytest.mark.parametrize(
     "name, lost, passed", [("int8", 10, True), ("int8", 11, False), ("dynamic_int8", 2, True), ("dynamic_int8", 3, False)]
 )
-def test_top1_may_fall_by_so_much(name, lost, passed, file):
-    artifact = compare(name, file, "export/a.tflite", LABELS, _sure(LABELS), _found(_wrong(lost)))
+def test_top1_may_drop_to_the_bound(name, lost, passed, file):
+    artifact = compare(name, file, "export/a.tflite", LABELS, _confident(LABELS), _answers(_wrong(lost)))
     assert artifact.passed == passed
     assert artifact.top1 == artifact.agreement == pytest.approx(1 - lost / 1000)
     assert (artifact.bytes, artifact.images) == (100, 1000)
 
 
-def test_other_bounds_can_be_given(file):
+def test_bounds_can_be_overridden(file):
     bounds = Bounds(0.005, 0.2)
-    assert compare("int8", file, "", LABELS, _sure(LABELS), _found(_wrong(3))).passed
-    assert compare("int8", file, "", LABELS, _sure(LABELS), _found(_wrong(3)), bounds).broken == ["max_abs_diff"]
-    artifact = compare("int8", file, "", LABELS, _sure(LABELS), _found(_wrong(6)), Bounds(0.005))
+    assert compare("int8", file, "", LABELS, _confident(LABELS), _answers(_wrong(3))).passed
+    assert compare("int8", file, "", LABELS, _confident(LABELS), _answers(_wrong(3)), bounds).broken == ["max_abs_diff"]
+    artifact = compare("int8", file, "", LABELS, _confident(LABELS), _answers(_wrong(6)), Bounds(0.005))
     assert artifact.broken == ["top1_drop"] and artifact.bounds["top1_drop"] == 0.005
 
 
-def test_fewer_than_three_images_are_chance(file):
+def test_fewer_than_three_images_break_no_bound(file):
     few = slice(0, 20)
-    found = _found(_wrong(2)[few])
-    assert compare("int8", file, "", LABELS[few], _sure(LABELS)[few], found).passed
-    assert not compare("int8", file, "", LABELS[few], _sure(LABELS)[few], _found(_wrong(3)[few])).passed
+    assert compare("int8", file, "", LABELS[few], _confident(LABELS)[few], _answers(_wrong(2)[few])).passed
+    assert not compare("int8", file, "", LABELS[few], _confident(LABELS)[few], _answers(_wrong(3)[few])).passed
 
 
 @pytest.mark.parametrize("images, broken", [(2, []), (3, ["max_abs_diff"])])
-def test_the_image_that_differs_most_is_named(images, broken, file):
-    probabilities = _sure(LABELS)
+def test_the_report_names_the_image_that_differs_most(images, broken, file):
+    probabilities = _confident(LABELS)
     probabilities[123, 4] += 2e-3
     probabilities[: images - 1, 4] += 1e-3
-    artifact = compare("float32", file, "", LABELS, _sure(LABELS), _found(probabilities))
+    artifact = compare("float32", file, "", LABELS, _confident(LABELS), _answers(probabilities))
     assert (artifact.broken, artifact.passed, artifact.worst_image) == (broken, not broken, 123)
     assert artifact.max_abs_diff == pytest.approx(2e-3)
     assert artifact.bounds == {"top1_drop": 0.0, "max_abs_diff": 1e-4, "reference_max_abs_diff": 1e-4}
@@ -76,39 +76,61 @@ def test_the_image_that_differs_most_is_named(images, broken, file):
         ("int8", 0.3, False),
     ],
 )
-def test_kernels_that_disagree_fail(name, difference, passed, file):
-    reference = _sure(LABELS)[:200]
+def test_disagreeing_kernels_fail(name, difference, passed, file):
+    reference = _confident(LABELS)[:200]
     reference[:3] -= difference
-    artifact = compare(name, file, "", LABELS, _sure(LABELS), _found(_sure(LABELS), reference=reference))
+    artifact = compare(name, file, "", LABELS, _confident(LABELS), _answers(_confident(LABELS), reference=reference))
     assert artifact.broken == ([] if passed else ["reference_max_abs_diff"])
     assert artifact.reference_max_abs_diff == pytest.approx(difference)
 
 
-def test_a_float_in_an_integer_file_is_listed_with_its_reason(file):
+def test_float_tensors_of_an_integer_file_are_listed_with_reasons(file):
     floats = {"float_tensors": np.array(["mean"]), "float_reasons": np.array(["the converter keeps MEAN in floats here"])}
-    artifact = compare("int8", file, "", LABELS, _sure(LABELS), _found(_sure(LABELS), **floats))
+    artifact = compare("int8", file, "", LABELS, _confident(LABELS), _answers(_confident(LABELS), **floats))
     assert artifact.float_tensors == {"mean": "the converter keeps MEAN in floats here"}
-    assert compare("float16", file, "", LABELS, _sure(LABELS), _found(_sure(LABELS), **floats)).float_tensors == {}
+    assert compare("float16", file, "", LABELS, _confident(LABELS), _answers(_confident(LABELS), **floats)).float_tensors == {}
 
 
-def test_answers_that_are_no_numbers_are_no_answers(file):
-    probabilities = _sure(LABELS)
+def test_nan_probabilities_raise(file):
+    probabilities = _confident(LABELS)
     probabilities[7, 7] = np.nan
     with pytest.raises(ExportError) as error:
-        compare("int8", file, "", LABELS, _sure(LABELS), _found(probabilities))
+        compare("int8", file, "", LABELS, _confident(LABELS), _answers(probabilities))
     assert "int8" in error.value.summary and "NaN" in error.value.summary
 
 
+@pytest.mark.parametrize("wrong", ["serving_bytes", "logits"])
+def test_a_signature_that_disagrees_counts_as_a_difference(wrong, tmp_path, monkeypatch):
+    def signature(name, input_name, spec):
+        probabilities = tf.constant([[0.25, 0.75] if name == wrong else [0.75, 0.25]])
+
+        def serve(images):
+            rows = tf.repeat(probabilities, tf.shape(images)[0], axis=0)
+            return {"logits": tf.math.log(rows)} if name == "logits" else {"probabilities": rows}
+
+        return tf.function(serve).get_concrete_function(tf.TensorSpec(*spec, name=input_name))
+
+    images = ((None, 4, 4, 3), tf.uint8)
+    arguments = {"serving_default": ("images", images), "logits": ("images", images)}
+    arguments["serving_bytes"] = ("image_bytes", ((None,), tf.string))
+    signatures = {name: signature(name, *rest) for name, rest in arguments.items()}
+    tf.saved_model.save(tf.Module(), str(tmp_path / "1"), signatures)
+    for name in ("set_intra_op_parallelism_threads", "set_inter_op_parallelism_threads"):
+        monkeypatch.setattr(tf.config.threading, name, lambda threads: None)  # TensorFlow has started already
+    answers = verify.answer(tmp_path / "1", np.zeros((5, 4, 4, 3), "uint8"))
+    np.testing.assert_allclose(answers["probabilities"], [[0.25, 0.75]] * 5, atol=1e-6)
+
+
 @pytest.mark.parametrize("side, parts", [(32, [500, 500, 1]), (320, [5] * 200 + [1]), (1000, [1] * 1001)])
-def test_batches_are_as_large_as_their_images_allow(side, parts):
+def test_batches_shrink_as_images_grow(side, parts):
     images = np.broadcast_to(np.uint8(0), (1001, side, side, 3))
     assert [len(batch) for batch in verify.batches(images)] == parts
 
 
-def test_what_does_not_run_is_told(file):
+def test_a_file_that_does_not_run_raises(file):
     np.save(file.with_name("images.npy"), np.zeros((2, 32, 32, 3), "uint8"))
     with pytest.raises(ExportError) as error:
-        verify.verify("float32", file, "", file.with_name("images.npy"), LABELS[:2], _sure(LABELS)[:2])
+        verify.verify("float32", file, "", file.with_name("images.npy"), LABELS[:2], _confident(LABELS)[:2])
     assert "float32" in error.value.summary
 
 
@@ -116,12 +138,12 @@ def test_what_does_not_run_is_told(file):
     "code, stderr, why",
     [
         (1, "Traceback\nValueError: no model\n", "ValueError: no model"),
-        (1, "I0000 00:00:1 port.cc:153] oneDNN\n", "it ended with 1"),
-        (-9, "I0000 00:00:1 port.cc:153] oneDNN\n", "it was ended by SIGKILL"),
+        (1, "I0000 00:00:1 port.cc:153] oneDNN\n", "exit code 1"),
+        (-9, "I0000 00:00:1 port.cc:153] oneDNN\n", "killed by SIGKILL"),
         (1, "ValueError: no model\nWARNING: All log messages before\nE0000 00:00:1 cuInit\n\n", "ValueError: no model"),
     ],
 )
-def test_the_reason_is_what_the_process_died_of(code, stderr, why):
+def test_why_ended_names_the_last_line_or_the_signal(code, stderr, why):
     assert verify.why_ended(code, stderr) == why
 
 

@@ -1,4 +1,4 @@
-"""What the real server would read, as far as it can be held without it."""
+"""The server's configuration, as far as it can be tested without the real server."""
 
 import os
 import re
@@ -46,7 +46,7 @@ def test_the_model_has_one_name(exported):
     assert {config.name} == {client.MODEL} == warmed_up
 
 
-def test_the_version_before_the_newest_stays(serving):
+def test_the_two_newest_versions_are_served(serving):
     config = models_config()
     assert (config.model_platform, config.model_version_policy.latest.num_versions) == ("tensorflow", 2)
     assert sorted(serving.versions) == [2, 3]
@@ -56,8 +56,8 @@ def test_warm_up_requests_are_replayed(serving):
     assert serving.warmed_up == len(serving.versions) * 3 * len(WARM_UP_BATCHES)
 
 
-def test_batching_parameters_are_those_of_the_server():
-    """There is no proto of it in tensorflow-serving-api: the fields of session_bundle_config.proto that are wrapped values."""
+def test_batching_parameters_exist_in_the_server():
+    """tensorflow-serving-api lacks their proto, so this lists the wrapped values of session_bundle_config.proto."""
     numbers = {
         "max_batch_size",
         "batch_timeout_micros",
@@ -73,24 +73,24 @@ def test_batching_parameters_are_those_of_the_server():
     assert sizes["max_batch_size"] >= sizes["max_execution_batch_size"] >= max(WARM_UP_BATCHES)
 
 
-def test_the_clients_batch_is_one_that_the_server_takes():
+def test_the_server_accepts_the_clients_default_batch():
     assert client.parse(["a.png"]).batch <= int(_batching()["max_batch_size"])
 
 
 def test_the_clients_help_names_the_largest_batch(capsys):
     with pytest.raises(SystemExit):
         client.main(["--help"])
-    said = " ".join(re.findall(r"[^\s│]+", capsys.readouterr().out))
-    assert f"Images in a request; by batching.config the server takes {_batching()['max_batch_size']}." in said
+    text = " ".join(re.findall(r"[^\s│]+", capsys.readouterr().out))
+    assert f"Images per request; batching.config allows {_batching()['max_batch_size']}." in text
 
 
-def test_the_image_is_of_tensorflows_minor_version(service):
+def test_the_image_has_tensorflows_minor_version(service):
     pinned = re.search(r"^tensorflow==(\d+\.\d+)\.", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
     assert re.fullmatch(rf"tensorflow/serving:\$\{{SERVING_TAG:-{re.escape(pinned)}\.\d+\}}", service["image"])
     assert service["platform"] == "linux/amd64"
 
 
-def test_flags_name_files_that_are_mounted_from_here(service, mounts):
+def test_flags_name_mounted_files(service, mounts):
     flags = dict(flag.removeprefix("--").split("=") for flag in service["command"])
     assert flags == {
         "model_config_file": "/config/models.config",
@@ -102,26 +102,26 @@ def test_flags_name_files_that_are_mounted_from_here(service, mounts):
         assert (SERVING / mounts[flags[name]]["source"]).is_file()
 
 
-def test_the_run_is_mounted_where_the_model_is_looked_for(mounts, exported):
+def test_the_run_is_mounted_at_the_models_base_path(mounts, exported):
     mount = mounts[models_config().base_path]
-    said, path = re.fullmatch(r"\$\{RUN:\?(.+)\}/(.+)", mount["source"]).groups()
-    assert "RUN" in said and (exported / path / "1" / "saved_model.pb").is_file()
+    hint, path = re.fullmatch(r"\$\{RUN:\?(.+)\}/(.+)", mount["source"]).groups()
+    assert "RUN" in hint and (exported / path / "1" / "saved_model.pb").is_file()
     assert mount["bind"] == {"create_host_path": False}
 
 
-def test_nothing_mounted_can_be_written_to(mounts):
+def test_mounts_are_read_only(mounts):
     assert len(mounts) == 3 and all(mount["type"] == "bind" and mount["read_only"] is True for mount in mounts.values())
 
 
-def test_ports_are_the_clients_and_this_machines_alone(service):
+def test_ports_are_the_clients_and_local_only(service):
     ports = [address.rpartition(":")[2] for address in client.ADDRESSES.values()]
     assert service["ports"] == [f"127.0.0.1:{port}:{port}" for port in ports]
 
 
-def test_the_health_check_tells_whether_the_model_is_there(service, serving):
+def test_the_health_check_succeeds_only_with_the_model(service, serving):
     command = service["healthcheck"]["test"]
     assert command[:3] == ["CMD", "bash", "-c"]
-    assert "$" not in command[3]  # compose would put a variable's value there
+    assert "$" not in command[3]  # compose would substitute a variable
 
     def healthy(port, path="models/cvt"):
         script = command[3].replace("8501", str(port)).replace("models/cvt", path)
@@ -132,7 +132,7 @@ def test_the_health_check_tells_whether_the_model_is_there(service, serving):
     assert not healthy(1)
 
 
-def test_the_way_to_start_it_names_the_file(monkeypatch, tmp_path):
+def test_the_start_command_names_the_compose_file(monkeypatch, tmp_path):
     for folder in (ROOT, tmp_path):
         monkeypatch.chdir(folder)
         command = client.start_command()
