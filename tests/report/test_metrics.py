@@ -44,14 +44,14 @@ def test_metrics_by_hand():
     assert result["images"] == 4
 
 
-def test_logits_need_no_scale():
+def test_large_logits_do_not_overflow():
     logits = np.array([[1000.0, 0.0], [0.0, 1000.0]])
     result = evaluate(logits, np.array([0, 0]))
     assert result["loss"] == pytest.approx(500)
     assert result["top1"] == 0.5
 
 
-def test_top5_of_few_classes_means_nothing():
+def test_top5_is_none_for_few_classes():
     assert evaluate(np.eye(5), np.arange(5))["top5"] is None
 
 
@@ -109,7 +109,7 @@ def test_a_network_that_gives_every_class_the_same_logit_has_diverged():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_are_refused(value):
+def test_logits_that_are_not_finite_raise(value):
     logits = np.eye(6)[:4]
     logits[2, 3] = value
     for metric in (evaluate, reliability, lambda *both: worst(*both, n=1), lambda logits, _: predictions(logits)):
