@@ -132,7 +132,7 @@ def test_warnings_come_before_the_numbers_and_unused_files_after_them(run_dir):
     assert "Warnings" not in text and "not used" not in text
     text = _text_with(run_dir, data_warnings=["<b> rules"], left_out={"not an image": 1200, "broken": 1})
     assert text.index("Warnings <b> rules") < text.index("top-1, test") < text.index("1,201 files were not used")
-    assert "1,201 files were not used reason files not an image 1,200 broken 1" in text
+    assert "1,201 files were not used reasonfiles not an image1,200 broken1" in text
     text = _text_with(run_dir, left_out={"broken": 1})
     assert "Warnings" not in text and "1 file was not used" in text
 
