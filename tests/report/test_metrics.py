@@ -169,8 +169,8 @@ def test_the_worst_are_wrong_and_in_order():
 
 
 def test_reliability_sorts_by_confidence():
-    # The last bin holds a confidence of 1 too.
-    probabilities = [[0.5, 0.5 - 1e-9, 1e-9], [0.52, 0.47, 0.01], [1 - 2e-15, 1e-15, 1e-15]]
+    # The last bin includes a confidence of exactly 1.
+    probabilities = [[0.5, 0.5 - 1e-9, 1e-9], [0.52, 0.47, 0.01], [1, 1e-30, 1e-30]]
     confidence, accuracy, images = reliability(_logits(probabilities), np.array([0, 1, 0]))
     assert images.tolist() == [0] * 7 + [2] + [0] * 6 + [1]
     assert confidence[[7, 14]] == pytest.approx([0.51, 1])

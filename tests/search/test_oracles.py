@@ -3,7 +3,9 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from keras_tuner.engine.trial import TrialStatus
 from small_search import SPACE
@@ -66,10 +68,18 @@ def test_hyperband_trains_the_best_again_for_more_epochs(make_oracle):
 
 
 def test_the_bayesian_search_approaches_the_optimum(make_oracle):
-    oracle = make_oracle("bayesian", trials=9)
-    values = _all(oracle)
-    distance = [abs(value["peak_learning_rate"] - 4e-3) for value in values]
-    assert min(distance[3:]) < 6e-4 < min(distance[:3])  # the first three are random
+    oracle = make_oracle("bayesian", trials=8, space={"peak_learning_rate": SPACE["peak_learning_rate"]})
+    distance = [abs(values["peak_learning_rate"] - 4e-3) for values in _all(oracle)]
+    assert min(distance[3:]) < 3e-4 < min(distance[:3])  # the first three are random
+
+
+def test_the_bayesian_search_chooses_within_the_budget_by_the_same_criterion(make_oracle):
+    oracle = make_oracle("bayesian", max_macs=840_928)  # leaves a depth of 1
+    oracle.create_trial("a")
+    # The mean is equal everywhere, and the learning rate is the deviation.
+    oracle.gpr = SimpleNamespace(predict=lambda points, return_std: (np.zeros(len(points)), points[:, 0]))
+    values = oracle._vector_to_values([0.5, 0.99, 0.5])  # a depth of 3
+    assert values["stage0_depth"] == 1 and values["peak_learning_rate"] > 6e-3
 
 
 def test_the_search_uses_the_seed_of_the_recipe(make_oracle, tmp_path):
