@@ -1,4 +1,4 @@
-"""A recipe and a space for the tests of the search: small enough to train in seconds."""
+"""A recipe and a space for the tests of the search, which train in seconds."""
 
 import dataclasses
 
@@ -6,5 +6,5 @@ from cvt_keras.search.space import Choice, Range
 from cvt_keras.training import RECIPES
 
 SMOKE = dataclasses.replace(RECIPES["smoke"], dataset="digits", flip=False)
-# Of which 840,928 MACs are the recipe's own.
+# The network of the recipe itself takes 840,928 MACs per image.
 SPACE = {"peak_learning_rate": Range(1e-3, 8e-3, log=True), "stage0_depth": Choice((1, 2, 3)), "mixup": Range(0.0, 0.4)}

@@ -1,1 +1,1 @@
-"""What a run tells its reader: metrics, figures and a page."""
+"""The report of a run: metrics, figures and an HTML page."""

@@ -1,7 +1,7 @@
-"""The pictures of a run.
+"""Figures of a run: curves, confusion matrix, calibration, most wrong images.
 
-Drawn by matplotlib, not by a chart library in JavaScript, so that a report is one page without scripts: it opens offline and in
-a mail, and its pictures can be copied.
+matplotlib draws them, not a chart library in JavaScript: the report is then one page without scripts, which opens offline and
+in a mail, and its figures can be copied.
 """
 
 import collections
@@ -35,18 +35,18 @@ CALIBRATION = "calibration.png"
 MOST_WRONG = "most_wrong.png"
 
 TRAINING, VALIDATION, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: safe for colour-blind readers
-MOST_LABELS = 40  # along an axis
-MOST_NUMBERS = 20  # in a row of a matrix
-MOST_EMS = 9  # of a class name's width, in font sizes: about 16 small letters or 9 Chinese ones
-CLASS_NAMES = "Class names"  # key of a .png's text
+MAX_TICK_LABELS = 40
+MAX_CLASSES_WITH_COUNTS = 20  # in a confusion matrix; the cells of a larger one are too small for numbers
+MAX_NAME_WIDTH = 9  # of a class name, in font sizes: about 16 lower-case letters or 9 Chinese characters
+CLASS_NAMES = "Class names"  # key of the .png metadata
 
 
 def draw(run_dir, history, images=None, logits=None, labels=None, class_names=None, first_epoch=0):
-    """Draws the figures of a run into its folder: the curves and, with test images, the other three.
+    """Writes the figures of a run to its folder: the curves and, if there are test images, the other three.
 
     Args:
         run_dir: the run folder.
-        history: a dict per epoch, as `runs.read_history` returns them.
+        history: a dict per epoch, as `runs.read_history` returns it.
         images: the test images, uint8 `(n, height, width, 3)`, or `None`.
         logits: float `(n, classes)`.
         labels: int `(n,)`.
@@ -63,39 +63,39 @@ def draw(run_dir, history, images=None, logits=None, labels=None, class_names=No
         figures[MOST_WRONG] = most_wrong(images, logits, labels, names)
     (run_dir / runs.PLOTS).mkdir(exist_ok=True)
     for name, figure in figures.items():
-        text = {CLASS_NAMES: legend} if legend and name in (CONFUSION, MOST_WRONG) else None
-        save(figure, run_dir / runs.PLOTS / name, text)
+        metadata = {CLASS_NAMES: legend} if legend and name in (CONFUSION, MOST_WRONG) else None
+        save(figure, run_dir / runs.PLOTS / name, metadata)
 
 
-def save(figure, path, text=None):
-    """Writes a `Figure` as .png, whole or not at all.
+def save(figure, path, metadata=None):
+    """Writes a `Figure` as .png, atomically.
 
     Args:
         figure: a `Figure`.
         path: the file.
-        text: key -> text that the file carries beside its pixels, or `None`.
+        metadata: a dict of key -> text to store in the file, or `None`.
     """
-    with runs.whole(path) as aside:
+    with runs.whole(path) as temporary_path:
         FigureCanvasAgg(figure)
-        figure.savefig(aside, format="png", dpi=144, metadata=text)
+        figure.savefig(temporary_path, format="png", dpi=144, metadata=metadata)
 
 
 def is_numbered(path):
-    """Whether a .png shows the numbers of the classes instead of their names.
+    """Whether a .png labels the classes with numbers instead of names.
 
-    The file says so itself: a page may be written later, on a machine with other fonts.
+    Read from the file's metadata: the page may be rewritten on a machine with other fonts.
     """
     with Image.open(path) as image:
         return CLASS_NAMES in image.info
 
 
 def legend_of(class_names):
-    """A line with number and name for each class. Numbers count from 1."""
+    """A line `number: name` for each class, counted from 1."""
     return "\n".join(f"{number}: {name}" for number, name in enumerate(class_names, start=1))
 
 
 def curves(history, first_epoch=0):
-    """Draws accuracy, cross-entropy and learning rate by epoch. A ring marks the best epoch from `first_epoch` on.
+    """Plots accuracy, cross-entropy and learning rate by epoch. A ring marks the best epoch from `first_epoch` on.
 
     Returns:
         A `Figure`.
@@ -113,13 +113,13 @@ def curves(history, first_epoch=0):
         axes.annotate(
             f"{value:.1%}" if key == "accuracy" else f"{value:.3f}",
             (best["epoch"], value),
-            xytext=(0, 12 if key == "accuracy" else -12),  # away from the curves
+            xytext=(0, 12 if key == "accuracy" else -12),  # clear of the curves
             textcoords="offset points",
             ha="center",
             va="center",
             color=VALIDATION,
         )
-        axes.margins(x=0.12, y=0.15)  # room for the number beside the ring
+        axes.margins(x=0.12, y=0.15)  # room for the ring's number
         axes.set_title(title, loc="left")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     accuracy.legend(frameon=False, loc="lower right", fontsize="small")
@@ -134,11 +134,11 @@ def curves(history, first_epoch=0):
 
 
 def confusion(counts, names):
-    """Draws a confusion matrix: a row for each label, a column for each prediction, coloured by share of the label's images.
+    """Plots a confusion matrix: labels in rows, predictions in columns, coloured by each row's shares.
 
     Args:
         counts: int `(classes, classes)`.
-        names: the classes' `PictureNames`.
+        names: a `PictureNames`.
 
     Returns:
         A `Figure`.
@@ -148,28 +148,28 @@ def confusion(counts, names):
     side = min(max(4.5, 2.5 + 0.45 * n), 12)  # inches; the title needs 4.5
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    step = -(-n // MOST_LABELS)
-    upright = n > (99 if names.numbered else 5) or max(_width(text, names.families) for text in names.texts) > 3.5
+    matrix = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    step = -(-n // MAX_TICK_LABELS)
+    vertical = n > (99 if names.numbered else 5) or max(_width(text, names.families) for text in names.texts) > 3.5
     ticks = {"labels": names.texts[::step], "fontfamily": names.families, "parse_math": False}
-    axes.set_xticks(range(0, n, step), rotation=90 if upright else 0, **ticks)
+    axes.set_xticks(range(0, n, step), rotation=90 if vertical else 0, **ticks)
     axes.set_yticks(range(0, n, step), **ticks)
-    kind = ", number of the class" if names.numbered else ""
-    axes.set_xlabel(f"predicted{kind}")
-    axes.set_ylabel(f"label{kind}")
+    unit = ", class number" if names.numbered else ""
+    axes.set_xlabel(f"prediction{unit}")
+    axes.set_ylabel(f"label{unit}")
     axes.set_title("Test images by label and prediction", loc="left")
-    if n <= MOST_NUMBERS:
+    if n <= MAX_CLASSES_WITH_COUNTS:
         for row in range(n):
             for column in range(n):
                 if counts[row, column]:
                     colour = "white" if shares[row, column] > 0.5 else "black"
                     axes.text(column, row, counts[row, column], ha="center", va="center", fontsize="small", color=colour)
-    figure.colorbar(drawn, ax=axes, shrink=0.8, format=PercentFormatter(1), label="share of the label's images")
+    figure.colorbar(matrix, ax=axes, shrink=0.8, format=PercentFormatter(1), label="share of the label's images")
     return figure
 
 
 def calibration(logits, labels):
-    """Draws a reliability diagram: accuracy by confidence, and the number of images in each bin.
+    """Plots a reliability diagram: accuracy by confidence, and the number of images per bin.
 
     Returns:
         A `Figure`.
@@ -181,12 +181,12 @@ def calibration(logits, labels):
     left = [i * width for i in range(len(images))]
     diagram.bar(left, accuracy, width, align="edge", color=TRAINING, edgecolor="white", alpha=0.6)
     diagram.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfectly calibrated")
-    diagram.plot(confidence, accuracy, "o", color=VALIDATION, markersize=4, clip_on=False, label="mean confidence of the bin")
+    diagram.plot(confidence, accuracy, "o", color=VALIDATION, markersize=4, clip_on=False, label="mean confidence")
     diagram.set_ylabel("accuracy")
     diagram.set_ylim(0, 1)
     diagram.legend(frameon=False, loc="upper left", fontsize="small")
     error = metrics.calibration_error(confidence, accuracy, images)
-    diagram.set_title(f"Calibration: expected error {error:.1%}", loc="left")
+    diagram.set_title(f"Expected calibration error {error:.1%}", loc="left")
     count.bar(left, images, width, align="edge", color=GREY, edgecolor="white")
     count.set_ylabel("images")
     count.set_xlabel("confidence")
@@ -199,30 +199,30 @@ def calibration(logits, labels):
 
 
 def most_wrong(images, logits, labels, names, n=24):
-    """Draws the misclassified images with the highest cross-entropy, each with its label and its prediction.
+    """Plots the misclassified images with the highest cross-entropy, each with its label and prediction.
 
     Args:
         images: uint8 `(n, height, width, 3)`.
         logits: float `(n, classes)`.
         labels: int `(n,)`.
-        names: the classes' `PictureNames`.
-        n: how many to draw at most.
+        names: a `PictureNames`.
+        n: the maximum number of images.
 
     Returns:
         A `Figure`.
     """
-    chosen = metrics.worst(logits, labels, n)
+    worst = metrics.worst(logits, labels, n)
     columns = 6
-    rows = max(1, -(-len(chosen) // columns))
+    rows = max(1, -(-len(worst) // columns))
     figure = Figure(figsize=(columns * 1.6, rows * 2 + 0.4), layout="constrained")
-    title = "The most wrong test images: label, prediction" if len(chosen) else "No test image is misclassified"
+    title = "Most wrong test images: label, prediction" if len(worst) else "No test image is misclassified"
     figure.suptitle(title, x=0.01, ha="left")
     predicted = metrics.predictions(logits)
     probabilities = softmax(logits, axis=1)
     for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis("off")
-        if place < len(chosen):
-            i = chosen[place]
+        if place < len(worst):
+            i = worst[place]
             axes.imshow(images[i], interpolation="nearest")
             label, prediction = (
                 f"class {names.texts[c]}:" if names.numbered else names.texts[c] for c in (labels[i], predicted[i])
@@ -231,7 +231,7 @@ def most_wrong(images, logits, labels, names, n=24):
                 f"{label} {probabilities[i, labels[i]]:.1%}\nas {prediction} {probabilities[i, predicted[i]]:.0%}",
                 fontsize=8,
                 fontfamily=names.families,
-                parse_math=False,  # a class name may hold a dollar sign
+                parse_math=False,  # a class name may contain a dollar sign
             )
     return figure
 
@@ -241,12 +241,12 @@ def most_wrong(images, logits, labels, names, n=24):
 
 @dataclass(frozen=True)
 class PictureNames:
-    """What stands for the classes in pictures.
+    """The labels of the classes in figures.
 
     Args:
-        texts: one for each class, short and distinct.
-        families: the fonts to draw them with. matplotlib takes each glyph from the first that has it.
-        numbered: whether `texts` are numbers, from 1, as the names can't be drawn.
+        texts: a short, unique label per class.
+        families: the font families. matplotlib takes each glyph from the first that has it.
+        numbered: whether `texts` are numbers, from 1, because some name can't be drawn.
     """
 
     texts: list[str]
@@ -255,7 +255,7 @@ class PictureNames:
 
 
 def picture_names(class_names):
-    """Shortens the names for pictures and finds fonts for them. If one of them can't be drawn, all classes are numbered.
+    """Shortens class names for figures and finds fonts for them. If one can't be drawn, all classes get numbers instead.
 
     Returns:
         `PictureNames`.
@@ -268,46 +268,46 @@ def picture_names(class_names):
 
 
 def _composed(name):
-    """A name with an accent and its letter as one character (macOS stores them as two), and with plain spaces only."""
+    """Composes accents with their letters, which macOS stores as two characters, and replaces other spaces by plain ones."""
     return "".join(
         " " if unicodedata.category(character) == "Zs" else character for character in unicodedata.normalize("NFC", name)
     )
 
 
 def _stands_alone(character):
-    """Whether a character has the same shape beside any other, and the next one stands to its right.
+    """Whether a character looks the same beside any other and is written from left to right.
 
-    Before version 3.11 matplotlib draws glyph after glyph. It does not write from right to left (Arabic, Hebrew), join letters
-    (Arabic), place vowels and accents around a letter (Devanagari, Thai) or make one emoji of several. Version 3.11 does, but
-    where such a name shares a line with a number the whole line is turned round. So names with these characters are not drawn.
+    Before version 3.11 matplotlib draws glyph by glyph. It does not write from right to left (Arabic, Hebrew), join letters
+    (Arabic), place vowels and accents around a letter (Devanagari, Thai) or combine emoji. Version 3.11 does, but it reverses
+    a whole line in which such a name stands beside a number. Names with these characters are therefore not drawn.
     """
-    from_right = unicodedata.bidirectional(character) in ("R", "AL", "AN")
+    right_to_left = unicodedata.bidirectional(character) in ("R", "AL", "AN")
     # Letters, numbers, punctuation, symbols and spaces; not marks, controls, joiners or private characters.
-    return not from_right and (unicodedata.category(character)[0] in "LNPS" or character == " ")
+    return not right_to_left and (unicodedata.category(character)[0] in "LNPS" or character == " ")
 
 
 def _shortened(names, families):
-    """The names, up to `MOST_EMS` wide: cut at the end or, if two would then be the same, in the middle.
+    """Shortens names to `MAX_NAME_WIDTH`: cuts the end or, if two would then be the same, the middle.
 
     Returns:
         A list, or `None` if two are the same either way.
     """
-    for tail in (0.0, MOST_EMS / 2):
+    for tail in (0.0, MAX_NAME_WIDTH / 2):
         texts = []
         for name in names:
-            if _width(name, families) > MOST_EMS:
+            if _width(name, families) > MAX_NAME_WIDTH:
                 end = _head(name[::-1], tail, families)[::-1].lstrip()
-                name = f"{_head(name, MOST_EMS - 1 - tail, families).rstrip()}…{end}"
+                name = f"{_head(name, MAX_NAME_WIDTH - 1 - tail, families).rstrip()}…{end}"
             texts.append(name)
         if len(set(texts)) == len(texts):
             return texts
     return None
 
 
-def _head(text, most, families):
-    """The longest start of `text` that is up to `most` font sizes wide."""
+def _head(text, max_width, families):
+    """The longest prefix of `text` that is at most `max_width` font sizes wide."""
     widths = itertools.accumulate(_advance(character, families) for character in text)
-    return text[: sum(width <= most for width in widths)]
+    return text[: sum(width <= max_width for width in widths)]
 
 
 def _width(text, families):
@@ -326,31 +326,31 @@ def _default_families():
 
 
 def _families(characters):
-    """The font families that have all of `characters`: the default, and installed ones for what it lacks.
+    """The default font families, and installed ones for the characters that the default lacks.
 
     Returns:
-        A tuple, or `None` if no installed font has one of them.
+        A tuple, or `None` if a character is in no installed font.
     """
     families = _default_families()
     missing = characters - {" "}
     missing -= _drawn(font_manager.findfont(font_manager.FontProperties()), missing)
     if not missing:
         return families
-    promised = collections.defaultdict(set)
+    mapped = collections.defaultdict(set)
     for entry in font_manager.fontManager.ttflist:
         # A last-resort font "has" every character, as a box.
         if entry.style == "normal" and "lastresort" not in entry.name.lower().replace(" ", ""):
-            promised[entry.name] |= _mapped(entry.fname, missing)
-    for family in sorted(promised, key=lambda name: (-len(promised[name]), name)):
-        # Of the family's files matplotlib chooses this one.
-        if promised[family] & missing and (drawn := _drawn(font_manager.findfont(family), missing)):
+            mapped[entry.name] |= _mapped(entry.fname, missing)
+    for family in sorted(mapped, key=lambda name: (-len(mapped[name]), name)):
+        # `findfont` gives the file that matplotlib will draw the family with.
+        if mapped[family] & missing and (drawn := _drawn(font_manager.findfont(family), missing)):
             families += (family,)
             missing -= drawn
     return None if missing else families
 
 
 def _mapped(path, characters):
-    """Those of `characters` that the font's table has."""
+    """The `characters` in the font's character map."""
     with contextlib.suppress(OSError, RuntimeError):  # a font that FreeType can't read
         table = ft2font.FT2Font(path).get_charmap()
         return {character for character in characters if ord(character) in table}
@@ -358,7 +358,7 @@ def _mapped(path, characters):
 
 
 def _drawn(path, characters):
-    """Those of `characters` that the font has an outline for. Colour fonts have pictures, which matplotlib can't draw."""
+    """The `characters` that the font has outlines for. Colour fonts have bitmaps, which matplotlib can't draw."""
     drawn = set()
     with contextlib.suppress(OSError, RuntimeError):
         font = ft2font.FT2Font(path)
@@ -371,11 +371,11 @@ def _drawn(path, characters):
     return drawn
 
 
-# === Looks ===
+# === Style ===
 
 
 def style(axes):
-    """Removes the box around a plot, and adds horizontal grid lines."""
+    """Removes the top and right spines, and adds horizontal grid lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)

@@ -21,31 +21,31 @@ ADVICE = "Train again in another --run-dir, at a lower --peak-learning-rate"
 
 @dataclass(frozen=True)
 class Report:
-    """What report.json holds.
+    """The contents of report.json.
 
     Args:
-        dataset: the one that was used, never `auto`.
-        data_note: what a reader must know about the data; often empty.
-        variant: its name.
-        recipe: every setting as resolved.
-        epochs, seed, image_size, class_names: of the run.
-        train_images: how many it trained on.
-        parameters: trainable ones.
+        dataset: the data set that was used, never `auto`.
+        data_note: a remark about the data; often empty.
+        variant: name of the variant.
+        recipe: every setting, resolved.
+        epochs, seed, image_size, class_names: settings of the run.
+        train_images: number of training images.
+        parameters: number of trainable parameters.
         macs: multiply-accumulates per image.
-        train_seconds: of `fit`, with compilation and validation.
-        train_images_per_second: of the median epoch, without validation.
-        validation, test: what `evaluate` returns; `test` is `None` where the test split was not touched. Older files lack
-            `macro_f1` and `balanced_accuracy`.
-        per_class, confusion: of the test split, or `None`.
-        device: the name of the device that trained.
+        train_seconds: time in `fit`, including compilation and validation.
+        train_images_per_second: throughput in the median epoch, without validation.
+        validation, test: the dicts that `evaluate` returns. `test` is `None` if the test split was not evaluated. Files of
+            older versions lack `macro_f1` and `balanced_accuracy`.
+        per_class, confusion: metrics of the test split, or `None`.
+        device: name of the device that the run trained on.
         versions: package -> version.
         compression: measurements of a compressed network, or `None`.
-        data_warnings: lines about the data that a reader must see.
-        left_out: reason -> the number of files that were not used.
-        class_weights: class name -> weight of its images in the loss, or `None` where all weigh the same.
-        epochs_trained: fewer than `epochs` where early stopping ended the training. `None` in files of older versions.
+        data_warnings: warnings about the data, a sentence each.
+        left_out: reason -> number of files that were not used.
+        class_weights: class name -> weight of its images in the loss, or `None` if all weights are 1.
+        epochs_trained: fewer than `epochs` if early stopping ended the training. `None` in files of older versions.
         kept_epoch: the epoch, from 1, whose weights were kept. `None` in files of older versions.
-        test_images: how many the test split has, evaluated or not. `None` in files of older versions.
+        test_images: size of the test split, evaluated or not. `None` in files of older versions.
         train_images_per_class: in the order of `class_names`. Empty in files of older versions.
     """
 
@@ -80,9 +80,7 @@ class Report:
 
 
 def best_epoch(history, first_epoch=0):
-    """The epoch whose weights a run keeps: the highest validation accuracy, and among equals the lowest validation loss.
-
-    If the losses are equal too, it is the earliest.
+    """The epoch whose weights a run keeps: highest validation accuracy, then lowest validation loss, then earliest.
 
     Args:
         history: a dict per epoch, with `val_accuracy` and `val_loss`.
@@ -95,13 +93,13 @@ def best_epoch(history, first_epoch=0):
 
 
 def merit(accuracy, loss):
-    """The sort key of an epoch, higher is better: the accuracy, and among equals the lower loss."""
-    # A loss that is NaN would compare as neither higher nor lower.
+    """The sort key of an epoch, higher is better: the accuracy, then the negative loss."""
+    # NaN compares as neither higher nor lower: it counts as an infinite loss.
     return accuracy, -math.inf if math.isnan(loss) else -loss
 
 
 def evaluate(logits, labels):
-    """Accuracy, cross-entropy and calibration.
+    """Computes accuracy, cross-entropy and calibration error.
 
     Args:
         logits: float `(n, classes)`.
@@ -110,19 +108,19 @@ def evaluate(logits, labels):
     Returns:
         A dict:
         - `top1`, `top5`: fractions of 1. Among equal logits the class with the lowest index comes first, as in `argmax`. `top5`
-          is `None` under 6 classes.
-        - `macro_f1`, `balanced_accuracy`: means over the classes that have images, of F1 and of recall. Rare classes count as
+          is `None` for fewer than 6 classes.
+        - `macro_f1`, `balanced_accuracy`: F1 and recall, averaged over the classes that have images. Rare classes count as
           much as common ones.
-        - `loss`: the plain cross-entropy, in nats.
-        - `ece`: the expected calibration error.
+        - `loss`: cross-entropy in nats, without label smoothing or class weights.
+        - `ece`: expected calibration error.
         - `images`: `n`.
 
     Raises:
-        DivergedError: if a logit is NaN or infinite, or if the logits of each image are the same for all classes.
+        DivergedError: if a logit is NaN or infinite, or if every image has the same logit for all classes.
     """
     predicted = predictions(logits)
     _require_distinct(logits)
-    # Over classes with images only: by default scikit-learn also averages over classes that are only predicted.
+    # Only classes with images: by default scikit-learn also averages over classes that only occur as predictions.
     _, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
         labels, predicted, labels=np.unique(labels), average="macro", zero_division=0
     )
@@ -138,12 +136,11 @@ def evaluate(logits, labels):
 
 
 def per_class(logits, labels, class_names):
-    """The metrics of each class.
+    """Computes the metrics of each class.
 
     Returns:
-        A dict for each class: its `name`, `top1` (the share of its images that are predicted right: the recall), `precision`,
-        `f1`, and `images`. A share of nothing is `None`: `top1` of a class without images, `precision` of a class that is never
-        predicted, `f1` of a class with neither.
+        A dict per class: `name`, `top1` (its recall), `precision`, `f1` and `images`. A metric that is 0 / 0 is `None`: `top1`
+        of a class without images, `precision` of a class that is never predicted, `f1` of a class with neither.
     """
     precision, recall, f1, images = sklearn.metrics.precision_recall_fscore_support(
         labels, predictions(logits), labels=range(len(class_names)), zero_division=np.nan
@@ -160,12 +157,12 @@ def per_class(logits, labels, class_names):
 
 
 def confusion(logits, labels, num_classes):
-    """Counts of images, int `(num_classes, num_classes)`: a row for each label, a column for each prediction."""
+    """The confusion matrix, int `(num_classes, num_classes)`: labels in rows, predictions in columns."""
     return sklearn.metrics.confusion_matrix(labels, predictions(logits), labels=range(num_classes))
 
 
 def predictions(logits):
-    """The class with the highest logit for each image, int `(n,)`; among equal logits the one with the lowest index.
+    """The class with the highest logit for each image, int `(n,)`. Among equal logits the lowest index wins.
 
     Raises:
         DivergedError: if a logit is NaN or infinite.
@@ -176,17 +173,16 @@ def predictions(logits):
 
 
 def worst(logits, labels, n):
-    """The indices of up to `n` images that the network gets wrong, the highest cross-entropy first."""
+    """The indices of up to `n` misclassified images, the highest cross-entropy first."""
     wrong = np.flatnonzero(predictions(logits) != labels)
     return wrong[np.argsort(-_losses(logits, labels)[wrong], kind="stable")][:n]
 
 
 def reliability(logits, labels):
-    """Sorts the images into bins of equal width by the probability of their prediction.
+    """Sorts the images into bins of equal width by confidence, the probability of the predicted class.
 
     Returns:
-        Three arrays `(CALIBRATION_BINS,)`: the mean confidence and the accuracy in each bin (NaN where it is empty), and its
-        count of images.
+        Three arrays `(CALIBRATION_BINS,)`: mean confidence and accuracy per bin (NaN if it is empty), and number of images.
     """
     correct = predictions(logits) == labels
     confidence = np.exp(log_softmax(np.asarray(logits, np.float64), axis=1).max(axis=1))
@@ -198,23 +194,22 @@ def reliability(logits, labels):
 
 
 def calibration_error(confidence, accuracy, images):
-    """The expected calibration error, from the bins of `reliability`: the mean over images of |accuracy - confidence|."""
+    """The expected calibration error: |accuracy - confidence| of the bins of `reliability`, averaged over images."""
     return float(np.nansum(images * np.abs(accuracy - confidence)) / images.sum())
 
 
 def _require_distinct(logits):
-    """Raises if each image has the same logit for all classes: by `argmax` such a network would score as one that always
-    answers the first class."""
+    """Raises if every image has the same logit for all classes: `argmax` would then predict the first class throughout."""
     if logits.shape[1] > 1 and np.all(logits == logits[:, :1]):
-        raise DivergedError("the network gives every class the same logit, for each image", hint=ADVICE)
+        raise DivergedError("the network gives every class the same logit, for every image", hint=ADVICE)
 
 
 def _top5(logits, labels):
-    # Not sklearn's top_k_accuracy_score: among equal logits it prefers the last class, and `argmax` the first.
+    # Not sklearn's top_k_accuracy_score: among equal logits it prefers the last class, `argmax` the first.
     first_five = np.argsort(-np.asarray(logits, np.float64), axis=1, kind="stable")[:, :5]
     return float(np.mean(np.any(first_five == np.asarray(labels)[:, None], axis=1)))
 
 
 def _losses(logits, labels):
-    # Not sklearn's log_loss: it takes probabilities, and clips those that a float can't tell from 0.
+    # Not sklearn's log_loss: it takes probabilities, and clips those that round to 0.
     return -log_softmax(np.asarray(logits, np.float64), axis=1)[np.arange(len(labels)), labels]

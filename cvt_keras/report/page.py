@@ -1,4 +1,4 @@
-"""report.html: a run on one page, in one file that can be opened, sent and kept by itself."""
+"""report.html: the report of a run as one self-contained HTML file."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ COMPRESSED = {"prune": "pruned", "cluster": "clustered", "qat": "trained with in
 
 
 def write(run_dir):
-    """Writes `report.html` into a run folder, from its report, history and plots, and from the report of its export if any.
+    """Writes `report.html` to a run folder, from its report, history and plots, and the report of its export if there is one.
 
     Args:
         run_dir: the folder of a finished run, of this version or an older one.
@@ -45,12 +45,12 @@ def write(run_dir):
 
 
 def render(template, path, **values):
-    """Renders a Jinja2 template to a file, whole or not at all.
+    """Renders a Jinja2 template to a file, atomically.
 
     Args:
-        template: a `Path`. The template may extend `base.html` and import `macros.html`, which lie beside this module.
+        template: a `Path`. The template may extend `base.html` and import `macros.html` of this package.
         path: the page to write.
-        values: the template's variables. Text in them is escaped.
+        values: the template's variables. Their text is escaped.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, TEMPLATES]),
@@ -61,21 +61,21 @@ def render(template, path, **values):
     )
     environment.filters |= {"percent": _percent, "duration": _duration, "plain": _plain}
     text = environment.get_template(template.name).render(values)
-    with runs.whole(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with runs.whole(path) as temporary_path:
+        temporary_path.write_text(text, encoding="utf-8")
 
 
 def picture(folder, name):
-    """A picture in the plots of a run or a search, as a data URI; empty if there is no such file."""
+    """A figure of a run or a search as a data URI; empty if the file is missing."""
     path = folder / runs.PLOTS / name
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path.exists() else ""
 
 
 def _compression(report):
-    """How the network was compressed, as text; empty if it was not."""
+    """The compression steps as text; empty for an uncompressed network."""
     settings = report["recipe"].get("compression")
     methods, steps = [], []
-    while settings:  # the last step first
+    while settings:  # from the last step to the first
         method = settings["method"]
         options = {name: value for name, value in settings.items() if name not in ("method", "after") and value}
         details = ", ".join(f"{name.replace('_', ' ')} {json.dumps(value)}" for name, value in options.items())
@@ -93,30 +93,30 @@ def _compression(report):
 
 
 def _kept_epoch(report, history):
-    """The epoch whose weights were kept, from 1, or `None` if the files of an older run don't say."""
+    """The epoch whose weights were kept, from 1, or `None` if it is unknown: an older run may not have stored it."""
     if report.get("kept_epoch") is not None:
         return report["kept_epoch"]
-    # Compression keeps none of its first epochs.
+    # A compressed run never keeps the weights of its first epochs, and old files do not say how many.
     if report["recipe"].get("compression") or not history:
         return None
     best = metrics.best_epoch(history)
-    # Among equals older versions kept the earliest.
-    equals = sum(row["val_accuracy"] == best["val_accuracy"] for row in history)
-    return best["epoch"] if equals == 1 else None
+    # Older versions ignored the loss: of epochs with equal accuracy they kept the earliest.
+    ties = sum(row["val_accuracy"] == best["val_accuracy"] for row in history)
+    return best["epoch"] if ties == 1 else None
 
 
 def _epochs(report):
-    """How many epochs were trained, as text, and why it stopped there; the latter is empty if all were trained."""
+    """The number of epochs, and a sentence about an early stop, which is empty if all epochs were trained."""
     epochs, trained = report["epochs"], report.get("epochs_trained")
     if trained is None or trained >= epochs:
         return f"{epochs}", ""
     patience = report["recipe"].get("early_stopping")
-    reason = f": no better epoch in {patience}" if patience else ""
+    reason = f": no improvement in {patience} epochs" if patience else ""
     return f"{trained} of {epochs}", f"Training stopped after {trained} of {epochs} epochs{reason}."
 
 
 def _classes(report):
-    """A dict for each class, the hardest first and those without test images last; empty if nothing is known of them."""
+    """A dict per class, the lowest top-1 first and those without test images last. Empty if the report has no such numbers."""
     names, weights = report["class_names"], report.get("class_weights")
     images = report.get("train_images_per_class") or [None] * len(names)
     scores = report["per_class"] or [{}] * len(names)
@@ -130,7 +130,7 @@ def _classes(report):
 
 
 def _rounded(name, value):
-    """A value of a history, as text."""
+    """A value of the history as text."""
     if name == "epoch":
         return f"{value}"
     return f"{value:.1f}" if name.endswith("seconds") else f"{value:.4g}"
@@ -145,5 +145,5 @@ def _duration(seconds):
 
 
 def _plain(value):
-    """Anything that JSON has, as text: a string without quotes."""
+    """A JSON value as text, strings without quotes."""
     return value if isinstance(value, str) else json.dumps(value)

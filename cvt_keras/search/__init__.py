@@ -1,6 +1,6 @@
-"""Searches for a good recipe with keras-tuner, within a budget of MACs, on one machine or several.
+"""Recipe search with keras-tuner, within a budget of MACs, on one machine or several.
 
-The names are imported when they are first used: `search` needs TensorFlow and keras-tuner, the space does not.
+Names are imported on first use: `search` needs TensorFlow and keras-tuner, the space does not.
 """
 
 from typing import TYPE_CHECKING
@@ -13,5 +13,5 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "Range", "SearchResult", "search"]
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept any name
     __getattr__, __dir__ = lazy.attach(__name__, {"space": ("Choice", "Range"), "study": ("SearchResult", "search")})

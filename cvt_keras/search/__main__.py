@@ -1,4 +1,4 @@
-"""The command `cvt-keras search`: flags in, one call of `cvt_keras.search.search`."""
+"""The command `cvt-keras search`: parses flags and calls `cvt_keras.search.search`."""
 
 import dataclasses
 import shlex
@@ -19,17 +19,17 @@ from cvt_keras.training import flags
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(flags.RecipeFlags, Options):
     search_dir: Path
-    """The folder to write to. The same command resumes the search in it."""
+    """Folder of the search. The same command resumes it."""
     space: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """A JSON file of what to vary, in place of all: {"warmup": {"low": 0.02, "high": 0.3}, "stage0_depth": [1, 2]}.
-    docs/search.md has the names."""
+    """JSON file with the search space, instead of the default: {"warmup": {"low": 0.02, "high": 0.3}, "stage0_depth": [1, 2]}.
+    docs/search.md lists the names."""
     yes: bool = False
-    """Delete without asking."""
+    """Do not ask before --fresh deletes the search."""
 
 
 def parse(argv):
-    """Reads the command line. Raises a `UserError` if its flags do not go together."""
-    _, arguments = flags.parse(argv, Arguments, "cvt-keras search", "Search for a good recipe with keras-tuner.")
+    """Parses the command line. Raises a `UserError` if flags conflict."""
+    _, arguments = flags.parse(argv, Arguments, "cvt-keras search", "Search for a better recipe with keras-tuner.")
     Options(**_options(arguments)).require(arguments.recipe)
     return arguments
 
@@ -38,17 +38,17 @@ def main(argv):
     arguments = parse(argv)
     options = _options(arguments)
     space = None if arguments.space is None else spaces.read(arguments.space, arguments.recipe)
-    if not arguments.worker:  # its folder has trials, and no search of its own
+    if not arguments.worker:  # a worker's folder holds trials, but no search
         folder.require_usable(arguments.search_dir)
     if arguments.fresh and folder.holds_search(arguments.search_dir) and not (arguments.yes or _agreed(arguments.search_dir)):
-        print(f"{arguments.search_dir} is left as it is", file=sys.stderr)
+        print(f"nothing was deleted in {arguments.search_dir}", file=sys.stderr)
         return 1
     environment.start()
     from cvt_keras.search import search
 
     with cli.resumable("search", argv, again=[word for word in argv if word not in ("--fresh", "--yes")]):
         result = search(arguments.recipe, arguments.search_dir, space=space, **options)
-    if result is None:  # a worker's
+    if result is None:  # a worker has no result
         return 0
     _show(result, arguments.recipe.epochs)
     return 1 if result.failing else 0
@@ -59,17 +59,17 @@ def _options(arguments):
 
 
 def _agreed(search_dir):
-    """Asks whether the search in the folder may be deleted.
+    """Asks whether to delete the search in the folder.
 
     Raises:
-        ArgumentError: if nobody is there to ask.
+        ArgumentError: if standard input is not a terminal.
     """
     trials = len(folder.trial_dirs(search_dir))
     if not sys.stdin.isatty():
         raise ArgumentError(
-            f"`fresh` deletes the search in {search_dir}, and nobody can be asked: standard input is not a terminal",
+            f"`fresh` deletes the search in {search_dir} and must be confirmed, but standard input is not a terminal",
             argument="fresh",
-            hint="Give --yes",
+            hint="Confirm with --yes",
         )
     try:
         answer = input(f"delete the search in {search_dir}, with the runs of {trials} trials? [y/N] ")
@@ -85,7 +85,7 @@ def _show(result, epochs):
     accuracy = f"{best['val_accuracy']:.2%} top-1 on the validation images{epochs_short}"
     print(f"best: trial {best['trial']}, {accuracy}; page: {result.search_dir / runs.PAGE}")
     file = shlex.quote(str(result.recipe_file))
-    print(f"to train it on all images, as long as you like: cvt-keras train --recipe-file {file} --epochs N")
+    print(f"to train it on all images: cvt-keras train --recipe-file {file} --epochs N")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One oracle for workers on many machines: keras-tuner's gRPC service, and heartbeats beside it.
+"""A chief that serves one oracle to workers on many machines: keras-tuner's gRPC service with heartbeats.
 
-By hand, as keras-tuner's own chief waits for ever for a worker that is gone, and its worker for a chief that is.
+keras-tuner's own chief waits forever for a lost worker, and its worker for a lost chief.
 """
 
 import _thread
@@ -17,7 +17,7 @@ from concurrent import futures
 import grpc
 from keras_tuner.engine.trial import Trial
 
-# As keras-tuner's own `search` imports them: there is no public name for them.
+# keras-tuner has no public names for these.
 from keras_tuner.src import protos
 from keras_tuner.src.distribute import oracle_chief
 from keras_tuner.src.distribute.oracle_client import TIMEOUT
@@ -29,12 +29,13 @@ from cvt_keras.search.options import HEARTBEAT_SECONDS, MISSED_HEARTBEATS
 from cvt_keras.search.oracles import SETTINGS, differences, is_over, keras_tuner, tried
 from cvt_keras.search.tuner import RecipeTuner
 
-NO_CHIEF_SECONDS = 30.0  # without an answer, after which a worker gives up
-THREADS_OF_CHIEF = 64  # more than there are workers: one that waits for a trial keeps a thread
+NO_CHIEF_SECONDS = 30.0  # without an answer before a worker gives up
+CHIEF_THREADS = 64  # more than workers: a worker that waits for a trial occupies a thread
 TUNER_ID = "tuner-id"  # gRPC metadata of a heartbeat
-REASON = "reason-bin"  # and of the end of a trial that failed: keras-tuner's own message has no room for it
-BUSY_SECONDS = 2.0  # before a worker looks again whether a trial's folder is free
-# A call that was on its way as the chief went is sent again to the next: each may come twice.
+REASON = "reason-bin"  # gRPC metadata of a failed trial's end; keras-tuner's protocol has no field for it
+BUSY_SECONDS = 2.0  # before a worker tries again to lock a trial's folder
+POLL_SECONDS = 0.5  # between two checks of the chief
+# A call that is interrupted by a restart of the chief is sent again, so any call may arrive twice.
 RETRIES = {
     "maxAttempts": 5,
     "initialBackoff": "0.5s",
@@ -49,79 +50,79 @@ CHANNEL_OPTIONS = [
 
 
 class _Servicer(oracle_chief.OracleServicer):
-    """Notes who was heard when, and what went wrong.
+    """Records when each worker was last heard, and the first error.
 
     Attributes:
-        heard: tuner id -> when, by `time.monotonic`.
-        error: the first that a call raised, or `None`.
+        last_heard: tuner id -> time (`time.monotonic`) of its last call.
+        error: the first error that a call raised, or `None`.
     """
 
     def __init__(self, oracle):
         super().__init__(oracle)
-        self.heard, self.error = {}, None
+        self.last_heard, self.error = {}, None
 
     def CreateTrial(self, request, context):
-        self.heard[request.tuner_id] = time.monotonic()
-        with self._noted():
+        self.last_heard[request.tuner_id] = time.monotonic()
+        with self._recording_errors():
             response = super().CreateTrial(request, context)
-        self.heard[request.tuner_id] = time.monotonic()  # once more: a choice may take longer than it is waited for
+        self.last_heard[request.tuner_id] = time.monotonic()  # choosing values may take longer than the timeout
         return response
 
     def UpdateTrial(self, request, context):
-        trial = self._known(request.trial_id, context)
-        if is_over(trial):  # another worker was faster
+        trial = self._require_trial(request.trial_id, context)
+        if is_over(trial):  # another worker got it too, and was faster
             return protos.get_service().UpdateTrialResponse(trial=trial.to_proto())
-        with self._noted():
+        with self._recording_errors():
             return super().UpdateTrial(request, context)
 
     def EndTrial(self, request, context):
-        self._known(request.trial.trial_id, context)
+        self._require_trial(request.trial.trial_id, context)
         trial = Trial.from_proto(request.trial)
         trial.message = dict(context.invocation_metadata()).get(REASON, b"").decode() or None
-        with self._noted():
+        with self._recording_errors():
             self.oracle.end_trial(trial)
         return protos.get_service().EndTrialResponse()
 
     def GetTrial(self, request, context):
-        """With a worker's name a heartbeat. What it runs may have been given away while it was not heard."""
+        """A heartbeat, if the metadata names a worker. Aborts if its trial was given to another worker."""
         tuner_id = dict(context.invocation_metadata()).get(TUNER_ID)
         if not tuner_id:
             return super().GetTrial(request, context)
-        self.heard[tuner_id] = time.monotonic()
+        self.last_heard[tuner_id] = time.monotonic()
         if request.trial_id:
-            self._known(request.trial_id, context)
-            with self._noted():
-                its_own = _claim(self.oracle, request.trial_id, tuner_id)
-            if not its_own:
-                context.abort(grpc.StatusCode.FAILED_PRECONDITION, "its trial was given to another")
+            self._require_trial(request.trial_id, context)
+            with self._recording_errors():
+                owns_trial = _claim(self.oracle, request.trial_id, tuner_id)
+            if not owns_trial:
+                context.abort(grpc.StatusCode.FAILED_PRECONDITION, "its trial was given to another worker")
         return protos.get_service().GetTrialResponse()
 
-    def _known(self, trial_id, context):
+    def _require_trial(self, trial_id, context):
         if trial_id not in self.oracle.trials:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"there is no trial {trial_id}")
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"the search has no trial {trial_id}")
         return self.oracle.trials[trial_id]
 
     @contextlib.contextmanager
-    def _noted(self):
+    def _recording_errors(self):
         try:
             yield
         except Exception as error:
             self.error = self.error or error
-            if THREADS[self.oracle] == threading.current_thread().name:  # keras-tuner would hold its lock for ever
+            if THREADS[self.oracle] == threading.current_thread().name:  # keras-tuner never releases it
                 THREADS[self.oracle] = None
                 LOCKS[self.oracle].release()
             raise
 
 
 def _claim(oracle, trial_id, tuner_id):
-    """Whether a worker's trial is still its own; after a restart of the chief it is again.
+    """Whether a worker still owns its trial. After a restart of the chief the worker gets it back.
 
-    Without the lock: a worker is not to be lost while a Gaussian process is fitted for another.
+    Does not wait for keras-tuner's lock: fitting a Gaussian process for another worker holds it for long.
     """
     if oracle.runs_for(tuner_id, trial_id):
         return True
     if not LOCKS[oracle].acquire(blocking=False):
-        return True  # for now: the next heartbeat asks again
+        return True  # the next heartbeat asks again
     try:
         THREADS[oracle] = threading.current_thread().name
         return oracle.give_back(trial_id, tuner_id)
@@ -131,18 +132,18 @@ def _claim(oracle, trial_id, tuner_id):
 
 
 def lead(oracle, address, patience, refresh):
-    """Serves an oracle to workers until all trials are done.
+    """Serves an oracle to workers until all trials have ended.
 
     Args:
-        oracle: of `oracles.make`, opened.
-        address: HOST:PORT to listen at.
-        patience: seconds; a worker that is not heard for so long has lost its trial to the others.
+        oracle: an oracle made by `oracles.make`, opened.
+        address: HOST:PORT to listen on.
+        patience: seconds without a call after which a worker is lost and its trial goes to another.
         refresh: called after each trial.
 
     Raises:
-        DistributedError: if the address can't be listened at, or no worker is heard for `patience`.
+        DistributedError: if nothing can listen on the address, or no worker calls for `patience` seconds.
     """
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=THREADS_OF_CHIEF), options=[("grpc.so_reuseport", 0)])
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=CHIEF_THREADS), options=[("grpc.so_reuseport", 0)])
     servicer = _Servicer(oracle)
     protos.get_service_grpc().add_OracleServicer_to_server(servicer, server)
     try:
@@ -151,18 +152,18 @@ def lead(oracle, address, patience, refresh):
         bound = 0
     if not bound:
         raise DistributedError(
-            f"nothing can listen at `address`: it is in use, or not this machine's. Received: address={address}",
+            f"can't listen on `address`: it is in use, or not an address of this machine. Received: address={address}",
             argument="address",
-            hint="Name another with --address",
+            hint="Choose another with --address",
         )
-    # Of a chief before this one workers may still be at their trials: they say so.
+    # Workers of an earlier chief may still train their trials; their heartbeats claim them.
     oracle.hold = time.monotonic() + MISSED_HEARTBEATS * HEARTBEAT_SECONDS
     server.start()
-    print(f"waiting for workers at {address}: start each like this chief, with `worker` in place of `chief`", flush=True)
-    began, ended = time.monotonic(), len(oracle.end_order)
+    print(f"waiting for workers on {address}: start each like this chief, with `worker` instead of `chief`", flush=True)
+    last_call, ended = time.monotonic(), len(oracle.end_order)
     try:
         while not servicer.stop_triggered or oracle.awaits_workers():
-            time.sleep(0.5)
+            time.sleep(POLL_SECONDS)
             if isinstance(servicer.error, OSError):
                 raise servicer.error
             if servicer.error:
@@ -171,29 +172,29 @@ def lead(oracle, address, patience, refresh):
                 ended = len(oracle.end_order)
                 refresh()
             now = time.monotonic()
-            for tuner_id, then in list(servicer.heard.items()):
-                if now - then > patience:
-                    del servicer.heard[tuner_id]
-                    if lost := oracle.take_back(tuner_id):
-                        print(f"a worker was not heard for {patience:g} s: trial {lost} goes to another", flush=True)
-            if servicer.heard:
-                began = now
-            elif now - began >= patience and not oracle.is_done():
+            for tuner_id, seconds in list(servicer.last_heard.items()):
+                if now - seconds > patience:
+                    del servicer.last_heard[tuner_id]
+                    if trial_id := oracle.take_back(tuner_id):
+                        print(f"no heartbeat of a worker for {patience:g} s: its trial {trial_id} goes to another", flush=True)
+            if servicer.last_heard:
+                last_call = now
+            elif now - last_call >= patience and not oracle.is_done():
                 raise DistributedError(
-                    f"no worker was heard for {patience:g} s",
-                    hint="The same command resumes the search; start workers by it, with --worker in place of --chief",
+                    f"no heartbeat of any worker for {patience:g} s",
+                    hint="The same command resumes the search; start workers with it and --worker instead of --chief",
                 )
             elif oracle.is_done():
-                break  # the last worker went without asking for more
+                break  # the last worker left without asking for another trial
     finally:
         server.stop(grace=2).wait()
 
 
 def require_chief(address):
-    """Raises unless a chief answers. Called before a worker downloads data.
+    """Raises unless a chief answers. A worker calls it before it loads images.
 
     Raises:
-        DistributedError: if none answers in `NO_CHIEF_SECONDS`.
+        DistributedError: if there is no answer within `NO_CHIEF_SECONDS`.
     """
     with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         try:
@@ -204,7 +205,7 @@ def require_chief(address):
 
 def _no_chief(address, note=""):
     return DistributedError(
-        f"no chief answers at {address}{note}", hint="Start it, by the same command with --chief in place of --worker"
+        f"no chief answers at {address}{note}", hint="Start it with the same command and --chief instead of --worker"
     )
 
 
@@ -213,21 +214,21 @@ def _settings_of(hyperparameters):
 
 
 class Worker(RecipeTuner):
-    """Runs the trials of a chief's oracle.
+    """Trains the trials of a chief's oracle.
 
     Args:
-        oracle: as the chief's, to be compared with it.
-        candidates, search_dir: as `RecipeTuner` has them.
+        oracle: an oracle made from this worker's settings, which must be those of the chief.
+        candidates, search_dir: as for `RecipeTuner`.
         address: HOST:PORT of the chief.
 
     Raises:
-        DistributedError: if there is no chief.
-        RecipeError: if it has a different search.
+        DistributedError: if no chief answers.
+        RecipeError: if the chief has a different search.
     """
 
     def __init__(self, oracle, candidates, search_dir, address):
         self.address = address
-        self._lost, self._at, self._call = None, "", None
+        self._stop_reason, self._trial_id, self._heartbeat = None, "", None
         host, _, port = address.rpartition(":")
         os.environ |= {
             "KERASTUNER_ORACLE_IP": host,
@@ -235,60 +236,60 @@ class Worker(RecipeTuner):
             "KERASTUNER_TUNER_ID": f"worker-{uuid.uuid4().hex[:8]}",
         }
         self._settings = _settings_of(oracle.get_space())
-        # The search's folder is the chief's; keras-tuner makes one for each worker too.
-        self._aside = tempfile.TemporaryDirectory(prefix="cvt_keras-worker-")
-        super().__init__(oracle, candidates, search_dir, directory=self._aside.name)
+        # keras-tuner makes a folder for the oracle, which a worker does not use.
+        self._temporary_dir = tempfile.TemporaryDirectory(prefix="cvt_keras-worker-")
+        super().__init__(oracle, candidates, search_dir, directory=self._temporary_dir.name)
         require_chief(address)
         channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.oracle.stub = protos.get_service_grpc().OracleStub(channel)
-        with self._asking():
+        with self._translated_errors():
             request = protos.get_service().GetSpaceRequest()
-            theirs = self.oracle.stub.GetSpace(request, wait_for_ready=True, timeout=NO_CHIEF_SECONDS)
-        self._compare(_settings_of(keras_tuner.HyperParameters.from_proto(theirs.hyperparameters)))
+            response = self.oracle.stub.GetSpace(request, wait_for_ready=True, timeout=NO_CHIEF_SECONDS)
+        self._require_same(_settings_of(keras_tuner.HyperParameters.from_proto(response.hyperparameters)))
 
     def search(self):
-        """Runs trials until the chief has no more; in the main thread, which alone can be stopped.
+        """Trains trials until the chief has no more. Call it in the main thread: only there can a signal stop it.
 
         Raises:
-            DistributedError: if the chief is gone, or has given up this worker.
-            And what `cvt_keras.training.run` raises.
+            DistributedError: if the chief is gone, or no longer counts on this worker.
+            The errors of `cvt_keras.training.run`.
         """
-        before = signal.getsignal(signal.SIGTERM)
+        previous_handler = signal.getsignal(signal.SIGTERM)
         signals.raise_on_sigterm()
-        over = threading.Event()
-        beating = threading.Thread(target=self._beat, args=(over,), daemon=True)
-        beating.start()
+        stopped = threading.Event()
+        heartbeats = threading.Thread(target=self._send_heartbeats, args=(stopped,), daemon=True)
+        heartbeats.start()
         try:
-            with self._asking():
+            with self._translated_errors():
                 super().search()
         except KeyboardInterrupt:
-            if self._lost:
-                raise self._lost from None
+            if self._stop_reason:
+                raise self._stop_reason from None
             raise
         finally:
-            over.set()
-            while beating.is_alive():
-                if self._call is not None:
-                    self._call.cancel()  # which would wait for a chief that is gone
-                beating.join(0.1)
-            signal.signal(signal.SIGTERM, before)
+            stopped.set()
+            while heartbeats.is_alive():
+                if self._heartbeat is not None:
+                    self._heartbeat.cancel()  # otherwise it waits for a chief that may be gone
+                heartbeats.join(0.1)
+            signal.signal(signal.SIGTERM, previous_handler)
 
-    def _compare(self, theirs):
-        if found := differences(theirs, self._settings):
+    def _require_same(self, chief_settings):
+        if changes := differences(chief_settings, self._settings):
             raise RecipeError(
-                f"the chief at {self.address} has a different search: {found}", hint="Give the worker the chief's settings"
+                f"the chief at {self.address} has a different search: {changes}", hint="Give the worker the chief's settings"
             )
 
     def on_trial_begin(self, trial):
-        self._compare(json.loads(trial.hyperparameters.values[SETTINGS]))  # it may be another chief by now
-        self._at = trial.trial_id
+        self._require_same(json.loads(trial.hyperparameters.values[SETTINGS]))  # another chief may have taken the address
+        self._trial_id = trial.trial_id
         print(f"\ntrial {trial.trial_id}: {tried(self.candidates, trial)}", flush=True)
 
     def run_trial(self, trial):
         while True:
             try:
                 history = super().run_trial(trial)
-            except BusyError as error:  # a worker that was given up, and has not noticed yet
+            except BusyError as error:  # a lost worker still writes to it, and will stop at its next heartbeat
                 print(f"{error}: waiting for it", flush=True)
                 time.sleep(BUSY_SECONDS)
             else:
@@ -301,34 +302,34 @@ class Worker(RecipeTuner):
             print(f"trial {trial.trial_id} failed: {trial.message}", flush=True)
         metadata = ((REASON, (trial.message or "").encode()),)
         request = protos.get_service().EndTrialRequest(trial=trial.to_proto())
-        # As long as keras-tuner: the chief may be choosing for another. That there is one the heartbeat knows.
+        # keras-tuner's long timeout: the chief may be choosing values for another worker. Heartbeats notice a lost chief.
         self.oracle.stub.EndTrial(request, metadata=metadata, wait_for_ready=True, timeout=TIMEOUT)
-        self._at = ""
-        self.go_on()
+        self._trial_id = ""
+        self.skip_pause()
 
-    def _beat(self, over):
-        """Tells the chief that this worker is alive, and stops the worker if the chief is not."""
-        while not over.wait(HEARTBEAT_SECONDS):
+    def _send_heartbeats(self, stopped):
+        """Sends heartbeats to the chief, and interrupts the main thread if one is not answered or refused."""
+        while not stopped.wait(HEARTBEAT_SECONDS):
             try:
-                self._call = self.oracle.stub.GetTrial.future(
-                    protos.get_service().GetTrialRequest(trial_id=self._at),
+                self._heartbeat = self.oracle.stub.GetTrial.future(
+                    protos.get_service().GetTrialRequest(trial_id=self._trial_id),
                     metadata=((TUNER_ID, self.tuner_id),),
                     wait_for_ready=True,
                     timeout=NO_CHIEF_SECONDS,
                 )
-                self._call.result()
+                self._heartbeat.result()
             except grpc.FutureCancelledError:
                 return
             except grpc.RpcError as error:
-                if not over.is_set():
-                    self._lost = self._error_of(error)
-                    # SIGTERM, as a shell has its background processes ignore SIGINT; a training stops after its step.
+                if not stopped.is_set():
+                    self._stop_reason = self._error_of(error)
+                    # Not SIGINT, which background processes of a shell ignore. A training stops after its step.
                     _thread.interrupt_main(signal.SIGTERM)
                 return
 
     @contextlib.contextmanager
-    def _asking(self):
-        """Raises gRPC's errors as the search's own."""
+    def _translated_errors(self):
+        """Raises gRPC errors as errors of the search."""
         try:
             yield
         except grpc.RpcError as error:
@@ -337,10 +338,10 @@ class Worker(RecipeTuner):
     def _error_of(self, error):
         if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
             return DistributedError(
-                f"the chief at {self.address} gave this worker up: {error.details()}", hint="Start the worker again"
+                f"the chief at {self.address} refused this worker: {error.details()}", hint="Start the worker again"
             )
         if error.code() == grpc.StatusCode.UNKNOWN:
             return DistributedError(
                 f"the chief at {self.address} failed: {error.details()}", hint="Start the chief again: it resumes the search"
             )
-        return _no_chief(self.address, "; finished epochs are kept" if self._at else "")
+        return _no_chief(self.address, "; finished epochs are kept" if self._trial_id else "")

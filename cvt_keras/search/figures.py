@@ -1,4 +1,4 @@
-"""The pictures of a search."""
+"""Figures of a search: parallel coordinates, curves, importance."""
 
 from cvt_keras.errors import MissingPackageError
 from cvt_keras.report.figures import GREY, TRAINING, VALIDATION, style
@@ -13,24 +13,24 @@ except ImportError as error:
         f"the figures of a search need matplotlib: {error}", hint="Install it: pip install matplotlib"
     ) from error
 
-MOST_AXES = 12  # of parallel coordinates, in a row
+MAX_AXES = 12  # in a row of parallel coordinates
 
 
 def parallel_coordinates(trials, space, own=None):
-    """Draws a line for each trial across an axis for each name of the space.
+    """Plots a line per trial through an axis per name of the space.
 
-    The axes fill as many rows as they need. Each row ends with the accuracy.
+    The axes take as many rows as they need. Each row ends with the accuracy.
 
     Args:
-        trials: dicts of `trial`, `val_accuracy` and a value for each name, the best first.
+        trials: dicts with `trial`, `val_accuracy` and the value of each name, the best first.
         space: name -> `Range` or `Choice`.
-        own: the trial of the recipe that is varied, or `None`. Its line is dashed.
+        own: the id of the trial of the recipe itself, or `None`. Its line is dashed.
 
     Returns:
         A `Figure`.
     """
     names = list(space)
-    count = -(-len(names) // MOST_AXES)
+    count = -(-len(names) // MAX_AXES)
     width = -(-len(names) // count)
     figure = Figure(figsize=(max(6, 1.8 + 0.78 * width), 4.4 * count), layout="constrained")
     for row, axes in enumerate(figure.subplots(count, 1, squeeze=False).flat):
@@ -44,12 +44,12 @@ def parallel_coordinates(trials, space, own=None):
 def _draw_trials(axes, trials, space, own):
     low, high = _accuracies(trials)
     shades = colormaps["viridis"]
-    for rank, trial in reversed(list(enumerate(trials))):  # the best on top
+    for rank, trial in reversed(list(enumerate(trials))):  # draws the best last, on top
         is_own = trial["trial"] == own
         accuracy = (trial["val_accuracy"] - low) / (high - low or 1.0)
         axes.plot(
             range(len(space) + 1),
-            [*(values.place(trial[name]) for name, values in space.items()), accuracy],
+            [*(axis.place(trial[name]) for name, axis in space.items()), accuracy],
             "--" if is_own else "-",
             color=VALIDATION if is_own else shades(accuracy),
             linewidth=3.5 if rank == 0 else 2 if is_own else 1,
@@ -60,7 +60,7 @@ def _draw_trials(axes, trials, space, own):
 
 def _draw_marks(axes, trials, space):
     low, high = _accuracies(trials)
-    marks = [[(values.place(mark), spaces.shown(mark)) for mark in values.marks] for values in space.values()]
+    marks = [[(axis.place(mark), spaces.shown(mark)) for mark in axis.marks] for axis in space.values()]
     for x, column in enumerate([*marks, [(0.0, f"{low:.1%}"), (1.0, f"{high:.1%}")]]):
         axes.axvline(x, color=GREY, linewidth=0.5, zorder=0)
         for height, text in column:
@@ -86,12 +86,12 @@ def _accuracies(trials):
 
 
 def best_curves(curves, best, own=None):
-    """Draws the validation accuracy by epoch: the best trials in colour, the others in grey.
+    """Plots the validation accuracy by epoch: the best trials in colour, the others in grey.
 
     Args:
-        curves: trial -> a list with the accuracy after each epoch.
-        best: the trials to name, the best first.
-        own: the trial of the recipe that is varied, or `None`. It is named too.
+        curves: trial id -> a list of the accuracy after each epoch.
+        best: the ids of the trials in colour, the best first.
+        own: the id of the trial of the recipe itself, or `None`. It is drawn in colour too.
 
     Returns:
         A `Figure`.
@@ -99,17 +99,17 @@ def best_curves(curves, best, own=None):
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     shades = colormaps["viridis_r"]
-    named = dict.fromkeys([*best, *([own] if own is not None else [])])
+    coloured = dict.fromkeys([*best, *([own] if own is not None else [])])
     for trial, curve in curves.items():
-        if trial not in named:
+        if trial not in coloured:
             axes.plot(range(1, len(curve) + 1), curve, "-", color=GREY, alpha=0.3, linewidth=1)
-    for rank, trial in enumerate(named):
+    for rank, trial in enumerate(coloured):
         curve = curves[trial]
         label = f"{trial}: {max(curve):.1%}" + (", the recipe itself" if trial == own else "")
         colour = VALIDATION if trial == own else shades(0.15 + 0.7 * rank / max(len(best), 1))
         line = "o--" if trial == own else "o-"
         axes.plot(range(1, len(curve) + 1), curve, line, color=colour, markersize=3, label=label)
-    # Beside the plot, so that it hides no curve.
+    # Outside the plot, so that it hides no curve.
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", title="trial")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -120,7 +120,7 @@ def best_curves(curves, best, own=None):
 
 
 def importance(shares):
-    """Draws a bar with its standard deviation for each name.
+    """Plots a bar with an error bar per name.
 
     Args:
         shares: name -> (mean, standard deviation), the most important first.

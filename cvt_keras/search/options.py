@@ -1,6 +1,6 @@
-"""The options of a search, and which go together.
+"""The options of a search and their checks.
 
-Nothing heavy is imported here, so that the command refuses wrong flags at once.
+Imports neither Keras nor TensorFlow, so that the command refuses wrong flags at once.
 """
 
 import math
@@ -12,50 +12,52 @@ import tyro
 
 from cvt_keras.errors import ArgumentError, RecipeError
 
-HEARTBEAT_SECONDS = 5.0  # between two messages of a worker that it is alive
-MISSED_HEARTBEATS = 3  # in a row; fewer do not mean that a worker is gone
+HEARTBEAT_SECONDS = 5.0  # between two heartbeats of a worker
+MISSED_HEARTBEATS = 3  # in a row, before a worker may count as lost
 
 Algorithm = Literal["bayesian", "hyperband", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The arguments of a search, beside the recipe, the space and the folder."""
+    """The arguments of a search, except the recipe, the space and the folder."""
 
-    # The string under a field is its flag's help in `cvt-keras search`.
+    # The string below a field is the help of its flag.
 
     trials: int = 20
-    """Candidates to train. A larger number continues a finished search."""
+    """Number of candidates to train. A larger number extends a finished search."""
     algorithm: Algorithm = "bayesian"
-    """One of keras-tuner's. hyperband: many for few epochs, and the best of them again for more, up to --epochs."""
+    """Algorithm of keras-tuner. hyperband trains many candidates for few epochs, and the best again for up to --epochs."""
     max_macs: Annotated[float | None, tyro.conf.arg(metavar="M")] = None
-    """Multiply-accumulates per image that a network may take, 55e6 for instance: a larger one is not trained."""
+    """Maximum multiply-accumulates (MACs) per image, for example 55e6. Larger networks are not tried."""
     chief: bool = False
-    """Train nothing, and hand the trials to workers."""
+    """Hand out trials to workers; train none here."""
     worker: bool = False
-    """Train what the chief at --address hands out."""
+    """Train the trials that the chief at --address hands out."""
     address: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")] = "127.0.0.1:7171"
-    """Where the chief listens. Workers on other machines must reach it. There is no password."""
+    """Address that the chief listens on and workers connect to. There is no password: use it in a trusted network."""
     worker_timeout: float = 120.0
-    """After so many seconds without a heartbeat a worker's trial goes to another worker; without any worker the chief ends."""
+    """Seconds without a heartbeat after which a worker is lost: its trial goes to another worker. The chief stops after as
+    many seconds without any worker."""
     fresh: bool = False
-    """Delete the search in the folder, after asking, and start over."""
+    """Delete the search in the folder and start over. Asks first."""
 
     def require(self, recipe):
-        """Raises unless the options go together, and with the recipe.
+        """Checks the options, and that they fit the recipe.
 
         Raises:
-            ArgumentError: if they do not.
+            ArgumentError: for a wrong value, or options that exclude each other.
+            RecipeError: if the recipe can't be searched around.
         """
         if self.chief and self.worker:
             raise ArgumentError(
-                "`chief` and `worker` exclude each other: they are two processes. Received: both",
+                "`chief` and `worker` exclude each other: they are separate processes. Received: chief=True, worker=True",
                 argument="worker",
-                hint="Start one process with --chief, and each other with --worker",
+                hint="Start one process with --chief and each other one with --worker",
             )
         if self.worker and self.fresh:
             raise ArgumentError(
-                "`fresh` is the chief's: a worker has no search to delete. Received: fresh=True, worker=True",
+                "`fresh` does not apply to a worker: only the chief has a search to delete. Received: fresh=True, worker=True",
                 argument="fresh",
                 hint="Give --fresh to the chief",
             )
@@ -68,19 +70,19 @@ class Options:
             )
         if self.max_macs is not None and not 0 < self.max_macs < math.inf:
             raise ArgumentError(
-                f"`max_macs` must be a finite number over 0. Received: max_macs={self.max_macs}", argument="max_macs"
+                f"`max_macs` must be positive and finite. Received: max_macs={self.max_macs}", argument="max_macs"
             )
         least = MISSED_HEARTBEATS * HEARTBEAT_SECONDS
         if not least <= self.worker_timeout < math.inf:
             raise ArgumentError(
-                f"`worker_timeout` must be at least {least:g} seconds, as a worker is heard every {HEARTBEAT_SECONDS:g}. "
+                f"`worker_timeout` must be at least {least:g} seconds: workers send a heartbeat every {HEARTBEAT_SECONDS:g}. "
                 f"Received: worker_timeout={self.worker_timeout:g}",
                 argument="worker_timeout",
             )
         port = re.fullmatch(r".+:(\d+)", self.address)
         if not port or not 0 < int(port[1]) < 65536:
             raise ArgumentError(
-                f"`address` must be HOST:PORT, 127.0.0.1:7171 for instance. Received: address={self.address}",
+                f"`address` must be HOST:PORT, for example 127.0.0.1:7171. Received: address={self.address}",
                 argument="address",
             )
         self._require_searchable(recipe)
@@ -88,20 +90,20 @@ class Options:
     def _require_searchable(self, recipe):
         if recipe.compression is not None:
             raise RecipeError(
-                f"`compression` can't be searched: search the run that was compressed. Received: {recipe.compression}",
+                f"`compression` must be None for a search. Received: compression={recipe.compression}",
                 argument="compression",
                 hint="Give the --recipe-file of the run before the compression",
             )
         if recipe.variant is None and recipe.weights is None:
             raise RecipeError(
-                "`weights` must say what to start from, or `variant` what to train from random weights. Received: neither",
+                "a search needs `weights` to start from or a `variant` to train. Received: weights=None, variant=None",
                 argument="weights",
                 hint="Give --weights SOURCE, or --variant NAME",
             )
         if self.max_macs is not None and recipe.weights is not None:
             raise ArgumentError(
-                "`max_macs` has nothing to choose from: the network is that of `weights`. "
+                "`max_macs` can't be combined with `weights`, which fix the network. "
                 f"Received: max_macs={self.max_macs:g}, weights={recipe.weights}",
                 argument="max_macs",
-                hint="Leave out --max-macs or --weights",
+                hint="Drop --max-macs or --weights",
             )

@@ -1,7 +1,7 @@
-"""keras-tuner's three algorithms, within a budget of MACs, and resumed after a kill as safely as a run is.
+"""Three algorithms of keras-tuner, within a budget of MACs and safe to resume after a kill.
 
-keras-tuner knows no budget and, killed at the wrong moment, repeats or loses a trial. No public method of it changes that: its
-private ones are used here and in `distributed`, and nowhere else.
+keras-tuner has no budget and, killed at the wrong moment, repeats or loses a trial. Its public methods can't change that, so
+this module and `distributed` use private ones. No other module does.
 """
 
 import json
@@ -28,47 +28,47 @@ except ImportError as error:
     ) from error
 
 OBJECTIVE = "val_accuracy"
-SETTINGS = "search"  # the name in each trial's values of what the search is, for a worker to compare
-DRAWS = 1_000  # over the budget in a row: the next ones are shrunk until they are within it
-SAMPLE_DRAWS = 10  # likewise, of the many that the Bayesian search chooses from
-MOST_REFUSED = 2_000  # in a row, shrunk or not: then nothing can be trained
-MOST_COLLISIONS = 20  # with what was tried, as keras-tuner has it: then the space is as good as used up
-SAMPLES = 100  # of those within the budget that the Bayesian search chooses from, where its own choice is over it
+SETTINGS = "search"  # key of the search's settings in the values of each trial, which a worker compares with its own
+DRAWS = 1_000  # refused in a row; further candidates are shrunk until they are within the budget
+SAMPLE_DRAWS = 10  # the same, for each of the `SAMPLES`
+MAX_REFUSED = 2_000  # in a row, shrunk or not, before the search gives up
+MAX_DUPLICATES = 20  # keras-tuner's limit: after as many, the space counts as used up
+SAMPLES = 100  # candidates within the budget to choose from if the Bayesian search proposes one over it
 
 
 def _hyperparameters(candidates, settings):
-    found = keras_tuner.HyperParameters()
-    for name, where in candidates.space.items():
-        if isinstance(where, spaces.Choice):
-            found.Choice(name, [where.kind(value) for value in where.values], ordered=where.kind is not str)
+    hyperparameters = keras_tuner.HyperParameters()
+    for name, axis in candidates.space.items():
+        if isinstance(axis, spaces.Choice):
+            hyperparameters.Choice(name, [axis.kind(value) for value in axis.values], ordered=axis.kind is not str)
         else:
-            found.Float(name, where.low, where.high, sampling="log" if where.log else "linear")
-    found.Fixed(SETTINGS, json.dumps(settings, sort_keys=True))
-    return found
+            hyperparameters.Float(name, axis.low, axis.high, sampling="log" if axis.log else "linear")
+    hyperparameters.Fixed(SETTINGS, json.dumps(settings, sort_keys=True))
+    return hyperparameters
 
 
 def make(algorithm, candidates, trials, settings):
-    """An oracle of keras-tuner.
+    """Makes an oracle of keras-tuner: it chooses the values of each trial.
 
     Args:
         algorithm: "hyperband", "bayesian" or "random".
-        candidates: what it may try.
-        trials: how many.
-        settings: of the search, as JSON has them: every trial carries them.
+        candidates: the `Candidates` to choose from.
+        trials: maximum number of trials.
+        settings: the settings of the search, a dict for JSON. They are stored with every trial.
     """
-    given = {
+    common = {
         "objective": keras_tuner.Objective(OBJECTIVE, "max"),
         "hyperparameters": _hyperparameters(candidates, settings),
-        "seed": candidates.recipe.seed + 1,  # keras-tuner takes 0 for none
+        "seed": candidates.recipe.seed + 1,  # keras-tuner takes 0 for no seed
     }
     if algorithm == "hyperband":
-        # Round after round until the trials are used up.
-        oracle = Hyperband(max_epochs=candidates.recipe.epochs, hyperband_iterations=None, **given)
+        # Unlimited iterations: `max_trials` ends the search.
+        oracle = Hyperband(max_epochs=candidates.recipe.epochs, hyperband_iterations=None, **common)
     elif algorithm == "bayesian":
-        # By default three for each dimension are random, which is all that most searches have.
-        oracle = Bayesian(num_initial_points=max(3, trials // 3), **given)
+        # By default three trials per dimension are random. Most searches have no more than that.
+        oracle = Bayesian(num_initial_points=max(3, trials // 3), **common)
     else:
-        oracle = Random(**given)
+        oracle = Random(**common)
     oracle.max_trials = trials
     oracle.candidates = candidates
     oracle.verbose = 0
@@ -76,29 +76,29 @@ def make(algorithm, candidates, trials, settings):
 
 
 class _Oracle:
-    """What the three share, before keras-tuner's own class.
+    """Shared by the three oracles; overrides methods of keras-tuner's class, the second base.
 
     Attributes:
-        candidates: what may be tried.
-        exhausted: why no trial can be had any more, or `None`.
-        failing: whether that is because trials failed.
-        hold: until when, by `time.monotonic`, what had begun before is kept for the workers that are still at it.
+        candidates: the `Candidates` to choose from.
+        exhausted: the reason why there are no more trials, or `None`.
+        failing: whether that reason is failed trials.
+        hold: until this time (`time.monotonic`) a resumed chief keeps unfinished trials for the workers that still train them.
     """
 
     candidates = None
     exhausted = None
     failing = False
     hold = 0.0
-    _why = None  # the last draw gave nothing
+    _no_candidate = None  # the reason why the last draw found no candidate
 
     def listener(self, trial):
-        """Called with a trial as it begins and as it ends."""
+        """Called with each trial when it starts and when it ends."""
 
     def open(self, folder):
-        """Keeps its state in a folder, and goes on with what is there: what had begun and not ended comes first.
+        """Stores the state in a folder, and resumes the state that is already there. Unfinished trials come first.
 
         Raises:
-            RunError: if a file of it is broken.
+            RunError: if a file of the state is damaged.
         """
         self._set_project_dir(str(folder.parent), folder.name)
         if not (folder / "oracle.json").exists():
@@ -109,39 +109,39 @@ class _Oracle:
             self.reload()
         except (KeyError, OSError, TypeError, ValueError, RunError) as error:
             raise RunError(f"{folder} is damaged: {error}", hint="Start over with --fresh") from error
-        # keras-tuner would also send a trial again that ended just before a kill.
+        # keras-tuner would also repeat a trial that ended just before a kill.
         self._retry_queue = [name for name, trial in self.trials.items() if not is_over(trial)][::-1]
 
     def require_one(self):
-        """Told before anything is tried.
+        """Raises unless there is a candidate to try.
 
         Raises:
-            RecipeError: if no candidate is within the budget, or none can be trained.
+            RecipeError: if no candidate is within the budget, or none is a valid network.
         """
         candidates = self.candidates
         if candidates.own is not None and candidates.fits(candidates.own):
             return
-        cost = candidates.macs({name: where.ends[0] for name, where in candidates.space.items()} | candidates.least)
+        cost = candidates.macs({name: axis.ends[0] for name, axis in candidates.space.items()} | candidates.smallest)
         if cost is not None and candidates.max_macs is not None and cost > candidates.max_macs:
             raise RecipeError(
-                f"`max_macs` leaves no network: the smallest of the space takes {cost:,} MACs an image. "
+                f"`max_macs` is below the smallest network of the space, which needs {cost:,} MACs per image. "
                 f"Received: max_macs={candidates.max_macs:,}",
                 argument="max_macs",
                 hint=f"Give --max-macs {cost} or more",
             )
         state = self._seed_state
         if self._random_values() is None:
-            raise RecipeError(f"`space` leaves nothing to try: {self._why}", argument="space")
+            raise RecipeError(f"`space` has no candidate to try: {self._no_candidate}", argument="space")
         self._seed_state = state
 
-    # === Workers that come and go ===
+    # === Lost and returning workers ===
 
     @keras_tuner.synchronized
     def take_back(self, tuner_id):
-        """Takes its trial from a worker that is gone; the next worker gets it.
+        """Takes the trial of a lost worker back, for the next worker.
 
         Returns:
-            The trial's name, or `None` if it had none.
+            The trial's id, or `None` if the worker had no trial.
         """
         self.tuner_ids.discard(tuner_id)
         trial = self.ongoing_trials.pop(tuner_id, None)
@@ -152,15 +152,15 @@ class _Oracle:
         return trial.trial_id
 
     def give_back(self, trial_id, tuner_id):
-        """Leaves a trial to the worker that is still at it, which a chief that was started again does not know.
+        """Gives a trial back to the worker that still trains it, which a restarted chief does not know.
 
-        The caller holds keras-tuner's lock.
+        The caller must hold keras-tuner's lock.
 
         Returns:
-            Whether the trial is the worker's, and no other's.
+            Whether the worker may go on: `False` if the trial went to another worker.
         """
         if is_over(self.trials[trial_id]):
-            return True  # as a rule the worker has just ended it
+            return True  # usually the worker has just ended it
         if self.runs_for(tuner_id, trial_id):
             return True
         if tuner_id in self.ongoing_trials or trial_id not in self._retry_queue:
@@ -172,20 +172,20 @@ class _Oracle:
         return True
 
     def runs_for(self, tuner_id, trial_id):
-        """Whether the worker has the trial."""
+        """Whether the worker currently has the trial."""
         trial = self.ongoing_trials.get(tuner_id)
         return trial is not None and trial.trial_id == trial_id
 
     def awaits_workers(self):
-        """Whether a worker has yet to end its trial, to fetch one, or to hear that there are no more."""
+        """Whether a worker still has to end its trial, fetch one, or be told that there are no more."""
         return bool(self.ongoing_trials or self.tuner_ids or self._retry_queue)
 
     def is_done(self):
-        """Whether all trials are over, and no more come."""
+        """Whether all trials are over and there will be no more."""
         no_more = len(self.trials) >= self.max_trials or self.exhausted
         return bool(no_more and self.trials and all(map(is_over, self.trials.values())))
 
-    # === keras-tuner's methods ===
+    # === Overridden methods of keras-tuner ===
 
     def save(self):
         runs.write_json(Path(self._get_oracle_fname()), self.get_state())
@@ -194,7 +194,7 @@ class _Oracle:
         runs.write_json(Path(self._get_trial_dir(trial.trial_id)) / "trial.json", trial.get_state())
 
     def reload(self):
-        """Without keras-tuner's search of the folder: a trial whose file alone was written was never handed out."""
+        """Reads only the trials in the state. keras-tuner reads every trial file, even of trials that were never handed out."""
         state = runs.read_json(Path(self._get_oracle_fname()))
         folder = Path(self._get_oracle_fname()).parent
         names = state["start_order"]
@@ -203,34 +203,38 @@ class _Oracle:
         self.ongoing_trials = {}
 
     def _random_values(self, draws=DRAWS):
-        """As keras-tuner's, of a space without conditions, but within the budget.
+        """Draws the values of a new candidate within the budget; the first is the recipe itself.
 
-        Uniform over what is within it, as long as that can be met by chance: after `draws` that were over it candidates are
-        shrunk, of which more are just within it.
+        The draw is uniform over the candidates within the budget. After `draws` refused ones in a row, candidates are shrunk
+        instead, which favours those just within the budget.
+
+        Returns:
+            A dict of name -> value, or `None` if no new candidate was found.
         """
         if not self.start_order and self.candidates.own is not None:
             values = {hp.name: hp.default for hp in self.hyperparameters.space} | self.candidates.own
             if self.candidates.fits(values):
-                return values  # the recipe itself comes first, for the others to be seen beside it
-        collisions = 0
-        for refused in range(MOST_REFUSED):
+                return values
+        duplicates = 0
+        for refused in range(MAX_REFUSED):
             values = {}
             for hp in self.hyperparameters.space:
                 values[hp.name] = hp.random_sample(self._seed_state)
                 self._seed_state += 1
-            values = self.candidates.settled(values)
+            values = self.candidates.canonical(values)
             if refused >= draws and self.candidates.max_macs is not None:
                 values = self.candidates.shrunk(values, self._seed_state)
             if not self.candidates.fits(values):
                 continue
             if not self._duplicate(values):
                 return values
-            collisions += 1
-            if collisions > MOST_COLLISIONS:
-                self._why = "the space holds hardly any other candidate"
+            duplicates += 1
+            if duplicates > MAX_DUPLICATES:
+                self._no_candidate = "almost every candidate of the space was tried"
                 return None
-        size, over = self.candidates.recipe.image_size, ", or over the budget" if self.candidates.max_macs is not None else ""
-        self._why = f"{MOST_REFUSED:,} candidates in a row were no networks for {size} pixels{over}"
+        size = self.candidates.recipe.image_size
+        over_budget = ", or over the budget" if self.candidates.max_macs is not None else ""
+        self._no_candidate = f"{MAX_REFUSED:,} candidates in a row were invalid for images of {size} pixels{over_budget}"
         return None
 
     @keras_tuner.synchronized
@@ -241,168 +245,168 @@ class _Oracle:
             return Trial(self.hyperparameters.copy(), trial_id="", status=TrialStatus.IDLE)
         trial = super().create_trial(tuner_id)
         if trial.status == TrialStatus.STOPPED and self.ongoing_trials:
-            # Another worker may still be lost, and its trial be left over.
+            # Another worker may still be lost, and its trial would need this one.
             self.tuner_ids.add(tuner_id)
             trial.status = TrialStatus.IDLE
         if trial.status == TrialStatus.RUNNING and not again:
-            trial.metrics = type(trial.metrics)()  # of a worker that was lost on its way
+            trial.metrics = type(trial.metrics)()  # discards the epochs of a lost worker
             self.listener(trial)
         return trial
 
     @keras_tuner.synchronized
     def end_trial(self, trial):
         known = self.trials[trial.trial_id]
-        if trial.trial_id in self.end_order:  # it was given to another worker too, who was faster
+        if trial.trial_id in self.end_order:  # another worker got it too, and was faster
             self._release(trial)
             return
         trial.hyperparameters = known.hyperparameters
         super().end_trial(trial)
         self._release(trial)
-        self.save()  # keras-tuner does so before the trial is off the list of those at work
+        self.save()  # keras-tuner saves before the trial is removed from `ongoing_trials`
         self.listener(known)
 
     def _release(self, trial):
-        """Nobody is at it any more, nor is to be."""
-        self.ongoing_trials = {who: other for who, other in self.ongoing_trials.items() if other.trial_id != trial.trial_id}
-        self._retry_queue = [name for name in self._retry_queue if name != trial.trial_id]
+        """Removes a trial from those that are training or waiting for a worker."""
+        self.ongoing_trials = {
+            tuner_id: other for tuner_id, other in self.ongoing_trials.items() if other.trial_id != trial.trial_id
+        }
+        self._retry_queue = [trial_id for trial_id in self._retry_queue if trial_id != trial.trial_id]
 
     def _check_consecutive_failures(self):
-        """Ends the search; keras-tuner's own raises, with its lock held for ever."""
-        failed = [self.trials[name].status == TrialStatus.FAILED for name in self.end_order]
-        over = len(self.end_order) >= self.max_trials
-        if (
-            not over
-            and len(failed) >= self.max_consecutive_failed_trials
-            and all(failed[-self.max_consecutive_failed_trials :])
-        ):
-            self.exhausted, self.failing = f"the last {self.max_consecutive_failed_trials} trials failed", True
+        """Ends the search after too many failures in a row. keras-tuner's method raises, and never releases its lock."""
+        limit = self.max_consecutive_failed_trials
+        failed = [self.trials[trial_id].status == TrialStatus.FAILED for trial_id in self.end_order]
+        more_to_come = len(self.end_order) < self.max_trials
+        if more_to_come and len(failed) >= limit and all(failed[-limit:]):
+            self.exhausted, self.failing = f"the last {limit} trials failed", True
 
     def populate_space(self, trial_id):
         if self.exhausted:
             return {"status": TrialStatus.STOPPED, "values": None}
-        found = super().populate_space(trial_id)
-        if found["status"] == TrialStatus.RUNNING and found["values"] is None:
-            found["status"] = TrialStatus.STOPPED
-        if found["status"] == TrialStatus.STOPPED:
-            self.exhausted = self._why
-        return found
+        response = super().populate_space(trial_id)
+        if response["status"] == TrialStatus.RUNNING and response["values"] is None:
+            response["status"] = TrialStatus.STOPPED
+        if response["status"] == TrialStatus.STOPPED:
+            self.exhausted = self._no_candidate
+        return response
 
 
 class Random(_Oracle, keras_tuner.oracles.RandomSearchOracle):
-    """Draws each value by itself."""
+    """Draws each value independently."""
 
 
 class Hyperband(_Oracle, keras_tuner.oracles.HyperbandOracle):
-    """Trains many for few epochs, and the best of them anew for more."""
+    """Trains many candidates for few epochs, and the best again from scratch for more."""
 
 
 class Bayesian(_Oracle, keras_tuner.oracles.BayesianOptimizationOracle):
-    """Chooses by a Gaussian process of what was seen so far."""
+    """Chooses by a Gaussian process fitted to the trials so far."""
 
     def populate_space(self, trial_id):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of its length scales: with few trials the rule
+            warnings.simplefilter("ignore", ConvergenceWarning)  # usual for the length scales with few trials
             return super().populate_space(trial_id)
 
     def _vector_to_values(self, vector):
-        values = self.candidates.settled(super()._vector_to_values(vector))
+        values = self.candidates.canonical(super()._vector_to_values(vector))
         if self.candidates.fits(values) and not self._duplicate(values):
             return values
-        # What the process likes best is over the budget, or was tried: the best of a sample within it, by the same measure.
-        sample = [found for found in (self._random_values(SAMPLE_DRAWS) for _ in range(SAMPLES)) if found]
+        # The proposal is over the budget or was tried: choose from a sample within it, by the same acquisition function.
+        sample = [drawn for drawn in (self._random_values(SAMPLE_DRAWS) for _ in range(SAMPLES)) if drawn]
         if not sample:
             return None
-        points = np.array([[hp.value_to_prob(found[hp.name]) for hp in self._nonfixed_space()] for found in sample])
+        points = np.array([[hp.value_to_prob(drawn[hp.name]) for hp in self._nonfixed_space()] for drawn in sample])
         mean, deviation = self.gpr.predict(points, return_std=True)
         return sample[int(np.argmin(mean - self.beta * deviation))]
 
 
 def differences(stored, settings):
-    """What two searches' settings differ in -> a text, empty if they are the same.
+    """Lists the differences between the settings of two searches as text; empty if there are none.
 
-    Where images lie is no difference, nor where weights were moved to.
+    The folder of the images does not count, nor the path of weights that were moved.
     """
-    found = []
+    changes = []
     for part in ("algorithm", "max_macs"):
         if stored.get(part) != settings.get(part):
-            found.append(f"{part} was {stored.get(part)} and is {settings.get(part)}")
+            changes.append(f"{part} was {stored.get(part)} and is {settings.get(part)}")
     for part in ("data", "recipe", "space"):
-        # A field that a recipe lacks is newer than the search, and had its default.
+        # A field that is missing in the stored recipe is newer than the search: it had its default.
         defaults = Recipe().settings() if part == "recipe" else {}
-        was, is_now = stored[part], settings[part]
-        for name in was | is_now:
-            before, after = was.get(name, defaults.get(name)), is_now.get(name, defaults.get(name))
+        old, new = stored[part], settings[part]
+        for name in old | new:
+            before, after = old.get(name, defaults.get(name)), new.get(name, defaults.get(name))
             if name == "data_dir" or before == after or (name == "weights" and same_weights(before, after)):
                 continue
-            shown = {"variant": "is another", "class names": "are others"}.get(name) or f"was {before!r} and is {after!r}"
-            found.append(f"{name} {shown}{' in the space' if part == 'space' else ''}")
-    return ", ".join(found)
+            change = {"variant": "differs", "class names": "differ"}.get(name) or f"was {before!r} and is {after!r}"
+            changes.append(f"{name} {change}{' in the space' if part == 'space' else ''}")
+    return ", ".join(changes)
 
 
 def line(oracle, trial):
-    """A trial that begins, or has ended, in a line."""
+    """A line to print when a trial starts or ends."""
     place = f"trial {trial.trial_id} ({list(oracle.trials).index(trial.trial_id) + 1} of {oracle.max_trials})"
     if not is_over(trial):
         return f"\n{place}: {tried(oracle.candidates, trial)}"
     top = best(oracle)
-    so_far = f"; the best so far: trial {top.trial_id}, {top.score:.2%}" if top else ""
+    so_far = f"; best so far: trial {top.trial_id}, {top.score:.2%}" if top else ""
     if trial.status == TrialStatus.FAILED:
         return f"{place}: failed{f' ({reason(trial)})' if trial.message else ''}{so_far}"
     return f"{place}: {trial.score:.2%} top-1 on the validation images in {seconds(trial):.0f} s{so_far}"
 
 
 def tried(candidates, trial):
-    """What a trial tries, in a line."""
+    """The values of a trial, its MACs and its epochs in one line."""
     values = trial.hyperparameters.values
     shown = ", ".join(f"{name} {spaces.shown(values[name])}" for name in candidates.space)
     cost = candidates.macs(values)
     own = candidates.is_own(values)
     epochs = candidates.of(values).epochs
-    told = [f"{cost / 1e6:,.1f} M MACs"] if cost is not None else []
-    told.append(f"{epochs} epoch{'s' if epochs > 1 else ''}")
-    if again := repeated(trial):
-        told.append(f"trial {again} anew")
-    return f"{'the recipe itself: ' if own else ''}{shown} ({', '.join(told)})"
+    notes = [f"{cost / 1e6:,.1f} M MACs"] if cost is not None else []
+    notes.append(f"{epochs} epoch{'s' if epochs > 1 else ''}")
+    if earlier := repeated(trial):
+        notes.append(f"trial {earlier} again from scratch")
+    return f"{'the recipe itself: ' if own else ''}{shown} ({', '.join(notes)})"
 
 
 def repeated(trial):
-    """The trial of an earlier round of Hyperband that is trained anew for longer, or `None`."""
+    """The id of the trial of an earlier Hyperband round that this one repeats for longer, or `None`."""
     return trial.hyperparameters.values.get("tuner/trial_id")
 
 
 def order(accuracy, epochs):
-    """Sorts the best first; of equals the longest trained."""
+    """The sort key of a trial, lower is better: by accuracy, then by the number of epochs."""
     return -accuracy, -epochs
 
 
 def best(oracle):
-    """The best trial by `order`, of equals the earliest; `None` before one is done."""
+    """The best trial by `order`, then the earliest; `None` until one is completed."""
     done = [trial for trial in list(oracle.trials.values()) if trial.status == TrialStatus.COMPLETED]
     epochs = {trial.trial_id: oracle.candidates.of(trial.hyperparameters.values).epochs for trial in done}
     return min(done, key=lambda trial: order(trial.score, epochs[trial.trial_id]), default=None)
 
 
 def is_over(trial):
-    """Whether a trial is not to be run again."""
+    """Whether a trial has ended, completed or failed."""
     return trial.status in (TrialStatus.COMPLETED, TrialStatus.FAILED)
 
 
 def curve(trial):
-    """Validation accuracy after each epoch of a trial -> a list."""
+    """A list of the validation accuracy after each epoch."""
     return _series(trial, OBJECTIVE)
 
 
 def seconds(trial):
-    """What a trial's training took, with the validation after each epoch."""
+    """Seconds of a trial's training, including validation after each epoch."""
     return sum(_series(trial, "seconds"))
 
 
 def reason(trial):
-    """The last line of what a failed trial left."""
+    """The last line of a failed trial's error message."""
     return re.sub(r"\s+", " ", (trial.message or "").strip().rpartition("\n")[2])
 
 
 def _series(trial, name):
     if not trial.metrics.exists(name):
         return []
-    return [observation.mean() for observation in sorted(trial.metrics.get_history(name), key=lambda seen: seen.step)]
+    observations = sorted(trial.metrics.get_history(name), key=lambda observation: observation.step)
+    return [observation.mean() for observation in observations]

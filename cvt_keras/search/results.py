@@ -1,4 +1,4 @@
-"""The results of a search: trials.csv, best.json, and a page."""
+"""The results of a search: trials.csv, best.json, figures and an HTML page."""
 
 import dataclasses
 import shlex
@@ -28,17 +28,17 @@ BEST = "best.json"
 COORDINATES = "parallel_coordinates.png"
 CURVES = "best_curves.png"
 IMPORTANCE = "importance.png"
-FILES = (TRIALS, BEST, runs.PAGE, runs.PLOTS)  # in the search's folder
+FILES = (TRIALS, BEST, runs.PAGE, runs.PLOTS)  # all that `write` writes
 TEMPLATE = Path(__file__).parent / "templates" / "search.html"
 
-MOST_CURVES = 5
-LEAST_TRIALS = 8  # for an importance
+MAX_CURVES = 5  # in colour
+MIN_TRIALS = 8  # for the importance
 TREES = 200
-REPEATS = 10  # of each shuffle
+REPEATS = 10  # shuffles per name
 
 
 def rows(oracle):
-    """A dict for each trial, in the order they began: its values and its results."""
+    """A dict per trial, in the order in which they started: its values and its results."""
     candidates = oracle.candidates
     trials = []
     for trial in list(oracle.trials.values()):
@@ -63,62 +63,63 @@ def rows(oracle):
 
 
 def ranked(trials):
-    """The rows of completed trials, the best first by `oracles.order`; among equals the earliest first."""
+    """The rows of the completed trials, sorted by `oracles.order`, then by start."""
     done = [row for row in trials if row["status"] == "completed"]
     return sorted(done, key=lambda row: oracles.order(row["val_accuracy"], row["epochs"]))
 
 
 def best(trials):
-    """The row of the best trial, or `None` before one is completed."""
+    """The row of the best trial, or `None` if none is completed."""
     return next(iter(ranked(trials)), None)
 
 
 def best_recipe(oracle, row):
-    """The recipe of a row, for all images and as many epochs as the search was given."""
+    """The recipe of a row, without limits on the number of images, and with the epochs of the search."""
     candidates = oracle.candidates
     recipe = candidates.of({name: row[name] for name in candidates.space})
     return dataclasses.replace(recipe, train_limit=None, validation_limit=None, test_limit=None)
 
 
 def importance(trials, space):
-    """How much of its R² a random forest loses when the values of one name are shuffled, by scikit-learn.
+    """Permutation importance: the R² that a random forest loses when the values of one name are shuffled (scikit-learn).
 
     Args:
         trials: as `rows` returns them.
         space: name -> `Range` or `Choice`.
 
     Returns:
-        A dict of name -> (mean, standard deviation) over the shuffles, the most important first, and the forest's R² on trials
-        that its trees have not seen. `None`, `None` where too few trials are completed, or where all have the same accuracy.
+        A dict of name -> (mean, standard deviation) over the shuffles, the most important first, and the forest's out-of-bag
+        R². `None`, `None` if too few trials are completed, or if all have the same accuracy.
     """
     done = [row for row in trials if row["status"] == "completed"]
-    if len(done) < LEAST_TRIALS or len({row["val_accuracy"] for row in done}) == 1:
+    if len(done) < MIN_TRIALS or len({row["val_accuracy"] for row in done}) == 1:
         return None, None
     axes = _axes(done, space)
     names = list(axes)
     values = np.array([[axis.place(row[name]) for name, axis in axes.items()] for row in done])
     scores = np.array([row["val_accuracy"] for row in done])
     forest = RandomForestRegressor(TREES, oob_score=True, random_state=0).fit(values, scores)
-    lost = permutation_importance(forest, values, scores, n_repeats=REPEATS, random_state=0)
+    scores_lost = permutation_importance(forest, values, scores, n_repeats=REPEATS, random_state=0)
     shares = {
-        names[i]: (float(lost.importances_mean[i]), float(lost.importances_std[i])) for i in np.argsort(-lost.importances_mean)
+        names[i]: (float(scores_lost.importances_mean[i]), float(scores_lost.importances_std[i]))
+        for i in np.argsort(-scores_lost.importances_mean)
     }
     return shares, float(forest.oob_score_)
 
 
 def _axes(done, space):
-    """The space, with the epochs as one more name where they differ, as Hyperband's do."""
+    """The space, and the epochs as another name if they differ, as in Hyperband."""
     epochs = [row["epochs"] for row in done]
     return space if len(set(epochs)) == 1 else {**space, "epochs": Range(min(epochs), max(epochs), log=True)}
 
 
 def write(oracle, search_dir, settings):
-    """Writes the table, the best recipe, the pictures and the page, each file whole or not at all.
+    """Writes the table, the best recipe, the figures and the page, each file atomically.
 
     Args:
-        oracle: of `oracles.make`.
+        oracle: an oracle made by `oracles.make`.
         search_dir: the search's folder.
-        settings: what `search.json` holds.
+        settings: the contents of `search.json`.
     """
     trials = rows(oracle)
     runs.write_csv(search_dir / TRIALS, trials)
@@ -132,13 +133,13 @@ def write(oracle, search_dir, settings):
 
 
 def _draw(oracle, search_dir, trials, own):
-    """Draws the pictures -> the R² of `importance`."""
+    """Writes the figures. Returns the R² of `importance`."""
     space, own_trial = oracle.candidates.space, own and own["trial"]
     done = ranked(trials)
     curves = {row["trial"]: oracles.curve(oracle.trials[row["trial"]]) for row in done}
     pictures = {
         COORDINATES: figures.parallel_coordinates(done, _axes(done, space), own_trial),
-        CURVES: figures.best_curves(curves, [row["trial"] for row in done[:MOST_CURVES]], own_trial),
+        CURVES: figures.best_curves(curves, [row["trial"] for row in done[:MAX_CURVES]], own_trial),
     }
     shares, forest_r2 = importance(trials, space)
     if shares is not None:
@@ -168,9 +169,9 @@ def _write_page(oracle, search_dir, settings, trials, own, forest_r2):
         epochs=candidates.recipe.epochs,
         seconds=sum(row["seconds"] or 0 for row in trials),
         pictures={Path(name).stem: page.picture(search_dir, name) for name in (COORDINATES, CURVES, IMPORTANCE)},
-        some_are_grey=len(done) > MOST_CURVES,
+        some_are_grey=len(done) > MAX_CURVES,
         forest_r2=forest_r2,
-        least_trials=LEAST_TRIALS,
+        min_trials=MIN_TRIALS,
         repeats=REPEATS,
         best_values=_best_values(candidates, top),
         **_table(candidates, trials),
@@ -179,13 +180,13 @@ def _write_page(oracle, search_dir, settings, trials, own, forest_r2):
 
 
 def _best_values(candidates, top):
-    """Cells for each name of the space: the name, the recipe's own value, and that of the best trial."""
+    """A row of cells per name of the space: the name, the recipe's own value, the best trial's value."""
     own = candidates.own or {}
     return [[name, _shown(own.get(name)), _shown(top[name])] for name in candidates.space] if top else []
 
 
 def _table(candidates, trials):
-    """The table of all trials, the best first: `trial_names` at its head, and the cells of each in `trials`."""
+    """The table of all trials, the best first: the heads in `trial_names`, the rows of cells in `trials`."""
     repeats = any(row["repeats"] for row in trials)
     space = [name.replace("_", " ") for name in candidates.space]
     names = [

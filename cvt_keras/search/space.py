@@ -1,8 +1,8 @@
-"""What a search may change in a recipe and in its variant: names, ranges, and the way from values back to a recipe.
+"""The search space: which settings of a recipe and its network a search varies, and how values become a recipe.
 
 A search space is a dict of name -> `Range` or `Choice`. A name is a field of `Recipe` that holds a number or one of a few
-words, or one of the network's: `mlp_ratio` and `drop_path` of all stages, and `stage0_depth`, `stage0_dim`,
-`stage0_kernel_size`, `stage0_stride` of each.
+words, or a setting of the network: `mlp_ratio` and `drop_path` for all stages, and `stage0_depth`, `stage0_dim`,
+`stage0_kernel_size`, `stage0_stride` for each stage.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.training.recipes import Recipe
 from cvt_keras.variants import get_variant, named
 
-DIGITS = 4  # significant, of what is drawn from a range: so a recipe can be read, and typed
+DIGITS = 4  # significant digits of values drawn from a range: easy to read and to type
 
 
 def _is_number(value):
-    most = sys.float_info.max  # also of whole numbers, which Python lets grow
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -most <= value <= most
+    limit = sys.float_info.max  # also for integers: Python's can be larger
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -limit <= value <= limit
 
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers from `low` to `high`; with `log`, as many below the geometric mean as above it.
+    """Numbers from `low` to `high`, drawn uniformly, or log-uniformly with `log`.
 
     Raises:
-        RecipeError: for bounds that hold no number.
+        RecipeError: if a bound is not a finite number, or `low` is not below `high`.
     """
 
     low: float
@@ -44,9 +44,9 @@ class Range:
         if not isinstance(self.log, bool):
             raise RecipeError(f"`log` must be true or false. Received: log={self.log!r}")
         if self.low >= self.high:
-            raise RecipeError(f"`low` must be under `high`. Received: low={self.low}, high={self.high}")
+            raise RecipeError(f"`low` must be less than `high`. Received: low={self.low}, high={self.high}")
         if self.log and self.low <= 0:
-            raise RecipeError(f"`low` must be over 0 with `log`. Received: low={self.low}")
+            raise RecipeError(f"`low` must be positive if `log` is true. Received: low={self.low}, log=True")
 
     def __contains__(self, value: Any) -> bool:
         return _is_number(value) and self.low <= value <= self.high
@@ -57,21 +57,21 @@ class Range:
 
     @property
     def kind(self) -> type[float]:
-        """Of all its values."""
+        """The type of its values."""
         return float
 
     @property
     def values_to_check(self) -> tuple[float, float]:
-        """If a recipe can have these, it can have all of them."""
+        """Values to validate: if a recipe can have these, it can have all."""
         return self.ends
 
     @property
     def marks(self) -> tuple[float, float]:
-        """What names an axis of it: the ends."""
+        """Values to label on an axis: the ends."""
         return self.ends
 
     def place(self, value: float) -> float:
-        """Where a value is on the way from one end, 0, to the other, 1."""
+        """The position of a value between the ends, in 0..1."""
         low, high = self.ends
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(value)
@@ -80,24 +80,24 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few numbers, kept in rising order, or of a few words.
+    """One of a few numbers, sorted, or of a few words.
 
     Raises:
-        RecipeError: if there are not two to choose from.
+        RecipeError: for fewer than two values, or values that are neither finite numbers nor words.
     """
 
     values: tuple[float | str, ...]
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, (tuple, list)):
-            raise RecipeError(f"a choice must be a list of finite numbers, or of words. Received: {self.values!r}")
+            raise RecipeError(f"a choice must be a list of finite numbers or of words. Received: {self.values!r}")
         words = all(isinstance(value, str) for value in self.values)
         if not words and not all(_is_number(value) for value in self.values):
-            raise RecipeError(f"a choice must be a list of finite numbers, or of words. Received: {self.values!r}")
+            raise RecipeError(f"a choice must be a list of finite numbers or of words. Received: {self.values!r}")
         values = self.values if words else sorted(self.values)
         object.__setattr__(self, "values", tuple(dict.fromkeys(values)))
         if len(self.values) < 2:
-            raise RecipeError(f"a choice must have two values at least. Received: {list(self.values)}")
+            raise RecipeError(f"a choice must have at least two values. Received: {list(self.values)}")
 
     def __contains__(self, value: Any) -> bool:
         return isinstance(value, str) == (self.kind is str) and value in self.values
@@ -108,31 +108,31 @@ class Choice:
 
     @property
     def kind(self) -> type[float] | type[str]:
-        """Of all its values."""
+        """The type of its values."""
         if isinstance(self.values[0], str):
             return str
         return int if all(isinstance(value, int) for value in self.values) else float
 
     @property
     def values_to_check(self) -> tuple[float | str, ...]:
-        """All of them, as one may be allowed and the next not."""
+        """Values to validate: all of them, as each may be invalid on its own."""
         return self.values
 
     @property
     def marks(self) -> tuple[float | str, ...]:
-        """What names an axis of it: the ends, or all words, as a place says nothing of them."""
+        """Values to label on an axis: the ends of numbers, all words."""
         return self.values if self.kind is str else self.ends
 
     def place(self, value: Any) -> float:
-        """Where a value is on the way from one end, 0, to the other, 1; words are as far from each other."""
+        """The position of a value between the ends, in 0..1. Words are evenly spaced."""
         if self.kind is str:
             return self.values.index(value) / (len(self.values) - 1)
         low, high = self.ends
         return (value - low) / (high - low)
 
 
-RATES = 4.0  # the learning rate from a quarter of the recipe's own to four times it
-# Wide enough for a good recipe to lie well inside, narrow enough that most candidates learn; widened to hold the recipe's own.
+RATES = 4.0  # learning rates from a quarter of the recipe's own to four times it
+# Wide enough that a good recipe is well inside, narrow enough that most candidates learn. Widened to the recipe's own values.
 RECIPE_SPACE = {
     "decay": Choice(("linear", "cosine")),
     "weight_decay": Range(1e-3, 0.2, log=True),
@@ -144,22 +144,25 @@ RECIPE_SPACE = {
     "mixup": Range(0.0, 0.4),
     "cutmix": Range(0.0, 1.0),
 }
-LAYER_DECAY = Range(0.6, 1.0)  # where the network starts from weights
+LAYER_DECAY = Range(0.6, 1.0)  # only for recipes with `weights`
 DROP_PATH = Range(0.0, 0.3)
 MLP_RATIOS = (1.0, 2.0, 3.0, 4.0)
-WIDTHS = (0.5, 0.75, 1.0, 1.25, 1.5)  # of the stage's own
+WIDTHS = (0.5, 0.75, 1.0, 1.25, 1.5)  # times the stage's own width
 KERNEL_SIZES = (3, 5, 7)
 
 
 def space_of(recipe):
-    """The whole space around a recipe -> a dict of name -> `Range` or `Choice`.
+    """The default search space around a recipe.
 
-    Of the network only where it is trained anew: with `weights` its shape is theirs.
+    With `weights` it has no names of the network, whose shape the weights fix.
+
+    Returns:
+        A dict of name -> `Range` or `Choice`.
     """
     space = {}
     if (rate := recipe.peak_learning_rate) > 0:
         space["peak_learning_rate"] = Range(*(float(f"{end:.{DIGITS}g}") for end in (rate / RATES, rate * RATES)), log=True)
-    space |= {name: _around(where, getattr(recipe, name)) for name, where in RECIPE_SPACE.items()}
+    space |= {name: _around(axis, getattr(recipe, name)) for name, axis in RECIPE_SPACE.items()}
     if recipe.weights is not None:
         return {**space, "layer_decay": _around(LAYER_DECAY, recipe.layer_decay)}
     stages = get_variant(recipe.variant).stages
@@ -174,7 +177,7 @@ def space_of(recipe):
 
 
 def values_of(recipe, space):
-    """A recipe's own place in a space -> a dict of name -> value; `None` for what lies outside."""
+    """A recipe's own values in a space: a dict of name -> value, or `None` if it is outside."""
     values = {}
     stages = get_variant(recipe.variant).stages if recipe.variant is not None else ()
     for name in space:
@@ -183,26 +186,27 @@ def values_of(recipe, space):
             value = ratios.pop() if len(ratios) == 1 else None
         elif name == "drop_path":
             value = stages[-1].drop_path
-        elif place := _stage_field(name):
-            value = getattr(stages[place[0]], place[1])
+        elif stage_field := _stage_field(name):
+            stage, field = stage_field
+            value = getattr(stages[stage], field)
         else:
             value = getattr(recipe, name)
         values[name] = value
-    return {name: where.kind(values[name]) if values[name] in where else None for name, where in space.items()}
+    return {name: axis.kind(values[name]) if values[name] in axis else None for name, axis in space.items()}
 
 
 def apply(recipe, values):
-    """A recipe with the values of a candidate.
+    """Applies the values of a candidate to a recipe.
 
     Args:
-        recipe: the `Recipe` that is varied.
-        values: a dict of name -> value, of a space of it.
+        recipe: the `Recipe` to vary.
+        values: a dict of name -> value, for names of its space.
 
     Returns:
-        A `Recipe`; for the recipe's own values the recipe itself, but for its description.
+        A `Recipe` without description. The recipe's own values give the recipe itself.
 
     Raises:
-        RecipeError: for values that no run can have.
+        RecipeError: for invalid values.
     """
     fields = {name: value for name, value in values.items() if not _is_of_network(name)}
     if len(fields) < len(values):
@@ -211,22 +215,26 @@ def apply(recipe, values):
 
 
 def network(recipe, values):
-    """The network of a candidate -> a name of `VARIANTS`, or a `Variant`.
+    """Applies the values of a candidate to the network of a recipe.
 
-    A stage of another width keeps the width of its heads, as nearly as whole heads allow; one of another kernel has its
-    padding follow; `drop_path` is the last stage's, and a stage before has a share of it, the first none.
+    If a stage's width changes, its heads keep their width as nearly as possible. If its kernel changes, so does the padding.
+    `drop_path` is the rate of the last stage; it rises linearly from 0 in the first.
 
     Args:
-        recipe, values: as `apply` has them; what is not the network's is passed over.
+        recipe, values: as for `apply`. Names of other settings are ignored.
+
+    Returns:
+        A name of `VARIANTS`, or a `Variant`.
 
     Raises:
-        RecipeError: for values that no network can have.
+        RecipeError: for an invalid network.
     """
     variant = get_variant(recipe.variant)
     changes = [{} for _ in variant.stages]
     for name, value in values.items():
-        if place := _stage_field(name):
-            changes[place[0]][place[1]] = value
+        if stage_field := _stage_field(name):
+            stage, field = stage_field
+            changes[stage][field] = value
     try:
         stages = []
         for i, (stage, change) in enumerate(zip(variant.stages, changes)):
@@ -247,19 +255,19 @@ def network(recipe, values):
 
 
 def read(source, recipe):
-    """Reads a space, and checks that the recipe can have its values.
+    """Reads a search space, and checks that its values are valid for the recipe.
 
     Args:
-        source: a dict of name -> `Range`, `Choice` or what stands for them in JSON:
+        source: a dict of name -> `Range`, `Choice` or their form in JSON:
             `{"peak_learning_rate": {"low": 1e-3, "high": 4e-3, "log": true}, "stage0_depth": [1, 2]}`.
-            Or the path of a JSON file of it.
-        recipe: the `Recipe` that is varied.
+            Or the path of a JSON file with such a dict.
+        recipe: the `Recipe` to vary.
 
     Returns:
         A dict of name -> `Range` or `Choice`.
 
     Raises:
-        RecipeError: for an empty space, an unknown name, or values that no run can have, naming them.
+        RecipeError: for an empty space, an unknown name or an invalid value.
     """
     if isinstance(source, dict):
         return _read(source, recipe, "`space`")
@@ -274,12 +282,12 @@ def read(source, recipe):
 
 def _read(axes, recipe, label):
     if not isinstance(axes, dict) or not axes:
-        raise RecipeError(f"{label} must hold an object of at least one name. Received: {axes!r}", argument="space")
+        raise RecipeError(f"{label} must map at least one name to its values. Received: {axes!r}", argument="space")
     known = (*space_of(recipe), *_number_fields(), *_word_fields())
     space = {}
     for name, axis in axes.items():
         if name not in known:
-            reason = " (the network is that of the weights)" if recipe.weights and _is_of_network(name) else ""
+            reason = " (`weights` fix the network)" if recipe.weights and _is_of_network(name) else ""
             names = ", ".join(dict.fromkeys(known))
             raise RecipeError(f"{label} has an unknown name: {name}{reason}. Known: {names}", argument="space")
         try:
@@ -299,23 +307,23 @@ def _axis(axis):
         return Choice(tuple(axis))
     if isinstance(axis, dict) and {"low", "high"} <= set(axis) <= {"low", "high", "log"}:
         return Range(**axis)
-    raise RecipeError(f'it must be {{"low": .., "high": .., "log": true or false}} or a list. Received: {axis!r}')
+    raise RecipeError(f'must be {{"low": .., "high": .., "log": true or false}} or a list. Received: {axis!r}')
 
 
 def _require_kind(name, axis):
-    """Raises unless the values are of the kind that the name has: numbers, whole numbers, or words."""
+    """Raises unless the values have the type of the setting: numbers, integers or words."""
     received = json.dumps(_written(axis))
     if isinstance(axis, Range) and _is_whole(name):
-        raise RecipeError(f"it is a whole number: give a list of them. Received: {received}")
+        raise RecipeError(f"must be a list of integers, not a range. Received: {received}")
     words = _word_fields().get(name)
     if words and axis.kind is not str:
-        raise RecipeError(f"it must be a list of {', '.join(words)}. Received: {received}")
+        raise RecipeError(f"must be a list of some of {', '.join(words)}. Received: {received}")
     if not words and axis.kind is str:
-        raise RecipeError(f"it must be a list of finite numbers. Received: {received}")
+        raise RecipeError(f"must be a list of finite numbers. Received: {received}")
 
 
 def written(space):
-    """A space as `read` reads it."""
+    """A space as a dict for JSON, which `read` reads."""
     return {name: _written(axis) for name, axis in space.items()}
 
 
@@ -323,55 +331,51 @@ def _written(axis):
     return list(axis.values) if isinstance(axis, Choice) else dataclasses.asdict(axis)
 
 
-def rounded(value, where):
-    """A number of a `Range` to `DIGITS` significant digits, still within it; one of a `Choice` as it is."""
-    if isinstance(where, Choice):
+def rounded(value, axis):
+    """Rounds a number of a `Range` to `DIGITS` significant digits within its bounds. Leaves a value of a `Choice` unchanged."""
+    if isinstance(axis, Choice):
         return value
-    return min(max(float(f"{value:.{DIGITS}g}"), where.low), where.high)
+    return min(max(float(f"{value:.{DIGITS}g}"), axis.low), axis.high)
 
 
-def sizes(space):
-    """The values of the smallest network, of the names that its multiply-accumulates depend on.
-
-    Returns:
-        A dict of name -> value.
-    """
+def smallest(space):
+    """The values of the smallest network: a dict of name -> value, of the names that change its multiply-accumulates."""
     values = {}
     for name, axis in space.items():
         if not _is_of_network(name) or name == "drop_path":
             continue
         low, high = axis.ends
-        values[name] = high if name.endswith("_stride") else low  # a large stride leaves few tokens
+        values[name] = high if name.endswith("_stride") else low  # a larger stride leaves fewer tokens
     return values
 
 
 def shown(value):
-    """A value as text: a number without needless digits."""
+    """A value as text, numbers in short form."""
     return value if isinstance(value, str) else f"{value:g}"
 
 
 def _number_fields():
-    """name -> default, of the fields of a recipe that are numbers, but for those that say how much is trained, and how long."""
-    apart = ("image_size", "epochs", "seed")
+    """Fields of a recipe that are numbers, as name -> default, except those that a search must not vary."""
+    fixed = ("image_size", "epochs", "seed")
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
-    return {name: default for name, default in defaults.items() if _is_number(default) and name not in apart}
+    return {name: default for name, default in defaults.items() if _is_number(default) and name not in fixed}
 
 
 def _word_fields():
-    """name -> what it can be, of the fields of a recipe that are one of a few words, but for those of the machine."""
+    """Fields of a recipe that are one of a few words, as name -> words, except those that depend on the machine."""
     hints = get_type_hints(Recipe)
     return {
         name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal and name not in ("precision", "xla")
     }
 
 
-def _around(where, own):
-    """A part of the space, wide enough for the recipe's own value; a logarithmic one can't hold 0."""
-    if isinstance(where, Choice):
-        return Choice((*where.values, own))
-    if where.log and own <= 0:
-        return where
-    return Range(min(where.low, own), max(where.high, own), where.log)
+def _around(axis, own):
+    """Widens a `Range` or `Choice` to the recipe's own value. A logarithmic range can't include 0, and stays as it is."""
+    if isinstance(axis, Choice):
+        return Choice((*axis.values, own))
+    if axis.log and own <= 0:
+        return axis
+    return Range(min(axis.low, own), max(axis.high, own), axis.log)
 
 
 def _is_whole(name):
@@ -383,13 +387,13 @@ def _is_of_network(name):
 
 
 def _stage_field(name):
-    """`stage1_depth` -> (1, "depth"); `None` for another name."""
-    found = re.fullmatch(r"stage(\d+)_(depth|dim|kernel_size|stride)", name)
-    return (int(found[1]), found[2]) if found else None
+    """`stage1_depth` -> (1, "depth"); `None` for any other name."""
+    match = re.fullmatch(r"stage(\d+)_(depth|dim|kernel_size|stride)", name)
+    return (int(match[1]), match[2]) if match else None
 
 
 def _heads(dim, width):
-    """Heads that divide `dim`, each as near to `width` as can be; of equals the more."""
+    """The number of heads that divides `dim` into widths nearest to `width`; the larger number on a tie."""
     divisors = [heads for heads in range(1, dim + 1) if dim % heads == 0]
     return min(divisors, key=lambda heads: (abs(math.log(dim / heads / width)), -heads))
 

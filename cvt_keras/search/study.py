@@ -1,4 +1,4 @@
-"""A search, from checking its arguments to its best recipe."""
+"""`search`: checks its arguments, runs the trials and returns the best recipe."""
 
 import contextlib
 import dataclasses
@@ -24,16 +24,16 @@ from cvt_keras.training.resume import newer_fields, without_newer_fields
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search leaves.
+    """The result of a search.
 
     Args:
         search_dir: the search's folder.
-        recipe: the best `Recipe`, for all images.
-        recipe_file: the file that holds it, for `cvt-keras train --recipe-file`.
+        recipe: the best `Recipe`, without limits on the number of images.
+        recipe_file: the file with that recipe, for `cvt-keras train --recipe-file`.
         best: the row of the best trial.
-        rows: a dict per trial, as in `trials.csv`, in the order in which they began.
-        stopped: why there are fewer trials than asked for, or `None`.
-        failing: whether that is because trials failed.
+        rows: a dict per trial, as in `trials.csv`, in the order in which they started.
+        stopped: the reason why there are fewer trials than requested, or `None`.
+        failing: whether that reason is failed trials.
     """
 
     search_dir: Path
@@ -59,38 +59,38 @@ def search(
     worker_timeout: float = Options.worker_timeout,
     fresh: bool = False,
 ) -> SearchResult | None:
-    """Searches for a good recipe around `recipe`, or resumes the search in the folder.
+    """Searches for a better recipe around `recipe`, or resumes the search in the folder.
 
-    Each trial is a run of its own in `search_dir/trials`. The test images are never touched.
+    Each trial is a run with its own folder in `search_dir/trials`. The test images are never used.
 
     Args:
-        recipe: the `Recipe` that is varied. It is the first trial, where it lies in the space and the budget.
-        search_dir: the search's folder. A search in it is resumed, if its settings are the same.
-        trials: how many candidates are trained. A larger number continues a finished search.
-        algorithm: of keras-tuner: `"bayesian"`, `"hyperband"` or `"random"`.
-        max_macs: multiply-accumulates per image that a network may take; `None` means any number.
-        space: what to vary: a dict of name -> `Range` or `Choice`, or the path of a JSON file of one. `None` means the whole
-            space around the recipe.
-        chief: train nothing, and hand the trials to workers. TensorFlow in this process then has no GPU.
-        worker: train what the chief at `address` hands out.
-        address: HOST:PORT where the chief listens.
-        worker_timeout: seconds without a word from a worker after which its trial goes to another, or the chief ends if there
-            is none.
+        recipe: the `Recipe` to vary. It is the first trial, if it is within the space and the budget.
+        search_dir: the search's folder. A search in it is resumed if its settings are the same.
+        trials: number of candidates to train. A larger number extends a finished search.
+        algorithm: `"bayesian"`, `"hyperband"` or `"random"`, of keras-tuner.
+        max_macs: maximum multiply-accumulates per image, or `None` for no limit.
+        space: the search space: a dict of name -> `Range` or `Choice`, or the path of a JSON file. Defaults to every name that
+            can be varied, around the recipe's own values.
+        chief: hand out trials to workers and train none here. TensorFlow in this process then sees no GPU.
+        worker: train the trials that the chief at `address` hands out.
+        address: HOST:PORT that the chief listens on.
+        worker_timeout: seconds without a heartbeat after which a worker's trial goes to another worker. The chief stops after
+            as many seconds without any worker.
         fresh: delete the search in the folder, with the runs of its trials, and start over.
 
     Returns:
-        A `SearchResult`; `None` for a worker, as the chief has the result.
+        A `SearchResult`, or `None` for a worker: the chief has the result.
 
     Raises:
-        ArgumentError: for options that do not go together.
+        ArgumentError: for a wrong option, or options that exclude each other.
         RecipeError: if the recipe or a value of the space does not fit the images, if nothing is within the budget, or if the
             search in the folder has other settings.
-        OccupiedError: if `search_dir` holds something that is not a search.
-        RunError: if a file of the search is damaged, or another process is at work in `search_dir`.
+        OccupiedError: if `search_dir` contains files, but no search.
+        RunError: if a file of the search is damaged, or another process is writing to `search_dir`.
         SearchError: if no trial could be trained.
         DistributedError: for a chief without workers, or a worker without a chief.
-        And what `cvt_keras.training.run` raises, but for what makes a trial a failed one: a loss that is NaN or infinite, and a
-        batch that does not fit into the memory.
+        The errors of `cvt_keras.training.run`, except those that mark a trial as failed: a loss that is NaN or infinite, and
+        too little memory.
     """
     options = Options(
         trials=trials,
@@ -104,25 +104,25 @@ def search(
     )
     options.require(recipe)
     space = spaces.space_of(recipe) if space is None else spaces.read(space, recipe)
-    with _undisturbed():
+    with _isolated():
         if worker:
             return _work(recipe, space, Path(search_dir), options)
         return _search(recipe, space, Path(search_dir), options)
 
 
 def _work(recipe, space, search_dir, options):
-    print(f"asking the chief at {options.address} for trials, for {distributed.NO_CHIEF_SECONDS:g} s at most", flush=True)
+    print(f"waiting up to {distributed.NO_CHIEF_SECONDS:g} s for the chief at {options.address}", flush=True)
     distributed.require_chief(options.address)
     oracle, _ = _settle(recipe, space, options)
     distributed.Worker(oracle, oracle.candidates, search_dir, options.address).search()
-    print("nothing is left for this worker")
+    print("no more trials for this worker")
 
 
 def _search(recipe, space, search_dir, options):
     folder.require_usable(search_dir)
-    held = folder.holds_search(search_dir)
-    deletes = held and options.fresh
-    stored = folder.read_settings(search_dir) if held and not deletes else None  # one that is deleted may be damaged
+    exists = folder.holds_search(search_dir)
+    replaces = exists and options.fresh
+    stored = folder.read_settings(search_dir) if exists and not replaces else None  # --fresh may delete a damaged one
     if stored is not None:
         recipe = without_newer_fields(recipe, newer_fields(stored["recipe"]))
         if recipe.dataset == "auto":
@@ -135,9 +135,9 @@ def _search(recipe, space, search_dir, options):
     search_dir.mkdir(parents=True, exist_ok=True)
     with runs.lock(search_dir):
         runs.sweep(search_dir)
-        if deletes:
+        if replaces:
             _clear(search_dir)
-        elif folder.holds_search(search_dir):  # once more: another process may have begun one meanwhile
+        elif folder.holds_search(search_dir):  # checked again: another process may have started one
             _require_same(folder.read_settings(search_dir), settings, search_dir)
         if not folder.holds_search(search_dir):
             runs.write_json(search_dir / folder.SEARCH, settings)
@@ -146,23 +146,23 @@ def _search(recipe, space, search_dir, options):
 
 
 def _settle(recipe, space, options):
-    """Loads the images, and checks the recipe and the space by them.
+    """Loads the images, and checks that the recipe and the space fit them.
 
     Returns:
-        The oracle, and the settings of the search, as `search.json` holds them.
+        The oracle, and the settings of the search for `search.json`.
     """
     recipe, source = load_images(recipe)
     if source.fallback:
         warn(source.fallback)
-    # A chief trains nothing, and need not have the weights.
+    # A chief does not train: it does not need the weights.
     checkpoint = None if recipe.weights is None or options.chief else read_weights(recipe)
     names = held_out.named_classes(checkpoint)
-    settled, _, differences = held_out.settle(source, weights=checkpoint and recipe.weights, class_names=names)
+    usable, _, differences = held_out.settle(source, weights=checkpoint and recipe.weights, class_names=names)
     for warning in (*source.warnings, *differences):
         warn(warning)
     network = checkpoint.variant if checkpoint else recipe.variant
     if network is not None:
-        _require_trainable(dataclasses.replace(recipe, variant=network), space, settled.train.limit(recipe.train_limit))
+        _require_trainable(dataclasses.replace(recipe, variant=network), space, usable.train.limit(recipe.train_limit))
     max_macs = None if options.max_macs is None else int(options.max_macs)
     settings = {
         "recipe": recipe.settings(),
@@ -176,39 +176,32 @@ def _settle(recipe, space, options):
 
 
 def _require_trainable(recipe, space, train):
-    """Raises unless the recipe, and each value of the space by itself, fits the images.
-
-    Raises:
-        RecipeError: if one does not.
-    """
+    """Raises a `RecipeError` unless the recipe, and each value of the space on its own, fits the images."""
     require_fit(recipe, train)
     for name, axis in space.items():
         for value in axis.values_to_check:
             try:
                 require_fit(spaces.apply(recipe, {name: value}), train)
             except RecipeError as error:
-                raise RecipeError(f"`space` must not hold {name}={value}: {error.summary}", argument="space") from error
+                raise RecipeError(f"`space` has an invalid value, {name}={value}: {error.summary}", argument="space") from error
 
 
 def _require_same(stored, settings, search_dir):
-    """Raises unless a search is resumed with its own settings.
+    """Raises a `RecipeError` that names every difference between the stored settings and `settings`.
 
     Args:
-        stored: the settings of the search in the folder, or `None` where there is none to resume.
-
-    Raises:
-        RecipeError: if `settings` are others, naming them.
+        stored: the settings of the search in the folder, or `None` if there is no search to resume.
     """
     if stored is not None and (differences := oracles.differences(stored, settings)):
         raise RecipeError(
             f"`search_dir` holds a different search: {search_dir}. {differences}",
             argument="search_dir",
-            hint="Give it its own settings, name another folder with --search-dir, or start over with --fresh",
+            hint="Repeat its settings, choose another folder with --search-dir, or start over with --fresh",
         )
 
 
 def _clear(search_dir):
-    """Deletes the search and nothing else. After a kill on the way the folder holds a search, or nothing of one."""
+    """Deletes the search, and no other file. `search.json` goes last, so that after a kill the folder still holds a search."""
     for name in (*results.FILES, folder.TRIALS, folder.ORACLE, folder.SEARCH):
         if (path := search_dir / name).exists():
             path.rename(search_dir / f".{os.getpid()}-{name}")
@@ -216,10 +209,10 @@ def _clear(search_dir):
 
 
 def _run_trials(oracle, settings, search_dir, options):
-    """Runs the trials that are left, or hands them to workers, and writes the search's page after each."""
+    """Trains the remaining trials, or hands them to workers, and writes the page after each."""
     oracle.open(search_dir / folder.ORACLE)
     if reason := oracle.candidates.left_out():
-        print(f"the recipe itself is not tried: {reason}", flush=True)
+        print(f"not trying the recipe itself: {reason}", flush=True)
     if done := sum(map(oracles.is_over, oracle.trials.values())):
         print(f"resuming the search in {search_dir}: {done} {'trials are' if done > 1 else 'trial is'} done", flush=True)
     oracle.listener = lambda trial: print(oracles.line(oracle, trial), flush=True)
@@ -239,7 +232,7 @@ def _run_trials(oracle, settings, search_dir, options):
 
 def _result(oracle, search_dir):
     if oracle.exhausted:
-        warn(f"no more trials: {oracle.exhausted}")
+        warn(f"the search stopped early: {oracle.exhausted}")
     rows = results.rows(oracle)
     best = results.best(rows)
     if best is None:
@@ -257,12 +250,12 @@ def _result(oracle, search_dir):
 
 
 @contextlib.contextmanager
-def _undisturbed():
-    """Quiets TensorFlow and hides keras-tuner's environment variables during the block; both are restored after it."""
+def _isolated():
+    """Quiets TensorFlow and hides keras-tuner's environment variables, and restores both at the end."""
     logger = tf.get_logger()
     level = logger.level
-    logger.setLevel("ERROR")  # it warns that each trial traces its functions anew
-    # With these set, keras-tuner takes every search for a worker's.
+    logger.setLevel("ERROR")  # hides the retracing warning of each trial
+    # If these are set, keras-tuner takes every search for a worker.
     before = _keras_tuner_variables()
     _unset(before)
     try:

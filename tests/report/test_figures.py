@@ -29,7 +29,7 @@ NAMES = ("a", "$b", "c")
 
 @pytest.fixture
 def shown():
-    """Nine test images of three classes, three of them taken for the next class."""
+    """Nine test images of three classes, three of them predicted as the next class."""
     labels = np.arange(9) % 3
     predicted = np.where(np.arange(9) < 3, (labels + 1) % 3, labels)
     logits = np.eye(3, dtype="float32")[predicted] * np.arange(1, 10, dtype="float32")[:, None]
@@ -41,15 +41,16 @@ def _texts(axes):
     return [text.get_text() for text in axes.texts]
 
 
-def test_every_picture_is_drawn_whole(tmp_path, shown):
+def test_every_figure_is_written(tmp_path, shown):
     figures.draw(tmp_path, HISTORY, **shown, class_names=NAMES)
     files = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "plots").iterdir()}
     assert set(files) == {figures.CURVES, figures.CONFUSION, figures.CALIBRATION, figures.MOST_WRONG}
     for pixels in files.values():
         assert pixels.shape[0] > 200 and pixels.std() > 1
+    assert not any(figures.is_numbered(path) for path in (tmp_path / "plots").iterdir())  # the names can be drawn
 
 
-def test_without_test_images_there_are_the_curves(tmp_path):
+def test_without_test_images_only_the_curves_are_drawn(tmp_path):
     figures.draw(tmp_path, HISTORY)
     assert [path.name for path in (tmp_path / "plots").iterdir()] == [figures.CURVES]
 
@@ -64,7 +65,7 @@ def test_curves_count_epochs_from_one_and_mark_the_best():
     assert rate.lines[0].get_ydata().tolist() == [1e-3] * 3
 
 
-def test_an_epoch_that_could_not_be_kept_is_not_marked():
+def test_an_epoch_whose_weights_are_never_kept_is_not_marked():
     accuracy, loss, _ = figures.curves(HISTORY, first_epoch=2).axes
     assert list(accuracy.lines[2].get_xdata()) == list(loss.lines[2].get_xdata()) == [3]
 
@@ -78,7 +79,7 @@ def test_confusion_shows_counts_and_shares():
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("Cavalier King Charles spaniel", "an airport"), tuple("abcde")])
-def test_nothing_of_confusion_is_cut_off(names):
+def test_the_labels_of_confusion_are_inside_the_figure_and_apart(names):
     n = len(names)
     figure = figures.confusion(np.eye(n, dtype=int), figures.picture_names(names))
     FigureCanvasAgg(figure).draw()
@@ -104,10 +105,10 @@ def test_confusion_of_many_classes_stays_legible():
 def test_calibration_draws_the_bins(shown):
     diagram, count = figures.calibration(shown["logits"], shown["labels"]).axes
     assert sum(bar.get_height() for bar in count.patches) == 9
-    assert "expected error" in diagram.get_title(loc="left")
+    assert "Expected calibration error" in diagram.get_title(loc="left")
 
 
-def test_the_most_wrong_come_first_with_label_and_prediction(shown):
+def test_the_most_wrong_images_are_titled_with_label_and_prediction(shown):
     figure = figures.most_wrong(**shown, names=figures.picture_names(NAMES))
     assert [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes if axes.images] == [2, 1, 0]
     first, second, *_ = (axes.get_title() for axes in figure.axes)
@@ -116,7 +117,7 @@ def test_the_most_wrong_come_first_with_label_and_prediction(shown):
 
 
 @pytest.mark.parametrize("name", ["Cavalier King Charles spaniel", "MITSUBISHI OUTLANDER", "W" * 16])
-def test_the_names_of_the_most_wrong_do_not_run_into_each_other(name, shown):
+def test_the_titles_of_the_most_wrong_do_not_overlap(name, shown):
     names = (name, f"{name}, liver and white", "c")
     figure = figures.most_wrong(**shown, names=figures.picture_names(names))
     FigureCanvasAgg(figure).draw()
@@ -133,7 +134,7 @@ def test_a_perfect_network_has_no_wrong_images(shown):
 
 @pytest.fixture
 def matplotlibs_fonts(monkeypatch):
-    """Only the fonts that come with matplotlib: they have Latin, Greek, Cyrillic, Hebrew, Arabic, some emoji and symbols."""
+    """Hides all fonts but matplotlib's own: Latin, Greek, Cyrillic, Hebrew, Arabic, some emoji and symbols."""
     own = [entry for entry in figures.font_manager.fontManager.ttflist if "mpl-data" in pathlib.Path(entry.fname).parts]
     monkeypatch.setattr(figures.font_manager.fontManager, "ttflist", own)
 
@@ -168,7 +169,7 @@ def test_names_are_drawn_in_fonts_that_have_them(matplotlibs_fonts):
 
 
 def test_a_font_without_outlines_draws_nothing(matplotlibs_fonts, monkeypatch):
-    monkeypatch.setattr(figures, "_drawn", lambda path, characters: set())  # as a font of coloured emoji
+    monkeypatch.setattr(figures, "_drawn", lambda path, characters: set())  # like a font of coloured emoji
     assert figures.picture_names(("ᶁ", "cat")).numbered
     monkeypatch.undo()
     assert figures._drawn(figures.font_manager.findfont("DejaVu Sans"), {"a", "猫", "\u200b"}) == {"a"}
@@ -183,7 +184,7 @@ def test_long_names_stay_distinct(matplotlibs_fonts):
     assert middle.numbered and middle.texts == ["1", "2", "3"]
 
 
-def test_numbered_pictures_say_so_and_carry_the_names(tmp_path, shown, matplotlibs_fonts):
+def test_numbered_figures_store_the_names(tmp_path, shown, matplotlibs_fonts):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figures.draw(tmp_path, HISTORY, **shown, class_names=("猫", "قطة", "cat"))
@@ -193,13 +194,8 @@ def test_numbered_pictures_say_so_and_carry_the_names(tmp_path, shown, matplotli
     names = figures.picture_names(("猫", "قطة", "cat"))
     axes = figures.confusion(np.eye(3, dtype=int), names).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "3"]
-    assert "number of the class" in axes.get_xlabel() and "number of the class" in axes.get_ylabel()
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("prediction, class number", "label, class number")
     assert figures.most_wrong(**shown, names=names).axes[0].get_title().startswith("class 3: ")
-
-
-def test_pictures_with_names_are_not_numbered(tmp_path, shown):
-    figures.draw(tmp_path, HISTORY, **shown, class_names=NAMES)
-    assert not any(figures.is_numbered(path) for path in (tmp_path / "plots").iterdir())
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):

@@ -44,14 +44,14 @@ def test_metrics_by_hand():
     assert result["images"] == 4
 
 
-def test_logits_need_no_scale():
+def test_large_logits_do_not_overflow():
     logits = np.array([[1000.0, 0.0], [0.0, 1000.0]])
     result = evaluate(logits, np.array([0, 0]))
     assert result["loss"] == pytest.approx(500)
     assert result["top1"] == 0.5
 
 
-def test_top5_of_few_classes_means_nothing():
+def test_top5_is_none_for_few_classes():
     assert evaluate(np.eye(5), np.arange(5))["top5"] is None
 
 
@@ -109,7 +109,7 @@ def test_a_network_that_gives_every_class_the_same_logit_has_diverged():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_are_refused(value):
+def test_logits_that_are_not_finite_raise(value):
     logits = np.eye(6)[:4]
     logits[2, 3] = value
     for metric in (evaluate, reliability, lambda *both: worst(*both, n=1), lambda logits, _: predictions(logits)):
@@ -169,8 +169,8 @@ def test_the_worst_are_wrong_and_in_order():
 
 
 def test_reliability_sorts_by_confidence():
-    # The last bin holds a confidence of 1 too.
-    probabilities = [[0.5, 0.5 - 1e-9, 1e-9], [0.52, 0.47, 0.01], [1 - 2e-15, 1e-15, 1e-15]]
+    # The last bin includes a confidence of exactly 1.
+    probabilities = [[0.5, 0.5 - 1e-9, 1e-9], [0.52, 0.47, 0.01], [1, 1e-30, 1e-30]]
     confidence, accuracy, images = reliability(_logits(probabilities), np.array([0, 1, 0]))
     assert images.tolist() == [0] * 7 + [2] + [0] * 6 + [1]
     assert confidence[[7, 14]] == pytest.approx([0.51, 1])

@@ -79,7 +79,7 @@ def _written(run_dir):
     return read
 
 
-def test_the_page_stands_alone_and_tells_the_run(run_dir):
+def test_the_page_is_one_file_with_the_numbers_of_the_run(run_dir):
     read = _written(run_dir)
     assert [source.partition(",")[0] for source in read.sources] == ["data:image/png;base64"]
     for part in (
@@ -89,7 +89,7 @@ def test_the_page_stands_alone_and_tells_the_run(run_dir):
         assert part in read.text, part
 
 
-def test_names_are_text_whatever_they_hold(run_dir):
+def test_class_names_are_escaped(run_dir):
     read = _written(run_dir)
     assert "script" not in read.tags
     assert "<script>hard</script>" in read.text and "tested on <a tenth>" in read.text
@@ -105,7 +105,7 @@ def test_a_run_of_version_0_1_has_a_page(name, tmp_path):
     assert (tmp_path / name / runs.HISTORY).read_text().splitlines()[1].startswith("0,")
     text = _written(tmp_path / name).text
     assert "macro-F1" in text and f"{report['test']['top1']:.1%}" in text
-    epochs = (tmp_path / name / runs.PAGE).read_text().partition("Each epoch in numbers")[2].partition("</details>")[0]
+    epochs = (tmp_path / name / runs.PAGE).read_text().partition("History, a row per epoch")[2].partition("</details>")[0]
     assert re.findall(r"<tr><td>(\d+)</td>", epochs) == [f"{epoch}" for epoch in range(1, report["epochs"] + 1)]
     assert ("int8 rounding" in text) == (name == "qat")
 
@@ -127,13 +127,14 @@ def _text_with(run_dir, **changes):
     return " ".join(_written(run_dir).text.split())
 
 
-def test_warnings_and_left_out_files_come_before_the_numbers(run_dir):
-    assert "Warnings" not in _text_with(run_dir) and "not used" not in _text_with(run_dir)
+def test_warnings_come_before_the_numbers_and_unused_files_after_them(run_dir):
+    text = _text_with(run_dir)
+    assert "Warnings" not in text and "not used" not in text
     text = _text_with(run_dir, data_warnings=["<b> rules"], left_out={"not an image": 1200, "broken": 1})
-    assert "Warnings <b> rules 1,200 files were not used: not an image 1 file was not used: broken" in text
-    assert text.index("broken") < text.index("top-1, test")
-    text = _text_with(run_dir, left_out={"broken": 2})
-    assert "Warnings" not in text and "2 files were not used: broken" in text
+    assert text.index("Warnings <b> rules") < text.index("top-1, test") < text.index("1,201 files were not used")
+    assert "1,201 files were not used reasonfiles not an image1,200 broken1" in text
+    text = _text_with(run_dir, left_out={"broken": 1})
+    assert "Warnings" not in text and "1 file was not used" in text
 
 
 def _rows(run_dir, **changes):
@@ -166,16 +167,16 @@ def test_a_class_without_test_images_says_so_and_comes_last(run_dir):
     assert easy == ["easy", "no test images", "n/a", "n/a", "0"]
 
 
-def test_early_stopping_is_told(run_dir):
+def test_the_page_names_early_stopping(run_dir):
     assert "stopped" not in _text_with(run_dir, epochs_trained=10)
     recipe = {**REPORT["recipe"], "early_stopping": 5}
     text = _text_with(run_dir, recipe=recipe, epochs=40, epochs_trained=12, kept_epoch=7)
-    assert "12 of 40 epochs" in text and "Training stopped after 12 of 40 epochs: no better epoch in 5." in text
+    assert "12 of 40 epochs" in text and "Training stopped after 12 of 40 epochs: no improvement in 5 epochs." in text
     assert "The weights are those of epoch 7" in text
     assert "Training stopped after 9 of 10 epochs. The weights" in _text_with(run_dir, epochs_trained=9, kept_epoch=7)
 
 
-def test_the_kept_epoch_of_older_runs_is_told_where_their_files_leave_no_doubt(run_dir):
+def test_the_page_names_the_kept_epoch_of_an_older_run_only_if_it_is_certain(run_dir):
     scores = [(0.5, 0.9), (0.7, 0.8), (0.7, 0.6), (0.8, 0.7)]
     rows = [{"epoch": epoch, "val_accuracy": a, "val_loss": loss} for epoch, (a, loss) in enumerate(scores, start=1)]
     runs.write_csv(run_dir / runs.HISTORY, rows)
@@ -188,13 +189,13 @@ def test_the_kept_epoch_of_older_runs_is_told_where_their_files_leave_no_doubt(r
     assert "The weights are those of epoch 3" in _text_with(run_dir, recipe=recipe, kept_epoch=3)
 
 
-def test_a_test_split_that_was_not_looked_at_is_told(run_dir):
+def test_the_page_says_that_the_test_split_was_not_evaluated(run_dir):
     without = {"test": None, "per_class": None, "test_images": 1600}
-    assert "The 1,600 test images were not looked at." in _text_with(run_dir, **without)
-    assert "not looked at" not in _text_with(run_dir, test_images=1600)
+    assert "The 1,600 test images were not evaluated." in _text_with(run_dir, **without)
+    assert "not evaluated" not in _text_with(run_dir, test_images=1600)
 
 
-def test_numbered_pictures_have_a_legend(run_dir):
+def test_numbered_figures_have_a_legend(run_dir):
     assert "legend" not in _tags(run_dir)
     pixels, text = Image.new("RGB", (4, 4)), PngInfo()
     pixels.save(run_dir / runs.PLOTS / figures.MOST_WRONG)
@@ -231,7 +232,7 @@ def test_exports_say_whether_the_held_out_images_were_verified(run_dir):
     assert "Held-out images not verified. 2 images are <new>." in told
 
 
-def test_exports_are_on_the_page_once_there_are_some(run_dir):
+def test_exports_are_on_the_page_if_there_are_any(run_dir):
     assert "Exports" not in _written(run_dir).text
     artifact = {
         **{"name": "int8", "bytes": 1_400_000, "top1": 0.8, "agreement": 0.98, "max_abs_diff": 0.03125, "milliseconds": 2.5},

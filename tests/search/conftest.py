@@ -9,7 +9,7 @@ from cvt_keras.search.space import space_of
 
 @pytest.fixture
 def make_oracle(tmp_path):
-    """An oracle of 6 trials in `tmp_path / "oracle"`, as a search opens it: called again, it goes on."""
+    """Opens an oracle of 6 trials in `tmp_path / "oracle"`, as a search does. A second call resumes it."""
     from cvt_keras.search import folder, oracles
     from cvt_keras.search.candidates import Candidates
 
@@ -25,7 +25,7 @@ def make_oracle(tmp_path):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Draws blanks: after each trial of each test a page with pictures would take most of the time."""
+    """Replaces figures by blanks: drawing them after each trial would take most of the time."""
     from matplotlib.figure import Figure
 
     from cvt_keras.search import figures
@@ -36,7 +36,7 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def quick_run(monkeypatch):
-    """A training that is over at once, better the nearer to a learning rate of 4e-3 -> the recipes that were trained."""
+    """Replaces training by a quick result, which is best at a learning rate of 4e-3. Returns the list of recipes."""
     from cvt_keras import runs
     from cvt_keras.search import tuner
     from cvt_keras.training import RunResult

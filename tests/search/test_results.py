@@ -7,7 +7,7 @@ from cvt_keras.search.oracles import TrialStatus
 
 @pytest.fixture
 def searched(make_oracle):
-    """An oracle after a failed trial and others with accuracies from 0.5 on."""
+    """Makes an oracle with one failed trial and `completed` others, with accuracies from 50% on."""
 
     def search(completed, **settings):
         oracle = make_oracle(trials=10, **settings)
@@ -35,32 +35,32 @@ def test_the_page_of_a_search(searched, tmp_path, no_pictures):
     for part in (
         *("<title>Search: cvt_tiny on digits, random</title>", "<b>54.00%</b><span>best top-1, validation</span>"),
         *(
-            "<b>50.00%</b><span>the recipe itself</span>",
-            "<b>4 of 10</b><span>trials done</span>",
-            "<b>1</b><span>failed</span>",
+            "<b>50.00%</b><span>top-1 of the recipe itself</span>",
+            "<b>4 of 10</b><span>trials completed</span>",
+            "<b>1</b><span>trials failed</span>",
         ),
-        *("<b>1.3 M</b><span>multiply-adds per image, at most</span>", "<b>8.0 min</b><span>training, in total</span>"),
+        *("<b>1.3 M</b><span>multiply-adds per image, maximum</span>", "<b>8.0 min</b><span>training in total</span>"),
         *(
             "Parallel coordinates",
-            "The best curves",
-            "shown once 8 trials are done",
+            "Best trials",
+            "shown once 8 trials are completed",
             "<td>failed: the loss is &lt;NaN&gt;</td>",
         ),
         f"<code>cvt-keras train --recipe-file {tmp_path / 'best.json'}</code>",
         "<td>peak_learning_rate</td><td>0.002</td>",  # the recipe's own, beside the best
     ):
         assert part in page, part
-    assert page.count("data:image/png") == 2 and "in grey" not in page and "not among the trials" not in page
+    assert page.count("data:image/png") == 2 and "trials are grey" not in page and "was not tried" not in page
     assert page.index("<td>54.00%</td>") < page.index("<td>50.00%</td>") < page.index("<td>failed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.json", "oracle", "plots", "report.html", "trials.csv"]
 
 
-def test_the_page_shows_importance_from_eight_trials_on(searched, tmp_path, no_pictures):
+def test_the_page_shows_importance_from_eight_trials_on(searched, tmp_path):
     page = _written(searched(8), tmp_path)
-    assert page.count("data:image/png") == 3 and "The forest's R² on trials" in page and "in grey" in page
+    assert page.count("data:image/png") == 3 and "out-of-bag R²" in page and "The other trials are grey" in page
 
 
-def test_the_page_before_a_trial_is_done(searched, tmp_path):
+def test_the_page_before_a_trial_is_completed(searched, tmp_path):
     page = _written(searched(0), tmp_path)
     assert "none yet" in page and "data:image/png" not in page and "--recipe-file" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["oracle", "report.html", "trials.csv"]

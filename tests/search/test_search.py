@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from small_search import SMOKE
+from small_search import SMOKE, SPACE
 from small_sources import small_source
 
 from cvt_keras import cli, runs
@@ -32,18 +33,18 @@ from cvt_keras.search import distributed, folder, results, search, study, tuner
 from cvt_keras.search.__main__ import Arguments, main
 from cvt_keras.search.options import Options
 from cvt_keras.search.space import Choice
-from cvt_keras.training import flags
+from cvt_keras.training import callbacks, flags
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 def _search(words):
-    """Runs the command -> its exit code."""
+    """Runs the command, and returns its exit code."""
     return cli.main(["search", *words])
 
 
 def _error_of(words):
-    """Runs the command -> the error that it raises."""
+    """Runs the command, and returns the error that it raises."""
     with pytest.raises(UserError) as error:
         main(words)
     return error.value
@@ -51,13 +52,13 @@ def _error_of(words):
 
 @pytest.fixture
 def command(tmp_path, space_file):
-    """The words of a small search in `tmp_path / "search"`."""
+    """The arguments of a small search in `tmp_path / "search"`."""
     search_dir = tmp_path / "search"
-    return ["smoke", "--dataset", "digits", "--space", str(space_file), "--search-dir", str(search_dir), "--trials", "4"]
+    return ["smoke", "--dataset", "digits", "--space", str(space_file), "--search-dir", str(search_dir), "--trials", "3"]
 
 
-@pytest.mark.parametrize("algorithm", ["bayesian", "hyperband"])
-def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_path, quick_run, table, capsys):
+@pytest.mark.parametrize("algorithm", ["random", "hyperband"])
+def test_a_search_writes_a_table_a_recipe_and_a_page(algorithm, command, tmp_path, quick_run, no_pictures, table, capsys):
     search_dir = tmp_path / "search"
     words = [*command, "--algorithm", algorithm, "--train-limit", "100", "--max-macs", "1.3e6", "--trials", "9"]
     words += ["--epochs", "3", "--test-limit", "50"]
@@ -70,45 +71,46 @@ def test_a_search_leaves_a_table_a_recipe_and_a_page(algorithm, command, tmp_pat
     written = json.loads((search_dir / "best.json").read_text())
     assert written["peak_learning_rate"] == float(best["peak_learning_rate"])
     assert written["variant"]["stages"][0]["depth"] == int(best["stage0_depth"])
-    # For all images, and the epochs that the search was given.
+    # For all images, and the epochs of the search.
     assert written["train_limit"] is None and written["test_limit"] is None and written["epochs"] == 3
     words = ["--recipe-file", str(search_dir / "best.json"), "--search-dir", "another"]
     assert flags.parse(words, Arguments, "", "")[1].recipe.settings() == written
     page = (search_dir / "report.html").read_text()
     for part in (
         "Parallel coordinates",
-        "The best curves",
+        "Best trials",
         "Importance",
-        f"trial {best['trial']}",
-        "multiply-adds per image, at most",
+        f"Best recipe, trial {best['trial']}",
+        "multiply-adds per image, maximum",
     ):
         assert part in page, part
-    assert page.count("data:image/png") == 3 and "; the other trials in grey" in page
-    assert (">repeats<" in page) == (algorithm == "hyperband") and "not among the trials" not in page
-    said = capsys.readouterr().out
-    assert "trial 0 (1 of 9): the recipe itself: peak_learning_rate 0.002" in said
-    assert f"best: trial {best['trial']}, {float(best['val_accuracy']):.2%} top-1" in said
-    assert "the best so far: trial" in said and "cvt-keras train --recipe-file" in said
+    assert page.count("data:image/png") == 3 and "The other trials are grey" in page
+    assert (">repeats<" in page) == (">epochs per trial, maximum<" in page) == (algorithm == "hyperband")
+    assert "was not tried" not in page
+    output = capsys.readouterr().out
+    assert "trial 0 (1 of 9): the recipe itself: peak_learning_rate 0.002" in output
+    assert f"best: trial {best['trial']}, {float(best['val_accuracy']):.2%} top-1" in output
+    assert "best so far: trial" in output and "cvt-keras train --recipe-file" in output
     assert all(recipe.train_limit == 100 for recipe in quick_run)
 
 
-def test_the_same_command_goes_on_and_more_trials_extend_it(command, tmp_path, quick_run, no_pictures, table, capsys):
+def test_the_same_command_resumes_a_search_and_more_trials_extend_it(command, tmp_path, quick_run, no_pictures, table, capsys):
     assert _search(command) == 0
     assert _search(command) == 0
-    assert len(quick_run) == 4 and "4 trials are done" in capsys.readouterr().out
-    assert "in grey" not in (tmp_path / "search" / "report.html").read_text()
-    assert _search([*command, "--trials", "6"]) == 0
-    assert len(quick_run) == 6 and len(table(tmp_path / "search")) == 6
+    assert len(quick_run) == 3 and "3 trials are done" in capsys.readouterr().out
+    assert "are grey" not in (tmp_path / "search" / "report.html").read_text()
+    assert _search([*command, "--trials", "5"]) == 0
+    assert len(quick_run) == 5 and len(table(tmp_path / "search")) == 5
 
 
-def test_a_candidate_that_can_not_be_trained_is_a_failed_trial(
+def test_a_candidate_that_can_not_be_trained_fails_its_trial(
     command, tmp_path, quick_run, no_pictures, table, monkeypatch, capsys
 ):
     quick = tuner.run
 
     def run(recipe, run_dir, **flags):
         if recipe.peak_learning_rate != 0.002:
-            raise DivergedError("the loss is NaN: at step 1", hint="Train anew in another --run-dir")
+            raise DivergedError("the loss is NaN: at step 1", hint="Train in another --run-dir")
         return quick(recipe, run_dir, **flags)
 
     monkeypatch.setattr(tuner, "run", run)
@@ -116,14 +118,15 @@ def test_a_candidate_that_can_not_be_trained_is_a_failed_trial(
     rows = table(tmp_path / "search")
     assert [row["status"] for row in rows] == ["completed"] + ["failed"] * 3
     assert rows[1]["val_accuracy"] == "" and [row["reason"] for row in rows] == [""] + ["the loss is NaN: at step 1"] * 3
-    said = capsys.readouterr()
-    assert "failed (the loss is NaN: at step 1)" in said.out and "no more trials: the last 3 trials failed" in said.err
-    assert "best: trial 0" in said.out
+    output = capsys.readouterr()
+    assert "failed (the loss is NaN: at step 1)" in output.out
+    assert "the search stopped early: the last 3 trials failed" in output.err
+    assert "best: trial 0" in output.out
     page = (tmp_path / "search" / "report.html").read_text()
-    assert ">3</b><span>failed<" in page and page.count("failed: the loss is NaN: at step 1<") == 3
+    assert ">3</b><span>trials failed<" in page and page.count("failed: the loss is NaN: at step 1<") == 3
 
 
-def test_where_none_can_be_trained_the_search_fails(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
+def test_a_search_fails_if_no_trial_can_be_trained(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
     def run(*_, **__):
         raise OutOfMemoryError("the memory is too small", hint="Train at a smaller --batch-size")
 
@@ -133,7 +136,7 @@ def test_where_none_can_be_trained_the_search_fails(command, tmp_path, quick_run
     assert not (tmp_path / "search" / "best.json").exists()
 
 
-def test_an_error_of_the_machine_loses_no_trial(command, tmp_path, quick_run, no_pictures, table, monkeypatch, capsys):
+def test_a_full_disk_loses_no_trial(command, tmp_path, quick_run, no_pictures, table, monkeypatch, capsys):
     quick = tuner.run
 
     def run(recipe, run_dir, **flags):
@@ -148,10 +151,10 @@ def test_an_error_of_the_machine_loses_no_trial(command, tmp_path, quick_run, no
     assert [row["status"] for row in table(tmp_path / "search")] == ["completed", "completed", "running"]
     monkeypatch.setattr(tuner, "run", quick)
     assert _search(command) == 0
-    assert len(quick_run) == 4 and len(table(tmp_path / "search")) == 4
+    assert len(quick_run) == 3 and len(table(tmp_path / "search")) == 3
 
 
-def test_ctrl_c_says_how_to_go_on(command, quick_run, no_pictures, monkeypatch, capsys):
+def test_ctrl_c_prints_the_command_that_resumes(command, quick_run, no_pictures, monkeypatch, capsys):
     def run(*_, **__):
         raise KeyboardInterrupt
 
@@ -170,21 +173,21 @@ def test_fresh_asks_before_it_deletes(command, tmp_path, quick_run, no_pictures,
     assert _search(command) == 0
     assert _search([*command, "--seed", "1"]) == 2
     assert _search([*command, "--fresh"]) == 2
-    assert "nobody can be asked" in (error := capsys.readouterr().err) and "--yes" in error
+    assert "must be confirmed" in (error := capsys.readouterr().err) and "--yes" in error
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     asked = []
     monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or "n")
     (search_dir / "trials" / "0").mkdir(exist_ok=True)
     assert _search([*command, "--fresh"]) == 1
-    assert "the runs of 4 trials" in asked[0] and len(quick_run) == 4
+    assert "the runs of 3 trials" in asked[0] and len(quick_run) == 3
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))  # Ctrl-D
-    assert _search([*command, "--fresh"]) == 1 and "is left as it is" in capsys.readouterr().err
+    assert _search([*command, "--fresh"]) == 1 and "nothing was deleted" in capsys.readouterr().err
     monkeypatch.setattr("builtins.input", lambda prompt: "y")
     assert _search([*command, "--seed", "1", "--fresh"]) == 0
-    assert len(quick_run) == 8 and json.loads((search_dir / "search.json").read_text())["recipe"]["seed"] == 1
+    assert len(quick_run) == 6 and json.loads((search_dir / "search.json").read_text())["recipe"]["seed"] == 1
     monkeypatch.setattr("builtins.input", None)
     assert _search([*command, "--fresh", "--yes"]) == 0
-    assert len(quick_run) == 12
+    assert len(quick_run) == 9
 
 
 @pytest.mark.parametrize(
@@ -228,7 +231,7 @@ def test_a_wrong_argument_and_help_are_answered_without_keras(command):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_a_notebook_has_the_best_recipe_and_the_rows(tmp_path, quick_run, no_pictures, capsys):
+def test_search_returns_the_best_recipe_and_the_rows(tmp_path, quick_run, no_pictures, capsys):
     recipe = dataclasses.replace(SMOKE, train_limit=100)
     space = {"mixup": [0.0, 0.2], "peak_learning_rate": {"low": 1e-3, "high": 8e-3}, "stage0_depth": Choice((1, 2))}
     result = search(recipe, str(tmp_path / "search"), trials=4, algorithm="random", space=space)
@@ -246,7 +249,7 @@ def test_a_notebook_has_the_best_recipe_and_the_rows(tmp_path, quick_run, no_pic
     assert len(search(recipe, tmp_path / "search", trials=2, space=space, fresh=True).rows) == 2
 
 
-def test_a_notebook_hears_of_what_it_can_not_have(tmp_path, quick_run, no_pictures, monkeypatch):
+def test_search_raises_errors_that_name_arguments(tmp_path, quick_run, no_pictures, monkeypatch):
     with pytest.raises(ArgumentError) as error:
         search(SMOKE, tmp_path / "search", algorithm="grid")
     assert error.value.argument == "algorithm"
@@ -268,12 +271,12 @@ def test_a_notebook_hears_of_what_it_can_not_have(tmp_path, quick_run, no_pictur
     assert "the loss is NaN" in error.value.summary
 
 
-def test_a_recipe_that_brings_no_network_is_refused(tmp_path, capsys):
+def test_a_recipe_without_a_network_is_refused(tmp_path, capsys):
     error = _error_of(["finetune", "--search-dir", str(tmp_path / "search")])
     assert error.exit_code == 2 and error.argument == "weights"
 
 
-def test_a_search_dir_is_asked_for(capsys):
+def test_a_search_dir_is_required(capsys):
     with pytest.raises(SystemExit) as stop:
         _search(["smoke"])
     assert stop.value.code == 2 and "--search-dir" in capsys.readouterr().err
@@ -285,7 +288,7 @@ def test_a_search_dir_is_asked_for(capsys):
         (["--algorithm", "random"], "algorithm was bayesian and is random"),
         (["--max-macs", "1e6"], "max_macs was None and is 1000000"),
         (["--epochs", "3"], "epochs was 2 and is 3"),
-        (["--variant", "cvt_cifar"], "variant is another"),
+        (["--variant", "cvt_cifar"], "variant differs"),
     ],
 )
 def test_a_different_search_is_refused(change, part, command, tmp_path, quick_run, no_pictures, capsys):
@@ -303,46 +306,48 @@ def test_a_folder_of_something_else_is_refused(command, tmp_path, capsys):
     assert not folder.holds_search(tmp_path / "search")
     for words in ([], ["--fresh", "--yes"]):
         assert _search([*command, *words]) == 2
-        assert "holds something that is not a search" in capsys.readouterr().err
+        assert "contains files, but no search" in capsys.readouterr().err
     assert (tmp_path / "search" / "thesis.txt").read_text() == "all of it"
 
 
-def test_fresh_deletes_the_search_alone_and_only_if_there_is_a_new_one(command, tmp_path, quick_run, no_pictures, table):
+def test_fresh_deletes_only_the_search_and_only_if_another_can_start(command, tmp_path, quick_run, no_pictures, table):
     search_dir = tmp_path / "search"
     assert _search(command) == 0
     (search_dir / "final").mkdir()
     assert _search([*command, "--fresh", "--yes", "--max-macs", "1e3"]) == 2
     assert _search([*command, "--fresh", "--yes", "--batch-size", "5000"]) == 2
     assert _search([*command, "--fresh", "--yes", "--dataset", "folder", "--data-dir", "nowhere"]) == 1
-    assert len(table(search_dir)) == 4
+    assert len(table(search_dir)) == 3
     assert _search([*command, "--fresh", "--yes", "--trials", "1"]) == 0
     assert len(table(search_dir)) == 1 and (search_dir / "final").exists()
     assert [path.name for path in (search_dir / "trials").iterdir()] == ["0"]
 
 
-def test_killed_while_it_begins_or_deletes_it_begins_anew(command, tmp_path, quick_run, no_pictures, table, monkeypatch):
+def test_a_search_killed_while_it_starts_or_deletes_starts_over(command, tmp_path, quick_run, no_pictures, table, monkeypatch):
     search_dir = tmp_path / "search"
     search_dir.mkdir()
     (search_dir / ".7-search.json").write_text("{")
     assert _search(command) == 0
-    rename, count = Path.rename, [0]
+    rename, renames_left = Path.rename, [0]
 
     def killed(self, target):
-        count[0] -= 1
-        if count[0] < 0:
+        renames_left[0] -= 1
+        if renames_left[0] < 0:
             raise KeyboardInterrupt
         return rename(self, target)
 
-    for renames in range(6):  # the runs may be gone before the rest is
-        count[0] = renames
+    # After the table, the runs, and keras-tuner's state; before the settings.
+    for renames in (1, 4, 6):
+        renames_left[0] = renames
         monkeypatch.setattr(Path, "rename", killed)
         assert _search([*command, "--fresh", "--yes"]) == 130
         monkeypatch.setattr(Path, "rename", rename)
         assert _search(command) == 0
-        assert len(table(search_dir)) == 4
+        assert len(table(search_dir)) == 3
 
 
-def test_a_broken_search_is_told_and_fresh_is_the_way_out(command, tmp_path, quick_run, no_pictures, capsys):
+def test_a_damaged_search_is_named_and_fresh_replaces_it(command, tmp_path, quick_run, no_pictures, capsys):
+    command += ["--trials", "1"]
     assert _search(command) == 0
     for text in ("[]", "{}", "{"):
         (tmp_path / "search" / "search.json").write_text(text)
@@ -351,36 +356,36 @@ def test_a_broken_search_is_told_and_fresh_is_the_way_out(command, tmp_path, qui
     assert _search([*command, "--fresh", "--yes"]) == 0
 
 
-def test_what_auto_was_it_stays(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
+def test_a_resumed_search_keeps_the_data_set_that_auto_chose(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
     monkeypatch.setattr(tfds, "cifar10", lambda *_: (_ for _ in ()).throw(UnavailableError("no network")))
     words = [word if word != "digits" else "auto" for word in command]
     assert _search(words) == 0
     assert "WARNING" in capsys.readouterr().err
-    monkeypatch.setattr(tfds, "cifar10", None)  # as if it could be had by now: it is not asked for
-    assert _search([*words, "--trials", "5"]) == 0
-    assert {recipe.dataset for recipe in quick_run} == {"digits"} and len(quick_run) == 5
+    monkeypatch.setattr(tfds, "cifar10", None)  # must not be called
+    assert _search([*words, "--trials", "4"]) == 0
+    assert {recipe.dataset for recipe in quick_run} == {"digits"} and len(quick_run) == 4
 
 
-def test_a_search_that_version_0_1_began_is_resumed(tmp_path, space_file, quick_run, no_pictures, table, capsys):
+def test_a_search_of_version_0_1_is_resumed(tmp_path, space_file, quick_run, no_pictures, table, capsys):
     with tarfile.open(ROOT / "tests" / "golden" / "old_runs" / "search.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     search_dir = tmp_path / "search"
     before = table(search_dir)
-    # Its search.json has no `validation_limit`, and the recipe smoke has one by now.
+    # Its search.json has no `validation_limit`, which the recipe smoke has now.
     assert SMOKE.validation_limit and "validation_limit" not in runs.read_json(search_dir / "search.json")["recipe"]
     words = ["smoke", "--dataset", "digits", "--no-flip", "--space", str(space_file), "--search-dir", str(search_dir)]
     assert _search([*words, "--trials", "3"]) == 0
     assert "2 trials are done" in capsys.readouterr().out
     [trained] = quick_run
-    assert trained.validation_limit is None  # so that the trials can be compared
+    assert trained.validation_limit is None  # so that its accuracy compares with the earlier trials
     after = table(search_dir)
     assert len(after) == 3 and [row["val_accuracy"] for row in after[:2]] == [row["val_accuracy"] for row in before]
-    # Other settings are still another search.
+    # Other differences are still refused.
     assert _search([*words, "--trials", "3", "--epochs", "3"]) == 2
     assert "epochs was 2 and is 3" in capsys.readouterr().err
 
 
-def test_an_own_space_of_what_no_training_can_have_is_told(command, tmp_path, quick_run, capsys):
+def test_a_space_that_does_not_fit_the_images_is_refused(command, tmp_path, quick_run, capsys):
     (tmp_path / "space.json").write_text('{"batch_size": [32, 4096]}')
     error = _error_of([*command, "--train-limit", "64"])
     assert error.exit_code == 2 and error.argument == "space"
@@ -388,39 +393,37 @@ def test_an_own_space_of_what_no_training_can_have_is_told(command, tmp_path, qu
     assert not (tmp_path / "search").exists()
 
 
-def test_a_search_dir_that_can_not_be_written_is_told(command, tmp_path, quick_run, capsys):
+def test_a_search_dir_that_is_not_writable_is_refused(command, tmp_path, quick_run, capsys):
     (tmp_path / "thesis.txt").write_text("all of it")
     error = _error_of([*command, "--search-dir", str(tmp_path / "thesis.txt" / "search")])
     assert error.exit_code == 2 and error.argument == "search_dir" and "--search-dir" in error.hint
 
 
-def test_a_worker_asks_for_its_chief_before_it_loads_data(command, monkeypatch, capsys):
+def test_a_worker_looks_for_its_chief_before_it_loads_images(command, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "NO_CHIEF_SECONDS", 0.2)
     monkeypatch.setattr(sources, "load", None)
     assert _search([*command, "--worker", "--address", "127.0.0.1:9"]) == 1
     assert "no chief answers at 127.0.0.1:9" in capsys.readouterr().err
 
 
-def test_hyperband_tells_the_epochs_of_the_best(command, quick_run, no_pictures, capsys):
+def test_hyperband_prints_the_epochs_of_the_best(command, quick_run, no_pictures, capsys):
     assert _search([*command, "--algorithm", "hyperband", "--epochs", "9", "--trials", "3"]) == 0
     assert "top-1 on the validation images after 1 of 9 epochs; page" in capsys.readouterr().out
 
 
-def test_epochs_have_an_axis_where_they_differ():
-    from small_search import SPACE
-
+def test_epochs_have_an_axis_if_they_differ():
     assert results._axes([{"epochs": 3}, {"epochs": 3}], SPACE) == SPACE
     axes = results._axes([{"epochs": 1}, {"epochs": 9}], SPACE)
     assert list(axes) == [*SPACE, "epochs"] and axes["epochs"].ends == (1, 9)
 
 
-def test_weights_that_are_not_there_are_told_before_there_is_a_search(command, tmp_path, quick_run, capsys):
+def test_missing_weights_are_named_before_the_search_is_created(command, tmp_path, quick_run, capsys):
     words = ["finetune", "--weights", "none.keras", "--dataset", "digits", "--search-dir", str(tmp_path / "search")]
     assert _search(words) == 2
     assert "`weights` can't be started from" in capsys.readouterr().err and not (tmp_path / "search").exists()
 
 
-def test_the_network_of_weights_is_kept(tmp_path, quick_run, no_pictures, monkeypatch):
+def test_the_network_of_weights_is_not_varied(tmp_path, quick_run, no_pictures, monkeypatch):
     monkeypatch.setattr(
         study, "read_weights", lambda recipe: SimpleNamespace(variant="cvt_tiny", preprocessing=Preprocessing())
     )
@@ -436,15 +439,15 @@ def test_the_fit_is_checked_with_the_images_that_a_trial_trains_on(tmp_path, mon
     weights = SimpleNamespace(variant="cvt_tiny", preprocessing=Preprocessing(class_names=("a", "b")))
     monkeypatch.setattr(study, "read_weights", lambda recipe: weights)
     study._settle(recipe, {}, Options())
-    told = capsys.readouterr().err
-    assert told.startswith("WARNING: a warning\nWARNING: held-out images not verified: ")
+    output = capsys.readouterr().err
+    assert output.startswith("WARNING: a warning\nWARNING: held-out images not verified: ")
     ImageRecord.of_source(small_source("1a 2b", "3a 4b", "5a 6a 7b")).write(tmp_path / "images.csv")
     with pytest.raises(RecipeError) as error:
         study._settle(recipe, {}, Options())
     assert error.value.argument == "batch_size"
 
 
-def test_a_chief_hears_at_the_address_and_has_no_gpu(command, monkeypatch, quick_run):
+def test_a_chief_listens_on_the_address_and_has_no_gpu(command, monkeypatch, quick_run):
     called, hidden = [], []
 
     def lead(oracle, address, patience, refresh):
@@ -452,14 +455,14 @@ def test_a_chief_hears_at_the_address_and_has_no_gpu(command, monkeypatch, quick
         called.append((address, patience))
 
     monkeypatch.setattr(distributed, "lead", lead)
-    monkeypatch.setattr(study.tf.config, "set_visible_devices", lambda *given: hidden.append(given))
+    monkeypatch.setattr(study.tf.config, "set_visible_devices", lambda *arguments: hidden.append(arguments))
     monkeypatch.setenv("KERASTUNER_ORACLE_IP", "nowhere")
     assert _search([*command, "--chief", "--address", "127.0.0.1:9", "--worker-timeout", "77"]) == 1  # no trial was run
     assert called == [("127.0.0.1:9", 77.0)] and hidden == [([], "GPU")]
     assert os.environ["KERASTUNER_ORACLE_IP"] == "nowhere"  # a notebook's environment is as it was
 
 
-def test_two_searches_keep_out_of_each_other_s_way(command, tmp_path, quick_run, no_pictures, capsys):
+def test_a_folder_that_another_search_writes_to_is_refused(command, tmp_path, quick_run, no_pictures, capsys):
     assert _search([*command, "--trials", "1"]) == 0
     with runs.lock(tmp_path / "search"):
         assert _search(command) == 1
@@ -467,15 +470,15 @@ def test_two_searches_keep_out_of_each_other_s_way(command, tmp_path, quick_run,
     assert "another process is writing to" in capsys.readouterr().err and len(quick_run) == 1
 
 
-def test_a_recipe_outside_the_space_is_told(command, tmp_path, quick_run, no_pictures, capsys):
+def test_a_recipe_outside_the_space_is_not_tried(command, tmp_path, quick_run, no_pictures, capsys):
     assert _search([*command, "--peak-learning-rate", "0.5"]) == 0
-    assert "the recipe itself is not tried: its peak_learning_rate is not in the space" in capsys.readouterr().out
-    assert "not among the trials: its peak_learning_rate" in (tmp_path / "search" / "report.html").read_text()
+    assert "not trying the recipe itself: its peak_learning_rate is outside the space" in capsys.readouterr().out
+    assert "The recipe itself was not tried: its peak_learning_rate" in (tmp_path / "search" / "report.html").read_text()
     assert all(recipe.peak_learning_rate <= 8e-3 for recipe in quick_run)
 
 
-def test_a_trial_that_ends_while_the_page_is_written_waits_for_the_next(command, tmp_path, quick_run, monkeypatch):
-    """On a chief, whose workers do not wait for it."""
+def test_a_trial_that_ends_while_the_page_is_written_is_on_the_next(command, tmp_path, quick_run, no_pictures, monkeypatch):
+    """On a chief, whose workers do not wait for the page."""
     assert _search([*command, "--trials", "3"]) == 0
     pages, write_csv = [], runs.write_csv
 
@@ -491,9 +494,7 @@ def test_a_trial_that_ends_while_the_page_is_written_waits_for_the_next(command,
     assert pages and ">running<" in (tmp_path / "search" / "report.html").read_text()
 
 
-def test_the_importance_is_of_what_matters():
-    from small_search import SPACE
-
+def test_importance_is_highest_for_the_name_that_changes_the_accuracy():
     rows = [
         {"status": "completed", "epochs": 2, "val_accuracy": 0.5 + 0.01 * i, "peak_learning_rate": 1e-3 * 1.1**i}
         | {"decay": ("linear", "cosine")[i % 2]}
@@ -510,8 +511,33 @@ def test_the_importance_is_of_what_matters():
     assert "epochs" in results.importance(halves, SPACE)[0]
 
 
-def test_killed_in_a_trial_it_goes_on_there(command, tmp_path, table, capsys):
-    """With real trainings, and a kill that no process can answer."""
+def test_a_search_resumes_in_the_middle_of_a_trial(command, tmp_path, no_pictures, table, monkeypatch, capsys):
+    """With a real training; the folder is copied as a kill after its first epoch would leave it."""
+    search_dir, killed_dir = tmp_path / "search", tmp_path / "killed"
+    command += ["--trials", "1", "--train-limit", "64", "--validation-limit", "32"]
+    write_checkpoint = callbacks.Checkpoints.on_epoch_end
+
+    def write_and_copy(self, epoch, logs=None):
+        write_checkpoint(self, epoch, logs)
+        if epoch == 0:
+            shutil.copytree(search_dir, killed_dir)
+
+    monkeypatch.setattr(callbacks.Checkpoints, "on_epoch_end", write_and_copy)
+    assert _search(command) == 0
+    monkeypatch.setattr(callbacks.Checkpoints, "on_epoch_end", write_checkpoint)
+    assert not (killed_dir / "trials.csv").exists()  # written at the end of a trial
+    capsys.readouterr()
+    assert _search([*command, "--search-dir", str(killed_dir)]) == 0
+    assert "resuming after epoch 1" in capsys.readouterr().out
+    [row], [expected] = table(killed_dir), table(search_dir)
+    assert row["status"] == "completed" and [row[name] for name in SPACE] == [expected[name] for name in SPACE]
+    report = runs.read_json(killed_dir / "trials" / "0" / "report.json")
+    assert report["test"] is None  # the test images are not used
+    assert float(row["val_accuracy"]) == pytest.approx(report["validation"]["top1"], abs=5e-5)
+
+
+@pytest.mark.slow
+def test_a_search_resumes_after_sigkill(command, tmp_path, table, capsys):
     search_dir = tmp_path / "search"
     words = [*command, "--trials", "2", "--epochs", "4", "--train-limit", "320", "--algorithm", "random"]
     process = subprocess.Popen(
@@ -522,20 +548,16 @@ def test_killed_in_a_trial_it_goes_on_there(command, tmp_path, table, capsys):
         stderr=subprocess.DEVNULL,
     )
     second = search_dir / "trials" / "1" / "checkpoints"
-    until = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (second.exists() and any(path.name.startswith("epoch-") for path in second.iterdir())):
-        assert process.poll() is None and time.monotonic() < until
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     first = (search_dir / "trials" / "0" / "report.json").stat().st_mtime_ns
     assert not (search_dir / "trials" / "1" / "report.json").exists()
     assert _search(words) == 0
-    said = capsys.readouterr().out
-    assert "1 trial is done" in said and "resuming after epoch" in said
+    output = capsys.readouterr().out
+    assert "1 trial is done" in output and "resuming after epoch" in output
     assert (search_dir / "trials" / "0" / "report.json").stat().st_mtime_ns == first
     assert [row["status"] for row in table(search_dir)] == ["completed", "completed"]
-    report = json.loads((search_dir / "trials" / "1" / "report.json").read_text())
-    assert report["test"] is None  # the test images are not touched
-    [row] = [row for row in table(search_dir) if row["trial"] == "1"]
-    assert float(row["val_accuracy"]) == pytest.approx(report["validation"]["top1"], abs=5e-5)

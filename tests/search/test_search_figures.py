@@ -16,7 +16,7 @@ def searched():
     ], space
 
 
-def test_parallel_coordinates_have_an_axis_for_each_name_and_a_line_for_each_trial(searched):
+def test_parallel_coordinates_have_an_axis_per_name_and_a_line_per_trial(searched):
     trials, space = searched
     [axes] = figures.parallel_coordinates(trials, space, own="1").axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["peak learning rate", "stage0 depth", "top-1, validation"]
@@ -28,7 +28,7 @@ def test_parallel_coordinates_have_an_axis_for_each_name_and_a_line_for_each_tri
     assert {text.get_text() for text in axes.texts} == {"0.001", "0.004", "1", "3", "20.0%", "60.0%"}
 
 
-def test_words_have_a_place_each_on_their_axis(searched):
+def test_words_are_evenly_spaced_on_their_axis(searched):
     trials, _ = searched
     space = {"decay": Choice(("linear", "cosine", "constant"))}
     words = [{**trial, "decay": word} for trial, word in zip(trials, ("constant", "cosine", "linear"))]
@@ -46,7 +46,7 @@ def test_many_names_take_several_rows(searched):
     assert [len(axes.get_xticklabels()) for axes in rows] == [13, 12]
 
 
-def test_the_best_curves_are_named_and_the_recipe_s_own_too():
+def test_the_best_curves_and_that_of_the_recipe_are_in_the_legend():
     curves = {"0": [0.1, 0.2], "1": [0.3, 0.5], "2": [0.2, 0.4], "3": [0.1, 0.1]}
     [axes] = figures.best_curves(curves, ["1", "2"], own="0").axes
     assert len(axes.lines) == 4
