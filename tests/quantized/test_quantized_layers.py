@@ -164,7 +164,7 @@ def _trained_classifier(variant, **kwargs):
 
 
 VARIANTS = {
-    "cvt_cifar": "cvt_cifar",
+    "stem, pooled head": Variant((Stage(dim=8, depth=1, heads=1), Stage(dim=8, depth=1, heads=2)), "gelu", stem=(4, 4)),
     "cvt_tiny": "cvt_tiny",  # with a cls token
     "no bias, no projection": Variant(
         (Stage(dim=8, depth=1, heads=1, qkv_bias=False), Stage(dim=8, depth=1, heads=2, projection="linear"))
