@@ -214,6 +214,14 @@ def test_attention_scales_by_the_whole_width():
     np.testing.assert_allclose(ops.convert_to_numpy(layer(tokens[None]))[0], _attention_by_hand(layer, tokens), atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_softmax_is_float32_in_half_precision(precision, monkeypatch):
+    dtypes, softmax = [], ops.softmax
+    monkeypatch.setattr(ops, "softmax", lambda x: dtypes.append(keras.backend.standardize_dtype(x.dtype)) or softmax(x))
+    layers.ConvAttention(16, 4, dtype=precision)(np.ones(GRID, "float32"))
+    assert set(dtypes) == {"float32"}
+
+
 def test_linear_projection_ignores_strides():
     first = layers.ConvAttention(16, 4, projection="linear", stride_q=2, stride_kv=2)
     second = layers.ConvAttention(16, 4, projection="linear", stride_q=1, stride_kv=1)

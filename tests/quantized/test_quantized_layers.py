@@ -219,6 +219,12 @@ def test_average_pooling_is_refused():
         quantize(build_classifier(variant, 2, (32, 32, 3)))
 
 
+def test_softmax_and_sigmoid_have_tflites_fixed_steps():
+    for quantizer in (QuantizedAttention(8, 1).weights_quantizer, QuantizedActivation("quick_gelu").sigmoid_quantizer):
+        rounded = quantizer(np.array([0.0, 0.3 / 256, 0.7 / 256, 0.5, 1.0], "float32"))
+        np.testing.assert_array_equal(rounded, [0, 0, 1 / 256, 0.5, 255 / 256])
+
+
 def test_every_layer_is_in_the_battery():
     own = {value for value in vars(layers).values() if isinstance(value, type) and value.__module__ == layers.__name__}
     assert own == {case.cls for case in CASES.values()}
