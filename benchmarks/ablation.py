@@ -1,6 +1,6 @@
 """Trains each candidate for `cvt_cifar` for one epoch, for the table in docs/network.md: python benchmarks/ablation.py --help
 
-One seed and one epoch tell differences of several points only.
+One seed and one epoch show only differences of several points.
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ class Arguments:
     """Validation top-1 of each candidate after one epoch."""
 
     data_dir: str | None = None
-    """TFDS' folder; without it TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    """TFDS' folder; defaults to TFDS_DATA_DIR, or else ~/tensorflow_datasets."""
     peak_learning_rate: float = 2e-3
     """Reached after a tenth of the epoch."""
     train_limit: int | None = None
     """Train on the first N images only."""
     only: str = ""
-    """Only the candidates whose name holds this."""
+    """Train only the candidates whose names contain this text."""
 
 
 def main(arguments):

@@ -1,7 +1,7 @@
 """Prints the tables of docs/network.md: python benchmarks/network.py
 
-Parameters and MACs of each variant, and how far the network is from the authors' code and from
-transformers on the files in tests/golden.
+Parameters and MACs of each variant, and the largest differences from the outputs of the authors' code and of transformers in
+tests/golden.
 """
 
 import json
@@ -17,22 +17,22 @@ from cvt_keras.conversion.configs import variant_from_microsoft, variant_from_tr
 from cvt_keras.conversion.layouts import microsoft_weights, transformers_weights
 
 ROOT = Path(__file__).parent.parent
-# Where each network is at home: side of the image and classes.
-HOME = {"cvt_13": (224, 1000), "cvt_21": (224, 1000), "cvt_w24": (384, 1000)}
+# Image side and classes that each network was published with; the others are for CIFAR-10.
+PUBLISHED = {"cvt_13": (224, 1000), "cvt_21": (224, 1000), "cvt_w24": (384, 1000)}
 GOLDEN = ROOT / "tests" / "golden"
 
 
 def sizes():
-    """Rows of name, image side, classes, trainable parameters and MACs."""
+    """Yields name, image side, classes, trainable parameters and MACs of each variant."""
     for name in VARIANTS:
-        side, num_classes = HOME.get(name, (32, 10))
+        side, num_classes = PUBLISHED.get(name, (32, 10))
         model = CvT.from_variant(name, num_classes, (None, None, 3))
         parameters = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
         yield name, side, num_classes, parameters, macs(name, (side, side, 3), num_classes)
 
 
 def golden_model(path):
-    """The network of a golden file with its weights, their state dict, and everything that the file holds."""
+    """Returns the network of a golden file with its weights loaded, their state dict, and all arrays of the file."""
     with np.load(path) as arrays:
         golden = dict(arrays)
     if "spec_json" in golden:
@@ -48,17 +48,16 @@ def golden_model(path):
 
 
 def differences(path):
-    """The largest absolute difference from a golden file: a dict from `logits`, `stage0`, ... to a number."""
+    """Returns the largest absolute differences from a golden file: `logits`, `stage0`, ... -> a number."""
     model, _, golden = golden_model(path)
     images = golden["input_nchw"].transpose(0, 2, 3, 1)
-    found = {"logits": _largest(model(images), golden["out/logits"])}
-    for i, stage in enumerate(model.variant.stages):
-        output = keras.Model(model.input, model.get_layer(f"stage{i}").output)(images)
-        tokens, cls_token = output if stage.cls_token else (output, None)
-        found[f"stage{i}"] = _largest(ops.transpose(tokens, (0, 3, 1, 2)), golden[f"out/stage{i}"])
-        if f"out/stage{i}_cls" in golden:  # transformers' output lacks it
-            found[f"stage{i}_cls"] = _largest(cls_token, golden[f"out/stage{i}_cls"])
-    return found
+    largest = {"logits": _largest(model(images), golden["out/logits"])}
+    for stage, tokens in model.features(images).items():
+        tokens, cls_token = tokens if isinstance(tokens, tuple) else (tokens, None)
+        largest[stage] = _largest(ops.transpose(tokens, (0, 3, 1, 2)), golden[f"out/{stage}"])
+        if f"out/{stage}_cls" in golden:  # transformers does not return it
+            largest[f"{stage}_cls"] = _largest(cls_token, golden[f"out/{stage}_cls"])
+    return largest
 
 
 def _largest(ours, reference):
@@ -72,8 +71,8 @@ def main():
         print(f"| `{name}` | {side}x{side} | {num_classes} | {parameters:,} | {cost / 1e6:,.1f} M |")
     print("\n| golden file | largest absolute difference |\n| --- | --- |")
     for path in sorted(GOLDEN.glob("*.npz")):
-        found = ", ".join(f"{name} {value:.1e}" for name, value in differences(path).items())
-        print(f"| `{path.stem}` | {found} |")
+        largest = ", ".join(f"{name} {value:.1e}" for name, value in differences(path).items())
+        print(f"| `{path.stem}` | {largest} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Prints the tables of docs/pretrained.md: python benchmarks/pretrained.py [--memory]
 
-How far the network is from transformers on the same random weights, or with --memory how much of it a conversion takes.
-PyTorch and transformers are needed, which requirements-dev.txt installs.
+Largest differences between this network and that of transformers with the same random weights; with --memory, the peak memory
+of a conversion. Needs PyTorch and transformers, which requirements-dev.txt installs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CASES = [("cvt_13", (224, 224)), ("cvt_13", (192, 256)), ("cvt_13", (384, 384)),
 
 
 def reference_model(variant, num_classes=1000, seed=0):
-    """transformers' model of a variant, in eval mode: every weight is random, and so are BatchNorm's statistics."""
+    """Returns transformers' model of a variant in eval mode, with random weights and BatchNorm statistics."""
     config = transformers_config(variant)
     config["id2label"] = {i: f"class {i}" for i in range(num_classes)}
     torch.manual_seed(seed)
@@ -45,33 +45,36 @@ def reference_model(variant, num_classes=1000, seed=0):
 
 
 def logits(model, images):
-    """Of a model of transformers, for images `(batch, height, width, channels)`."""
+    """Logits of a transformers model for images `(batch, height, width, channels)`."""
     with torch.no_grad():
         return model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).logits.numpy()
 
 
 def differences(variant, size, folder):
-    """Largest absolute difference of logits, Keras from transformers and transformers from Keras, and the largest logit.
+    """Compares logits after loading transformers' weights into Keras, and after loading them back.
 
     Args:
         variant: a name.
         size: `(height, width)` of the images.
-        folder: to write to.
+        folder: where the weights are saved.
+
+    Returns:
+        The largest absolute differences of both directions, and the largest absolute logit.
     """
     theirs = reference_model(variant)
     theirs.save_pretrained(folder)
     ours = CvT.from_pretrained(folder, input_shape=(*size, 3))
     images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype("float32")
-    expected, found = logits(theirs, images), keras.ops.convert_to_numpy(ours(images))
+    expected, loaded = logits(theirs, images), keras.ops.convert_to_numpy(ours(images))
     back = CvtForImageClassification(theirs.config).eval()
     state_dict = to_torch_state_dict(ours, layout="transformers")
     back.load_state_dict({key: torch.from_numpy(array) for key, array in state_dict.items()})
-    there, again = float(np.abs(found - expected).max()), float(np.abs(logits(back, images) - found).max())
-    return there, again, float(np.abs(expected).max())
+    pairs = ((loaded, expected), (logits(back, images), loaded))
+    return *(float(np.abs(a - b).max()) for a, b in pairs), float(np.abs(expected).max())
 
 
 def peak_memory(variant, suffix, folder):
-    """Converts a file of the authors' layout in a process of its own -> bytes of the file, of memory at the peak, seconds."""
+    """Converts a file of the authors' layout in a new process. Returns its size and the peak memory in bytes, and seconds."""
     random = np.random.default_rng(0)
     arrays = {weight.key: torch.from_numpy(random.random(weight.shape, "float32")) for weight in microsoft_weights(variant)}
     source = Path(folder) / f"weights{suffix}"
@@ -97,7 +100,7 @@ def main():
         for variant, suffix in (("cvt_13", ".pth"), ("cvt_w24", ".pth"), ("cvt_w24", ".safetensors")):
             with tempfile.TemporaryDirectory() as folder:
                 size, peak, seconds = peak_memory(variant, suffix, folder)
-            # The largest of all children so far is all that the system tells.
+            # The system reports only the largest peak of all children so far.
             shown = f"{peak / 2**30:.2f} GiB" if peak > largest else f"at most {peak / 2**30:.2f} GiB"
             largest = max(peak, largest)
             print(f"| `{variant}` | {suffix} | {size / 2**30:.2f} GiB | {shown} | {seconds:.0f} |", flush=True)
@@ -105,9 +108,9 @@ def main():
     print("| variant | image | backend | from transformers | and back | largest logit |\n| --- | --- | --- | --- | --- | --- |")
     for variant, size in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            there, back, largest = differences(variant, size, folder)
+            loaded, written, largest = differences(variant, size, folder)
         image, backend = "x".join(map(str, size)), keras.config.backend()
-        print(f"| `{variant}` | {image} | {backend} | {there:.1e} | {back:.1e} | {largest:.1f} |", flush=True)
+        print(f"| `{variant}` | {image} | {backend} | {loaded:.1e} | {written:.1e} | {largest:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

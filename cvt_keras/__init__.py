@@ -47,7 +47,7 @@ __all__ = [
     "preprocessing_of",
 ]
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # with `__getattr__` a type checker would accept any name
     __getattr__, __dir__ = lazy.attach(
         __name__,
         {

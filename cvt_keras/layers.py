@@ -1,7 +1,7 @@
 """The paper's layers (arXiv 2103.15808, sections 3.1 and 3.2), on `keras.ops` alone.
 
-Tokens stay a grid, `(batch, height, width, channels)`, all the way through: the convolutions need it, and an image that is
-not square needs nothing more. A cls token travels beside the grid, as the paper's convolutions never touch it.
+Tokens always form a grid, `(batch, height, width, channels)`: the convolutions need it, and it supports images that are not
+square. A cls token is a tensor of its own, because the paper's convolutions never touch it.
 """
 
 import keras
@@ -10,17 +10,17 @@ from keras import layers, ops
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.variants import ACTIVATIONS, PROJECTION_KERNEL_SIZE, PROJECTIONS, pooled
 
-# The authors' code; Keras' own defaults are 1e-3 and 0.99. Keras' momentum is 1 - PyTorch's.
+# As in the authors' code. Keras' defaults are 1e-3 and 0.99. Keras' momentum is 1 - PyTorch's.
 NORM_EPSILON = 1e-5
 BATCH_NORM_MOMENTUM = 0.9
 
-# Keras' "truncated normal" cuts at two deviations of the normal it starts from, which leaves 0.8796 of it. PyTorch's
-# `trunc_normal_(std=0.02)` cuts at 100 deviations and keeps 0.02.
+# Keras truncates a normal at two standard deviations, which leaves 0.8796 of its deviation. PyTorch's
+# `trunc_normal_(std=0.02)` truncates at 100 deviations and keeps 0.02.
 _TRUNCATION_LOSS = 0.8796
 
 
 def linear_initializer():
-    # A new one each time: a Keras initialiser gives the same numbers again for the same shape.
+    # A new one for each kernel: a Keras initialiser returns the same numbers for the same shape.
     return keras.initializers.TruncatedNormal(stddev=0.02 / _TRUNCATION_LOSS)
 
 
@@ -57,9 +57,10 @@ def _activate(x, activation):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class PixelNormalization(layers.Normalization):
-    """Normalizes raw pixels, and holds the `Preprocessing` of the classifier whose first layer it is.
+    """Normalises raw pixels. It is the first layer of a classifier, and holds the classifier's `Preprocessing`.
 
-    It computes in float32 whatever the global policy: bfloat16 keeps 8 bits of a pixel, and the mean would take most of them.
+    It computes in float32 whatever the policy: bfloat16 has 8 bits of precision, and subtracting the mean would cancel most of
+    them.
 
     Args:
         preprocessing: a `Preprocessing` with mean and std, or its config.
@@ -91,7 +92,7 @@ class PixelNormalization(layers.Normalization):
 class ConvStem(layers.Layer):
     """A convolution with BatchNorm and activation at full resolution, before the first token embedding.
 
-    Not in the paper. Its stem divides each side by 4 at once, which leaves little of an image of 32x32.
+    It is not in the paper, whose first embedding divides each side by 4 and leaves 8x8 tokens of a 32x32 image.
 
     Args:
         dim: output channels.
@@ -115,8 +116,8 @@ class ConvStem(layers.Layer):
         self.conv = layers.Conv2D(
             dim,
             kernel_size,
-            padding="same",  # at stride 1 it is even
-            use_bias=False,  # BatchNorm would take it out again
+            padding="same",  # symmetric at stride 1
+            use_bias=False,  # BatchNorm would subtract it again
             data_format="channels_last",
             kernel_initializer=_conv_initializer(),
             dtype=self.dtype_policy,
@@ -150,13 +151,13 @@ class ConvTokenEmbedding(layers.Layer):
     Args:
         dim: width of a token.
         kernel_size: side of the square kernel.
-        stride: of the convolution: tokens are this far apart.
+        stride: stride of the convolution: the distance between tokens.
         padding: zeros added on each of the four sides.
-        cls_token: whether to give a learned token as well.
+        cls_token: whether to return a learned token as well.
 
     Input shape: `(batch, height, width, channels)`, an image or the tokens of the stage before.
     Output shape: `(batch, new_height, new_width, dim)`, each side `(side + 2 * padding - kernel_size) // stride + 1`.
-        With `cls_token` a pair: that and `(batch, 1, dim)`.
+        With `cls_token` a pair: the grid and `(batch, 1, dim)`.
     """
 
     def __init__(self, dim, kernel_size=3, stride=2, padding=1, cls_token=False, **kwargs):
@@ -166,7 +167,7 @@ class ConvTokenEmbedding(layers.Layer):
         self.stride = stride
         self.padding = padding
         self.cls_token = cls_token
-        # Keras' "same" pads unevenly at stride 2; the published weights were trained with even padding.
+        # Keras' "same" is asymmetric at stride 2; the published weights were trained with symmetric padding.
         self.pad = layers.ZeroPadding2D(padding, data_format="channels_last", dtype=self.dtype_policy, name="pad")
         self.proj = layers.Conv2D(
             dim,
@@ -182,7 +183,7 @@ class ConvTokenEmbedding(layers.Layer):
     def build(self, input_shape):
         self.pad.build(input_shape)
         padded = self.pad.compute_output_shape(input_shape)
-        # PyTorch draws the bias within the kernel's bound, which depends on the channels that come in.
+        # PyTorch draws the bias within the kernel's bound, which depends on the input channels.
         bound = (self.kernel_size**2 * input_shape[-1]) ** -0.5
         self.proj.bias_initializer = keras.initializers.RandomUniform(-bound, bound)
         self.proj.build(padded)
@@ -216,8 +217,8 @@ class ConvTokenEmbedding(layers.Layer):
 class ConvProjection(layers.Layer):
     """Projects a token grid with a depthwise convolution (paper, section 3.2, figure 2b-c).
 
-    The convolution and BatchNorm see each token's neighbourhood before the linear projection of attention does; a stride
-    of 2 squeezes keys and values to a quarter.
+    Convolution and BatchNorm mix each token with its neighbours before the linear projection of attention. A stride of 2
+    squeezes keys and values to a quarter.
 
     Args:
         kernel_size: side of the square kernel, in tokens; odd.
@@ -235,14 +236,14 @@ class ConvProjection(layers.Layer):
         _check_kernel(kernel_size, stride)
         self.kernel_size = kernel_size
         self.stride = stride
-        # Padded evenly, as in ConvTokenEmbedding.
+        # Symmetric, as in ConvTokenEmbedding.
         self.pad = layers.ZeroPadding2D(kernel_size // 2, data_format="channels_last", dtype=self.dtype_policy, name="pad")
         self.depthwise = layers.DepthwiseConv2D(
             kernel_size,
             strides=stride,
             use_bias=False,
             data_format="channels_last",
-            # PyTorch's fan_in is kernel_size^2 here. Keras' would count every channel and give kernels 10 times too small.
+            # PyTorch's fan_in is kernel_size^2 here. Keras' fan_in counts every channel: kernels would be 10 times too small.
             depthwise_initializer=keras.initializers.RandomUniform(-1 / kernel_size, 1 / kernel_size),
             dtype=self.dtype_policy,
             name="depthwise",
@@ -269,8 +270,8 @@ class ConvProjection(layers.Layer):
 class AverageProjection(layers.Layer):
     """Squeezes a token grid by average pooling: the `"avg"` ablation of the authors' code.
 
-    As PyTorch's `AvgPool2d(kernel_size, stride, padding=kernel_size // 2, ceil_mode=True)`: the padding counts as zeros, what
-    ceil mode adds beyond it does not count.
+    Equals PyTorch's `AvgPool2d(kernel_size, stride, padding=kernel_size // 2, ceil_mode=True)`: the average includes the zeros
+    of the padding, but not the cells that ceil mode adds.
 
     Args:
         kernel_size: side of the square window, in tokens; odd.
@@ -291,9 +292,9 @@ class AverageProjection(layers.Layer):
 
     def call(self, tokens):
         before = self.kernel_size // 2
-        # As far as ceil mode reaches, but no window may start beyond the input.
+        # The cells that ceil mode adds. No window may start beyond the input.
         beyond = min(self.stride - 1, self.kernel_size - 1 - before)
-        # 1 where PyTorch counts a cell; one image and channel tell for all.
+        # 1 for the cells that the average includes, the same for every image and channel.
         counted = ops.ones_like(tokens[:1, :, :, :1], dtype="float32")
         counted = ops.pad(counted, [(0, 0), (before, before), (before, before), (0, 0)], constant_values=1.0)
         counted = ops.pad(counted, [(0, 0), (0, beyond), (0, beyond), (0, 0)])
@@ -316,7 +317,7 @@ class AverageProjection(layers.Layer):
 class ConvAttention(layers.Layer):
     """Multi-head attention whose query, key and value come from convolutional projections (paper, section 3.2).
 
-    A cls token skips the convolutions: it joins the tokens before the linear projections and leaves after the last.
+    A cls token skips the convolutions: it joins the tokens before the linear projections, and is split off after the last.
 
     Args:
         dim: width of a token, in and out.
@@ -328,11 +329,11 @@ class ConvAttention(layers.Layer):
         stride_kv: stride of the key's and value's projections.
 
     Input shape: tokens `(batch, height, width, dim)`; optionally `cls_token` `(batch, 1, dim)`.
-    Output shape: `(batch, ceil(height / stride_q), ceil(width / stride_q), dim)`; with a cls token a pair, that and
+    Output shape: `(batch, ceil(height / stride_q), ceil(width / stride_q), dim)`; with a cls token a pair: the grid and
         `(batch, 1, dim)`.
 
     Raises:
-        ValueError: if `heads` does not divide `dim`, or the tokens' width is not `dim`.
+        ValueError: if `heads` does not divide `dim`, or if the tokens are not a grid with `dim` channels.
     """
 
     def __init__(
@@ -378,7 +379,7 @@ class ConvAttention(layers.Layer):
 
     def build(self, tokens_shape, cls_token_shape=None):
         if len(tokens_shape) != 4 or tokens_shape[-1] != self.dim:
-            raise ValueError(f"Tokens must be a grid, `dim` wide. Received: tokens of shape {tokens_shape}, dim={self.dim}")
+            raise ValueError(f"Tokens must be a grid with `dim` channels. Received: shape {tokens_shape}, dim={self.dim}")
         for conv in (self.conv_q, self.conv_k, self.conv_v):
             conv.build(tokens_shape)
         for linear in (self.proj_q, self.proj_k, self.proj_v, self.proj):
@@ -386,13 +387,13 @@ class ConvAttention(layers.Layer):
 
     def call(self, tokens, cls_token=None):
         grid_q = self.conv_q(tokens)
-        # The whole width's scale, not a head's: the authors' code, so their weights. On the query, where it is cheapest.
+        # Scaled by the whole width, not a head's, as in the authors' code. Scaling the query is cheapest.
         q = self._split_heads(self.proj_q(_sequence(grid_q, cls_token)) * self.dim**-0.5)
         k = self._split_heads(self.proj_k(_sequence(self.conv_k(tokens), cls_token)))
         v = self._split_heads(self.proj_v(_sequence(self.conv_v(tokens), cls_token)))
 
         scores = ops.matmul(q, ops.transpose(k, (0, 1, 3, 2)))  # (B, heads, Nq, Nk)
-        # In half precision a softmax loses what tells its small weights apart.
+        # In half precision, small softmax weights would round to the same value.
         weights = ops.cast(ops.softmax(ops.cast(scores, "float32")), v.dtype)
         x = ops.transpose(ops.matmul(weights, v), (0, 2, 1, 3))  # (B, heads, Nq, dim/heads) -> (B, Nq, heads, dim/heads)
         x = self.proj(ops.reshape(x, (-1, ops.shape(x)[1], self.dim)))  # -> (B, Nq, dim)
@@ -435,7 +436,7 @@ class MLP(layers.Layer):
     """Two linear layers with a GELU between them.
 
     Args:
-        hidden_dim: width between the two.
+        hidden_dim: width of the first layer.
         dim: width of a token, in and out.
         activation: `"quick_gelu"`, `x * sigmoid(1.702 x)`, or `"gelu"`, the exact one.
 
@@ -460,7 +461,7 @@ class MLP(layers.Layer):
 
     def build(self, input_shape):
         if input_shape[-1] != self.dim:
-            raise ValueError(f"Tokens must be `dim` wide. Received: tokens of shape {input_shape}, dim={self.dim}")
+            raise ValueError(f"Tokens must have `dim` channels. Received: shape {input_shape}, dim={self.dim}")
         self.fc1.build(input_shape)
         self.fc2.build((*input_shape[:-1], self.hidden_dim))
 
@@ -481,15 +482,15 @@ class MLP(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class DropPath(layers.Layer):
-    """Stochastic depth: in training drops a residual branch for whole images (Huang et al., arXiv 1603.09382).
+    """Stochastic depth: in training, drops a residual branch for whole images (Huang et al., arXiv 1603.09382).
 
-    What is kept is divided by `1 - rate`, so that its mean stays.
+    Kept branches are divided by `1 - rate`, which preserves the mean.
 
     Args:
-        rate: the share of images dropped; at least 0 and under 1.
-        seed: for the draws; `None` draws one.
+        rate: share of the images whose branch is dropped; at least 0 and under 1.
+        seed: seed of the draws; `None` picks one at random.
 
-    Input shape: any that starts with batch, or a list of such: the tensors of one image share its draw.
+    Input shape: any with the batch first, or a list of such tensors, which share one draw per image.
     Output shape: the same.
 
     Raises:
@@ -502,7 +503,7 @@ class DropPath(layers.Layer):
             raise ValueError(f"`rate` must be at least 0 and under 1. Received: rate={rate}")
         self.rate = rate
         self.seed = seed
-        # Only a layer that draws carries the generator's state into checkpoints.
+        # At rate 0 there is no generator, so checkpoints hold no state of it.
         self.seed_generator = keras.random.SeedGenerator(seed) if rate else None
 
     def call(self, branch, training=False):
@@ -526,15 +527,15 @@ class DropPath(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class CvTBlock(layers.Layer):
-    """Convolutional attention, then an MLP, each behind LayerNorm and beside a shortcut (paper, figure 2b).
+    """Convolutional attention, then an MLP, each after LayerNorm and with a shortcut (paper, figure 2b).
 
     Args:
         dim: width of a token.
         heads: attention heads; must divide `dim`.
         mlp_dim: hidden width of the MLP.
         drop_path_rate: stochastic depth rate of both branches.
-        activation: of the MLP, `"quick_gelu"` or `"gelu"`.
-        projection, qkv_bias, stride_kv: see `ConvAttention`; the query's stride is 1, as its output joins the shortcut.
+        activation: activation of the MLP, `"quick_gelu"` or `"gelu"`.
+        projection, qkv_bias, stride_kv: see `ConvAttention`. The query's stride is 1, because the output is added to the input.
 
     Input shape: tokens `(batch, height, width, dim)`; optionally `cls_token` `(batch, 1, dim)`.
     Output shape: the same; with a cls token a pair.
@@ -577,7 +578,7 @@ class CvTBlock(layers.Layer):
         self.mlp.build(tokens_shape)
 
     def call(self, tokens, cls_token=None):
-        # The paper's x is one sequence. Here grid and cls token go side by side and meet in the attention alone.
+        # The paper's x is one sequence. Here the grid and the cls token are separate; only attention mixes them.
         x = [tokens] if cls_token is None else [tokens, cls_token]
         x = _add(x, self.drop_path(self.attention(*_each(self.norm1, x))))
         x = _add(x, self.drop_path(_each(self.mlp, _each(self.norm2, x))))

@@ -22,14 +22,14 @@ from cvt_keras.variants import Variant, get_variant, is_integer, to_dict
 class CvT(keras.Model):
     """Convolutional vision transformer (Wu et al., arXiv 2103.15808) with a classification head.
 
-    A Functional model. The output of a stage is that of the layer named `stage0`, `stage1`, ...: its grid of tokens, or where
-    the stage has a cls token a list of grid and cls token.
+    A Functional model. The layers named `stage0`, `stage1`, ... output the tokens of each stage: its grid, or a list of grid
+    and cls token if the stage has one.
 
     Args:
         variant: a `Variant`, its dict, or a name in `VARIANTS`.
-        num_classes: outputs of the head; 0 leaves the head out, and the output is the pooled features that it would read.
+        num_classes: outputs of the head; 0 leaves out the head, and the output is the pooled features, the head's input.
         input_shape: `(height, width, channels)` of the normalised images; height and width may be `None`.
-        preprocessing: what raw pixels need before they come here, saved with the model: a `Preprocessing` or its dict.
+        preprocessing: how to prepare raw pixels for this model, saved with it: a `Preprocessing` or its dict.
         dtype: a dtype policy, `"mixed_bfloat16"` for instance. The head is float32 whatever the policy.
 
     Input shape: `(batch, height, width, channels)`, normalised floats.
@@ -37,7 +37,7 @@ class CvT(keras.Model):
         compute dtype.
 
     Raises:
-        ValueError: for an unknown variant, an image smaller than the strides, or an unknown key in `preprocessing`.
+        ValueError: for an unknown variant, an image smaller than the product of the strides, or invalid `preprocessing`.
 
     Example:
 
@@ -77,7 +77,7 @@ class CvT(keras.Model):
         else:
             x = layers.Flatten(data_format="channels_last", dtype=dtype, name="pool")(norm(cls_token))  # -> (B, C)
         if num_classes:
-            # Logits of many classes lie close together: in half precision they would round to ties.
+            # Logits of many classes are close together: in half precision they would round to ties.
             x = layers.Dense(num_classes, kernel_initializer=linear_initializer(), dtype="float32", name="head")(x)
         super().__init__(images, x, name=name, trainable=trainable)
 
@@ -96,14 +96,14 @@ class CvT(keras.Model):
         input_shape: Sequence[int | None] = (224, 224, 3),
         **kwargs: Any,
     ) -> CvT:
-        """A network with random weights.
+        """Returns a network with random weights.
 
         Args:
             variant: a name in `VARIANTS` or a `Variant`.
             num_classes, input_shape, kwargs: as in `CvT`.
 
         Raises:
-            ValueError: for an unknown name, with the known ones.
+            ValueError: for an unknown name; the message lists the known ones.
         """
         return cls(variant, num_classes, input_shape, **kwargs)
 
@@ -117,31 +117,35 @@ class CvT(keras.Model):
         which: str | None = None,
         **kwargs: Any,
     ) -> CvT:
-        """A network with published weights, or your own.
+        """Returns a network with published weights, or your own.
 
-        Each array of the checkpoint is used exactly once, but those of a head that is replaced, or the checkpoint is refused.
-        `preprocessing` says what its images need, so that `build_classifier(model)` takes raw pixels: mean and std, class
-        names where the checkpoint has them, and its resolution.
+        Every array of the checkpoint is used exactly once, except those of a head that is replaced. A checkpoint that does not
+        fit is refused. The model's `preprocessing` has the checkpoint's mean, std, image size and, if known, class names, so
+        that `build_classifier(model)` takes raw pixels.
 
         Args:
-            source: an authors' file (`CvT-13-224x224-IN-1k.pth`), whatever it ends in, also with its state dict under a name
-                such as `state_dict` or a prefix such as `module.` before its keys; a folder that transformers saved, whole or
-                in shards, or its `.safetensors` or `.bin` file with `config.json` beside it; a hub id (`"microsoft/cvt-13"`),
-                through huggingface_hub and its cache; or a `.keras` file with a CvT in it.
-            num_classes: outputs; where the checkpoint has another number, the head is a new one with random weights. `None`
-                keeps the checkpoint's, 0 leaves the head out.
-            input_shape: `(height, width, channels)`; any size will do, as there is no position embedding. `None` means the
-                checkpoint's resolution, which for the authors' files is in their name.
-            variant: a name, a `Variant` or its dict; `None` finds it in the config, or in the weights' shapes, which show no
-                heads and strides: those are the paper's then. The activation is that of the source whatever is given,
-                QuickGELU for the authors' files and exact GELU for transformers.
-            which: which weights to read where a file holds several: `"ema"` for the moving average, or the name or prefix
-                under which they lie there, such as `"teacher"`. `None` means the weights themselves, with a warning if the
-                file holds their average too.
-            kwargs: as in `CvT`; what `preprocessing` holds takes the place of the checkpoint's.
+            source: one of
+
+                - a file of the authors, such as `CvT-13-224x224-IN-1k.pth`. Its suffix does not matter. The state dict may be
+                  nested under a name such as `state_dict`, and its keys may have a prefix such as `module.`.
+                - a folder that transformers saved, with or without shards, or its `.safetensors` or `.bin` file with
+                  `config.json` beside it.
+                - a hub id such as `"microsoft/cvt-13"`, read through huggingface_hub and its cache.
+                - a `.keras` file that holds a CvT.
+            num_classes: outputs of the head. If the checkpoint has another number, the head is new, with random weights.
+                `None` keeps the checkpoint's head, 0 leaves it out.
+            input_shape: `(height, width, channels)`. Any size works, because there is no position embedding. Defaults to the
+                checkpoint's image size, which the authors' files have in their names.
+            variant: a name, a `Variant` or its dict. `None` reads it from the config, or recognises a network of the paper by
+                the shapes of the weights. The activation is always the source's: QuickGELU for the authors' files, exact GELU
+                for transformers.
+            which: which weights to read if a file holds several: `"ema"` for the moving average, or their name or prefix in
+                the file, such as `"teacher"`. `None` reads the weights that are not an average, and warns if there is an
+                average too.
+            kwargs: as in `CvT`; `preprocessing` overrides the checkpoint's, value by value.
 
         Raises:
-            CheckpointError: for a damaged file, and for missing, unused, mis-shaped or integer arrays, each named.
+            CheckpointError: for a damaged file, and for missing, unused, mis-shaped or integer arrays; it names each.
             ArgumentError: for an argument that does not fit. Both errors are a `ValueError`.
             MissingPackageError: if the package that reads the file is not installed: safetensors or huggingface_hub. It is
                 an `ImportError`.
@@ -152,10 +156,10 @@ class CvT(keras.Model):
                 argument="input_shape",
             )
         checkpoint = checkpoints.read(source, variant, which)
-        own = kwargs.pop("preprocessing", None)
-        own = own.get_config() if isinstance(own, Preprocessing) else own or {}
-        known = {name: value for name, value in own.items() if value is not None}
-        preprocessing = Preprocessing.from_config({**checkpoint.preprocessing.get_config(), **known})
+        passed = kwargs.pop("preprocessing", None)
+        passed = passed.get_config() if isinstance(passed, Preprocessing) else passed or {}
+        overrides = {name: value for name, value in passed.items() if value is not None}
+        preprocessing = Preprocessing.from_config({**checkpoint.preprocessing.get_config(), **overrides})
         if num_classes is None:
             num_classes = checkpoint.num_classes
         elif num_classes != checkpoint.num_classes:
@@ -171,21 +175,21 @@ class CvT(keras.Model):
         return model
 
     def features(self, images: Any, training: bool = False) -> dict[str, Any]:
-        """The tokens that each stage gives.
+        """Returns the tokens of each stage.
 
         Args:
             images: normalised floats `(batch, height, width, channels)`.
-            training: whether stochastic depth and BatchNorm act as in training.
+            training: whether stochastic depth and BatchNorm run in training mode.
 
         Returns:
-            A dict from `"stage0"`, `"stage1"`, ... to the stage's grid of tokens `(batch, height, width, dim)`; for a stage
-            with a cls token to a pair, of that and `(batch, 1, dim)`.
+            A dict: `"stage0"`, `"stage1"`, ... -> the stage's grid of tokens `(batch, height, width, dim)`, or a pair of grid
+            and cls token `(batch, 1, dim)` if the stage has one.
         """
         self.variant.grids(*images.shape[1:3])
         if self._features is None:
             names = [f"stage{i}" for i in range(len(self.variant.stages))]
             outputs = {name: self.get_layer(name).output for name in names}
-            # Past Keras, which would track the layers a second time.
+            # Bypasses Keras, which would track the layers a second time.
             object.__setattr__(self, "_features", keras.Model(self.inputs[0], outputs, name="features"))
         features = self._features(images, training=training)
         return {name: tuple(tokens) if isinstance(tokens, list) else tokens for name, tokens in features.items()}
@@ -193,7 +197,7 @@ class CvT(keras.Model):
     def call(self, inputs, training=None, mask=None):
         height, width = inputs.shape[1:3]
         if height is not None and width is not None:
-            # Where the model was made for any size, this is the first to see one.
+            # A model of unknown size sees the image's size only here.
             self.variant.grids(height, width)
         return super().call(inputs, training=training, mask=mask)
 
@@ -224,7 +228,7 @@ class CvT(keras.Model):
 
 
 def _dense_layers(model):
-    """The layers that Keras' `quantize` changes, with names that stay: `"stage0_block0/proj_q"`, `"head/head"`."""
+    """The layers that Keras' `quantize` changes, by stable names: `"stage0_block0/proj_q"`, `"head/head"`."""
     return [
         (f"{layer.name}/{part.name}", part)
         for layer in model.layers
@@ -234,7 +238,7 @@ def _dense_layers(model):
 
 
 def _quantized_layers(model):
-    """What Keras' `quantize` did to the layers, so that a saved model has the same variables when it is built again."""
+    """How Keras' `quantize` changed the layers. The config holds it, so that a reloaded model has the same variables."""
     return {
         path: [layer.quantization_mode, keras.saving.serialize_keras_object(layer.quantization_config)]
         for path, layer in _dense_layers(model)
@@ -243,8 +247,8 @@ def _quantized_layers(model):
 
 
 def _quantize_again(model, quantized):
-    """Gives the layers the variables that `_quantized_layers` tells of; their values come from the file."""
-    # Keras collects garbage after each layer, which takes a quarter of a second with TensorFlow's objects in sight.
+    """Applies the changes that `_quantized_layers` returned. Keras then loads the values of the variables."""
+    # Keras runs the garbage collector after each layer: a quarter of a second, unless TensorFlow's objects are frozen.
     gc.freeze()
     try:
         for path, layer in _dense_layers(model):
@@ -256,7 +260,7 @@ def _quantize_again(model, quantized):
 
 
 def _stage(x, stage, activation, dtype, name):
-    """One stage on a grid of tokens -> its grid and its cls token, or `None`."""
+    """Applies a stage to a grid of tokens. Returns its grid, and its cls token or `None`."""
     embed = ConvTokenEmbedding(
         stage.dim, stage.kernel_size, stage.stride, stage.padding, stage.cls_token, dtype=dtype, name=f"{name}_embed"
     )
@@ -275,8 +279,8 @@ def _stage(x, stage, activation, dtype, name):
             name=f"{name}_block{j}",
         )
         x = block(*x) if stage.cls_token else block(x)
-    # A name for the place, where a reader can cut the network.
-    x = layers.Identity(dtype=dtype.name, name=name)(x)  # its config takes no policy, only a policy's name
+    # Names the stage's output, so that the network can be cut there.
+    x = layers.Identity(dtype=dtype.name, name=name)(x)  # its config can hold a policy's name only
     return x if stage.cls_token else (x, None)
 
 
@@ -289,7 +293,7 @@ def _check_sizes(variant, num_classes, input_shape):
             "`input_shape` must be (height, width, channels), where height and width may be None. "
             f"Received: input_shape={tuple(input_shape) if isinstance(input_shape, list) else input_shape}"
         )
-    # A side that is None is checked in `call`, when an image comes.
+    # `call` checks a side that is None here.
     height, width = (variant.stride if side is None else side for side in input_shape[:2])
     variant.grids(height, width)
 
@@ -303,23 +307,23 @@ def build_classifier(
     class_names: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> keras.Model:
-    """A classifier of raw pixels: normalisation, then CvT.
+    """Returns a classifier of raw pixels: normalisation, then CvT.
 
     Args:
-        model_or_variant: what `CvT.from_variant` takes, or a `CvT`, which is used as it is: the classifier shares its weights.
-        num_classes: outputs; with a variant it defaults to the number of `class_names`.
+        model_or_variant: a variant, as in `CvT.from_variant`, or a `CvT`, whose weights the classifier then shares.
+        num_classes: number of classes; with a variant, it defaults to the number of `class_names`.
         input_shape: `(height, width, channels)`; defaults to the model's, or `(32, 32, 3)` for a variant.
-        mean, std: of the pixels in 0..1, one number per channel; default to the model's `preprocessing`, else to 0.5, which
-            maps pixels to -1..1.
+        mean, std: one number per channel, for pixels in 0..1. They default to the model's `preprocessing`, or else to 0.5,
+            which maps pixels to -1..1.
         class_names: in the order of the outputs; default to the model's.
-        kwargs: for `CvT`, when it is made here.
+        kwargs: arguments of `CvT`; only with a variant.
 
     Returns:
         A `keras.Model` from float pixels in 0..255, `(batch, height, width, channels)`, to float32 logits
-        `(batch, num_classes)`. Its CvT is the layer named as the model is, `cvt` by default. `preprocessing_of(classifier)`
-        returns what was settled here. Under mixed_float16, `compile` scales the loss; after reloading a `.keras` file it does
-        so only if you wrap the optimizer in a `LossScaleOptimizer`, as Keras keeps the policies of layers there, but not the
-        policy of a whole graph.
+        `(batch, num_classes)`. Its CvT is a layer with the model's name, `cvt` by default. `preprocessing_of(classifier)`
+        returns the resulting `Preprocessing`. Under mixed_float16, `compile` scales the loss. After reloading a `.keras` file,
+        wrap the optimizer in a `LossScaleOptimizer` yourself: Keras saves the policies of layers, but not that of a Functional
+        model.
 
     Raises:
         ValueError: if the arguments disagree with each other or with the model.
@@ -340,10 +344,8 @@ def build_classifier(
         raise ValueError("`model_or_variant` must have a head. Received: num_classes=0")
 
     channels = image_shape[2]
-    settled = {
-        name: value for name, value in {"mean": mean, "std": std, "class_names": class_names}.items() if value is not None
-    }
-    preprocessing = model.preprocessing.replace(**settled)
+    passed = {"mean": mean, "std": std, "class_names": class_names}
+    preprocessing = model.preprocessing.replace(**{name: value for name, value in passed.items() if value is not None})
     for name in ("mean", "std"):
         if getattr(preprocessing, name) is None:
             preprocessing = preprocessing.replace(**{name: (0.5,) * channels})
@@ -357,29 +359,31 @@ def build_classifier(
     pixels = keras.Input(image_shape, name="images", dtype="float32")
     normalize = PixelNormalization(preprocessing, name="normalization")
     classifier = keras.Model(pixels, model(normalize(pixels)), name="classifier")
-    classifier.dtype_policy = model.dtype_policy  # `compile` reads it, and scales the loss of float16
+    classifier.dtype_policy = model.dtype_policy  # `compile` reads it to scale the loss in float16
     return classifier
 
 
 def _require_agreement(model, num_classes, input_shape, kwargs):
-    """Returns the model, unless the arguments of `build_classifier` ask for another one."""
+    """Returns the model. Raises ValueError if the arguments of `build_classifier` contradict it."""
     fixed = {"num_classes": model.num_classes, "input_shape": model.input_shape[1:]}
     for name, value in {"num_classes": num_classes, "input_shape": input_shape}.items():
         if value is not None and not _agree(value, fixed[name]):
             raise ValueError(f"`{name}` must be the model's, {fixed[name]}. Received: {name}={value}")
     if kwargs:
-        raise ValueError(f"a model that exists takes no further arguments. Received: {', '.join(kwargs)}")
+        raise ValueError(
+            f"`model_or_variant` is a model, so no arguments of `CvT` may be passed. Received: {', '.join(kwargs)}"
+        )
     return model
 
 
 def preprocessing_of(model: keras.Model) -> Preprocessing:
-    """The `Preprocessing` that a model holds.
+    """Returns the `Preprocessing` of a model.
 
     Args:
         model: a classifier of raw pixels, quantised or not, or a `CvT`.
 
     Raises:
-        ValueError: if it holds none.
+        ValueError: if it has none.
     """
     if preprocessing := checkpoints.preprocessing_in(model):
         return preprocessing
@@ -387,7 +391,7 @@ def preprocessing_of(model: keras.Model) -> Preprocessing:
 
 
 def cvt_of(model: keras.Model) -> CvT:
-    """The `CvT` in a model: itself, or a layer of a classifier.
+    """Returns the `CvT` in a model: the model itself, or a layer of a classifier.
 
     Raises:
         ValueError: if there is none.
@@ -399,14 +403,14 @@ def cvt_of(model: keras.Model) -> CvT:
 
 
 def _agree(value, fixed):
-    """Whether two sizes are the same, where `None` in the model's stands for any."""
+    """Whether a value equals the model's. `None` in the model's shape matches any size."""
     if isinstance(fixed, tuple):
         return len(value) == len(fixed) and all(b is None or a == b for a, b in zip(value, fixed))
     return value == fixed
 
 
 def _plain(value):
-    """`value` in JSON's types: a list for any other sequence or array, Python's number for NumPy's."""
+    """Converts sequences and arrays to lists, and NumPy numbers to Python's."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -11,18 +11,18 @@ RESIZES = ("stretch",)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes what the network sees, and what the network's outputs are called.
+    """How to prepare images for a network, and the names of its classes.
 
     `None` means unknown.
 
     Args:
-        mean, std: of the pixels in 0..1, one number per channel: the network sees `(pixel / 255 - mean) / std`.
+        mean, std: one number per channel, for pixels in 0..1: the network sees `(pixel / 255 - mean) / std`.
         class_names: in the order of the outputs.
         image_size: `(height, width)` in pixels.
-        resize: how an image is brought to that size. `"stretch"`: to that height and width, whatever its aspect ratio.
+        resize: how to bring an image to that size. `"stretch"` resizes to that height and width, whatever the aspect ratio.
 
     Raises:
-        ValueError: for a value of the wrong type or range, naming it.
+        ValueError: for a value of the wrong type or range; the message names it.
     """
 
     # Any sequence may be passed; each becomes a tuple.
@@ -57,10 +57,10 @@ class Preprocessing:
 
     @classmethod
     def from_config(cls, config: "Preprocessing | Mapping[str, Any] | None") -> "Preprocessing":
-        """A `Preprocessing` from itself, from the dict of `get_config`, or from `None`, which knows nothing.
+        """Returns a `Preprocessing` from itself or the dict of `get_config`; from `None`, one in which everything is unknown.
 
         Raises:
-            ValueError: for an unknown key, or a value that can't be.
+            ValueError: for an unknown key or an invalid value.
         """
         if isinstance(config, Preprocessing):
             return config
@@ -70,11 +70,11 @@ class Preprocessing:
         return cls(**(config or {}))
 
     def get_config(self) -> dict[str, Any]:
-        """The fields in JSON's types, for `from_config`."""
+        """Returns the fields as JSON types, for `from_config`."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
 
     def replace(self, **fields: Any) -> Self:
-        """A copy with these fields changed."""
+        """Returns a copy with these fields changed."""
         return dataclasses.replace(self, **fields)
 
     def require_channels(self, channels: int) -> None:
@@ -86,7 +86,7 @@ class Preprocessing:
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy array as a list, a NumPy number as Python's; anything else as it is."""
+    """Converts NumPy arrays to lists and NumPy numbers to Python's; returns anything else unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -96,4 +96,4 @@ def _check_statistic(name: str, values: Sequence[float] | None) -> None:
     if not values or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
         raise ValueError(f"`{name}` must have one finite number per channel. Received: {name}={values}")
     if max(map(abs, values)) > 1.01:  # rounding may give a little more than 1
-        raise ValueError(f"`{name}` is of pixels in 0..1: divide by 255. Received: {name}={values}")
+        raise ValueError(f"`{name}` must be for pixels in 0..1: divide it by 255. Received: {name}={values}")

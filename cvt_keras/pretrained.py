@@ -1,6 +1,6 @@
-"""From a CvT back to PyTorch, and the command that converts published weights once: cvt-keras convert SOURCE OUT.keras
+"""Exports a CvT to PyTorch, and converts published weights to a `.keras` file: cvt-keras convert SOURCE OUT.keras
 
-Reading published weights is `cvt_keras.conversion`, which `CvT.from_pretrained` calls.
+`cvt_keras.conversion` reads published weights; `CvT.from_pretrained` calls it.
 """
 
 import dataclasses
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 def to_torch_state_dict(
     model: "keras.Model", layout: Literal["microsoft", "transformers"] = "microsoft"
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """The weights as PyTorch has them: what `torch.from_numpy` takes, array by array, or safetensors' `save_file`.
+    """Returns a PyTorch state dict of NumPy arrays, for `torch.from_numpy` or safetensors' `save_file`.
 
-    What LoRA learned is merged into the kernels.
+    LoRA's updates are merged into the kernels.
 
     Args:
         model: a `CvT`, or a classifier around one.
-        layout: `"microsoft"`, of the authors' code, or `"transformers"`.
+        layout: `"microsoft"` for the authors' code, or `"transformers"`.
 
     Returns:
         A dict key -> NumPy array: float32, and BatchNorm's int64 `num_batches_tracked`, which is 0.
 
     Raises:
-        ArgumentError: for an unknown layout, a model without a head, one with kernels that Keras' `quantize` made integers, or
-            a network that the other code can't build, with the reasons. It is a `ValueError`.
+        ArgumentError: for an unknown layout, a model without a head, a model that Keras' `quantize` changed, or a network that
+            the other code can't build, with the reasons. It is a `ValueError`.
     """
     if layout not in LAYOUTS:
         raise ArgumentError(f"`layout` must be one of {', '.join(LAYOUTS)}. Received: layout={layout!r}", argument="layout")
@@ -64,14 +64,14 @@ def to_torch_state_dict(
     activation = LAYOUTS[layout].activation
     if model.variant.activation != activation:
         warnings.warn(
-            f"This network computes {model.variant.activation}, that code always {activation}: its outputs differ a little. "
-            f"Those of a network with activation={activation!r} in its `Variant` do not.",
+            f"This network uses {model.variant.activation}, but code for the layout {layout!r} always uses {activation}: its "
+            f"outputs will differ a little. Train with activation={activation!r} in the `Variant` to avoid this.",
             stacklevel=2,
         )
     variables = {variable.path: variable for variable in model.weights}
     for layer in model._flatten_layers():
         if getattr(layer, "lora_enabled", False):
-            variables[f"{layer.path}/kernel"] = layer.kernel  # with what LoRA learned added
+            variables[f"{layer.path}/kernel"] = layer.kernel  # includes LoRA's update
     weights = LAYOUTS[layout].weights(model.variant, model.num_classes, model.input_shape[-1])
     state_dict = {}
     for key, path, _, axes in weights:
@@ -81,7 +81,10 @@ def to_torch_state_dict(
 
 
 def transformers_config(model_or_variant: "keras.Model | Variant") -> dict[str, Any]:
-    """The config.json with which transformers builds the same network: a dict, made of a `CvT`, a classifier or a variant.
+    """Returns the config.json, as a dict, with which transformers builds the same network.
+
+    Args:
+        model_or_variant: a `CvT`, a classifier around one, or a variant.
 
     Raises:
         ArgumentError: for a network that transformers can't build, with the reasons, or one without a head.
@@ -104,7 +107,7 @@ def transformers_config(model_or_variant: "keras.Model | Variant") -> dict[str, 
 
 
 def transformers_processor(model: "keras.Model") -> dict[str, Any]:
-    """The preprocessor_config.json with which transformers prepares images as `model` wants them: a dict.
+    """Returns the preprocessor_config.json, as a dict, with which transformers prepares images for `model`.
 
     Args:
         model: a `CvT`, or a classifier around one.
@@ -117,7 +120,7 @@ def transformers_processor(model: "keras.Model") -> dict[str, Any]:
     if None in (height, width):
         height, width = preprocessing.image_size or (224, 224)
     return {
-        "image_processor_type": "ViTImageProcessor",  # the one that stretches to any size
+        "image_processor_type": "ViTImageProcessor",  # it can stretch to any size
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": 2,  # bilinear
@@ -130,7 +133,7 @@ def transformers_processor(model: "keras.Model") -> dict[str, Any]:
 
 
 def _with_head(model):
-    """Returns the model; raises ArgumentError if it has no head, as PyTorch's classifiers have one."""
+    """Returns the model. Raises ArgumentError if it has no head, which PyTorch's classifiers need."""
     if not model.num_classes:
         raise ArgumentError("`model` must have a head. Received: num_classes=0", argument="model")
     return model
@@ -142,17 +145,17 @@ def _with_head(model):
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A PyTorch checkpoint, a folder or file of transformers, a hub id such as microsoft/cvt-13, or a .keras file."""
+    """A PyTorch checkpoint, a folder or file that transformers saved, a hub id such as microsoft/cvt-13, or a .keras file."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.keras")]
     """The file to write, which must not exist yet."""
     variant: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """The network, where the checkpoint does not show it: cvt_13, cvt_21 or cvt_w24."""
+    """The network, if it can't be read from the checkpoint: cvt_13, cvt_21 or cvt_w24."""
     which: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Which weights to read where the file holds several: ema for their moving average, or a name or prefix in the file."""
+    """Which weights to read if the file holds several: ema for the moving average, or a name or prefix in the file."""
 
 
 def parse(argv):
-    """Reads the command line. Raises a `UserError` unless the file to write ends in .keras."""
+    """Reads the command line. Raises ArgumentError unless the file to write ends in .keras."""
     description = "Convert PyTorch weights of a CvT to a file for keras.saving.load_model."
     arguments = tyro.cli(Arguments, prog="cvt-keras convert", description=description, args=argv)
     if arguments.out.suffix != ".keras":
@@ -165,15 +168,15 @@ def main(argv):
     arguments = parse(argv)
     out = arguments.out
     if out.exists():
-        raise ArgumentError(f"`OUT.keras` already exists: remove it, or name another. Received: {out}", argument="out")
+        raise ArgumentError(
+            f"`OUT.keras` must not exist yet: remove it, or choose another name. Received: {out}", argument="out"
+        )
     if not out.absolute().parent.is_dir():
-        raise ArgumentError(f"`OUT.keras` must lie in a folder that exists. Received: {out}", argument="out")
+        raise ArgumentError(f"`OUT.keras` must be in an existing folder. Received: {out}", argument="out")
     try:
         tempfile.TemporaryFile(dir=out.absolute().parent).close()
     except OSError as error:
-        raise ArgumentError(
-            f"`OUT.keras` must lie in a folder that can be written to. Received: {out}", argument="out"
-        ) from error
+        raise ArgumentError(f"`OUT.keras` must be in a writable folder. Received: {out}", argument="out") from error
     environment.start(backend=None)
     from cvt_keras.model import CvT
 
@@ -181,8 +184,8 @@ def main(argv):
     model = CvT.from_pretrained(arguments.source, variant=arguments.variant, which=arguments.which)
     print(f"writing {out}", flush=True)
     try:
-        with runs.whole(out) as aside:
-            model.save(aside)
+        with runs.whole(out) as temporary_file:
+            model.save(temporary_file)
     except OSError as error:
         raise RunError(f"{out} can't be written: {error.strerror or first_line(error)}") from error
     size = "x".join(map(str, model.preprocessing.image_size or ["any size"]))

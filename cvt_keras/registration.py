@@ -1,7 +1,7 @@
-"""Registers with Keras every class that a `.keras` file of ours can hold, once `cvt_keras` and `keras` are both imported.
+"""Registers every class that a `.keras` file may contain, as soon as `cvt_keras` and `keras` are both imported.
 
-Keras finds the classes of a file in its registry, and imports no packages but its own to look for them. To import our classes
-at once would import Keras, which takes seconds that `--help` and the client of a server should not take.
+Keras looks up the classes of a file in its registry, and imports no other package to find them. Importing our classes at once
+would import Keras. That takes seconds, and `--help` and the client of a server do without it.
 """
 
 import importlib
@@ -9,7 +9,7 @@ import sys
 
 import wrapt
 
-# They register what they define as they are imported. All of them import Keras.
+# Importing one of them registers its classes. All of them import Keras.
 MODULES = tuple(
     f"cvt_keras.{name}" for name in ("layers", "model", "quantized.layers", "quantized.model", "training.optimizers")
 )
@@ -17,9 +17,9 @@ _loaded: set[str] = set()
 
 
 def _on_import(module):
-    """Imports the rest of `MODULES`, unless one of them is half imported: what needs that one would fail.
+    """Imports the rest of `MODULES`, unless one of them is still being imported: the modules that need it would fail.
 
-    `import cvt_keras.layers` in a fresh process imports Keras in its first lines, for instance. The call after it ends does it.
+    For example, `import cvt_keras.layers` in a fresh process imports Keras in its first lines. When it ends, this runs again.
     """
     _loaded.add(module.__name__)
     if all(name in _loaded for name in MODULES if name in sys.modules):

@@ -24,20 +24,20 @@ class Stage:
         depth: number of blocks.
         heads: attention heads; must divide `dim`.
         kernel_size: side of the token embedding's kernel, in pixels or tokens of the stage before.
-        stride: its stride: what the stage divides height and width by.
-        padding: zeros that it adds on each of the four sides.
+        stride: stride of the token embedding: the stage divides height and width by it.
+        padding: zeros that the token embedding adds on each of the four sides.
         mlp_ratio: hidden width of the MLP, as a multiple of `dim`.
         drop_path: stochastic depth rate of the last block; the rates rise linearly from 0 in the first.
         projection: `"dw_bn"` (depthwise convolution and BatchNorm), or the paper's ablations `"avg"` (average-pooled
             keys and values) and `"linear"` (none).
         qkv_bias: whether the linear projections of query, key and value have a bias.
-        stride_q: stride of the query's projection: 1, as a block adds its output to its input. The authors' yaml files name
-            it, and so does this; `"avg"` and `"linear"` project no query, and ignore it.
+        stride_q: stride of the query's projection, a field of the authors' yaml files. `"dw_bn"` needs 1, because a block adds
+            its output to its input; `"avg"` and `"linear"` do not project the query and ignore it.
         stride_kv: stride of the key's and value's projections; 2 squeezes them to a quarter. `"linear"` ignores it.
-        cls_token: whether the stage puts a learned token beside its grid. The head reads the last stage's.
+        cls_token: whether the stage has a learned token beside its grid. The head reads the last stage's.
 
     Raises:
-        ValueError: for a value that no network can have, naming it.
+        ValueError: for an invalid value; the message names it.
     """
 
     dim: int
@@ -66,14 +66,17 @@ class Stage:
                 f"Received: padding={self.padding!r}, kernel_size={self.kernel_size}"
             )
         if not 0 < self.mlp_ratio < math.inf or self.mlp_dim < 1:
-            raise ValueError(f"`mlp_ratio` must leave the MLP a width. Received: mlp_ratio={self.mlp_ratio}, dim={self.dim}")
+            raise ValueError(
+                "`mlp_ratio` must be finite and make the MLP at least 1 wide. "
+                f"Received: mlp_ratio={self.mlp_ratio}, dim={self.dim}"
+            )
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"`drop_path` must be at least 0 and under 1. Received: drop_path={self.drop_path}")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"`projection` must be one of {PROJECTIONS}. Received: projection={self.projection!r}")
         if self.projection == "dw_bn" and self.stride_q != 1:
             raise ValueError(
-                f"`stride_q` must be 1 in a block, whose output is added to its input. Received: stride_q={self.stride_q}"
+                f"`stride_q` must be 1, because a block adds its output to its input. Received: stride_q={self.stride_q}"
             )
 
     @property
@@ -89,16 +92,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Variant:
-    """A whole network, classifier head aside.
+    """A network without its classifier head.
 
     Args:
         stages: `Stage` records (or their dicts), in order.
-        activation: of the MLPs: `"quick_gelu"`, which the authors' weights were trained with, or `"gelu"` (exact).
+        activation: activation of the MLPs: `"quick_gelu"`, as in the authors' weights, or `"gelu"` (exact).
         stem: widths of 3x3 convolutions with BatchNorm and activation, at full resolution, before the first stage.
             Empty in the paper's networks.
 
     Raises:
-        ValueError: for a value that no network can have, naming it.
+        ValueError: for an invalid value; the message names it.
     """
 
     stages: tuple[Stage, ...]
@@ -121,20 +124,20 @@ class Variant:
 
     @property
     def stride(self) -> int:
-        """Pixels along a side of the input for each token of the last stage."""
+        """The product of the stages' strides: pixels per token of the last stage, along each side."""
         return math.prod(stage.stride for stage in self.stages)
 
     def grids(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Tokens along height and width after each stage.
+        """Returns the number of tokens along height and width after each stage.
 
         Args:
-            height, width: of the image, in pixels.
+            height, width: size of the image in pixels.
 
         Returns:
             A list of `(height, width)`, one for each stage.
 
         Raises:
-            ValueError: if the image is smaller than the product of the strides, so that a token would see mostly padding.
+            ValueError: if the image is smaller than the product of the strides, where a token would see mostly padding.
         """
         if min(height, width) < self.stride:
             raise ValueError(
@@ -154,7 +157,7 @@ class Variant:
 
 
 def _record(cls, value, place):
-    """`value`, or the `cls` that it describes as a dict."""
+    """Returns `value`, or builds a `cls` from its dict."""
     if isinstance(value, cls):
         return value
     if not isinstance(value, Mapping):
@@ -169,7 +172,7 @@ def _record(cls, value, place):
 
 
 def is_integer(value):
-    """Whether `value` is an `int`; `True` is not."""
+    """Whether `value` is an `int`, and not a `bool`."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -178,7 +181,7 @@ def _convolved(side, kernel_size, stride, padding):
 
 
 def _paper(dims, heads, depths, drop_path):
-    """The paper's three networks share all but their sizes (table 1; `experiments/imagenet/cvt/*.yaml`)."""
+    """Builds a network of the paper. The three differ only in sizes (table 1; `experiments/imagenet/cvt/*.yaml`)."""
     sizes = zip(dims, heads, depths, (7, 3, 3), (4, 2, 2), (2, 1, 1), (0.0, 0.0, drop_path), (False, False, True))
     return Variant(
         tuple(
@@ -211,7 +214,7 @@ VARIANTS: dict[str, Variant] = {
         activation="gelu",
         stem=(48, 48),
     ),
-    # The tests' own: every part of the paper's networks at the smallest size that has them all.
+    # For tests: every part of the paper's networks at the smallest size.
     "cvt_tiny": Variant(
         (
             Stage(dim=8, depth=1, heads=1, mlp_ratio=2.0),
@@ -222,7 +225,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def get_variant(variant: Variant | str | Mapping[str, Any]) -> Variant:
-    """A `Variant` from its name, its dict or itself.
+    """Returns a `Variant` from its name, its dict or itself.
 
     Raises:
         ValueError: for an unknown name, with the list of known ones.
@@ -240,21 +243,21 @@ def get_variant(variant: Variant | str | Mapping[str, Any]) -> Variant:
 
 
 def named(variant: Variant) -> Variant | str:
-    """The name of a `Variant` that stands in `VARIANTS`; any other as it is."""
+    """Returns the variant's name in `VARIANTS`, or the variant itself if it has none."""
     return next((name for name, known in VARIANTS.items() if known == variant), variant)
 
 
 def to_dict(variant: Variant) -> dict[str, Any]:
-    """The dict that `get_variant` takes back, of JSON's types alone."""
+    """Returns a dict of JSON types, which `get_variant` accepts."""
     config = dataclasses.asdict(variant)
     return {**config, "stages": list(config["stages"]), "stem": list(config["stem"])}
 
 
 def macs(variant: Variant | str | Mapping[str, Any], input_shape: Sequence[int], num_classes: int) -> int:
-    """Multiply-accumulates of one forward pass of one image.
+    """Counts the multiply-accumulates of a forward pass of one image.
 
-    Counted: convolutions, linear projections, the two matrix products of attention, the head. Not counted, as in the
-    authors' own count: normalisation, activations, softmax, pooling.
+    It counts convolutions, linear projections, the two matrix products of attention, and the head. Like the authors' own
+    count, it leaves out normalisation, activations, softmax and pooling.
 
     Args:
         variant: a name, a `Variant` or its dict.
@@ -297,9 +300,9 @@ def _block_macs(stage, grid):
 
 
 def pooled(side, kernel_size, stride):
-    """Tokens along a side after average pooling with padding `kernel_size // 2` in ceil mode, as PyTorch counts them.
+    """Tokens along a side after average pooling in ceil mode with padding `kernel_size // 2`, as in PyTorch.
 
-    A last window counts where it starts inside the input or the padding before it: at stride 2 an even side gets one more.
+    The last window must start inside the input or the padding before it: at stride 2, an even side gets one more token.
     """
     padding = kernel_size // 2
     return (side + padding + min(padding + stride - 1, kernel_size - 1) - kernel_size) // stride + 1

@@ -1,4 +1,4 @@
-"""Checkpoints for the tests that read and write them: the golden ones, and as others write them, small and random."""
+"""Checkpoints for the tests: the golden files, and small random ones in the formats of others."""
 
 import dataclasses
 
@@ -13,11 +13,18 @@ from cvt_keras.pretrained import transformers_config
 
 MICROSOFT = sorted(GOLDEN.glob("ms_*.npz"))
 TRANSFORMERS = sorted(GOLDEN.glob("hf_*.npz"))
-# The paper's widths, which a checkpoint without a config is known by, at the least depth: `shallow` to the tests.
-SHALLOW = dataclasses.replace(
-    VARIANTS["cvt_13"], stages=tuple(dataclasses.replace(stage, depth=1) for stage in VARIANTS["cvt_13"].stages)
-)
-# What transformers can build of `cvt_tiny`'s size.
+
+
+def narrow(name, **change):
+    """A network of the paper at an eighth of its widths: CvT-13 fits into 1 MB instead of 80."""
+    stages = (dataclasses.replace(stage, dim=stage.dim // 8, **change) for stage in VARIANTS[name].stages)
+    return dataclasses.replace(VARIANTS[name], stages=tuple(stages))
+
+
+# The tests of checkpoints take these for networks of the paper, which are recognised by widths, kernels and depths.
+SHALLOW = narrow("cvt_13", depth=1)
+PAPER = {"shallow": SHALLOW, "narrow_13": narrow("cvt_13"), "narrow_21": narrow("cvt_21")}
+# As small as `cvt_tiny`, and a network that transformers can build.
 TINY = Variant(
     (
         Stage(8, 1, 1, 7, 4, 2, mlp_ratio=2.0),
@@ -28,7 +35,7 @@ TINY = Variant(
 
 
 def random_arrays(weights, counters=True):
-    """A state dict of the `weights` of a map, and of BatchNorm's counters: key -> array."""
+    """A random state dict for a weight map, with BatchNorm's counters: key -> array."""
     random = np.random.default_rng(0)
     arrays = {weight.key: random.normal(size=weight.shape).astype("float32") for weight in weights}
     arrays |= {key: np.abs(array) for key, array in arrays.items() if key.endswith("running_var")}
@@ -36,19 +43,19 @@ def random_arrays(weights, counters=True):
 
 
 def save_torch(path, arrays, wrap=lambda arrays: arrays, **options):
-    """Writes a state dict by PyTorch -> its path."""
+    """Saves a state dict with PyTorch and returns the path."""
     torch.save(wrap({key: torch.from_numpy(array) for key, array in arrays.items()}), path, **options)
     return path
 
 
 def config_of(variant, num_classes, **change):
-    """A config.json as transformers writes it, with the classes' names."""
+    """A config.json as transformers writes it, with class names."""
     names = {str(i): f"class {i}" for i in range(num_classes)}
     return {**transformers_config(variant), "id2label": names, **change}
 
 
 def copy_folder(folder, to):
-    """A copy of a transformers folder, to be damaged."""
+    """Copies a transformers folder, which the test may then damage, and returns the copy."""
     to.mkdir()
     for file in folder.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
@@ -56,5 +63,5 @@ def copy_folder(folder, to):
 
 
 def weights_of(model):
-    """The weights of a network: path -> array."""
+    """The weights of a network: variable path -> array."""
     return {variable.path: keras.ops.convert_to_numpy(variable) for variable in model.weights}

@@ -6,24 +6,23 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from layer_battery import PRECISIONS, check_layer
+from layer_battery import PRECISIONS, Case, check_config, check_layers
 from tools import require
 
 import cvt_keras
 from cvt_keras import layers
 
-GRID = (2, 5, 8, 16)  # odd, even and not square
+GRID = (2, 5, 8, 16)  # not square, one side odd
 CLS = (2, 1, 16)
 QKV = 3 * (16 * 9 + 2 * 16)  # three depthwise convolutions and their BatchNorms
 LINEAR = 4 * (16 * 16 + 16)
 MLP = 16 * 32 + 32 + 32 * 16 + 16
 BLOCK = QKV + LINEAR + MLP + 2 * 2 * 16
 
-# class, arguments, input shapes, output shapes, trainable values, other values
 CASES = [
-    (layers.ConvStem, {"dim": 6, "activation": "quick_gelu"}, [GRID], [(2, 5, 8, 6)], 9 * 16 * 6 + 12, 12),
-    (layers.ConvTokenEmbedding, {"dim": 6}, [GRID], [(2, 3, 4, 6)], 9 * 16 * 6 + 6 + 12, 0),
-    (
+    Case(layers.ConvStem, {"dim": 6, "activation": "quick_gelu"}, [GRID], [(2, 5, 8, 6)], 9 * 16 * 6 + 12, 12),
+    Case(layers.ConvTokenEmbedding, {"dim": 6}, [GRID], [(2, 3, 4, 6)], 9 * 16 * 6 + 6 + 12, 0),
+    Case(
         layers.ConvTokenEmbedding,
         {"dim": 6, "kernel_size": 7, "stride": 4, "padding": 2, "cls_token": True},
         [(2, 16, 24, 3)],
@@ -31,19 +30,19 @@ CASES = [
         49 * 3 * 6 + 6 + 12 + 6,
         0,
     ),
-    (layers.ConvProjection, {}, [GRID], [GRID], 9 * 16 + 32, 32),
-    (layers.ConvProjection, {"kernel_size": 5, "stride": 2}, [GRID], [(2, 3, 4, 16)], 25 * 16 + 32, 32),
-    (layers.AverageProjection, {}, [GRID], [(2, 3, 5, 16)], 0, 0),
-    (layers.ConvAttention, {"dim": 16, "heads": 4}, [GRID], [GRID], QKV + LINEAR, 96),
-    (layers.ConvAttention, {"dim": 16, "heads": 2, "stride_q": 2}, [GRID, CLS], [(2, 3, 4, 16), CLS], QKV + LINEAR, 96),
-    (layers.ConvAttention, {"dim": 16, "heads": 1, "projection": "avg", "stride_q": 2}, [GRID], [GRID], LINEAR, 0),
-    (layers.ConvAttention, {"dim": 16, "heads": 1, "projection": "linear"}, [GRID, CLS], [GRID, CLS], LINEAR, 0),
-    (layers.ConvAttention, {"dim": 16, "heads": 1, "qkv_bias": False}, [GRID], [GRID], QKV + LINEAR - 48, 96),
-    (layers.MLP, {"hidden_dim": 32, "dim": 16}, [GRID], [GRID], MLP, 0),
-    (layers.MLP, {"hidden_dim": 32, "dim": 16, "activation": "gelu"}, [CLS], [CLS], MLP, 0),
-    (layers.DropPath, {"rate": 0.5, "seed": 1}, [GRID], [GRID], 0, 0),
-    (layers.CvTBlock, {"dim": 16, "heads": 4, "mlp_dim": 32}, [GRID], [GRID], BLOCK, 96),
-    (
+    Case(layers.ConvProjection, {}, [GRID], [GRID], 9 * 16 + 32, 32),
+    Case(layers.ConvProjection, {"kernel_size": 5, "stride": 2}, [GRID], [(2, 3, 4, 16)], 25 * 16 + 32, 32),
+    Case(layers.AverageProjection, {}, [GRID], [(2, 3, 5, 16)], 0, 0),
+    Case(layers.ConvAttention, {"dim": 16, "heads": 4}, [GRID], [GRID], QKV + LINEAR, 96),
+    Case(layers.ConvAttention, {"dim": 16, "heads": 2, "stride_q": 2}, [GRID, CLS], [(2, 3, 4, 16), CLS], QKV + LINEAR, 96),
+    Case(layers.ConvAttention, {"dim": 16, "heads": 1, "projection": "avg", "stride_q": 2}, [GRID], [GRID], LINEAR, 0),
+    Case(layers.ConvAttention, {"dim": 16, "heads": 1, "projection": "linear"}, [GRID, CLS], [GRID, CLS], LINEAR, 0),
+    Case(layers.ConvAttention, {"dim": 16, "heads": 1, "qkv_bias": False}, [GRID], [GRID], QKV + LINEAR - 48, 96),
+    Case(layers.MLP, {"hidden_dim": 32, "dim": 16}, [GRID], [GRID], MLP, 0),
+    Case(layers.MLP, {"hidden_dim": 32, "dim": 16, "activation": "gelu"}, [CLS], [CLS], MLP, 0),
+    Case(layers.DropPath, {"rate": 0.5, "seed": 1}, [GRID], [GRID], 0, 0),
+    Case(layers.CvTBlock, {"dim": 16, "heads": 4, "mlp_dim": 32}, [GRID], [GRID], BLOCK, 96),
+    Case(
         layers.CvTBlock,
         {"dim": 16, "heads": 4, "mlp_dim": 32, "drop_path_rate": 0.01, "activation": "gelu", "stride_kv": 1},
         [GRID, CLS],
@@ -54,14 +53,21 @@ CASES = [
 ]
 
 
-def _case_id(value):
-    return value.__name__ if inspect.isclass(value) else None
+def test_battery_of_configs():
+    for case in CASES:
+        check_config(case)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("cls, arguments, shapes, output_shapes, weights, statistics", CASES, ids=_case_id)
-def test_battery(cls, arguments, shapes, output_shapes, weights, statistics, precision, tmp_path):
-    check_layer(cls, arguments, shapes, output_shapes, weights, statistics, precision, tmp_path)
+def test_battery(precision, tmp_path):
+    check_layers(CASES, precision, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.cls.__name__)
+def test_battery_of_each_layer_alone(case, precision, tmp_path):
+    check_layers([case], precision, tmp_path)
 
 
 def test_battery_leaves_no_public_layer_out():
@@ -71,7 +77,7 @@ def test_battery_leaves_no_public_layer_out():
         if inspect.isclass(value) and issubclass(value, keras.layers.Layer) and not name.startswith("_")
     }
     # PixelNormalization is float32 whatever the policy, and holds a dataclass: it has tests of its own.
-    assert public == {case[0] for case in CASES} | {layers.PixelNormalization}
+    assert public == {case.cls for case in CASES} | {layers.PixelNormalization}
     assert {cls.__name__ for cls in public} <= set(cvt_keras.__all__)
 
 
@@ -183,7 +189,7 @@ def test_average_projection_is_pytorch_average_pooling_in_ceil_mode(side, kernel
 
 
 def _attention_by_hand(layer, tokens):
-    """The formula of the paper on one image without convolutions: softmax(q k' / sqrt(dim)) v."""
+    """The paper's formula for one image without convolutions: softmax(q k' / sqrt(dim)) v."""
     x = tokens.reshape(-1, layer.dim).astype("float64")
     q, k, v = (
         x @ ops.convert_to_numpy(linear.kernel) + ops.convert_to_numpy(linear.bias)
@@ -203,9 +209,17 @@ def test_attention_scales_by_the_whole_width():
     layer = layers.ConvAttention(16, 4, projection="linear")
     tokens = np.random.default_rng(0).normal(size=(3, 4, 16)).astype("float32")
     layer.build((None, 3, 4, 16))
-    # Scores must matter: the initial kernels leave softmax all but flat.
+    # Larger kernels, as the initial ones give an almost flat softmax, whatever the scale.
     layer.set_weights([20 * weight for weight in layer.get_weights()])
     np.testing.assert_allclose(ops.convert_to_numpy(layer(tokens[None]))[0], _attention_by_hand(layer, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_softmax_is_float32_in_half_precision(precision, monkeypatch):
+    dtypes, softmax = [], ops.softmax
+    monkeypatch.setattr(ops, "softmax", lambda x: dtypes.append(keras.backend.standardize_dtype(x.dtype)) or softmax(x))
+    layers.ConvAttention(16, 4, dtype=precision)(np.ones(GRID, "float32"))
+    assert set(dtypes) == {"float32"}
 
 
 def test_linear_projection_ignores_strides():
@@ -219,7 +233,7 @@ def test_linear_projection_ignores_strides():
 
 
 @pytest.mark.parametrize("projection, changes", [("dw_bn", True), ("avg", True), ("linear", False)])
-def test_stride_kv_changes_what_it_should(projection, changes):
+def test_stride_kv_changes_all_projections_but_linear(projection, changes):
     outputs = []
     for stride in (1, 2):
         keras.utils.set_random_seed(0)
@@ -233,7 +247,7 @@ def test_cls_token_skips_the_convolutions():
     tokens = np.random.default_rng(0).normal(size=GRID).astype("float32")
     cls_token = np.ones(CLS, "float32")
     layer(tokens, cls_token)
-    # With tokens that carry nothing, all that is left of the output is the cls token's own value, 1 in 1 + 12.
+    # With all other tokens at 0, the output is the cls token's value, 1, averaged over 1 + 12 keys.
     for conv in (layer.conv_q, layer.conv_k, layer.conv_v):
         conv.norm.gamma.assign(ops.zeros(16))
     layer.proj_k.kernel.assign(ops.zeros((16, 16)))
@@ -269,7 +283,7 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     np.testing.assert_array_equal(ops.convert_to_numpy(layer(x)), x)
 
 
-def test_drop_path_draws_once_for_the_parts_of_an_image():
+def test_drop_path_draws_once_for_all_tensors_of_an_image():
     first, second = layers.DropPath(0.5, seed=1)([np.ones((64, 2, 2, 3)), np.ones((64, 1, 3))], training=True)
     np.testing.assert_array_equal(ops.convert_to_numpy(first)[:, 0, 0], ops.convert_to_numpy(second)[:, 0])
 
@@ -279,7 +293,7 @@ def test_drop_path_at_rate_zero_has_no_state():
     assert len(layers.DropPath(0.1).variables) == 1
 
 
-def test_block_passes_training_on():
+def test_block_passes_training_to_its_layers():
     x = np.random.default_rng(0).normal(size=GRID).astype("float32")
     block = layers.CvTBlock(16, 4, 16, drop_path_rate=0.99)
     training = ops.convert_to_numpy(block(x, training=True))
@@ -288,7 +302,7 @@ def test_block_passes_training_on():
     assert not np.array_equal(ops.convert_to_numpy(block(x)), x)
 
 
-def test_layers_do_not_follow_a_channels_first_default():
+def test_layers_ignore_a_channels_first_default():
     x = np.random.default_rng(0).normal(size=GRID).astype("float32")
     try:
         keras.config.set_image_data_format("channels_first")

@@ -9,6 +9,7 @@ from layer_battery import PRECISIONS
 
 import cvt_keras
 from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, preprocessing_of
+from cvt_keras.conversion.layouts import microsoft_weights
 from cvt_keras.errors import ArgumentError, CheckpointError
 from cvt_keras.pretrained import to_torch_state_dict
 
@@ -37,7 +38,9 @@ def test_every_variant_has_its_golden_count():
     assert set(PARAMETERS) == set(VARIANTS)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "cvt_w24" else name for name in PARAMETERS]
+)
 def test_parameters(name):
     at_1000, at_10 = PARAMETERS[name]
     model = CvT.from_variant(name, 10, (None, None, 3))
@@ -46,12 +49,37 @@ def test_parameters(name):
     assert at_10 + 990 * (width + 1) == at_1000
 
 
+def test_parameters_of_the_largest_network():
+    """Counted in its weight map: the network takes a gigabyte. Its two maps agree, by tests/conversion/test_layouts.py."""
+    for num_classes, expected in zip((1000, 10), PARAMETERS["cvt_w24"]):
+        weights = microsoft_weights("cvt_w24", num_classes)
+        assert sum(int(np.prod(weight.shape)) for weight in weights if ".running_" not in weight.key) == expected
+
+
+@pytest.fixture(scope="module")
+def every_kind():
+    """A network with each kind of layer."""
+    stages = (
+        Stage(8, 1, 1, projection="avg", drop_path=0.1),
+        Stage(8, 2, 1, projection="linear", drop_path=0.1, cls_token=True),
+        Stage(8, 1, 2, qkv_bias=False),
+    )
+    return Variant(stages, stem=(4,))
+
+
+# XLA compiles for seconds: it gets one stage, with a stem, a cls token and drop path.
+_HALF = Variant((Stage(8, 2, 2, drop_path=0.1, cls_token=True),), stem=(4,))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_model_trains_in_every_precision(precision, tmp_path):
-    model = CvT(TINY, 10, (32, 32, 3), dtype=precision)
+def test_the_model_trains_and_reloads_in_every_precision_in_half_with_xla(precision, every_kind, tmp_path):
+    xla = precision != "float32"
+    model = CvT(_HALF if xla else every_kind, 10, (32, 32, 3), dtype=precision)
     before = [ops.convert_to_numpy(v) for v in model.trainable_variables]
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    assert np.isfinite(model.train_on_batch(_images(4, 32, 32, 3), np.arange(4)))
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=xla)
+    losses = [model.train_on_batch(_images(4, 32, 32, 3), np.arange(4)) for _ in range(3)]
+    assert model.jit_compile is xla
+    assert np.all(np.isfinite(losses))
     changed = [not np.array_equal(a, ops.convert_to_numpy(b)) for a, b in zip(before, model.trainable_variables)]
     assert np.mean(changed) > 0.8
     assert model.output.dtype == "float32"
@@ -67,31 +95,19 @@ def test_the_model_trains_in_every_precision(precision, tmp_path):
     np.testing.assert_array_equal(*(ops.convert_to_numpy(net(x)) for net in (model, reloaded)))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_model_trains_a_step_with_xla(precision):
-    model = CvT(TINY, 10, (32, 32, 3), dtype=precision)
-    before = [ops.convert_to_numpy(v) for v in model.trainable_variables]
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=True)
-    losses = [model.train_on_batch(_images(4, 32, 32, 3), np.arange(4)) for _ in range(3)]
-    assert model.jit_compile is True
-    assert np.all(np.isfinite(losses))
-    changed = [not np.array_equal(a, ops.convert_to_numpy(b)) for a, b in zip(before, model.trainable_variables)]
-    assert np.mean(changed) > 0.8
-
-
-@pytest.mark.parametrize("projection", ["dw_bn", "avg", "linear"])
-@pytest.mark.parametrize("cls_token", [False, True])
-def test_any_size_also_unknown_and_not_square(projection, cls_token):
+@pytest.mark.parametrize("projection, cls_token", [("dw_bn", True), ("avg", False), ("linear", True)])
+def test_height_and_width_may_be_unknown_and_differ(projection, cls_token):
     stages = (Stage(8, 1, 1, projection=projection), Stage(16, 1, 2, projection=projection, cls_token=cls_token))
     model = CvT(Variant(stages), 5, (None, None, 3))
-    for size in ((32, 32), (17, 40), (4, 4)):
+    for size in ((4, 4), (17, 40)):
         x = _images(2, *size, 3)
         fixed = CvT(model.variant, 5, (*size, 3))
         fixed.set_weights(model.get_weights())
         logits = ops.convert_to_numpy(model(x))
         assert logits.shape == (2, 5)
         np.testing.assert_allclose(logits, ops.convert_to_numpy(fixed(x)), atol=1e-5)
-        np.testing.assert_allclose(logits, model.predict(x, verbose=0), atol=1e-5)
+    model.compile(jit_compile=False)
+    np.testing.assert_allclose(logits, model.predict(x, verbose=0), atol=1e-5)
 
 
 def test_a_cls_token_before_the_last_stage_stays_there():
@@ -101,23 +117,15 @@ def test_a_cls_token_before_the_last_stage_stays_there():
     assert model(_images(2, 16, 16, 3)).shape == (2, 5)
 
 
-def test_the_stages_output_is_the_layer_of_its_name():
-    model = CvT.from_variant("cvt_13", 10, (64, 96, 3))
-    assert model.get_layer("stage0").output.shape == (None, 16, 24, 64)
-    assert model.get_layer("stage1").output.shape == (None, 8, 12, 192)
-    grid, cls_token = model.get_layer("stage2").output
-    assert (grid.shape, cls_token.shape) == ((None, 4, 6, 384), (None, 1, 384))
-
-
-@pytest.mark.parametrize("layer", ["stage0", "stage1"])  # without and with a cls token
-def test_a_network_cut_at_a_stage_reloads(layer, tmp_path):
+def test_a_network_cut_at_a_stage_reloads(tmp_path):
     model = CvT(TINY, 10, (32, 32, 3))
-    cut = keras.Model(model.input, model.get_layer(layer).output)
-    cut.save(tmp_path / "cut.keras")
-    reloaded = keras.saving.load_model(tmp_path / "cut.keras")
     x = _images(2, 32, 32, 3)
-    for ours, theirs in zip(keras.tree.flatten(cut(x)), keras.tree.flatten(reloaded(x)), strict=True):
-        np.testing.assert_array_equal(ops.convert_to_numpy(ours), ops.convert_to_numpy(theirs))
+    for layer in ("stage0", "stage1"):  # without and with a cls token
+        cut = keras.Model(model.input, model.get_layer(layer).output)
+        cut.save(tmp_path / "cut.keras")
+        reloaded = keras.saving.load_model(tmp_path / "cut.keras")
+        for ours, theirs in zip(keras.tree.flatten(cut(x)), keras.tree.flatten(reloaded(x)), strict=True):
+            np.testing.assert_array_equal(ops.convert_to_numpy(ours), ops.convert_to_numpy(theirs))
 
 
 def test_a_clone_computes_the_same():
@@ -128,26 +136,15 @@ def test_a_clone_computes_the_same():
     np.testing.assert_array_equal(*(ops.convert_to_numpy(net(x)) for net in (model, clone)))
 
 
-@pytest.fixture(scope="module")
-def every_kind():
-    """A network with each kind of layer."""
-    stages = (
-        Stage(8, 1, 1, projection="avg", drop_path=0.1),
-        Stage(8, 2, 1, projection="linear", cls_token=True),
-        Stage(8, 1, 2, qkv_bias=False),
-    )
-    return Variant(stages, stem=(4,))
-
-
 def test_every_layer_is_built_with_the_network(every_kind):
-    """Keras' `quantize` refuses a network with a layer that is not."""
+    """Keras' `quantize` refuses a network with a layer that is not built."""
     for layer in build_classifier(every_kind, 3)._flatten_layers():
         assert layer.built, layer.name
 
 
 @pytest.fixture
 def frozen_garbage():
-    """Keras collects garbage after each layer that it quantizes: a second each, with the objects of a whole test run."""
+    """Keras runs the garbage collector after each layer that it quantizes: a second each among the objects of a test run."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -155,7 +152,7 @@ def frozen_garbage():
 
 @pytest.mark.files
 @pytest.mark.usefixtures("frozen_garbage")
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
 def test_a_classifier_that_keras_quantizes_reloads_and_clones(mode, every_kind, tmp_path):
     classifier = build_classifier(every_kind, 3)
@@ -180,7 +177,7 @@ def test_a_classifier_that_keras_quantizes_reloads_and_clones(mode, every_kind, 
         to_torch_state_dict(again)
 
 
-def test_what_lora_learns_goes_into_the_file_and_to_pytorch(tmp_path):
+def test_lora_kernels_are_saved_and_merged_for_pytorch(tmp_path):
     model = CvT("cvt_tiny", 3, (32, 32, 3))
     frozen = ops.convert_to_numpy(model.get_layer("head").kernel)
     for layer in (model.get_layer("head"), model.get_layer("stage0_block0").mlp.fc1):
@@ -206,16 +203,16 @@ def test_frozen_layers_stay_frozen(tmp_path):
     assert not any(path.startswith("stage0_embed") for path in trainable)
 
 
-@pytest.mark.parametrize("make", [lambda m: m, build_classifier], ids=["CvT", "classifier"])
-def test_a_model_of_any_size_refuses_an_image_under_its_strides(make):
-    model = make(CvT.from_variant("cvt_13", 10, (None, None, 3)))
-    assert model(_images(1, 16, 24, 3)).shape == (1, 10)
-    with pytest.raises(ValueError, match=r"16x16.*8x24"):
-        model(_images(1, 8, 24, 3))
+def test_a_model_of_any_size_refuses_an_image_under_its_strides():
+    network = CvT.from_variant("cvt_tiny", 10, (None, None, 3))
+    for call in (network, build_classifier(network), network.features):
+        call(_images(1, 4, 24, 3))
+        with pytest.raises(ValueError, match=r"4x4.*3x24"):
+            call(_images(1, 3, 24, 3))
 
 
 def _expected_start(path, shape):
-    """What the authors' code starts a weight with: a kind and its bound or deviation."""
+    """The initial distribution in the authors' code, and its constant, bound or standard deviation."""
     name, stem_or_embed = path.rpartition("/")[2], "/proj/" in path or "/conv/" in path
     if name in ("beta", "moving_mean"):
         return "constant", 0
@@ -237,7 +234,7 @@ def _expected_start(path, shape):
 
 
 @pytest.mark.parametrize("cls_token", [False, True])
-def test_every_weight_starts_as_in_the_authors_code(cls_token):
+def test_initial_weights_are_as_in_the_authors_code(cls_token):
     stages = (Stage(48, 1, 2, kernel_size=7, stride=4, padding=2), Stage(96, 2, 3, cls_token=cls_token))
     model = CvT(Variant(stages, stem=(24,)), 200, (32, 32, 3))
     bounds = {}
@@ -256,7 +253,7 @@ def test_every_weight_starts_as_in_the_authors_code(cls_token):
     assert ("stage1_embed/cls_token" in {variable.path for variable in model.weights}) == cls_token
 
 
-def test_without_a_cls_token_the_head_reads_the_mean():
+def test_without_a_cls_token_the_head_gets_the_mean():
     model = CvT(Variant((Stage(8, 1, 1),)), 5, (16, 16, 3))
     x = _images(2, 16, 16, 3)
     tokens = keras.Model(model.input, model.get_layer("norm").output)(x)
@@ -292,7 +289,7 @@ def test_config_is_json_and_takes_a_variant_in_every_form():
     assert CvT(config["variant"], 2, (16, 24, 3)).variant == CvT.from_variant("cvt_tiny", 2, (16, 24, 3)).variant == TINY
 
 
-def test_numpy_arguments_become_plain(tmp_path):
+def test_numpy_arguments_are_saved_as_python_values(tmp_path):
     preprocessing = {"mean": np.array([0.1, 0.2, 0.3]), "class_names": np.array(["a", "b"])}
     model = CvT(TINY, np.int64(2), (16, 24, 3), preprocessing=preprocessing)
     model.save(tmp_path / "model.keras")
@@ -302,12 +299,12 @@ def test_numpy_arguments_become_plain(tmp_path):
     assert preprocessing_of(classifier).mean == (0.5,) * 3
 
 
-def test_classifier_of_any_size_keeps_the_image_size_that_is_known():
+def test_a_classifier_of_any_size_keeps_the_models_image_size():
     model = CvT(TINY, 2, (None, None, 3), preprocessing={"image_size": (224, 224)})
     assert preprocessing_of(build_classifier(model)).image_size == (224, 224)
 
 
-def test_one_seed_gives_one_network():
+def test_the_seed_determines_the_weights():
     weights = []
     for seed in (0, 0, 1):
         keras.utils.set_random_seed(seed)
@@ -380,7 +377,7 @@ def test_classifier_reloads_with_its_preprocessing(tmp_path):
     np.testing.assert_array_equal(*(ops.convert_to_numpy(net(pixels)) for net in (classifier, reloaded)))
 
 
-def test_classifiers_of_a_model_share_its_weights_and_leave_it_as_it_is():
+def test_classifiers_around_a_model_share_its_weights_and_do_not_change_it():
     own = Preprocessing((0.1,) * 3, (0.2,) * 3, ("a", "b"))
     model = CvT(TINY, 2, (32, 32, 3), preprocessing=own)
     first = build_classifier(model)
@@ -392,7 +389,7 @@ def test_classifiers_of_a_model_share_its_weights_and_leave_it_as_it_is():
     assert preprocessing_of(second) == Preprocessing((0.3,) * 3, (0.2,) * 3, ("c", "d"), (32, 32))
 
 
-def test_a_classifier_of_version_0_1_keeps_its_preprocessing_in_the_network(tmp_path):
+def test_preprocessing_of_a_classifier_from_version_0_1(tmp_path):
     network = CvT(TINY, 2, (32, 32, 3), preprocessing={"mean": [0.1] * 3, "std": [0.2] * 3, "class_names": ["a", "b"]})
     pixels = keras.Input((32, 32, 3))
     normalize = keras.layers.Normalization(mean=[25.5] * 3, variance=[51.0**2] * 3, name="normalization")
@@ -404,7 +401,7 @@ def test_a_classifier_of_version_0_1_keeps_its_preprocessing_in_the_network(tmp_
 
 
 @pytest.mark.parametrize("cls_token", [False, True])
-def test_without_a_head_the_output_is_what_the_head_reads(cls_token, tmp_path):
+def test_without_a_head_the_output_is_the_heads_input(cls_token, tmp_path):
     variant = Variant((Stage(8, 1, 1), Stage(16, 1, 2, cls_token=cls_token)))
     model = CvT(variant, 10, (16, 24, 3))
     headless = CvT(variant, 0, (16, 24, 3), dtype="float32")
@@ -438,21 +435,15 @@ def test_features_are_the_tokens_of_each_stage_by_name(tmp_path):
     assert features["stage0"].shape == (2, 16, 24, 8)
     grid, cls_token = features["stage1"]
     assert (grid.shape, cls_token.shape) == ((2, 8, 12, 16), (2, 1, 16))
-    # They are what the rest of the network reads.
+    # They are the input of the rest of the network.
     logits = model.get_layer("head")(model.get_layer("pool")(model.get_layer("norm")(cls_token)))
     np.testing.assert_allclose(ops.convert_to_numpy(logits), ops.convert_to_numpy(model(x)), atol=1e-6)
     weights = len(model.weights)
-    model.save(tmp_path / "model.keras")  # the second graph is no part of it
+    model.save(tmp_path / "model.keras")  # without the graph of the features
     reloaded = keras.saving.load_model(tmp_path / "model.keras")
     assert len(model.weights) == len(reloaded.weights) == weights
     for ours, theirs in zip(keras.tree.flatten(features), keras.tree.flatten(reloaded.features(x)), strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(ours), ops.convert_to_numpy(theirs))
-
-
-def test_features_of_an_image_under_the_strides_are_refused():
-    model = CvT.from_variant("cvt_13", 10, (None, None, 3))
-    with pytest.raises(ValueError, match=r"16x16.*8x24"):
-        model.features(_images(1, 8, 24, 3))
 
 
 def test_features_in_training_drop_paths():
@@ -468,12 +459,12 @@ def test_features_in_training_drop_paths():
 def test_classifier_keeps_fractions_of_pixels_in_half_precision(precision):
     classifier = build_classifier("cvt_tiny", 10, (32, 32, 3), mean=[0] * 3, std=[1 / 255] * 3, dtype=precision)
     normalized = keras.Model(classifier.input, classifier.get_layer("normalization").output)
-    seen = []
+    outputs = []
     layer = classifier.get_layer("normalization")
     call = layer.call
-    layer.call = lambda x: seen.append(ops.convert_to_numpy(call(x))) or call(x)
+    layer.call = lambda x: outputs.append(ops.convert_to_numpy(call(x))) or call(x)
     classifier(np.full((1, 32, 32, 3), 100.7, "float32"))
-    np.testing.assert_allclose(seen[0], 100.7, rtol=1e-6)
+    np.testing.assert_allclose(outputs[0], 100.7, rtol=1e-6)
     assert normalized.output.dtype == "float32"
 
 

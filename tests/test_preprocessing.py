@@ -16,24 +16,24 @@ def test_it_is_frozen_and_compares_by_value():
 
 
 @pytest.mark.parametrize("preprocessing", [Preprocessing(), Preprocessing((0.1,), (0.2,), ("a", "b"), (4, 6))])
-def test_its_config_is_json_and_the_way_back(preprocessing):
+def test_config_round_trip(preprocessing):
     config = preprocessing.get_config()
     assert json.loads(json.dumps(config)) == config
     assert Preprocessing.from_config(config) == preprocessing
     assert Preprocessing.from_config(preprocessing) is preprocessing
 
 
-def test_what_a_config_leaves_out_is_unknown():
+def test_missing_keys_of_a_config_are_unknown():
     assert Preprocessing.from_config(None) == Preprocessing.from_config({}) == Preprocessing()
     assert Preprocessing.from_config({"mean": [0.5]}) == Preprocessing(mean=(0.5,))  # as version 0.1 wrote it
 
 
-def test_replace_changes_what_is_given():
+def test_replace_changes_only_the_named_fields():
     preprocessing = Preprocessing((0.1,), (0.2,), ("a",), (4, 6))
     assert preprocessing.replace(mean=(0.3,), class_names=None) == Preprocessing((0.3,), (0.2,), None, (4, 6))
 
 
-def test_numpy_numbers_become_pythons():
+def test_numpy_values_become_python_values():
     preprocessing = Preprocessing(mean=(np.float32(0.5),), image_size=(np.int64(4), np.int64(6)))
     assert preprocessing == Preprocessing(mean=(0.5,), image_size=(4, 6))
     assert [type(side) for side in preprocessing.image_size] == [int, int]
@@ -56,7 +56,7 @@ def test_numpy_numbers_become_pythons():
         ({"resize": "crop"}, "resize"),
     ],
 )
-def test_a_value_that_can_not_be_is_named(fields, name):
+def test_an_invalid_value_is_named(fields, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         Preprocessing(**fields)
 
@@ -67,6 +67,6 @@ def test_an_unknown_key_is_named_beside_the_known_ones():
 
 
 @pytest.mark.parametrize("preprocessing", [Preprocessing(), Preprocessing((0.5,), (0.5,)), Preprocessing((0.5,) * 3)])
-def test_channels_that_are_missing_are_named(preprocessing):
+def test_statistics_of_missing_channels_are_refused(preprocessing):
     with pytest.raises(ValueError, match="3 channels"):
         preprocessing.require_channels(3)

@@ -1,9 +1,8 @@
 import dataclasses
 import json
-import subprocess
+import runpy
 import sys
 import warnings
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -23,9 +22,6 @@ from cvt_keras.conversion.layouts import LAYOUTS, microsoft_weights, transformer
 from cvt_keras.errors import ArgumentError
 from cvt_keras.pretrained import to_torch_state_dict, transformers_config, transformers_processor
 
-ROOT = Path(__file__).parent.parent
-
-
 # === Agreement ===
 
 
@@ -35,13 +31,13 @@ def test_golden_files_are_there():
 
 @pytest.mark.parametrize("path", [*TRANSFORMERS, *MICROSOFT], ids=lambda path: path.stem)
 def test_logits_and_stages_agree_with_the_reference(path):
-    found = differences(path)
+    largest = differences(path)
     cls_token = {"stage2_cls"} if path in MICROSOFT and "nocls" not in path.stem else set()
-    assert set(found) == {"logits", "stage0", "stage1", "stage2"} | cls_token
-    assert max(found.values()) < 1e-4, found
+    assert set(largest) == {"logits", "stage0", "stage1", "stage2"} | cls_token
+    assert max(largest.values()) < 1e-4, largest
 
 
-@pytest.mark.parametrize("path", [*TRANSFORMERS, *MICROSOFT], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [TRANSFORMERS[0], MICROSOFT[0], MICROSOFT[-1]], ids=lambda path: path.stem)
 def test_the_same_weights_come_from_a_file(path, tmp_path):
     model, state_dict, golden = golden_model(path)
     file = save_torch(tmp_path / "weights.bin", state_dict)
@@ -55,18 +51,13 @@ def test_the_same_weights_come_from_a_file(path, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("variant, size", CASES[:2])
-def test_the_network_agrees_with_transformers_there_and_back(variant, size, tmp_path):
-    there, back, largest = live_differences(variant, size, tmp_path)
-    assert there < 1e-4 and back < 1e-4
-    assert largest > 1  # a network that puts out next to nothing would agree with any other
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant, size", CASES[2:])
-def test_larger_networks_and_images_agree_too(variant, size, tmp_path):
-    there, back, _ = live_differences(variant, size, tmp_path)
-    assert there < 1e-4 and back < 1e-4
+@pytest.mark.parametrize(
+    "variant, size", [("cvt_13", (96, 128)), *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES)]
+)
+def test_the_network_agrees_with_transformers_in_both_directions(variant, size, tmp_path):
+    loaded, written, largest = live_differences(variant, size, tmp_path)
+    assert loaded < 1e-4 and written < 1e-4
+    assert largest > 1  # two networks with outputs near 0 would agree whatever they compute
 
 
 @pytest.mark.slow
@@ -80,7 +71,7 @@ def test_the_largest_network_converts_under_4_gib(tmp_path):
 # === Arguments ===
 
 
-def test_a_new_head_where_the_classes_differ(tiny_folder):
+def test_another_number_of_classes_gets_a_new_head(tiny_folder):
     same = CvT.from_pretrained(tiny_folder, num_classes=5)
     assert same.preprocessing.class_names == tuple(f"class {i}" for i in range(5))
     other = CvT.from_pretrained(tiny_folder, num_classes=3)
@@ -93,11 +84,11 @@ def test_a_new_head_where_the_classes_differ(tiny_folder):
         np.testing.assert_array_equal(ours[path], theirs[path])
 
 
-def test_any_size_of_image_will_do(tiny_folder):
+def test_any_image_size_is_accepted(tiny_folder):
     model = CvT.from_pretrained(tiny_folder, input_shape=(96, 64, 3))
     assert model.input_shape == (None, 96, 64, 3)
     assert model.preprocessing.image_size == (64, 64)  # the checkpoint's
-    assert transformers_processor(model)["size"] == {"height": 96, "width": 64}  # what it is for now
+    assert transformers_processor(model)["size"] == {"height": 96, "width": 64}  # the model's
     free = CvT.from_pretrained(tiny_folder, input_shape=(None, None, 3))
     images = np.random.default_rng(0).normal(size=(1, 96, 64, 3)).astype("float32")
     np.testing.assert_allclose(
@@ -105,7 +96,7 @@ def test_any_size_of_image_will_do(tiny_folder):
     )
 
 
-def test_a_classifier_of_it_takes_raw_pixels(tiny_folder):
+def test_a_classifier_around_it_takes_raw_pixels(tiny_folder):
     model = CvT.from_pretrained(tiny_folder)
     classifier = build_classifier(model)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype("float32")
@@ -118,20 +109,20 @@ def test_a_classifier_of_it_takes_raw_pixels(tiny_folder):
     )
 
 
-def test_precision_and_name_go_to_the_network(tiny_folder):
+def test_dtype_and_name_are_passed_to_the_network(tiny_folder):
     model = CvT.from_pretrained(tiny_folder, dtype="mixed_bfloat16", name="backbone")
     assert (model.dtype_policy.name, model.name) == ("mixed_bfloat16", "backbone")
 
 
-def test_preprocessing_that_is_given_stands_beside_the_checkpoints(tiny_folder):
+def test_the_preprocessing_argument_overrides_the_checkpoints(tiny_folder):
     model = CvT.from_pretrained(tiny_folder, preprocessing={"mean": [0.3, 0.2, 0.1]})
     assert model.preprocessing == Preprocessing([0.3, 0.2, 0.1], [0.4, 0.5, 0.6], [f"class {i}" for i in range(5)], [64, 64])
     model = CvT.from_pretrained(tiny_folder, preprocessing={"image_size": [96, 64]})
     assert model.input_shape == (None, 96, 64, 3)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed_bfloat16"])
-def test_the_way_back_is_float32_whatever_the_precision(dtype, tiny_folder):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_state_dict_is_float32_whatever_the_precision(dtype, tiny_folder):
     model = CvT.from_pretrained(tiny_folder, dtype=dtype)
     expected = random_arrays(transformers_weights(TINY, 5))
     for key, array in to_torch_state_dict(model, "transformers").items():
@@ -140,17 +131,17 @@ def test_the_way_back_is_float32_whatever_the_precision(dtype, tiny_folder):
 
 
 @pytest.mark.files
-def test_pytorch_is_never_needed(tiny_folder, tmp_path, monkeypatch):
+def test_no_conversion_imports_pytorch(tiny_folder, tmp_path, monkeypatch):
     file = save_torch(tmp_path / "weights.pth", random_arrays(microsoft_weights("cvt_tiny", 5)))
     monkeypatch.setitem(sys.modules, "torch", None)
     to_torch_state_dict(CvT.from_pretrained(tiny_folder), "transformers")
     CvT.from_pretrained(file, variant="cvt_tiny", input_shape=(16, 16, 3))
 
 
-# === The way back ===
+# === Back to PyTorch ===
 
 
-def test_what_is_trained_here_loads_into_transformers(tmp_path):
+def test_a_trained_classifier_loads_into_transformers(tmp_path):
     """The lines of docs/pretrained.md."""
     names, mean = ["cat", "dog", "fish"], [0.1, 0.2, 0.3]
     classifier = build_classifier(TINY, input_shape=(64, 96, 3), class_names=names, mean=mean, std=[0.4, 0.5, 0.6])
@@ -176,14 +167,14 @@ def test_what_is_trained_here_loads_into_transformers(tmp_path):
     assert again.preprocessing == Preprocessing(mean, [0.4, 0.5, 0.6], names, [64, 96])
 
 
-def test_a_network_of_four_channels_goes_to_transformers(tmp_path):
+def test_a_network_with_four_channels_loads_into_transformers(tmp_path):
     model = CvT(TINY, 5, (64, 64, 4))
     (tmp_path / "config.json").write_text(json.dumps(transformers_config(model)))
     safetensors.numpy.save_file(to_torch_state_dict(model, "transformers"), tmp_path / "model.safetensors", {"format": "pt"})
     images = np.random.default_rng(0).normal(size=(1, 64, 64, 4)).astype("float32")
     theirs = CvtForImageClassification.from_pretrained(tmp_path).eval()
     np.testing.assert_allclose(logits(theirs, images), keras.ops.convert_to_numpy(model(images)), atol=1e-4)
-    assert CvT.from_pretrained(tmp_path).preprocessing.mean is None  # ImageNet's is of three
+    assert CvT.from_pretrained(tmp_path).preprocessing.mean is None  # ImageNet's has three channels
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -201,14 +192,14 @@ def test_the_round_trip_is_exact(layout):
         np.testing.assert_array_equal(back[key], array)
 
 
-def test_an_authors_state_dict_has_pytorchs_keys():
+def test_the_state_dict_has_the_authors_keys():
     model, state_dict, _ = golden_model(MICROSOFT[0])
     assert set(to_torch_state_dict(model)) == set(state_dict)
 
 
-def test_the_way_back_tells_what_the_other_code_computes():
+def test_an_activation_that_the_other_code_lacks_is_warned_about_and_a_stem_refused():
     model = CvT("cvt_tiny", 5, (16, 16, 3))
-    with pytest.warns(UserWarning, match="quick_gelu, that code always gelu"):
+    with pytest.warns(UserWarning, match="uses quick_gelu, but code for the layout 'transformers' always uses gelu"):
         to_torch_state_dict(model, "transformers")
     with pytest.raises(ValueError, match="layout='timm'"):
         to_torch_state_dict(model, "timm")
@@ -241,7 +232,7 @@ _LAST = _stage(cls_token=True)
         (_stage(kernel_size=4, stride=3, padding=0), _stage(kernel_size=2, padding=1, stride_kv=3, cls_token=True)),
     ],
 )
-def test_what_is_written_for_transformers_is_built_there(stages):
+def test_transformers_builds_the_network_that_the_config_describes(stages):
     variant = Variant(stages, activation="gelu")
     theirs = CvtForImageClassification(CvtConfig(**transformers_config(variant), num_labels=3)).eval()
     model = CvT(variant, 3, (64, 64, 3))
@@ -263,7 +254,7 @@ def test_what_is_written_for_transformers_is_built_there(stages):
         ((_stage(projection="avg"), _stage(depth=1)), ["cls_token=False", "projection='avg'", "2 blocks or more"]),
     ],
 )
-def test_what_transformers_can_not_build_is_refused_at_once(stages, reasons):
+def test_a_network_that_transformers_can_not_build_is_refused(stages, reasons):
     variant = Variant(stages, activation="gelu")
     for write in (transformers_config, lambda v: to_torch_state_dict(CvT(v, 3, (32, 32, 3)), "transformers")):
         with pytest.raises(ArgumentError) as error:
@@ -272,7 +263,7 @@ def test_what_transformers_can_not_build_is_refused_at_once(stages, reasons):
         assert len(error.value.details) == len(reasons)
         for reason, detail in zip(reasons, error.value.details):
             assert reason in detail
-    with pytest.raises((IndexError, RuntimeError, AttributeError)):  # what the refusal is for
+    with pytest.raises((IndexError, RuntimeError, AttributeError)):  # otherwise the refusal would be wrong
         config = CvtConfig(**configs.config_of(variant), num_labels=3)
         CvtForImageClassification(config)(torch.zeros(1, 3, 32, 32))
 
@@ -281,12 +272,14 @@ def test_what_transformers_can_not_build_is_refused_at_once(stages, reasons):
 
 
 @pytest.mark.files
-def test_the_command_converts(tiny_folder, tmp_path):
+@pytest.mark.filterwarnings("ignore:'cvt_keras.pretrained' found in sys.modules:RuntimeWarning")
+def test_the_module_is_a_command_that_converts(tiny_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.keras"
-    command = [sys.executable, "-m", "cvt_keras.pretrained", str(tiny_folder), str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "5 classes, images of 64x64, gelu" in done.stdout.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["pretrained", str(tiny_folder), str(out)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("cvt_keras.pretrained", run_name="__main__")
+    assert not stop.value.code
+    assert "5 classes, images of 64x64, gelu" in capsys.readouterr().out.splitlines()[-1]
     model = keras.saving.load_model(out)
     assert isinstance(model, CvT)
     assert model.preprocessing.class_names[4] == "class 4"
@@ -295,7 +288,7 @@ def test_the_command_converts(tiny_folder, tmp_path):
 
 
 @pytest.mark.files
-def test_the_commands_variant_is_heard(tmp_path, capsys):
+def test_the_command_passes_the_variant_on(tmp_path, capsys):
     file = save_torch(tmp_path / "weights.pth", random_arrays(microsoft_weights("cvt_tiny", 5)))
     assert cli.main(["convert", str(file), str(tmp_path / "out.keras")]) == 1
     assert "give `variant`" in capsys.readouterr().err
@@ -309,7 +302,7 @@ def test_the_commands_variant_is_heard(tmp_path, capsys):
 
 
 @pytest.mark.files
-def test_the_command_chooses_among_the_weights_of_a_file(tmp_path, capsys):
+def test_the_command_passes_which_on(tmp_path, capsys):
     arrays = random_arrays(microsoft_weights("cvt_tiny", 5))
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
     doubled = {key: tensor * 2 for key, tensor in tensors.items()}
@@ -327,7 +320,7 @@ def test_the_command_chooses_among_the_weights_of_a_file(tmp_path, capsys):
 
 
 @pytest.mark.files
-def test_the_command_tells_of_a_full_disk(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_the_command_in_one_line(tiny_folder, tmp_path, monkeypatch, capsys):
     def save(model, path):
         path.write_text("a part")
         raise OSError(28, "No space left on device", str(path))
@@ -346,12 +339,12 @@ def test_the_command_tells_of_a_full_disk(tiny_folder, tmp_path, monkeypatch, ca
         ("nowhere.pth", "out.keras", 2, ["nowhere.pth"]),
         ("damaged.pth", "out.keras", 1, ["damaged.pth"]),
         ("damaged.pth", "out.h5", 2, ["must end in .keras", "out.h5"]),
-        ("damaged.pth", "there.keras", 2, ["already exists", "there.keras"]),
+        ("damaged.pth", "there.keras", 2, ["must not exist yet", "there.keras"]),
         ("damaged.pth", "nowhere/out.keras", 2, ["nowhere/out.keras"]),
-        ("damaged.pth", "/proc/out.keras", 2, ["/proc/out.keras", "can be written to"]),
+        ("damaged.pth", "/proc/out.keras", 2, ["/proc/out.keras", "writable"]),
     ],
 )
-def test_the_command_tells_a_wrong_argument_in_a_line(source, out, code, parts, tmp_path, monkeypatch, capsys):
+def test_a_wrong_argument_ends_the_command_in_one_line(source, out, code, parts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged.pth").write_text("hello")
     (tmp_path / "there.keras").write_text("mine")
@@ -364,7 +357,7 @@ def test_the_command_tells_a_wrong_argument_in_a_line(source, out, code, parts, 
 
 
 @pytest.mark.files
-def test_the_command_ends_with_130_and_nothing_when_stopped(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_command_ends_with_130_and_leaves_no_file(tiny_folder, tmp_path, monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
@@ -375,8 +368,8 @@ def test_the_command_ends_with_130_and_nothing_when_stopped(tiny_folder, tmp_pat
 
 
 @pytest.mark.files
-def test_reference_models_statistics_are_random():
-    """What the live tests stand on."""
+def test_every_weight_of_the_reference_model_is_random():
+    """The tests against transformers rely on it: equal weights could be swapped unnoticed."""
     state_dict = reference_model(TINY, 5).state_dict()
     for key, value in state_dict.items():
         if key.endswith(("running_mean", "running_var", "weight", "bias", "cls_token")):
@@ -384,7 +377,7 @@ def test_reference_models_statistics_are_random():
 
 
 @pytest.mark.files
-def test_a_network_without_a_head_has_no_way_back():
+def test_a_network_without_a_head_is_not_converted():
     headless = CvT("cvt_tiny", 0, (32, 32, 3))
     for convert in (to_torch_state_dict, transformers_config):
         with pytest.raises(ValueError, match="num_classes=0"):

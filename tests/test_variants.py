@@ -50,7 +50,7 @@ def test_cifar_variants_keep_their_budget(name, budget):
     assert 0.8 * budget < macs(name, (32, 32, 3), 10) <= budget
 
 
-def test_macs_need_a_size():
+def test_macs_need_a_known_size():
     with pytest.raises(ValueError, match=r"`input_shape`.*all known.*None"):
         macs("cvt_tiny", (None, None, 3), 10)
     with pytest.raises(ValueError, match=r"`input_shape`.*\(32, 32\)"):
@@ -113,7 +113,7 @@ def test_errors_name_argument_and_value(make, parts):
         assert part in str(error.value)
 
 
-def test_a_variant_of_another_type_is_refused():
+def test_other_types_are_refused():
     with pytest.raises(TypeError, match="Received: variant=13"):
         get_variant(13)
     with pytest.raises(TypeError, match=r"stage 0.*Received: 3"):

@@ -1,1 +1,1 @@
-"""Published weights below the model: files and hub -> state dict, config -> variant, weight maps, `Checkpoint`."""
+"""Reads published weights, without a model: files and hub -> state dict, config -> variant, weight maps, `Checkpoint`."""

@@ -1,4 +1,4 @@
-"""A checkpoint, read and checked: it is whole, or refused."""
+"""Reads a checkpoint and checks that it is complete."""
 
 import dataclasses
 import zipfile
@@ -20,9 +20,9 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def load_state_dict(model, state_dict, weights):
-    """Gives `model` the arrays of a PyTorch state dict: each key is used exactly once, and no weight keeps its old value.
+    """Loads a PyTorch state dict into `model`. Each key is used exactly once, and every weight is set.
 
-    `num_batches_tracked`, BatchNorm's counter, is the one thing dropped.
+    Only `num_batches_tracked`, BatchNorm's counter, is ignored.
 
     Args:
         model: a `CvT`.
@@ -30,16 +30,15 @@ def load_state_dict(model, state_dict, weights):
         weights: the map, such as `microsoft_weights(model.variant, model.num_classes)`.
 
     Raises:
-        CheckpointError: with every missing, unused and mis-shaped key, and every one that holds no finite floats. The model is
-            then as it was.
-        ValueError: if `weights` is of another network.
+        CheckpointError: naming every key that is missing, unused, mis-shaped, or not of finite floats. The model is unchanged.
+        ValueError: if `weights` is the map of another network.
     """
     _require_fit(state_dict, weights)
     _assign(model, state_dict, weights)
 
 
 def _require_fit(state_dict, weights, network="the network"):
-    """Raises CheckpointError unless `state_dict` holds what `weights` names and nothing else; no model is needed for that."""
+    """Raises CheckpointError unless `state_dict` has exactly the keys and shapes of `weights`. Needs no model."""
     keys = {weight.key for weight in weights}
     missing = [f"missing: {key}" for key in sorted(keys - set(state_dict))]
     unused = [f"unused: {key}" for key in sorted(set(state_dict) - keys - layouts.counters(weights), key=str)]
@@ -54,7 +53,7 @@ def _require_fit(state_dict, weights, network="the network"):
 
 
 def _fault(key, value, shape):
-    """What is wrong with an array, if anything."""
+    """Returns what is wrong with an array, or `None`."""
     dtype = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
     if dtype not in _FLOATS:
         return f"its dtype must be one of {', '.join(_FLOATS)}. Received: {dtype}"
@@ -66,31 +65,31 @@ def _fault(key, value, shape):
     except (TypeError, RuntimeError) as error:
         return f"it must be a plain, dense tensor. Received: {str(error).splitlines()[0]}"
     if not np.isfinite(array).all():
-        return "it holds a NaN, an infinity or what float32 can't hold"
+        return "it holds a NaN, an infinity or a value too large for float32"
     if key.endswith(("running_var", "moving_variance")) and (array < 0).any():
         return "it holds a negative variance"
     return None
 
 
 def _array(value):
-    """A tensor as a NumPy array, halves in float32; else without a copy."""
-    if hasattr(value, "detach"):  # PyTorch's, told without importing it
+    """Returns a tensor as a NumPy array: half precision as float32, other types without a copy."""
+    if hasattr(value, "detach"):  # a PyTorch tensor, recognised without importing torch
         value = value.detach().cpu()
         value = (value.float() if value.element_size() == 2 else value).numpy()
     return value.astype("float32") if value.dtype.itemsize == 2 else value
 
 
-def _assign(model, state_dict, weights, kept=()):
-    """Gives `model` the arrays, but for the variables whose paths are in `kept`."""
-    variables = {variable.path: variable for variable in model.weights if variable.path not in kept}
-    weights = [weight for weight in weights if weight.path not in kept]
+def _assign(model, state_dict, weights, skipped=()):
+    """Assigns the arrays to the variables of `model`, except to those whose paths are in `skipped`."""
+    variables = {variable.path: variable for variable in model.weights if variable.path not in skipped}
+    weights = [weight for weight in weights if weight.path not in skipped]
     ours = {path: tuple(variable.shape) for path, variable in variables.items()}
     theirs = {path: _transposed(shape, axes) for _, path, shape, axes in weights}
-    if odd := sorted(path for path in {*ours, *theirs} if ours.get(path) != theirs.get(path)):
-        raise ValueError(f"`weights` and the model disagree on: {', '.join(odd)}")
+    if different := sorted(path for path in {*ours, *theirs} if ours.get(path) != theirs.get(path)):
+        raise ValueError(f"`weights` and the model disagree on: {', '.join(different)}")
     for key, path, _, axes in weights:
         array = _array(state_dict[key])
-        # A copy: JAX keeps the array that it is given, which may be a mapped file or the caller's own.
+        # A copy: JAX keeps a reference to the array, which may be a mapped file or the caller's own.
         variables[path].assign(np.array(np.transpose(array, axes) if axes else array, dtype="float32", order="C"))
 
 
@@ -103,14 +102,14 @@ def _transposed(shape, axes):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole: every array that `weights` names is there, and no other.
+    """A complete checkpoint: it has every array that `weights` names, and no other.
 
     Args:
         state_dict: key -> array or tensor.
-        weights: the map for it.
+        weights: its weight map.
         variant: the network.
         num_classes: outputs of its head.
-        channels: of its images.
+        channels: channels of its images.
         preprocessing: a `Preprocessing`.
     """
 
@@ -122,13 +121,13 @@ class Checkpoint:
     preprocessing: Preprocessing
 
     def load_into(self, model, head=True):
-        """Gives `model` the weights and lets go of them; without `head` those of the model's head stay as they are."""
+        """Loads the weights into `model` and releases them. With `head=False`, the model keeps the weights of its head."""
         _assign(model, self.state_dict, self.weights, () if head else ("head/kernel", "head/bias"))
         self.state_dict.clear()
 
 
 def read(source, variant=None, which=None):
-    """Reads and checks a checkpoint; no network is built.
+    """Reads and checks a checkpoint without building a network.
 
     Args:
         source, variant, which: as in `CvT.from_pretrained`.
@@ -138,8 +137,8 @@ def read(source, variant=None, which=None):
 
     Raises:
         CheckpointError: for a file that is damaged or holds something else.
-        ArgumentError: for a `source` that does not exist, a `variant` that is unknown or another network, or a `which` that
-            the file does not hold.
+        ArgumentError: if `source` does not exist, if `variant` is unknown or another network, or if the file does not hold
+            `which`.
         MissingPackageError: if the package that reads the file is not installed.
     """
     try:
@@ -151,8 +150,7 @@ def read(source, variant=None, which=None):
         if file.suffix.lower() == ".keras":
             if which is not None:
                 raise ArgumentError(
-                    f"`which` chooses among the weights of a PyTorch file, and a .keras file holds one network. "
-                    f"Received: which={which!r}",
+                    f"`which` must not be passed with a .keras file, which holds one network. Received: which={which!r}",
                     argument="which",
                 )
             return _read_keras(file, variant)
@@ -162,7 +160,7 @@ def read(source, variant=None, which=None):
 
 
 def _read_pytorch(file, variant, which):
-    """A state dict, and the configs beside it, as a checkpoint."""
+    """Reads a state dict and the configs beside it."""
     state_dict = state_dicts.read(file, which)
     name = layouts.layout_name(state_dict)
     layout = LAYOUTS[name]
@@ -171,41 +169,42 @@ def _read_pytorch(file, variant, which):
     config = file.with_name(state_dicts.CONFIG)
     if name == "transformers" and (config.exists() or variant is None):
         network = config.name
-        found, preprocessing = configs.read(config, channels)
+        stored_variant, preprocessing = configs.read(config, channels)
     else:
         paper = layouts.paper_network(shapes) if name == "microsoft" else None
         if variant is None:
-            network = f"the paper's {paper}, whose widths, kernels and depths they have (another network needs `variant`)"
+            network = f"the paper's {paper}, which has the same widths, kernels and depths (for another network give `variant`)"
         else:
-            network = "`variant`" + (f" (their widths, kernels and depths are those of {paper})" if paper else "")
+            network = "`variant`" + (f" (they have the widths, kernels and depths of {paper})" if paper else "")
         if variant is None and paper is None:
             raise CheckpointError(layouts.why_no_paper_network(shapes))
-        found = variant or VARIANTS[paper]
-        preprocessing = configs.published_preprocessing(found, channels, file.stem)
-    found = _settled(dataclasses.replace(found, activation=layout.activation), variant)
+        stored_variant = variant or VARIANTS[paper]
+        preprocessing = configs.published_preprocessing(stored_variant, channels, file.stem)
+    stored_variant = dataclasses.replace(stored_variant, activation=layout.activation)
+    resolved_variant = _resolve_variant(stored_variant, variant)
     try:
-        weights = layout.weights(found, num_classes, channels)
+        weights = layout.weights(resolved_variant, num_classes, channels)
     except ValueError as error:
         if variant is not None:
             raise ArgumentError(f"`variant` can't be the network of {file}: {error}", argument="variant") from error
-        raise CheckpointError(f"{network} is of no such network: {error}") from error
+        raise CheckpointError(f"{network} does not describe a network of this layout: {error}") from error
     _require_fit(state_dict, weights, network)
     try:
-        found.grids(*preprocessing.image_size)
+        resolved_variant.grids(*preprocessing.image_size)
     except ValueError as error:
-        said = state_dicts.PROCESSOR if name == "transformers" else "its name"
-        raise CheckpointError(f"the image size that {said} gives does not fit its network: {error}") from error
+        place = state_dicts.PROCESSOR if name == "transformers" else "its name"
+        raise CheckpointError(f"the image size in {place} does not fit the network: {error}") from error
     names = preprocessing.class_names
     if names and len(names) != num_classes:
-        raise CheckpointError(f"{network} names {len(names)} classes, and the weights are of {num_classes}")
-    return Checkpoint(state_dict, weights, found, num_classes, channels, preprocessing)
+        raise CheckpointError(f"{network} names {len(names)} classes, but the weights have {num_classes}")
+    return Checkpoint(state_dict, weights, resolved_variant, num_classes, channels, preprocessing)
 
 
 def _read_keras(file, variant):
-    """A `CvT` saved by Keras, or a classifier around one, as a checkpoint of Keras' own paths."""
+    """Reads a `.keras` file that holds a `CvT` or a classifier around one. The keys are Keras' variable paths."""
     if not zipfile.is_zipfile(file):
         advice = state_dicts.advice(file, otherwise="download or write it again")
-        raise CheckpointError(f"it is damaged or no .keras file: {advice}")
+        raise CheckpointError(f"it is damaged or not a .keras file: {advice}")
     try:
         model = keras.saving.load_model(file, compile=False)
     except (MemoryError, PermissionError):
@@ -216,10 +215,10 @@ def _read_keras(file, variant):
     if network is None:
         raise CheckpointError("it holds no CvT")
     if hasattr(network, "quantized"):
-        raise CheckpointError("it was trained for quantisation, which is a last step: start from the run before it")
+        raise CheckpointError("it was trained for quantisation, which must come last: start from the run before it")
     if is_quantized(network):
         raise CheckpointError(
-            "Keras' `quantize` made its kernels integers, which is a last step: start from the model before it"
+            "Keras' `quantize` made its kernels integers, which must come last: start from the model before it"
         )
     preprocessing = preprocessing_in(model)
     arrays = {weight.path: keras.ops.convert_to_numpy(weight) for weight in network.weights}
@@ -228,7 +227,7 @@ def _read_keras(file, variant):
     return Checkpoint(
         arrays,
         [Weight(path, path, array.shape) for path, array in arrays.items()],
-        _settled(network.variant, variant),
+        _resolve_variant(network.variant, variant),
         network.num_classes,
         network.input_shape[-1],
         preprocessing,
@@ -236,50 +235,50 @@ def _read_keras(file, variant):
 
 
 def network_in(model):
-    """The part of a model that holds a `Variant`: the model itself, or a layer of a classifier. `None` if no part does."""
+    """Returns the part of a model that has a `Variant`: the model itself, a layer of a classifier, or `None`."""
     parts = (model, *getattr(model, "layers", ()))
     return next((part for part in parts if isinstance(getattr(part, "variant", None), Variant)), None)
 
 
 def is_quantized(network):
-    """Whether Keras' `quantize` changed some of its layers."""
+    """Whether Keras' `quantize` changed any layer."""
     return any(getattr(layer, "quantization_mode", None) for layer in network._flatten_layers())
 
 
 def preprocessing_in(model):
-    """The `Preprocessing` that a model holds, or `None`.
+    """Returns the `Preprocessing` of a model, or `None`.
 
-    It is that of a classifier's first layer, or of the network itself, as in quantised classifiers and files of version 0.1.
+    A classifier's first layer holds it. In quantised classifiers and files of version 0.1, the network does.
     """
-    held = (getattr(part, "preprocessing", None) for part in (*getattr(model, "layers", ()), model))
-    return next((preprocessing for preprocessing in held if isinstance(preprocessing, Preprocessing)), None)
+    candidates = (getattr(part, "preprocessing", None) for part in (*getattr(model, "layers", ()), model))
+    return next((preprocessing for preprocessing in candidates if isinstance(preprocessing, Preprocessing)), None)
 
 
-def _settled(found, variant):
-    """The variant to build: the found one, or the given one, if it is the same network but for activation and drop path.
+def _resolve_variant(stored, requested):
+    """Returns the variant to build: the checkpoint's, or `requested` if it differs only in activation and drop path.
 
-    The activation is that of the weights whatever is given: with another they are of no use.
+    The activation is always the checkpoint's, because its weights were trained with it.
 
     Raises:
-        ValueError: if it is another network.
+        ArgumentError: if `requested` is another network.
     """
-    if variant is None:
-        return found
-    if _shape_of(variant) != _shape_of(found):
-        pairs = zip(_shape_of(found).stages, _shape_of(variant).stages)
+    if requested is None:
+        return stored
+    if _shape_of(requested) != _shape_of(stored):
+        pairs = zip(_shape_of(stored).stages, _shape_of(requested).stages)
         differences = [
-            f"{field} of stage {i} is {getattr(theirs, field)}, not {getattr(given, field)}"
-            for i, (theirs, given) in enumerate(pairs)
+            f"{field} of stage {i} is {getattr(theirs, field)}, not {getattr(ours, field)}"
+            for i, (theirs, ours) in enumerate(pairs)
             for field in vars(theirs)
-            if getattr(theirs, field) != getattr(given, field)
+            if getattr(theirs, field) != getattr(ours, field)
         ]
         raise ArgumentError(
             f"`variant` is not the checkpoint's network: {'; '.join(differences) or 'stages or stem differ'}",
             argument="variant",
         )
-    return dataclasses.replace(variant, activation=found.activation)
+    return dataclasses.replace(requested, activation=stored.activation)
 
 
 def _shape_of(variant):
-    """The variant without what no shape and no stride shows."""
+    """The variant without activation and drop path."""
     return Variant(tuple(dataclasses.replace(stage, drop_path=0.0) for stage in variant.stages), stem=variant.stem)

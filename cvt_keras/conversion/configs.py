@@ -10,7 +10,7 @@ from cvt_keras.errors import CheckpointError, first_line
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.variants import VARIANTS, Stage, Variant, is_integer
 
-# Both sources trained on ImageNet's mean and std; the authors' files do not say so, their yaml files do.
+# Both sources trained with ImageNet's mean and std. The authors' yaml files say so, their weight files don't.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -47,13 +47,13 @@ CONFIG_FIELDS = {
 
 
 def variant_from_microsoft(spec):
-    """The `Variant` that a `MODEL.SPEC` of the authors' yaml files describes.
+    """Returns the `Variant` that a `MODEL.SPEC` of the authors' yaml files describes.
 
     Args:
         spec: the dict, with a list entry for each stage under `DIM_EMBED` and the like.
 
     Raises:
-        ValueError: for a setting that this network has not: a projection kernel that is not 3, dropout, a position embedding.
+        ValueError: for a setting that is not supported: another projection kernel than 3, dropout, a position embedding.
     """
     _require_off(spec, ("DROP_RATE", "ATTN_DROP_RATE", "POS_EMBED"))
     _require_kernel(spec, "KERNEL_QKV", "PADDING_Q", "PADDING_KV")
@@ -61,15 +61,15 @@ def variant_from_microsoft(spec):
 
 
 def variant_from_transformers(config):
-    """The `Variant` that a `CvtConfig` describes.
+    """Returns the `Variant` that a `CvtConfig` describes.
 
-    Its `layer_norm_eps` is not read, nor does transformers: its LayerNorms have PyTorch's 1e-5.
+    `layer_norm_eps` is ignored, as in transformers, whose LayerNorms have PyTorch's 1e-5.
 
     Args:
-        config: the dict that its config.json holds; what it leaves out is as in CvT-13, `CvtConfig`'s default.
+        config: the dict of config.json. Missing entries default to CvT-13's, as in `CvtConfig`.
 
     Raises:
-        ValueError: for a setting that this network has not: a projection kernel that is not 3, or dropout.
+        ValueError: for a setting that is not supported: another projection kernel than 3, or dropout.
     """
     config = {**config_of(VARIANTS["cvt_13"]), "drop_rate": [], "attention_drop_rate": [], **config}
     for name in (*CONFIG_FIELDS.values(), "kernel_qkv", "padding_q", "padding_kv", "drop_rate", "attention_drop_rate"):
@@ -81,10 +81,10 @@ def variant_from_transformers(config):
 
 
 def config_of(variant):
-    """The entries of a config.json of transformers that describe a variant's stages, a list for each."""
+    """Returns the entries of transformers' config.json that describe a variant's stages, each a list."""
     config = {name: [getattr(stage, field) for stage in variant.stages] for field, name in CONFIG_FIELDS.items()}
     for name, kind in {"mlp_ratio": float, "drop_path_rate": float, "qkv_bias": bool, "cls_token": bool}.items():
-        config[name] = [kind(value) for value in config[name]]  # transformers takes no 4 for 4.0
+        config[name] = [kind(value) for value in config[name]]  # transformers refuses 4 for 4.0
     same = {"kernel_qkv": 3, "padding_q": 1, "padding_kv": 1, "drop_rate": 0.0, "attention_drop_rate": 0.0}
     return config | {name: [value] * len(variant.stages) for name, value in same.items()}
 
@@ -113,20 +113,20 @@ def _variant(spec, fields, activation):
 
 
 def read(file, channels):
-    """config.json, and preprocessor_config.json beside it if there is one -> `Variant` and preprocessing.
+    """Reads config.json, and preprocessor_config.json beside it if it exists. Returns a `Variant` and a `Preprocessing`.
 
     Args:
         file: the path of config.json.
-        channels: of the images.
+        channels: channels of the images.
 
     Raises:
-        CheckpointError: for a file that is missing, or says what can't be.
+        CheckpointError: for a missing file or an invalid entry.
     """
     if not file.exists():
         raise CheckpointError(
-            f"{file.name} must lie beside it, as heads and strides do not show in the weights: or give `variant`"
+            f"{file.name} is missing beside it, and the weights do not show heads and strides: add it, or give `variant`"
         )
-    with _named(f"{file.name} is no config of a CvT"):
+    with _named(f"{file.name} is not a valid config of a CvT"):
         config = _read_object(file)
         if config.get("model_type") != "cvt":
             raise ValueError(f"`model_type` must be cvt. Received: {config.get('model_type')}")
@@ -136,12 +136,12 @@ def read(file, channels):
             raise ValueError(f"`id2label` must hold names. Received: {labels}")
         names = [labels.get(str(i)) for i in range(len(labels))]
     preprocessing = published_preprocessing(variant, channels, "")
-    # transformers' own names, where nobody named the classes
-    nameless = None in names or all(name == f"LABEL_{i}" for i, name in enumerate(names))
-    preprocessing = preprocessing.replace(class_names=None if nameless else names)
+    # LABEL_0, ... are transformers' defaults, not names.
+    unnamed = None in names or all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    preprocessing = preprocessing.replace(class_names=None if unnamed else names)
     file = file.with_name(state_dicts.PROCESSOR)
     if file.exists():
-        with _named(f"{file.name} is no config of an image processor"):
+        with _named(f"{file.name} is not a valid config of an image processor"):
             preprocessing = preprocessing.replace(**_processor(_read_object(file), preprocessing, channels))
     return variant, preprocessing
 
@@ -154,31 +154,31 @@ def _read_object(file):
 
 
 @contextlib.contextmanager
-def _named(what):
-    """Names the file in what goes wrong in it, in one line."""
+def _named(fault):
+    """Turns an error into a CheckpointError of one line that names the file."""
     try:
         yield
     except (ValueError, TypeError, OverflowError, OSError) as error:
-        raise CheckpointError(f"{what}: {first_line(error)}") from error
+        raise CheckpointError(f"{fault}: {first_line(error)}") from error
 
 
 def _processor(config, default, channels):
-    """Mean, std and image size of a preprocessor_config.json, for pixels in 0..1."""
+    """Returns mean and std, for pixels in 0..1, and the image size of a preprocessor_config.json."""
     config = {name: value for name, value in config.items() if value is not None}
-    found = {"mean": config.get("image_mean", default.mean), "std": config.get("image_std", default.std)}
+    statistics = {"mean": config.get("image_mean", default.mean), "std": config.get("image_std", default.std)}
     if not config.get("do_normalize", True):
-        found = {"mean": [0.0] * channels, "std": [1.0] * channels}
+        statistics = {"mean": [0.0] * channels, "std": [1.0] * channels}
     if config.get("rescale_offset"):
-        raise ValueError(f"`rescale_offset` is not known here. Received: {config['rescale_offset']}")
+        raise ValueError(f"`rescale_offset` is not supported. Received: {config['rescale_offset']}")
     factor = config.get("rescale_factor", 1 / 255)
     if not _is_number(factor) or not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"`rescale_factor` must be a positive number. Received: {factor}")
     scale = 255 * factor if config.get("do_rescale", True) else 255
-    for name, values in found.items():
+    for name, values in statistics.items():
         if not isinstance(values, (list, tuple)) or not all(map(_is_number, values)):
             raise ValueError(f"`image_{name}` must be a list of {channels} numbers. Received: {values}")
-        found[name] = [value / scale for value in values]
-    Preprocessing(**found).require_channels(channels)
+        statistics[name] = [value / scale for value in values]
+    Preprocessing(**statistics).require_channels(channels)
     size = config.get("size", default.image_size)
     if config.get("do_center_crop", True):
         size = config.get("crop_size", size)
@@ -188,7 +188,7 @@ def _processor(config, default, channels):
         sides = size if isinstance(size, (list, tuple)) else [size, size]
     if len(sides) != 2 or not all(is_integer(side) for side in sides):
         raise ValueError(f"`size` must be a side in pixels, or height and width. Received: {size}")
-    return {**found, "image_size": sides}
+    return {**statistics, "image_size": sides}
 
 
 def _is_number(value):
@@ -196,17 +196,17 @@ def _is_number(value):
 
 
 def published_preprocessing(variant, channels, name):
-    """How the published weights were trained, where no file says it.
+    """Returns the preprocessing of the published weights, for sources without a config.
 
     Args:
         variant: the network.
-        channels: of the images; of 3 mean and std are ImageNet's, of others unknown.
-        name: of the file of weights, which says the resolution if it is called as the authors' are.
+        channels: channels of the images. Mean and std are ImageNet's for 3, and unknown for others.
+        name: name of the file of weights. The authors' names contain the image size.
     """
-    found = re.search(r"(?:^|[-_.])(\d{2,4})x(\d{2,4})(?:$|[-_.])", name)
+    match = re.search(r"(?:^|[-_.])(\d{2,4})x(\d{2,4})(?:$|[-_.])", name)
     widest = variant.stages[-1].dim == VARIANTS["cvt_w24"].stages[-1].dim
     size = [384 if widest else 224] * 2
-    if found and min(int(side) for side in found.groups()) >= variant.stride:  # or the numbers mean something else
-        size = [int(side) for side in found.groups()]
+    if match and min(int(side) for side in match.groups()) >= variant.stride:  # smaller numbers mean something else
+        size = [int(side) for side in match.groups()]
     mean, std = (list(IMAGENET_MEAN), list(IMAGENET_STD)) if channels == 3 else (None, None)
     return Preprocessing(mean, std, image_size=size)

@@ -1,4 +1,4 @@
-"""PyTorch's state dicts, from files, folders and the Hugging Face hub, without running what is in them."""
+"""Reads PyTorch's state dicts from files, folders and the Hugging Face hub, without running code from them."""
 
 import importlib
 import json
@@ -15,24 +15,24 @@ from cvt_keras.conversion import torch_files
 from cvt_keras.conversion.torch_files import StandIn, Tensor
 from cvt_keras.errors import ArgumentError, CheckpointError, MissingPackageError, first_line
 
-# A source with such an ending that does not exist is a missing file, not a hub id. The format of a file is read from its bytes.
+# A source with such a suffix is a file, not a hub id, even if it does not exist. The bytes of a file show its format.
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt", ".tar", ".json")
-# As transformers calls them. Of the weights' the first is preferred.
+# transformers' names. Of the files of weights, the first that exists is read.
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 INDEX = ".index.json"
 FILES = ("model.safetensors", "pytorch_model.bin", f"model.safetensors{INDEX}", f"pytorch_model.bin{INDEX}")
 
 
 def locate(source):
-    """The file that holds a source's weights, downloaded if that is a hub id.
+    """Returns the path of a source's weights; downloads a hub id.
 
     Args:
         source: a file, a folder that transformers saved, or a hub id such as `"microsoft/cvt-13"`.
 
     Raises:
-        ValueError: for a `source` that there is not.
+        ArgumentError: if `source` does not exist.
         CheckpointError: if there is no checkpoint in it.
-        ImportError: for a hub id without huggingface_hub.
+        MissingPackageError: for a hub id without huggingface_hub.
     """
     if not isinstance(source, (str, os.PathLike)) or not str(source):
         raise ArgumentError(
@@ -55,10 +55,10 @@ def locate(source):
 
 
 def _file_in(folder):
-    """The file of weights in a folder that transformers saved."""
+    """Returns the file of weights in a folder that transformers saved."""
     if not (folder / CONFIG).exists():
         raise CheckpointError(
-            f"the folder has no {CONFIG}, so is none of transformers: give the file of weights, and `variant`"
+            f"the folder has no {CONFIG}, so transformers did not save it: give the file of weights, and `variant`"
         )
     for name in FILES:
         if (folder / name).exists():
@@ -67,15 +67,15 @@ def _file_in(folder):
 
 
 def _download(hub_id):
-    """The file of weights of a hub id: in the hub's cache, or where that lacks it downloaded into it."""
-    hub = import_or_tell("huggingface_hub", f"`source` {hub_id!r} is no file or folder; to look for it on the hub")
+    """Returns the path of a hub id's weights in the hub's cache; downloads what the cache lacks."""
+    hub = _import_package("huggingface_hub", f"`source` {hub_id!r} is no local file or folder; to look for it on the hub")
 
     def snapshot(name, cached):
         # Shards are called model-00001-of-00002.safetensors.
         shards = [name.removesuffix(INDEX).replace(".", "-*.")] if name.endswith(INDEX) else []
         return Path(hub.snapshot_download(hub_id, allow_patterns=[CONFIG, PROCESSOR, name, *shards], local_files_only=cached))
 
-    # Published weights do not change: what the cache holds is good, also without a network.
+    # Published weights do not change, so the cache is read first. It also works offline.
     for cached in (True, False):
         try:
             files = (snapshot(name, cached) / name for name in FILES)
@@ -83,41 +83,41 @@ def _download(hub_id):
             if cached and file.name.endswith(INDEX):
                 _shards(file)  # raises if the cache lacks one
             break
-        except Exception as error:  # of the hub's, of its HTTP library's, or the system's
+        except Exception as error:  # raised by the hub, its HTTP library or the system
             if not cached:
                 raise CheckpointError(
-                    f"it is no file or folder here, and can't be had from the hub ({first_line(error)}). Give a file, "
-                    "or download the repository where there is a network"
+                    f"it is no local file or folder, and can't be downloaded from the hub ({first_line(error)}). Give a file, "
+                    "or download the repository on a machine with network access"
                 ) from error
     if not file.with_name(PROCESSOR).exists():
-        # Another program may have fetched the rest without it; not every repository has one.
+        # Another program may have downloaded the other files without it. Not every repository has one.
         try:
             hub.hf_hub_download(hub_id, PROCESSOR, revision=file.parent.name)
         except Exception as error:
             warnings.warn(
-                f"{hub_id} has no {PROCESSOR} ({first_line(error)}): image size, mean and std are taken to be the paper's",
+                f"{hub_id} has no {PROCESSOR} ({first_line(error)}): image size, mean and std default to the paper's",
                 stacklevel=2,
             )
     return file
 
 
 def read(file, which=None):
-    """The state dict in a file or in the shards that an index lists, without what wraps it.
+    """Reads the state dict of a file, or of the shards that an index lists.
 
-    A file may hold it under a name, such as `state_dict`, and its keys may begin with a prefix, such as `module.`.
+    It may be nested under a name, such as `state_dict`, and its keys may have a prefix, such as `module.`. Both are removed.
 
     Args:
         file: a path; its bytes say what it is, not its name.
-        which: which weights to read where there are several: `"ema"` for the moving average, or the name or prefix that they
-            have in the file. `None` means the weights themselves, with a warning if the file holds their average too.
+        which: which weights to read if there are several: `"ema"` for the moving average, or their name or prefix in the file.
+            `None` reads the weights that are not an average, and warns if there is an average too.
 
     Returns:
-        A dict from names to NumPy arrays.
+        A dict from keys to NumPy arrays.
 
     Raises:
         CheckpointError: for a file that is damaged or holds something else, or several networks.
         ArgumentError: for a `which` that the file does not hold.
-        MissingPackageError: if the package that reads it is missing, with what to install.
+        MissingPackageError: if the package that reads the file is not installed.
     """
     contents = _read_shards(file) if file.name.endswith(INDEX) else _read_file(file)
     choices = _choices(contents)
@@ -134,14 +134,14 @@ def _read_file(file):
     if start[8:] == b"{" or file.suffix.lower() == ".safetensors":
         return _read_safetensors(file)
     if start.startswith(b"\x89HDF"):
-        raise CheckpointError("it is HDF5, perhaps weights that Keras saved: build the network and call its load_weights(file)")
+        raise CheckpointError("it is HDF5, perhaps weights saved by Keras: build the network and call its load_weights(file)")
     try:
         return torch_files.load(file)
     except CheckpointError as error:
         if zipfile.is_zipfile(file) and _is_keras(file):
-            raise CheckpointError("it is a file of Keras: give it a name that ends in .keras") from error
+            raise CheckpointError("it is a Keras file: rename it to end in .keras") from error
         if error.hint is None and (better := advice(file, otherwise=None)):
-            raise CheckpointError(f"it is damaged or no checkpoint: {better}") from error
+            raise CheckpointError(f"it is damaged or not a checkpoint: {better}") from error
         raise
 
 
@@ -151,14 +151,14 @@ def _is_keras(file):
 
 
 def _shards(index):
-    """Reads an index -> key -> name of its file, and the names, each of which exists."""
+    """Reads an index. Returns its map from keys to file names, and the file names, all of which exist."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("`weight_map` must name files beside it")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index.name} is no index of shards: {first_line(error)}") from error
+        raise CheckpointError(f"{index.name} is not a valid index of shards: {first_line(error)}") from error
     if missing := [name for name in names if not index.with_name(name).exists()]:
         raise CheckpointError(
             f"{len(missing)} of the {len(names)} files that {index.name} lists are missing: download them again",
@@ -168,7 +168,7 @@ def _shards(index):
 
 
 def _read_shards(index):
-    """The state dict of a folder that transformers saved in several files."""
+    """Reads the state dict of a folder that transformers saved in several files."""
     weight_map, names = _shards(index)
     state_dict, faults = {}, []
     for name in names:
@@ -178,7 +178,7 @@ def _read_shards(index):
             raise CheckpointError(f"{name}: {error.summary}", hint=error.hint, details=error.details) from error
         if not isinstance(shard, Mapping):
             raise CheckpointError(f"{name} holds no state dict: a dict from names to tensors. Received: {type(shard).__name__}")
-        listed = {key for key, holder in weight_map.items() if holder == name}
+        listed = {key for key, file_name in weight_map.items() if file_name == name}
         faults += [f"missing in {name}: {key}" for key in sorted(listed - set(shard))]
         faults += [f"unused in {name}: {key}" for key in sorted(set(shard) - listed, key=str)]
         state_dict |= shard
@@ -187,25 +187,25 @@ def _read_shards(index):
     return state_dict
 
 
-# === Choosing among what a file holds ===
+# === Choosing one of a file's networks ===
 
-# Such a key shows where a network's own keys begin, behind which prefix.
+# Matches a key of a CvT, and captures the prefix before the network's own key.
 _KEY_OF_A_CVT = re.compile(r"((?:[^.]+\.)*?)(?:stage\d{1,3}|cvt\.encoder\.stages)\.")
 _AVERAGE = re.compile(r"(^|[^a-z])ema([^a-z]|$)|averag|shadow|(^|[^a-z])swa([^a-z]|$)")
 _MAX_DEPTH = 4
 
 
 class _Choice(NamedTuple):
-    """One network in a file: the names that lead to its dict, its keys' prefix in it, and the dict with the others' keys."""
+    """One network in a file."""
 
-    names: tuple[str, ...]
-    prefix: str
-    holder: Mapping
+    names: tuple[str, ...]  # the keys of the nested dicts that lead to its dict
+    prefix: str  # of its keys in that dict
+    holder: Mapping  # that dict, which may hold other keys too
     beside: tuple[str, ...]  # the prefixes of other networks in the same dict
 
     @property
     def name(self):
-        """What `which` calls it: the prefix where the dict holds more than this network, else the name of the dict."""
+        """Its name for `which`: the prefix if the dict holds other keys too, else the name of the dict."""
         alone = self.names and not self.beside and not self.strays()
         return ("" if alone else self.prefix.rstrip(".")) or ".".join(self.names) or "."
 
@@ -217,11 +217,11 @@ class _Choice(NamedTuple):
         return which in (self.name, ".".join(self.names), *self.names[-1:])
 
     def is_named_by(self, which):
-        """Whether `which` says that only the keys with this prefix are wanted."""
+        """Whether `which` asks for the keys with this prefix only."""
         return which == self.name or (which == "ema" and bool(_AVERAGE.search(self.prefix.lower())))
 
     def state_dict(self):
-        """The keys without the prefix. Keys of other networks are left out."""
+        """Returns the network's arrays under their keys without the prefix."""
         others = [prefix for prefix in self.beside if len(prefix) > len(self.prefix)]
         return {
             key.removeprefix(self.prefix): value
@@ -230,42 +230,42 @@ class _Choice(NamedTuple):
         }
 
     def strays(self):
-        """The keys that no network's prefix covers: a loss's weights, for instance. A counter of averaging is none."""
+        """Returns the keys without any network's prefix, such as a loss's weights. `n_averaged`, a counter, is ignored."""
         if not self.prefix:
-            return []  # they are listed when the weights are compared with the network
+            return []  # they are reported as unused when the weights are compared with the network
         covered = (self.prefix, *self.beside)
         return [key for key in self.holder if not key.startswith(covered) and key != "n_averaged"]
 
 
 def _choices(contents):
-    """The networks in what a file holds; if there is none, the state dicts that may be one."""
-    found, dicts = [], []
+    """Returns the networks in a file's contents, or else its first state dict."""
+    networks, dicts = [], []
 
-    def look(value, names):
+    def search(value, names):
         if not isinstance(value, Mapping) or len(names) > _MAX_DEPTH:
             return
         for key, item in value.items():
             if isinstance(key, str):
-                look(item, (*names, key))
+                search(item, (*names, key))
         arrays = _arrays(value)
         if not arrays or not all(isinstance(key, str) for key in value):
             return
         prefixes = {match[1] for match in map(_KEY_OF_A_CVT.match, arrays) if match}
-        found.extend(_Choice(names, prefix, value, tuple(sorted(prefixes - {prefix}))) for prefix in sorted(prefixes))
+        networks.extend(_Choice(names, prefix, value, tuple(sorted(prefixes - {prefix}))) for prefix in sorted(prefixes))
         if not prefixes:
             dicts.append(_Choice(names, "", value, ()))
 
-    look(contents, ())
-    return found or dicts[:1]
+    search(contents, ())
+    return networks or dicts[:1]
 
 
 def _arrays(mapping):
-    """The keys of arrays; a single number is none, as an epoch may be a tensor too."""
+    """Returns the keys of arrays. Scalars are left out: an epoch may be a tensor too."""
     return [key for key, item in mapping.items() if getattr(item, "shape", ())]
 
 
 def _select(contents, choices, which, file):
-    """The state dict that `which` names, or the one that is meant where it is `None`."""
+    """Returns the state dict that `which` names; with `None`, the only one that is not an average."""
     if which is None:
         chosen = [choice for choice in choices if not choice.is_average] or choices
     elif which == "ema":
@@ -274,7 +274,7 @@ def _select(contents, choices, which, file):
         chosen = [choice for choice in choices if choice.answers_to(which)]
     names = ", ".join(repr(choice.name) for choice in choices)
     if not chosen:
-        known = f"be one of {names}" if names != repr(".") else "be left out, as the file holds one network and no name for it"
+        known = f"be one of {names}" if names != repr(".") else "be left out, as the file holds one network without a name"
         raise ArgumentError(f"`which` must {known}. Received: which={which!r}", argument="which")
     if len(chosen) > 1:
         raise CheckpointError(
@@ -284,25 +284,25 @@ def _select(contents, choices, which, file):
         )
     [choice] = chosen
     if which is None:
-        _require_nothing_astray(contents, choice)
+        _require_no_other_arrays(contents, choice)
         if averages := ", ".join(repr(other.name) for other in choices if other.is_average and other is not choice):
             warnings.warn(
-                f"{file.name} holds weights and their moving average: {choice.name!r} is read, and not {averages}. "
+                f"{file.name} holds weights and their moving average: reading {choice.name!r}, not {averages}. "
                 f'which="ema" reads the average (cvt-keras convert {file} OUT.keras --which ema)',
                 stacklevel=2,
             )
     if (strays := choice.strays()) and not choice.is_named_by(which):
         counts = Counter(key.partition(".")[0] for key in strays)
         raise CheckpointError(
-            f"beside the network, whose keys begin with {choice.prefix}, it holds other arrays",
+            f"it holds other arrays beside the network, whose keys begin with {choice.prefix}",
             hint=f"Read the network alone: cvt-keras convert {file} OUT.keras --which {choice.name}",
             details=[f"unused: {name}, {count} arrays" for name, count in sorted(counts.items())],
         )
     return choice.state_dict()
 
 
-def _require_nothing_astray(contents, choice):
-    """Raises CheckpointError if arrays lie beside the dict that is read."""
+def _require_no_other_arrays(contents, choice):
+    """Raises CheckpointError if a dict on the way to the chosen one holds arrays."""
     for name in choice.names:
         if (arrays := _arrays(contents)) and not choice.prefix:
             raise CheckpointError(f"unused: {', '.join(map(str, arrays))}, beside {name!r} and not in it")
@@ -310,18 +310,18 @@ def _require_nothing_astray(contents, choice):
 
 
 def _require_tensors(contents):
-    """Raises CheckpointError if what should be a state dict is an object of some class."""
+    """Raises CheckpointError, which says what the file holds instead of a state dict."""
     values = [contents, *(contents.values() if isinstance(contents, Mapping) else ())]
     if objects := [value for value in values if isinstance(value, StandIn)]:
         raise CheckpointError(
-            f"it holds an object of {objects[0].wanted} in place of tensors, which only its own code can open: refused. "
+            f"it holds an object of {objects[0].wanted} instead of tensors, which only its own code can open: refused. "
             f"{torch_files.SAVE_TENSORS}"
         )
     raise CheckpointError(f"it holds no state dict: a dict from names to tensors. Received: {type(contents).__name__}")
 
 
 def _read_safetensors(file):
-    safetensors = import_or_tell("safetensors", f"to read {file.name}")
+    safetensors = _import_package("safetensors", f"to read {file.name}")
     try:
         with safetensors.safe_open(file, framework="numpy") as tensors:
             arrays = {}
@@ -333,23 +333,23 @@ def _read_safetensors(file):
     except (CheckpointError, MemoryError, PermissionError):
         raise
     except Exception as error:
-        raise CheckpointError(f"it is damaged or no checkpoint ({first_line(error)}): {advice(file)}") from error
+        raise CheckpointError(f"it is damaged or not a checkpoint ({first_line(error)}): {advice(file)}") from error
 
 
 def advice(file, otherwise="download it again"):
-    """What to do about a file that can't be read, by what it begins with."""
+    """Returns what to do about an unreadable file, judging by its first bytes."""
     with open(file, "rb") as opened:
         start = opened.read(64)
     if start.startswith(b"version https://git-lfs"):
-        return "it is git-lfs' pointer to the file: run git lfs pull where it was cloned"
+        return "it is a git-lfs pointer to the file: run git lfs pull in the clone"
     if start.lstrip()[:1] == b"<":
-        return "it is a web page: download the file behind it"
+        return "it is a web page: download the file itself"
     return otherwise
 
 
-def import_or_tell(package, purpose, otherwise=""):
-    """The package, or an ImportError that says what it is for and how to get it."""
+def _import_package(package, purpose):
+    """Imports a package. Raises MissingPackageError, which says what it is for and how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise MissingPackageError(f"{purpose}, {package} is needed ({error}): pip install {package}{otherwise}") from error
+        raise MissingPackageError(f"{purpose}, {package} is needed ({error}): pip install {package}") from error

@@ -1,7 +1,7 @@
-"""Files of `torch.save`, read without PyTorch and without running what is in them.
+"""Reads files of `torch.save` without PyTorch and without running code from them.
 
 Such a file is a pickle and the bytes of its tensors. A pickle may name any class or function of Python to call. Here each
-name becomes a stand-in that does nothing, so that an optimizer's or a script's objects beside the weights do no harm. Only
+name becomes a stand-in that does nothing, so that objects of an optimizer or a script beside the weights do no harm. Only
 dicts and tensors are real.
 """
 
@@ -17,7 +17,7 @@ from cvt_keras.errors import CheckpointError, first_line
 
 SAVE_TENSORS = "Save the tensors alone: torch.save(model.state_dict(), file)"
 
-# NumPy has no bfloat16: its bits are the upper half of a float32's. PyTorch writes its own uint16 in another way.
+# NumPy has no bfloat16, whose bits are the upper half of a float32's. No other dtype here is read as uint16.
 _BFLOAT16 = np.dtype("uint16")
 _DTYPES = {
     "FloatStorage": np.dtype("float32"),
@@ -32,13 +32,13 @@ _DTYPES = {
     "BoolStorage": np.dtype("bool"),
 }
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # the first pickle of a file in the format before the archive
-# What only an attack names. It would not run here, but its file deserves no trust, and other programs would run it.
+# Only attacks name these. They would not run here, but other programs would run them, so the file is refused.
 _ATTACKS = {"os", "posix", "nt", "subprocess", "sys", "runpy", "importlib", "shutil", "socket", "webbrowser", "pty", "commands"}
 _ATTACKS_OF_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "getattr", "setattr", "globals"}
 
 
 class _Fixed:
-    """Base of objects that a pickle must not change later: their sizes have been checked."""
+    """Base of objects that a pickle must not change after their sizes are checked."""
 
     def __setstate__(self, state):
         raise pickle.UnpicklingError("a tensor is not described as PyTorch does")
@@ -46,7 +46,7 @@ class _Fixed:
 
 @dataclass
 class Storage(_Fixed):
-    """The memory of tensors: `data` holds its bytes, once they are read."""
+    """The memory of tensors: `data` holds its bytes once they are read."""
 
     dtype: np.dtype | str
     size: int
@@ -54,7 +54,7 @@ class Storage(_Fixed):
 
 
 class StandIn:
-    """In place of whatever else a pickle names: takes everything and does nothing. `wanted` says what was named."""
+    """Replaces every other name in a pickle: accepts any use and does nothing. `wanted` is the name."""
 
     wanted = ""
 
@@ -81,7 +81,7 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Tensor(_Fixed):
-    """A tensor as the pickle describes it. Its bytes are looked at by `array` alone."""
+    """A tensor as the pickle describes it. Only `array` reads its bytes."""
 
     storage: Storage
     offset: int
@@ -93,10 +93,10 @@ class Tensor(_Fixed):
         return self.storage.dtype
 
     def array(self):
-        """The values, without a copy, bfloat16 as float32; the tensor itself where NumPy has no such dtype.
+        """Returns the values without a copy, but bfloat16 as float32. Returns the tensor itself if NumPy lacks the dtype.
 
         Raises:
-            CheckpointError: if the tensor does not lie in its storage.
+            CheckpointError: if the tensor exceeds its storage.
         """
         if not isinstance(self.dtype, np.dtype):
             return self
@@ -155,7 +155,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Call:
-    """One of the few calls that have an effect. Without attributes, so that no pickle can change it."""
+    """One of the few functions that a pickle may call. It has no attributes, so that no pickle can change it."""
 
     __slots__ = ("_function",)
 
@@ -171,7 +171,7 @@ class _Call:
 
 @_Call
 def _rebuild(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
-    if not isinstance(storage, Storage) or metadata:  # such as a negative or conjugate view
+    if not isinstance(storage, Storage) or metadata:  # a negative or conjugate view, for example
         return StandIn()
     return Tensor(storage, offset, tuple(shape), tuple(strides))
 
@@ -187,24 +187,24 @@ def _rebuild_from_type(function, _, args, __):
 
 
 def load(file):
-    """What `torch.save` wrote: dicts, lists and numbers as they are, tensors as `Tensor`, all else as `StandIn`.
+    """Reads a file of `torch.save`: dicts, lists and numbers as they are, tensors as `Tensor`, all else as `StandIn`.
 
     Args:
         file: a path.
 
     Raises:
-        CheckpointError: for a file that is damaged, or none of PyTorch's.
+        CheckpointError: for a file that is damaged or not PyTorch's.
     """
     try:
         if zipfile.is_zipfile(file):
             return _load_archive(file)
         if tarfile.is_tarfile(file):
-            raise CheckpointError(f"it is in PyTorch's oldest form, which would run code: refused. {SAVE_TENSORS}")
+            raise CheckpointError(f"it is in PyTorch's oldest format, which can run code: refused. {SAVE_TENSORS}")
         return _load_legacy(file)
     except (CheckpointError, MemoryError, PermissionError):
         raise
-    except Exception as error:  # which one depends on where the file is damaged
-        raise CheckpointError(f"it is damaged or no checkpoint of PyTorch ({first_line(error)})") from error
+    except Exception as error:  # its type depends on where the file is damaged
+        raise CheckpointError(f"it is damaged or not a PyTorch checkpoint ({first_line(error)})") from error
 
 
 def _load_archive(file):
@@ -213,15 +213,15 @@ def _load_archive(file):
             raise CheckpointError(f"its record {damaged} is damaged: download it again")
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if "constants.pkl" in records:
-            raise CheckpointError(f"it is a program, by TorchScript, which would run: refused. {SAVE_TENSORS}")
+            raise CheckpointError(f"it is a TorchScript program, which would run: refused. {SAVE_TENSORS}")
         if "data.pkl" not in records:
-            raise CheckpointError("it is an archive, and none of PyTorch's: it has no data.pkl")
+            raise CheckpointError("it is an archive, but not PyTorch's: it has no data.pkl")
         if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
             raise CheckpointError(f"it was written on a big-endian machine. {SAVE_TENSORS} on another")
         storages = {}
         with archive.open(records["data.pkl"]) as pickled:
             contents = _Unpickler(pickled, storages).load()
-        # Mapped, the arrays do not fill the memory a second time.
+        # Memory-mapped, so that the arrays do not take memory twice.
         mapped = np.memmap(file, mode="r")
         for key, storage in storages.items():
             if isinstance(storage.dtype, np.dtype):
@@ -237,11 +237,11 @@ def _load_archive(file):
 
 
 def _load_legacy(file):
-    """The format before the archive: five pickles, then the bytes of each storage behind its length."""
+    """Reads the format before the archive: five pickles, then the length and the bytes of each storage."""
     with open(file, "rb") as opened:
         storages = {}
         if _Unpickler(opened, {}).load() != _MAGIC_NUMBER:
-            raise CheckpointError(f"as a plain pickle it could run code: refused. {SAVE_TENSORS}")
+            raise CheckpointError(f"it is a plain pickle, which could run code: refused. {SAVE_TENSORS}")
         _Unpickler(opened, {}).load()  # the version of the format
         system = _Unpickler(opened, {}).load()
         if not system.get("little_endian", True):

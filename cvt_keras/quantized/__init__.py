@@ -1,1 +1,1 @@
-"""The network in 8-bit integers: what training for quantisation trains, and what the int8 file computes."""
+"""The 8-bit network: the form that training for quantisation trains, and that the int8 file computes."""

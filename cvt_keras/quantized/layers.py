@@ -1,6 +1,6 @@
-"""Fake-quantised layers: those of a network in 8-bit integers, in the `model.keras` of a quantisation-aware training.
+"""Fake-quantised layers of an 8-bit network, as in the `model.keras` of a quantisation-aware run.
 
-Each layer stands for an integer operation of a TFLite file. It rounds kernels and outputs to the 256 values that they have in
+Each layer represents an integer operation of a TFLite file. It rounds kernels and outputs to the 256 values that they have in
 the file (fake quantisation, Jacob et al., arXiv 1712.05877), and BatchNorm is folded into the convolution before it. Biases,
 which have 32 bits in the file, and the scale and shift of a LayerNorm, which have 8, are not rounded. With `quantized=False`
 the layers are the same folded network in floats. They need Keras only, so that the file opens like any other.
@@ -12,11 +12,11 @@ from keras import layers, ops
 from cvt_keras.layers import NORM_EPSILON, DropPath
 from cvt_keras.variants import PROJECTION_KERNEL_SIZE
 
-LEVELS = 255  # steps between the least and the largest of 8 bits
+LEVELS = 255  # steps between the smallest and the largest 8-bit value
 # The output range of TFLite's integer softmax and sigmoid, for every input.
 PROBABILITIES = (0.0, LEVELS / 256)
 PIXELS = (0.0, 255.0)
-INITIAL_LIMIT = 6.0  # where tfmot's quantizers start too
+INITIAL_LIMIT = 6.0  # as in tfmot's quantizers
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
@@ -26,12 +26,12 @@ class FakeQuantize(layers.Layer):
     The gradient is 1 inside the range and 0 outside.
 
     Args:
-        axis: for weights: the axis whose entries each have a range, symmetric and of 255 values. `None`, for activations, is
-            one range that includes 0.
-        limits: a fixed `(minimum, maximum)`. `None` means variables that the training sets.
+        axis: for weights, the axis whose entries have a range each, symmetric and of 255 values. `None`, for activations, means
+            one range, which includes 0.
+        limits: a fixed `(minimum, maximum)`. `None` means variables, which training sets.
 
     Attributes:
-        minimum, maximum: the limits: variables, or fixed.
+        minimum, maximum: the limits, variables or numbers.
         observer: called in training with the tensor, `minimum` and `maximum`. It sets these two and returns the rounded
             tensor. `None` keeps the limits as they are.
 
@@ -69,24 +69,24 @@ class FakeQuantize(layers.Layer):
 
 
 def fake_quantize(quantized, name, dtype, **kwargs):
-    # Identity's config takes no policy, only a policy's name.
+    """Returns a `FakeQuantize`, or an `Identity` of the same name if not `quantized`."""
+    # The config of an Identity can hold a policy's name only.
     return FakeQuantize(name=name, dtype=dtype, **kwargs) if quantized else layers.Identity(name=name, dtype=dtype.name)
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedConv(layers.Layer):
-    """A convolution. With a kernel of 1x1 it also takes the place of a Dense.
+    """A convolution. With a 1x1 kernel it also replaces a Dense.
 
     Args:
         filters: output channels; `None` is a depthwise convolution.
         kernel_size: side of the kernel.
-        stride: of the convolution.
+        stride: stride of the convolution.
         padding: zeros added on each of the four sides.
         quantized: whether kernel and output are rounded.
-        rounds_output: whether the output is rounded here, and not by the next layer. TFLite drops one of two roundings in a
-            row.
-        scale: multiplies kernel and bias before they are rounded. The file holds the products. The variables do not, as an
-            optimizer's steps are as large for small weights as for large ones.
+        rounds_output: whether to round the output here and not in the next layer. TFLite drops one of two roundings in a row.
+        scale: multiplies kernel and bias before they are rounded. The file holds the products. The variables stay unscaled,
+            because an optimizer's steps are as large for small weights as for large ones.
 
     Input shape: `(batch, height, width, channels)`.
     Output shape: `(batch, new_height, new_width, filters)`.
@@ -109,7 +109,7 @@ class QuantizedConv(layers.Layer):
         else:
             self.conv = layers.Conv2D(filters, kernel_size, **settings)
         self.pad = layers.ZeroPadding2D(padding, data_format="channels_last", dtype=self.dtype_policy, name="pad")
-        # Layers of their own: weights added to a subclass of Dense or Conv2D do not come back from a .keras file.
+        # Separate layers: a .keras file does not restore weights added to a subclass of Dense or Conv2D.
         self.kernel_quantizer = fake_quantize(quantized, "kernel_quantizer", self.dtype_policy, axis=3 if filters else 2)
         self.output_quantizer = fake_quantize(quantized and rounds_output, "output_quantizer", self.dtype_policy)
 
@@ -120,7 +120,7 @@ class QuantizedConv(layers.Layer):
 
     @property
     def kernel(self):
-        """The kernel of the file, before it is rounded."""
+        """The kernel of the file before rounding."""
         return self.conv.kernel * self.scale
 
     def call(self, x):
@@ -149,7 +149,7 @@ class QuantizedConv(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedLayerNorm(layers.Layer):
-    """LayerNorm over the last axis, in steps that TFLite has in integers. The result of each step is rounded.
+    """LayerNorm over the last axis, in steps that TFLite computes in integers. Each step's result is rounded.
 
     Args:
         quantized: whether to round.
@@ -180,13 +180,13 @@ class QuantizedLayerNorm(layers.Layer):
         rounded = self.quantizers
         mean = rounded["mean"](ops.mean(x, axis=-1, keepdims=True))
         centred = rounded["centred"](x - mean)
-        # Takes the difference before it is rounded: TFLite has an integer squared difference, but no square.
+        # Uses the difference before rounding: TFLite has an integer squared difference, but no square.
         square = rounded["square"](ops.square(x - mean))
         variance = rounded["variance"](ops.mean(square, axis=-1, keepdims=True))
         shifted = rounded["shifted"](variance + NORM_EPSILON)
         if self.quantized and training:
-            # A variance that is rounded to 0 has an infinite inverse root. Inference clips it to the inverse's range, as TFLite
-            # does. In training it would widen the range to infinity, and its gradient would be NaN.
+            # A variance that rounds to 0 has an infinite inverse root. Inference clips that to the inverse's range, as TFLite
+            # does. In training, it would widen the range to infinity, and the gradient would be NaN.
             shifted = ops.maximum(shifted, rounded["shifted"].maximum / (2 * LEVELS))
         inverse = rounded["inverse"](ops.rsqrt(shifted))
         normalized = rounded["normalized"](centred * inverse)
@@ -241,7 +241,7 @@ class QuantizedActivation(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedStem(layers.Layer):
-    """`ConvStem` with its BatchNorm folded.
+    """`ConvStem` in 8 bits, with its BatchNorm folded.
 
     Args:
         dim: output channels.
@@ -276,7 +276,7 @@ class QuantizedStem(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedConcatenation(layers.Layer):
-    """Puts a cls token before a grid's tokens, rounded in one range: TFLite concatenates tensors of equal scale only.
+    """Puts a cls token before a grid's tokens. Both have one range, as TFLite concatenates only tensors of equal scale.
 
     Args:
         quantized: whether to round.
@@ -295,7 +295,7 @@ class QuantizedConcatenation(layers.Layer):
 
     def call(self, cls_token, tokens, training=False):
         parts = [cls_token, _sequence(tokens)]
-        if training:  # both at once, so that the range is that of both
+        if training:  # both at once, so that the range covers both
             return self.quantizer(ops.concatenate(parts, axis=1))
         return ops.concatenate([self.quantizer(part) for part in parts], axis=1)
 
@@ -315,10 +315,10 @@ def _sequence(grid):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedTokenEmbedding(layers.Layer):
-    """`ConvTokenEmbedding`.
+    """`ConvTokenEmbedding` in 8 bits.
 
     Args:
-        dim, kernel_size, stride, padding, cls_token: as there.
+        dim, kernel_size, stride, padding, cls_token: as in `ConvTokenEmbedding`.
         quantized: see `QuantizedConv`.
 
     Input shape: `(batch, height, width, channels)`.
@@ -371,13 +371,13 @@ class QuantizedTokenEmbedding(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedAttention(layers.Layer):
-    """`ConvAttention`, its BatchNorms folded and the scale of its scores in the query's projection.
+    """`ConvAttention` in 8 bits, with its BatchNorms folded and the scores' scale in the query's projection.
 
-    The linear projections are 1x1 convolutions: a Dense on three axes stays in floats.
+    The linear projections are 1x1 convolutions: TFLite keeps a Dense on three axes in floats.
 
     Args:
-        dim, heads, projection, stride_kv: as there; `projection` is `"dw_bn"` or `"linear"`.
-        grid: height and width of the tokens that a cls token stands before; `None` without one.
+        dim, heads, projection, stride_kv: as in `ConvAttention`; `projection` is `"dw_bn"` or `"linear"`.
+        grid: `(height, width)` of the tokens after a cls token; `None` without a cls token.
         quantized: see `QuantizedConv`.
 
     Input shape: tokens `(batch, height, width, dim)`, or with a cls token `(batch, 1 + height * width, 1, dim)`.
@@ -469,10 +469,10 @@ class QuantizedAttention(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedBlock(layers.Layer):
-    """`CvTBlock`.
+    """`CvTBlock` in 8 bits.
 
     Args:
-        dim, heads, mlp_dim, drop_path_rate, activation, projection, stride_kv: as there.
+        dim, heads, mlp_dim, drop_path_rate, activation, projection, stride_kv: as in `CvTBlock`.
         grid: see `QuantizedAttention`.
         quantized: see `QuantizedConv`.
 

@@ -1,4 +1,4 @@
-"""A `CvT` in 8-bit integers, made from one in floats, and back."""
+"""Converts a `CvT` to its 8-bit form and back."""
 
 import keras
 from keras import layers, ops
@@ -23,26 +23,26 @@ class QuantizedCvT(keras.Model):
     """A fake-quantised `CvT` of raw pixels. Normalisation is its first convolution.
 
     Args:
-        variant: a `Variant`, its dict, or a name in `VARIANTS`; its projections `"dw_bn"` or `"linear"`.
+        variant: a `Variant`, its dict, or a name in `VARIANTS`, with the projections `"dw_bn"` or `"linear"`.
         num_classes: outputs of the head.
         input_shape: `(height, width, channels)` of the images.
-        preprocessing: a `Preprocessing` or its dict, whose mean and std are in the first convolution.
+        preprocessing: a `Preprocessing` or its dict. The first convolution holds its mean and std.
         quantized: whether weights and activations are rounded. `False` is the same network in floats.
 
     Input shape: `(batch, height, width, channels)`, pixels in 0..255.
     Output shape: `(batch, num_classes)`, logits.
 
     Raises:
-        ValueError: for a projection of another kind.
+        ValueError: for the projection `"avg"`.
     """
 
     def __init__(self, variant, num_classes, input_shape, preprocessing=None, quantized=True, name="cvt", trainable=True):
         variant = get_variant(variant)
         if any(stage.projection == "avg" for stage in variant.stages):
-            raise ValueError("`projection` must be dw_bn or linear: TFLite has no integer form of the other. Received: avg")
+            raise ValueError("`projection` must be dw_bn or linear, as TFLite has no integer form of avg. Received: avg")
 
         # === Functional Model ===
-        # In half precision the roundings would be lost among its own, whatever Keras' global policy.
+        # Whatever the global policy: half precision's own rounding would hide that of 8 bits.
         dtype = keras.dtype_policies.get("float32")
         images = keras.Input(tuple(input_shape), name="images")
         x = fake_quantize(quantized, "pixels_quantizer", dtype, limits=PIXELS)(images)
@@ -110,11 +110,11 @@ class QuantizedCvT(keras.Model):
         return cls(**config)
 
 
-# === From a CvT, and back to floats ===
+# === Conversion ===
 
 
 def quantize(classifier):
-    """Returns the fake-quantised form of a classifier, with its weights. The training has to set the activations' limits.
+    """Returns the fake-quantised form of a classifier, with its weights. Training sets the limits of the activations.
 
     Args:
         classifier: a float32 classifier of raw pixels, as `build_classifier` returns it.
@@ -123,31 +123,30 @@ def quantize(classifier):
         A `keras.Model` of raw pixels. Its `QuantizedCvT` is the layer with the name of the `CvT`.
 
     Raises:
-        ValueError: for a network with projections that have no integer form.
+        ValueError: for a network with the projection `"avg"`.
     """
     network, preprocessing = cvt_of(classifier), preprocessing_of(classifier)
-    made = QuantizedCvT(network.variant, network.num_classes, network.input_shape[1:], preprocessing, name=network.name)
+    converted = QuantizedCvT(network.variant, network.num_classes, network.input_shape[1:], preprocessing, name=network.name)
     std = ops.convert_to_tensor([255.0 * value for value in preprocessing.std])
     mean = ops.convert_to_tensor([255.0 * value for value in preprocessing.mean])
     channels = network.input_shape[-1]
-    _set(made.get_layer("normalization"), ops.reshape(1 / std, (1, 1, channels, 1)), -mean / std)
+    _set(converted.get_layer("normalization"), ops.reshape(1 / std, (1, 1, channels, 1)), -mean / std)
     for layer in network.layers:
         if layer.weights:
-            _FOLDS[type(layer)](layer, made.get_layer(layer.name))
-    return _classifier(made)
+            _FOLDS[type(layer)](layer, converted.get_layer(layer.name))
+    return _classifier(converted)
 
 
 def float_form(classifier):
-    """Returns the same network without rounding, from which the float files of a quantisation-aware run are made.
+    """Returns the same network without rounding, for the float files of a quantisation-aware run.
 
     Args:
         classifier: as `quantize` returns it.
     """
     network = quantized_cvt_of(classifier)
-    made = QuantizedCvT(**{**network.get_config(), "quantized": False})
-    kept = [variable for variable in network.weights if not _is_limit(variable)]
-    made.set_weights([ops.convert_to_numpy(variable) for variable in kept])
-    return _classifier(made)
+    converted = QuantizedCvT(**{**network.get_config(), "quantized": False})
+    converted.set_weights([ops.convert_to_numpy(variable) for variable in network.weights if not _is_limit(variable)])
+    return _classifier(converted)
 
 
 def quantized_cvt_of(model):
@@ -170,45 +169,45 @@ def _set(conv, kernel, bias):
 
 
 def _fold(conv, norm, kernel, axis):
-    """BatchNorm's scale and shift, as they are at inference, into the convolution before it."""
+    """Folds BatchNorm, as at inference, into the convolution before it."""
     scale = norm.gamma / ops.sqrt(norm.moving_variance + norm.epsilon)
     shape = [1] * len(kernel.shape)
     shape[axis] = -1
     _set(conv, kernel * ops.reshape(scale, shape), norm.beta - norm.moving_mean * scale)
 
 
-def _fold_norm(norm, made):
-    made.gamma.assign(norm.gamma)
-    made.beta.assign(norm.beta)
+def _fold_norm(norm, converted):
+    converted.gamma.assign(norm.gamma)
+    converted.beta.assign(norm.beta)
 
 
-def _fold_stem(stem, made):
-    _fold(made.conv, stem.norm, stem.conv.kernel, axis=3)
+def _fold_stem(stem, converted):
+    _fold(converted.conv, stem.norm, stem.conv.kernel, axis=3)
 
 
-def _fold_embedding(embedding, made):
-    _set(made.proj, embedding.proj.kernel, embedding.proj.bias)
-    _fold_norm(embedding.norm, made.norm)
+def _fold_embedding(embedding, converted):
+    _set(converted.proj, embedding.proj.kernel, embedding.proj.bias)
+    _fold_norm(embedding.norm, converted.norm)
     if embedding.cls_token:
-        made.cls_token_weight.assign(embedding.cls_token_weight)
+        converted.cls_token_weight.assign(embedding.cls_token_weight)
 
 
-def _fold_dense(dense, made):
-    _set(made, dense.kernel, dense.bias if dense.use_bias else ops.zeros(dense.units))
+def _fold_dense(dense, converted):
+    _set(converted, dense.kernel, dense.bias if dense.use_bias else ops.zeros(dense.units))
 
 
-def _fold_block(block, made):
-    _fold_norm(block.norm1, made.norm1)
-    _fold_norm(block.norm2, made.norm2)
+def _fold_block(block, converted):
+    _fold_norm(block.norm1, converted.norm1)
+    _fold_norm(block.norm2, converted.norm2)
     attention = block.attention
     for name in ("conv_q", "conv_k", "conv_v"):
         if attention.projection == "dw_bn":
             projection = getattr(attention, name)
-            _fold(getattr(made.attention, name), projection.norm, projection.depthwise.kernel, axis=2)
+            _fold(getattr(converted.attention, name), projection.norm, projection.depthwise.kernel, axis=2)
     for name in ("proj_q", "proj_k", "proj_v", "proj"):
-        _fold_dense(getattr(attention, name), getattr(made.attention, name))
-    _fold_dense(block.mlp.fc1, made.fc1)
-    _fold_dense(block.mlp.fc2, made.fc2)
+        _fold_dense(getattr(attention, name), getattr(converted.attention, name))
+    _fold_dense(block.mlp.fc1, converted.fc1)
+    _fold_dense(block.mlp.fc2, converted.fc2)
 
 
 _FOLDS = {

@@ -15,7 +15,7 @@ TINY = Variant((Stage(8, 1, 1, 7, 4, 2), Stage(16, 2, 2, drop_path=0.1, cls_toke
 
 
 def _write(folder, processor=None, **change):
-    """A folder's config.json, and its preprocessor_config.json: dicts, or the text of one -> the path of the first."""
+    """Writes config.json, and preprocessor_config.json from a dict or a text. Returns the path of config.json."""
     names = {str(i): f"class {i}" for i in range(5)}
     (folder / "config.json").write_text(json.dumps({**transformers_config(TINY), "id2label": names, **change}))
     if processor is not None:
@@ -31,7 +31,7 @@ def _write(folder, processor=None, **change):
     "key, value",
     [("KERNEL_QKV", [3, 5, 3]), ("DROP_RATE", [0, 0, 0.1]), ("ATTN_DROP_RATE", [0.1, 0, 0]), ("POS_EMBED", [1, 0, 0])],
 )
-def test_a_setting_that_the_network_has_not_is_refused(key, value):
+def test_an_unsupported_setting_is_refused(key, value):
     with np.load(GOLDEN / "ms_tiny_64x64.npz") as arrays:
         spec = json.loads(bytes(arrays["spec_json"]))
     with pytest.raises(ValueError) as error:
@@ -41,12 +41,12 @@ def test_a_setting_that_the_network_has_not_is_refused(key, value):
 
 
 @pytest.mark.parametrize("name", ["cvt_13", "cvt_21", "cvt_w24"])
-def test_a_config_and_back(name):
+def test_a_config_round_trip(name):
     variant = variant_from_transformers(json.loads(json.dumps(transformers_config(name))))
     assert variant == dataclasses.replace(VARIANTS[name], activation="gelu")
 
 
-def test_a_config_leaves_out_what_is_as_in_cvt_13():
+def test_missing_entries_default_to_cvt_13():
     config = {"model_type": "cvt", "depth": [1, 4, 16]}
     assert variant_from_transformers(config) == dataclasses.replace(VARIANTS["cvt_21"], activation="gelu")
 
@@ -69,16 +69,16 @@ def test_a_config_leaves_out_what_is_as_in_cvt_13():
         ({"id2label": {"0": 1, "1": 2}}, "`id2label`"),
     ],
 )
-def test_a_config_that_says_what_can_not_be_is_refused_in_a_line(change, part, tmp_path):
+def test_an_invalid_config_is_refused_in_one_line(change, part, tmp_path):
     with pytest.raises(CheckpointError) as error:
         configs.read(_write(tmp_path, **change), 3)
     [line] = str(error.value).splitlines()
-    assert line.startswith("config.json is no config of a CvT: ")
+    assert line.startswith("config.json is not a valid config of a CvT: ")
     assert part in line
 
 
 @pytest.mark.parametrize("text, part", [("{", "Expecting property name"), ("[]", "list"), ("{}", "`model_type`")])
-def test_a_file_that_is_no_config_is_told(text, part, tmp_path):
+def test_a_file_that_is_no_config_is_refused(text, part, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError) as error:
         configs.read(tmp_path / "config.json", 3)
@@ -88,7 +88,7 @@ def test_a_file_that_is_no_config_is_told(text, part, tmp_path):
 # === Images ===
 
 
-def test_class_names_are_those_that_somebody_gave(tmp_path):
+def test_default_labels_are_not_class_names(tmp_path):
     variant, preprocessing = configs.read(_write(tmp_path), 3)
     assert variant == TINY
     assert preprocessing.class_names == tuple(f"class {i}" for i in range(5))
@@ -118,14 +118,14 @@ def test_class_names_are_those_that_somebody_gave(tmp_path):
         ({"rescale_factor": 2 / 255, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]}, {"mean": [0.5] * 3, "std": [0.5] * 3}),
     ],
 )
-def test_every_form_of_an_image_processor_is_understood(processor, expected, tmp_path):
-    _, found = configs.read(_write(tmp_path, processor), 3)
-    assert found.replace(**expected) == found
+def test_every_form_of_an_image_processor_is_read(processor, expected, tmp_path):
+    _, preprocessing = configs.read(_write(tmp_path, processor), 3)
+    assert preprocessing.replace(**expected) == preprocessing
 
 
-def test_imagenets_mean_is_not_that_of_four_channels(tmp_path):
-    _, found = configs.read(_write(tmp_path), 4)
-    assert (found.mean, found.std) == (None, None)
+def test_four_channels_do_not_get_imagenets_mean(tmp_path):
+    _, preprocessing = configs.read(_write(tmp_path), 4)
+    assert (preprocessing.mean, preprocessing.std) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -142,15 +142,15 @@ def test_imagenets_mean_is_not_that_of_four_channels(tmp_path):
         ({"image_mean": 3}, "`image_mean`"),
         ({"image_mean": [0.5, 0.5, 0.5, 0.5]}, "`mean`"),
         ('{"image_mean": [0.5, 0.5, NaN]}', "`mean`"),
-        ({"image_mean": [1.5, 0.5, 0.5]}, "`mean`"),  # which no classifier takes
+        ({"image_mean": [1.5, 0.5, 0.5]}, "`mean`"),  # no classifier accepts it
         ({"image_std": [0.5, 0, 0.5]}, "`std`"),
         ({"rescale_factor": 0}, "`rescale_factor`"),
         ({"rescale_offset": True}, "`rescale_offset`"),
     ],
 )
-def test_an_image_processor_that_can_not_be_is_refused_in_a_line(processor, part, tmp_path):
+def test_an_invalid_image_processor_is_refused_in_one_line(processor, part, tmp_path):
     with pytest.raises(CheckpointError) as error:
         configs.read(_write(tmp_path, processor), 3)
     [line] = str(error.value).splitlines()
-    assert line.startswith("preprocessor_config.json is no config of an image processor: ")
+    assert line.startswith("preprocessor_config.json is not a valid config of an image processor: ")
     assert part in line

@@ -32,12 +32,12 @@ def _tensors(prefix="", times=1):
 
 
 class _Settings(dict):
-    """A class that a script may leave in its checkpoint, as fvcore's CfgNode or Lightning's AttributeDict."""
+    """A class that a script may leave in its checkpoint, like fvcore's CfgNode or Lightning's AttributeDict."""
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """As transformers writes it."""
+    """A folder as transformers saves it."""
     folder = tmp_path / "folder"
     folder.mkdir()
     safetensors.numpy.save_file(ARRAYS, folder / "model.safetensors")
@@ -45,13 +45,13 @@ def folder(tmp_path):
     return folder
 
 
-# === What a file holds ===
+# === Wrapped state dicts ===
 
 
-def _assert_read(found, times=1):
-    assert set(found) == set(ARRAYS)
+def _assert_read(state_dict, times=1):
+    assert set(state_dict) == set(ARRAYS)
     for key, array in ARRAYS.items():
-        np.testing.assert_array_equal(found[key], array * times)
+        np.testing.assert_array_equal(state_dict[key], array * times)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def _assert_read(found, times=1):
     ],
 )
 @pytest.mark.parametrize("archive", [True, False])
-@pytest.mark.parametrize("name", ["weights.pth", "last.ckpt", "model_best.pth.tar", "weights"])
-def test_a_state_dict_is_found_however_wrapped(contents, archive, name, tmp_path, recwarn):
-    torch.save(contents, tmp_path / name, _use_new_zipfile_serialization=archive)
-    _assert_read(state_dicts.read(state_dicts.locate(tmp_path / name)))
+def test_a_wrapped_state_dict_is_found(contents, archive, tmp_path, recwarn):
+    for name in ("weights.pth", "last.ckpt", "model_best.pth.tar", "weights"):
+        torch.save(contents, tmp_path / name, _use_new_zipfile_serialization=archive)
+        _assert_read(state_dicts.read(state_dicts.locate(tmp_path / name)))
     assert not recwarn.list
 
 
@@ -90,13 +90,13 @@ def test_a_state_dict_is_found_however_wrapped(contents, archive, name, tmp_path
         (_tensors() | _tensors("averaged.", times=2), ".", "averaged"),
     ],
 )
-def test_of_weights_and_their_average_one_can_be_chosen(contents, name, average, tmp_path):
+def test_either_the_weights_or_their_average_are_read(contents, name, average, tmp_path):
     torch.save(contents, tmp_path / "both.pth")
     with pytest.warns(
         UserWarning, match=r'which="ema" reads the average \(cvt-keras convert \S+ OUT.keras --which ema\)'
-    ) as told:
+    ) as warned:
         _assert_read(state_dicts.read(tmp_path / "both.pth"))
-    assert repr(average) in str(told[0].message)
+    assert repr(average) in str(warned[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _assert_read(state_dicts.read(tmp_path / "both.pth", "ema"), times=2)
@@ -104,7 +104,7 @@ def test_of_weights_and_their_average_one_can_be_chosen(contents, name, average,
         _assert_read(state_dicts.read(tmp_path / "both.pth", name))
 
 
-def test_of_several_networks_one_must_be_named(tmp_path):
+def test_one_of_several_networks_must_be_named(tmp_path):
     torch.save({"student": _tensors(), "teacher": _tensors("module.", times=3)}, tmp_path / "two.pth")
     with pytest.raises(CheckpointError) as error:
         state_dicts.read(tmp_path / "two.pth")
@@ -117,7 +117,7 @@ def test_of_several_networks_one_must_be_named(tmp_path):
     assert error.value.argument == "which" and "'student'" in error.value.summary
 
 
-def test_other_arrays_beside_a_network_are_left_out_only_where_the_user_says_so(tmp_path):
+def test_other_arrays_are_ignored_only_if_the_network_is_named(tmp_path):
     extra = {"loss.weight": torch.ones(3), "loss.bias": torch.ones(3), "teacher.conv1.weight": torch.ones(3)}
     torch.save({"state_dict": _tensors("model.") | extra}, tmp_path / "last.ckpt")
     for which in (None, "state_dict"):
@@ -128,7 +128,7 @@ def test_other_arrays_beside_a_network_are_left_out_only_where_the_user_says_so(
     _assert_read(state_dicts.read(tmp_path / "last.ckpt", "model"))
 
 
-def test_a_file_of_one_network_has_nothing_to_choose(tmp_path):
+def test_which_is_refused_for_a_file_with_one_network(tmp_path):
     torch.save(_tensors(), tmp_path / "one.pth")
     with pytest.raises(ArgumentError) as error:
         state_dicts.read(tmp_path / "one.pth", "ema")
@@ -138,13 +138,13 @@ def test_a_file_of_one_network_has_nothing_to_choose(tmp_path):
 # === Kinds of files ===
 
 
-def test_a_file_is_told_by_its_bytes(tmp_path):
+def test_the_format_is_recognised_by_the_bytes(tmp_path):
     safetensors.numpy.save_file(ARRAYS, tmp_path / "named.pth")
     _assert_read(state_dicts.read(tmp_path / "named.pth"))
 
 
-def _write_shards(folder, suffix, per_shard=1):
-    """ARRAYS as transformers cuts them up -> the index."""
+def _write_shards(folder, suffix):
+    """Writes ARRAYS in two shards, as transformers does. Returns the index."""
     stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
     weight_map = {key: f"{stem}-0000{i}-of-00002.{suffix}" for i, key in enumerate(ARRAYS, 1)}
     for key, name in weight_map.items():
@@ -194,9 +194,7 @@ def test_a_damaged_index_is_refused(text, tmp_path):
 
 def test_safetensors_are_read_without_pytorch(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = state_dicts.read(state_dicts.locate(folder))
-    assert set(found) == set(ARRAYS)
-    np.testing.assert_array_equal(found["stage0.cls_token"], ARRAYS["stage0.cls_token"])
+    _assert_read(state_dicts.read(state_dicts.locate(folder)))
 
 
 class Anything:
@@ -204,7 +202,7 @@ class Anything:
 
 
 class _Run:
-    """Runs a command where it is read without care."""
+    """Runs a command when it is unpickled without care."""
 
     def __reduce__(self):
         return os.system, ("echo read without care >&2",)
@@ -240,7 +238,7 @@ def _write_tar(path):
         ("numbers.pth", lambda path: torch.save({1: torch.ones(3)}, path), ["no state dict"]),
         ("nothing.pth", lambda path: torch.save({}, path), ["no state dict"]),
         ("system.pth", lambda path: torch.save({"model": _tensors(), "x": _Run()}, path), ["posix.system", "refused"]),
-        ("page.pth", lambda path: path.write_text("<!DOCTYPE html><html></html>"), ["damaged or no checkpoint", "web page"]),
+        ("page.pth", lambda path: path.write_text("<!DOCTYPE html><html></html>"), ["damaged or not a checkpoint", "web page"]),
         ("plain.pth", lambda path: path.write_bytes(pickle.dumps({"a": 1})), ["plain pickle", "state_dict()"]),
         ("empty.pth", lambda path: path.write_bytes(b""), ["damaged"]),
         ("text.pth", lambda path: path.write_text("hello world\n" * 99), ["damaged"]),
@@ -256,20 +254,20 @@ def _write_tar(path):
             lambda path: CvT("cvt_tiny", 5, (16, 16, 3)).save(f"{path}.keras") or Path(f"{path}.keras").rename(path),
             [".keras"],
         ),
-        ("other.pth", lambda path: zipfile.ZipFile(path, "w").writestr("readme.txt", "hello"), ["none of PyTorch's"]),
+        ("other.pth", lambda path: zipfile.ZipFile(path, "w").writestr("readme.txt", "hello"), ["not PyTorch's"]),
         ("lfs.bin", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), ["git lfs pull"]),
         ("lfs.safetensors", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), ["git lfs pull"]),
         ("weights.h5", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), ["HDF5", "load_weights"]),
     ],
 )
-def test_what_is_no_checkpoint_is_told_in_a_line(name, write, parts, tmp_path, capsys):
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(name, write, parts, tmp_path, capsys):
     write(tmp_path / name)
     with pytest.raises(CheckpointError) as error:
         state_dicts.read(tmp_path / name)
     [line] = str(error.value).splitlines()
     for part in parts:
         assert part in line, line
-    assert "weights_only" not in line  # PyTorch's advice: to switch it off
+    assert "weights_only" not in line  # PyTorch's own message advises to switch it off
     assert " ()" not in line
     assert not capsys.readouterr().err
 
@@ -284,14 +282,14 @@ def test_a_flipped_bit_in_an_archive_is_found(tmp_path):
         state_dicts.read(file)
 
 
-def test_a_missing_package_is_told_with_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "model.safetensors").write_bytes(b"not looked at")
+def test_a_missing_package_is_named_with_the_command_to_install_it(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"to read model\.safetensors.*pip install safetensors"):
         state_dicts.read(tmp_path / "model.safetensors")
 
 
-# === Where it is ===
+# === Sources ===
 
 
 @pytest.mark.parametrize(
@@ -305,14 +303,14 @@ def test_a_missing_package_is_told_with_what_to_install(tmp_path, monkeypatch):
         (None, "source=None"),
     ],
 )
-def test_a_source_that_there_is_not_is_told(source, part):
+def test_a_missing_source_is_named(source, part):
     with pytest.raises(ArgumentError) as error:
         state_dicts.locate(source)
     assert error.value.argument == "source"
     assert part in error.value.summary
 
 
-def test_of_a_folder_safetensors_are_preferred(folder):
+def test_safetensors_are_preferred_in_a_folder(folder):
     torch.save(_tensors(), folder / "pytorch_model.bin")
     assert state_dicts.locate(folder).name == "model.safetensors"
     (folder / "model.safetensors").unlink()
@@ -326,7 +324,7 @@ def test_of_a_folder_safetensors_are_preferred(folder):
         (lambda folder: (folder / "model.safetensors").unlink(), ["none of model.safetensors, pytorch_model.bin"]),
     ],
 )
-def test_a_folder_without_weights_is_told_in_a_line(damage, parts, folder):
+def test_a_folder_without_config_or_weights_is_refused(damage, parts, folder):
     damage(folder)
     with pytest.raises(CheckpointError) as error:
         state_dicts.locate(folder)
@@ -338,7 +336,7 @@ def test_a_folder_without_weights_is_told_in_a_line(damage, parts, folder):
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """A double of the hub: one repository, whose files lie in `folder`."""
+    """A fake hub with one repository, whose files are in `folder`."""
 
     folder = None
     asked = None
@@ -377,7 +375,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The hub's, empty; no network may be used."""
+    """An empty cache of the hub, which is offline."""
     folder = tmp_path / "hub"
     folder.mkdir()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
@@ -387,7 +385,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(folder, cache, monkeypatch):
-    """Its double, online, with the files of `folder`."""
+    """A fake hub, online, with the files of `folder`."""
     _Hub.folder, _Hub.asked = folder, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -401,12 +399,12 @@ def hub(folder, cache, monkeypatch):
     server.shutdown()
 
 
-def test_a_cache_without_the_processors_config_gets_it(hub, cache, monkeypatch):
+def test_a_missing_preprocessor_config_is_downloaded_into_the_cache(hub, cache, monkeypatch):
     with pytest.warns(UserWarning, match=r"has no preprocessor_config\.json \(404"):
         file = state_dicts.locate("microsoft/tiny")
     (hub.folder / "preprocessor_config.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.warns(UserWarning, match=r"microsoft/tiny has no preprocessor_config\.json .*taken to be the paper's"):
+    with pytest.warns(UserWarning, match=r"microsoft/tiny has no preprocessor_config\.json .*default to the paper's"):
         state_dicts.locate("microsoft/tiny")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert state_dicts.locate("microsoft/tiny") == file
@@ -432,7 +430,7 @@ def test_a_hub_id_is_downloaded_once(names, hub, cache, monkeypatch):
     assert len(hub.asked) == asked
 
 
-def test_shards_are_downloaded_and_completed(hub, cache, monkeypatch):
+def test_missing_shards_are_downloaded(hub, cache):
     (hub.folder / "model.safetensors").unlink()
     _write_shards(hub.folder, "safetensors")
     (hub.folder / "preprocessor_config.json").write_text("{}")
@@ -443,7 +441,7 @@ def test_shards_are_downloaded_and_completed(hub, cache, monkeypatch):
     _assert_read(state_dicts.read(file))
 
 
-def test_a_download_that_was_broken_off_is_completed(hub, cache, monkeypatch):
+def test_an_interrupted_download_is_completed(hub, cache, monkeypatch):
     (hub.folder / "preprocessor_config.json").write_text("{}")
     file = state_dicts.locate("microsoft/tiny")
     file.unlink()
@@ -455,12 +453,12 @@ def test_a_download_that_was_broken_off_is_completed(hub, cache, monkeypatch):
     assert state_dicts.locate("microsoft/tiny") == file
 
 
-def test_a_hub_id_that_can_not_be_had_is_told(cache):
-    with pytest.raises(CheckpointError, match=r"it is no file or folder here, and can't be had from the hub"):
+def test_an_unavailable_hub_id_is_refused(cache):
+    with pytest.raises(CheckpointError, match=r"it is no local file or folder, and can't be downloaded from the hub"):
         state_dicts.locate("microsoft/tiny")
 
 
-def test_without_the_hubs_package_it_is_told_what_to_install(monkeypatch):
+def test_a_hub_id_needs_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"microsoft/tiny.*pip install huggingface_hub"):
         state_dicts.locate("microsoft/tiny")

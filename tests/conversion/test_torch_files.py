@@ -37,13 +37,13 @@ def test_tensors_are_read_as_pytorch_reads_them(archive, tmp_path, monkeypatch):
     contents = {**tensors, "half": tensor.bfloat16(), "plain": [1, "two", {"three": 3.0}]}
     torch.save(contents, tmp_path / "x.pth", _use_new_zipfile_serialization=archive)
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = torch_files.load(tmp_path / "x.pth")
+    loaded = torch_files.load(tmp_path / "x.pth")
     monkeypatch.undo()
     for name, expected in tensors.items():
-        np.testing.assert_array_equal(found[name].array(), expected.detach().numpy())
-        assert str(found[name].dtype) == str(expected.dtype).removeprefix("torch.")
-    np.testing.assert_array_equal(found["half"].array(), tensor.bfloat16().float().numpy())
-    assert found["plain"] == contents["plain"]
+        np.testing.assert_array_equal(loaded[name].array(), expected.detach().numpy())
+        assert str(loaded[name].dtype) == str(expected.dtype).removeprefix("torch.")
+    np.testing.assert_array_equal(loaded["half"].array(), tensor.bfloat16().float().numpy())
+    assert loaded["plain"] == contents["plain"]
 
 
 def test_a_compressed_archive_is_read(tmp_path):
@@ -58,10 +58,10 @@ def test_a_compressed_archive_is_read(tmp_path):
 
 
 @BOTH
-def test_tensors_that_numpy_has_no_type_for_keep_their_shape_and_name(archive, tmp_path):
-    found = _saved({"complex": torch.ones(2, 3, dtype=torch.complex64), "x": torch.ones(2)}, tmp_path / "x.pth", True)
-    assert (found["complex"].shape, found["complex"].dtype) == ((2, 3), "ComplexFloatStorage")
-    assert found["complex"].array() is found["complex"]
+def test_tensors_without_a_numpy_dtype_keep_their_shape_and_name(archive, tmp_path):
+    loaded = _saved({"complex": torch.ones(2, 3, dtype=torch.complex64), "x": torch.ones(2)}, tmp_path / "x.pth", True)
+    assert (loaded["complex"].shape, loaded["complex"].dtype) == ((2, 3), "ComplexFloatStorage")
+    assert loaded["complex"].array() is loaded["complex"]
     odd = {"sparse": torch.eye(2).to_sparse(), "conjugate": torch.ones(2, dtype=torch.complex64).conj()}
     if archive:
         odd["float8"] = torch.ones(2).to(torch.float8_e4m3fn)
@@ -79,7 +79,7 @@ def note(text):
 
 
 class _Run:
-    """Calls a function where it is read without care."""
+    """Calls a function when it is unpickled without care."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -99,10 +99,10 @@ class _Run:
         (torch.load, "x.pth"),
     ],
 )
-def test_nothing_that_a_file_names_is_called(call, archive, tmp_path, capsys):
-    found = _saved({"x": _Run(*call), "tensor": torch.ones(2)}, tmp_path / "x.pth", archive)
-    assert isinstance(found["x"], StandIn)
-    assert isinstance(found["tensor"], Tensor)
+def test_no_function_that_a_file_names_is_called(call, archive, tmp_path, capsys):
+    contents = _saved({"x": _Run(*call), "tensor": torch.ones(2)}, tmp_path / "x.pth", archive)
+    assert isinstance(contents["x"], StandIn)
+    assert isinstance(contents["tensor"], Tensor)
     assert not RAN and not capsys.readouterr().out
 
 
@@ -123,7 +123,7 @@ def _archive_of(pickled, path, data=b""):
 
 
 def _pickle_of_tensor(size, offset, shape, strides, state=None):
-    """The pickle of a float32 tensor of torch.save, with any numbers in it."""
+    """Returns the pickle of a float32 tensor as torch.save writes it, with any sizes."""
 
     class Storage:
         pass
@@ -156,7 +156,7 @@ def test_no_byte_outside_a_storage_is_read(tmp_path):
 
 
 @BOTH
-def test_no_prefix_of_a_file_is_read(archive, tmp_path):
+def test_a_truncated_file_is_refused(archive, tmp_path):
     torch.save({"x": torch.ones(300), "y": torch.ones(3)}, tmp_path / "x.pth", _use_new_zipfile_serialization=archive)
     data = (tmp_path / "x.pth").read_bytes()
     for size in range(0, len(data), 61):
@@ -165,7 +165,7 @@ def test_no_prefix_of_a_file_is_read(archive, tmp_path):
             torch_files.load(tmp_path / "cut.pth")
 
 
-def test_a_file_of_a_big_endian_machine_is_refused(tmp_path):
+def test_a_big_endian_file_is_refused(tmp_path):
     torch.save({"x": torch.ones(3)}, tmp_path / "x.pth")
     with zipfile.ZipFile(tmp_path / "x.pth") as little, zipfile.ZipFile(tmp_path / "y.pth", "w") as big:
         for name in little.namelist():

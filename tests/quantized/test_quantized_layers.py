@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
-from layer_battery import check_layer
+from layer_battery import Case, check_config, check_layers
 
 from cvt_keras import Stage, Variant, build_classifier, preprocessing_of
 from cvt_keras.compression.quantization import QuantizationAwareTraining
@@ -22,7 +22,8 @@ from cvt_keras.quantized.layers import (
 )
 from cvt_keras.quantized.model import float_form, quantize, quantized_cvt_of
 
-# Class, arguments, shapes in and out, trainable values, and values of limits: two of each activation, and of each channel.
+# Class, arguments, input shapes, output shapes, numbers of trainable values, and numbers of limits: a minimum and a maximum for
+# each activation, and for each channel of a kernel.
 LAYERS = {
     "activations": (FakeQuantize, {}, [(2, 4, 4, 3)], [(2, 4, 4, 3)], [], [1, 1]),
     "kernels": (FakeQuantize, {"axis": 2}, [(3, 3, 4, 1)], [(3, 3, 4, 1)], [], [4, 4]),
@@ -88,10 +89,22 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_battery(name, tmp_path):
-    cls, arguments, shapes, output_shapes, weights, limits = LAYERS[name]
-    check_layer(cls, arguments, shapes, output_shapes, sum(weights), sum(limits), "float32", tmp_path)
+CASES = {
+    name: Case(cls, arguments, shapes, output_shapes, sum(weights), sum(limits))
+    for name, (cls, arguments, shapes, output_shapes, weights, limits) in LAYERS.items()
+}
+
+
+def test_battery(tmp_path):
+    for case in CASES.values():
+        check_config(case)
+    check_layers([*CASES.values()], "float32", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_battery_of_each_layer_alone(name, tmp_path):
+    check_layers([CASES[name]], "float32", tmp_path)
 
 
 def test_fake_quantisation_rounds_to_256_values_and_clips():
@@ -128,7 +141,7 @@ def test_the_gradient_goes_through_and_ends_at_the_limits():
     np.testing.assert_array_equal(tape.gradient(y, x), [0, 1, 1, 0])
 
 
-def test_an_observer_sees_what_is_trained_on_alone():
+def test_the_observer_is_called_in_training_only():
     layer = FakeQuantize()
     seen = []
     layer.build((None,))
@@ -141,7 +154,7 @@ def test_an_observer_sees_what_is_trained_on_alone():
 
 
 def _trained_classifier(variant, **kwargs):
-    """With statistics, norms and biases of no initial value."""
+    """A classifier whose statistics, norms and biases differ from their initial values."""
     classifier = build_classifier(variant, 10, (32, 32, 3), mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.3], **kwargs)
     random = np.random.default_rng(0)
     for variable in classifier.weights:
@@ -151,7 +164,7 @@ def _trained_classifier(variant, **kwargs):
 
 
 VARIANTS = {
-    "cvt_cifar": "cvt_cifar",
+    "stem, pooled head": Variant((Stage(dim=8, depth=1, heads=1), Stage(dim=8, depth=1, heads=2)), "gelu", stem=(4, 4)),
     "cvt_tiny": "cvt_tiny",  # with a cls token
     "no bias, no projection": Variant(
         (Stage(dim=8, depth=1, heads=1, qkv_bias=False), Stage(dim=8, depth=1, heads=2, projection="linear"))
@@ -181,13 +194,13 @@ def test_preprocessing_and_variant_are_kept():
     assert quantized_cvt_of(classifier) is None
 
 
-def test_the_normalisation_is_not_trained():
+def test_the_normalisation_is_not_trainable():
     made = quantize(_trained_classifier("cvt_tiny"))
     trained = {variable.path for variable in made.trainable_variables}
     assert trained and not [path for path in trained if "normalization" in path]
 
 
-def test_it_is_float32_whatever_the_global_policy(tmp_path):
+def test_the_quantized_network_is_float32_under_any_global_policy(tmp_path):
     quantize(_trained_classifier("cvt_tiny")).save(tmp_path / "model.keras")
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
@@ -206,9 +219,15 @@ def test_average_pooling_is_refused():
         quantize(build_classifier(variant, 2, (32, 32, 3)))
 
 
+def test_softmax_and_sigmoid_have_tflites_fixed_steps():
+    for quantizer in (QuantizedAttention(8, 1).weights_quantizer, QuantizedActivation("quick_gelu").sigmoid_quantizer):
+        rounded = quantizer(np.array([0.0, 0.3 / 256, 0.7 / 256, 0.5, 1.0], "float32"))
+        np.testing.assert_array_equal(rounded, [0, 0, 1 / 256, 0.5, 255 / 256])
+
+
 def test_every_layer_is_in_the_battery():
     own = {value for value in vars(layers).values() if isinstance(value, type) and value.__module__ == layers.__name__}
-    assert own == {row[0] for row in LAYERS.values()}
+    assert own == {case.cls for case in CASES.values()}
 
 
 def test_the_scores_scale_is_in_the_querys_projection():
@@ -243,9 +262,9 @@ def test_the_whole_network_becomes_integers(variant):
     )
     interpreter.allocate_tensors()
     assert {tensor["dtype"] for tensor in interpreter.get_tensor_details()} <= {np.uint8, np.int8, np.int32, np.int64}
-    [taken], [given] = interpreter.get_input_details(), interpreter.get_output_details()
+    [pixels], [output] = interpreter.get_input_details(), interpreter.get_output_details()
     for image, expected in zip(images[:4], keras.ops.softmax(made(images[:4]))):
-        interpreter.set_tensor(taken["index"], image[None].astype("uint8"))
+        interpreter.set_tensor(pixels["index"], image[None].astype("uint8"))
         interpreter.invoke()
-        found = interpreter.get_tensor(given["index"])[0] / 256
-        np.testing.assert_allclose(found, expected, atol=0.02)
+        probabilities = interpreter.get_tensor(output["index"])[0] / 256
+        np.testing.assert_allclose(probabilities, expected, atol=0.02)
