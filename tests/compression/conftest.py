@@ -59,3 +59,19 @@ def exported(compressed):
     formats = ["float32", "dynamic_int8", "int8"]
     assert cli.main(["export", str(run_dir), "--formats", *formats, "--verify-images", "100"]) == 0
     return run_dir / "export" / "tflite"
+
+
+@pytest.fixture(scope="session")
+def _tiny():
+    from cvt_keras import build_classifier
+
+    classifier = build_classifier("cvt_tiny", 10, (32, 32, 3))
+    return classifier, classifier.get_weights()
+
+
+@pytest.fixture
+def classifier(_tiny):
+    """A small classifier with its initial weights."""
+    classifier, weights = _tiny
+    classifier.set_weights(weights)
+    return classifier

@@ -34,7 +34,7 @@ def _pruned():
 
 
 def _fit(training, network, images=IMAGES):
-    network.compile(keras.optimizers.SGD(0.01), keras.losses.CategoricalCrossentropy(from_logits=True))
+    network.compile(keras.optimizers.SGD(0.01), keras.losses.CategoricalCrossentropy(from_logits=True), jit_compile=False)
     validation_data = IMAGES, LABELS
     network.fit(images, LABELS, batch_size=16, shuffle=False, verbose=0, callbacks=[training], validation_data=validation_data)
 

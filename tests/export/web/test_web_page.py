@@ -592,9 +592,10 @@ def test_text_has_contrast_in_light_and_dark(page):
     texts = ["h1", "header p", "#drop label", "#ways", "#status", "legend", "fieldset span"]
     texts += [".verdict", ".card .message", ".error .file"]
     for scheme in ("dark", "light"):
-        page.emulate_media(color_scheme=scheme)
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # without transitions
         for text in texts:
             ink, paper = map(luminance, page.locator(text).first.evaluate(read))
             assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5, (scheme, text)  # WCAG 2.2, AA
         paper = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
         assert (luminance(paper) < 0.1) == (scheme == "dark")
+    page.emulate_media(reduced_motion="no-preference")
