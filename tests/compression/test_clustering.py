@@ -74,6 +74,10 @@ def test_zeros_of_a_pruned_network_stay(classifier):
             assert (np.asarray(kernel)[zeros[path]] == 0).all()
             assert len(np.unique(np.asarray(kernel))) == 8
     assert clustering.check(classifier)["sparsity"] >= 0.45
+    # The float weights behind the zeros do not drift to another centroid either.
+    float_weights = [variable.numpy() for variable in clustering.variables if variable.name.startswith("weights")]
+    for weights, zero in zip(float_weights, zeros.values(), strict=True):
+        assert (weights[zero] == 0).all()
 
 
 def test_zeros_of_layers_that_are_not_clustered_stay(classifier):

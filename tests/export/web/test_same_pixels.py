@@ -116,6 +116,10 @@ def _readable_files():
         "webp clear": _encoded(CLEAR, "WEBP", lossless=True),
         "webp animated": _encoded(PHOTO, "WEBP", save_all=True, append_images=[OTHER]),
         "webp with a profile": _encoded(PHOTO, "WEBP", icc_profile=profile),
+        # A chunk of odd length is padded by a byte, before the EXIF data.
+        "webp with an odd chunk": _encoded(
+            PHOTO, "WEBP", lossless=True, exif=_exif(6), icc_profile=profile + bytes(1 - len(profile) % 2)
+        ),
     }
     kinds = {"jpeg": {}, "png": {}, "webp": {"lossless": True}}
     if features.check("avif"):
