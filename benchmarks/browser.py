@@ -1,7 +1,7 @@
-"""How long one image takes in the browser: python benchmarks/browser.py RUN
+"""Time per image in the browser: python benchmarks/browser.py RUN
 
-Each .tflite file of a run in headless Chromium by LiteRT's WebAssembly on one thread, and beside it by LiteRT in Python on one
-thread, turn by turn, so that a noisy machine treats both alike. Needs npm ci --prefix export/web, and Chromium.
+Runs each .tflite file of a run in headless Chromium (LiteRT in WebAssembly) and in Python (LiteRT), each on one thread. The two
+take turns, so that other load on the machine affects both alike. Needs `npm ci --prefix export/web` and Chromium.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from cvt_keras.export.web.__main__ import installation
 from cvt_keras.export.web.server import RUNTIME, WEB, Server, artifacts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-# It asks Google's hosts for this and that of its own accord.
+# The last flags keep Chromium from contacting Google's hosts.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-# From pixels to numbers, as below; the input is noise, as the time does not depend on it.
+# Times from pixels to probabilities, as `_milliseconds` does. The input is noise: the time does not depend on it.
 IN_THE_BROWSER = """async ({ name, pixels, runs }) => {
   const { Network, readFile } = await import("/network.js");
   const network = await Network.load(await readFile(name));
@@ -41,21 +41,23 @@ IN_THE_BROWSER = """async ({ name, pixels, runs }) => {
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Median milliseconds of one image, for each .tflite file of a run."""
+    """Median milliseconds per image, for each .tflite file of a run."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The run folder, exported."""
+    """The folder of an exported run."""
     runs: int = 200
-    """Of each file a turn; a tenth as many before them warm up."""
+    """Timed runs per file and turn. A tenth as many warm up before them."""
     turns: int = 5
-    """Of each; the median of the turns' medians counts."""
+    """Turns per file. The result is the median of the turns' medians."""
 
     def __post_init__(self):
         for name in ("runs", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
         if not artifacts(self.run):
-            raise ValueError(f"`run` must be an exported run: cvt-keras export {self.run} first. Received: run={self.run}")
+            raise ValueError(
+                f"`run` must be an exported run. Received: run={self.run}. Export it first: cvt-keras export {self.run}"
+            )
 
 
 def main(arguments):
@@ -72,17 +74,15 @@ def main(arguments):
     with _page(arguments.run) as (browser, page):
         for _ in range(arguments.turns):
             for name in names:
-                asked = {"name": name, "pixels": pixels.ravel().tolist(), "runs": warm_up + arguments.runs}
-                times = page.evaluate(IN_THE_BROWSER, asked)
+                arguments_of_page = {"name": name, "pixels": pixels.ravel().tolist(), "runs": warm_up + arguments.runs}
+                times = page.evaluate(IN_THE_BROWSER, arguments_of_page)
                 medians[name]["browser"].append(statistics.median(times[warm_up:]))
                 times = [_milliseconds(interpreters[name], pixels) for _ in range(warm_up + arguments.runs)]
                 medians[name]["python"].append(statistics.median(times[warm_up:]))
         chromium = f"Chromium {browser.version}"
     core = json.loads((WEB / "node_modules/@litertjs/core/package.json").read_text())["version"]
     python = importlib.metadata.version("ai-edge-litert")
-    print(
-        f"{environment.cpu()}; median of {arguments.turns} turns of {arguments.runs} runs, in brackets the least and the most\n"
-    )
+    print(f"{environment.cpu()}; median of {arguments.turns} turns of {arguments.runs} runs (minimum to maximum)\n")
     print(
         f"| file | MB | ms, {chromium}, @litertjs/core {core}, WASM, one thread | ms, LiteRT {python} in Python, one thread |"
     )
@@ -95,21 +95,21 @@ def main(arguments):
 
 
 def missing():
-    """The command lines that install what the page lacks to run here."""
+    """Lists the commands that install what is missing: LiteRT.js and Chromium."""
     lines = [] if all((WEB / name).exists() for name in RUNTIME) else [installation()]
     return lines if CHROMIUM else [*lines, "apt-get install chromium"]
 
 
 @contextlib.contextmanager
 def chromium():
-    """Headless Chromium, for the block."""
+    """Runs headless Chromium in the block."""
     with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as browser:
         yield browser
 
 
 @contextlib.contextmanager
 def _page(run_dir):
-    """The page of a run, for the block -> `(browser, page)`."""
+    """Serves and opens the page of a run in the block. Yields `(browser, page)`."""
     if lines := missing():
         raise SystemExit(f"to run this benchmark: {lines[0]}")
     with Server(run_dir, 0) as server, chromium() as browser:
@@ -124,11 +124,11 @@ def _page(run_dir):
 
 
 def _milliseconds(interpreter, pixels):
-    [taken], [given] = interpreter.get_input_details(), interpreter.get_output_details()
+    [network_input], [output] = interpreter.get_input_details(), interpreter.get_output_details()
     started = time.perf_counter()
-    interpreter.set_tensor(taken["index"], pixels)
+    interpreter.set_tensor(network_input["index"], pixels)
     interpreter.invoke()
-    interpreter.get_tensor(given["index"])
+    interpreter.get_tensor(output["index"])
     return 1000 * (time.perf_counter() - started)
 
 

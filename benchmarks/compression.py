@@ -1,8 +1,8 @@
-"""What compression gains and costs: python benchmarks/compression.py RUN RUN...
+"""Accuracy, size and speed of compressed runs: python benchmarks/compression.py RUN RUN...
 
-A table of the .tflite files of runs that are exported, the first of them not compressed: accuracy from their reports, the bytes
-as they are and as gzip sends them, and the milliseconds of one image by LiteRT on one thread, all files turn by turn, so that a
-noisy machine treats them alike. And a picture of accuracy against bytes.
+Compares the .tflite files of exported runs with those of the first run, which must not be compressed. Prints a table: accuracy
+from the export's report, size in bytes and with gzip, and milliseconds per image by LiteRT on one thread. The files take turns,
+so that other load on the machine affects all alike. `--plot` draws accuracy against size.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from cvt_keras.report import figures
 
 WARM_UP = 20
 PACKAGES = ("ai-edge-litert", "tensorflow", "keras", "tensorflow-model-optimization")
-MOST_POINTS = 0.03  # of accuracy below the best file that the picture shows
+MOST_POINTS = 0.03  # the plot shows files down to this much accuracy below the best one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,73 +36,76 @@ class Arguments:
     """Accuracy, bytes and milliseconds of the .tflite files of runs."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Run folders, exported; the first is what the others are compared with."""
+    """Folders of exported runs. The others are compared with the first."""
     plot: Path | None = None
-    """Where to draw accuracy against bytes, as a .png."""
+    """Draw accuracy against size into this .png file."""
     times: int = 100
-    """Runs of each file in a turn."""
+    """Timed runs per file and turn."""
     turns: int = 5
-    """Turns."""
+    """Turns per file. The result is the median of the turns' medians."""
 
 
 def files(run_dirs):
-    """A dict for each .tflite file of runs that has passed its check.
+    """Lists the .tflite files that passed the export's check, a dict for each.
 
     Raises:
-        NoRunError: for a folder that is none.
-        RunError: for a run that is not exported, or one checked on other images than the first; or if the first is compressed,
-            or has no float32 file.
+        NoRunError: for a folder without a run.
+        RunError: for a run that is not exported, or was checked on other images than the first; or if the first run is
+            compressed, or has no float32 file.
     """
-    found, checked = [], None
+    rows, checked = [], None
     for run_dir in run_dirs:
         runs.require_run(run_dir)
     if runs.read_json(run_dirs[0] / runs.RECIPE).get("compression"):
-        raise RunError(f"the first run must not be compressed, as the others are compared with it. Received: {run_dirs[0]}")
+        raise RunError(f"the first run must not be compressed: the others are compared with it. Received: {run_dirs[0]}")
     for run_dir in run_dirs:
         path = run_dir / runs.EXPORT / runs.REPORT
         if not path.exists():
-            raise RunError(f"{run_dir} is not exported: python -m export {run_dir}")
+            raise RunError(f"{run_dir} is not exported. Export it first: cvt-keras export {run_dir}")
         report = runs.read_json(path)
         for artifact in report["artifacts"]:
             file = run_dir / artifact["path"]
             if not artifact["path"].endswith(".tflite"):
                 continue
             if not artifact["passed"]:
-                print(f"left out, as it failed its check: {run_dir.name} {artifact['name']}, {artifact['top1']:.2%}")
+                print(
+                    f"skipped, as it failed the export's check: {run_dir.name} {artifact['name']}, {artifact['top1']:.2%} top-1"
+                )
                 continue
-            on = f"{artifact['images']:,} images of {report['dataset']}"
-            checked = checked or on
-            if on != checked:
+            images = f"{artifact['images']:,} images of {report['dataset']}"
+            checked = checked or images
+            if images != checked:
                 raise RunError(
-                    f"{run_dir} was checked on {on}, and {run_dirs[0]} on {checked}: export them with the same --verify-images"
+                    f"{run_dir} was checked on {images}, and {run_dirs[0]} on {checked}. Export both with the same "
+                    "--verify-images"
                 )
             data = file.read_bytes()
-            found.append(
+            rows.append(
                 {
                     "run": run_dir.name,
                     "file": artifact["name"],
                     "path": file,
                     "top1": artifact["top1"],
-                    "checked": on,
+                    "checked": images,
                     "bytes": len(data),
                     "gzip": len(gzip.compress(data, 9)),
                 }
             )
-    if not found or (found[0]["run"], found[0]["file"]) != (run_dirs[0].name, "float32"):
-        raise RunError(f"{run_dirs[0]} has no float32.tflite to compare with: python -m export {run_dirs[0]}")
-    return found
+    if not rows or (rows[0]["run"], rows[0]["file"]) != (run_dirs[0].name, "float32"):
+        raise RunError(f"{run_dirs[0]} has no float32.tflite to compare with. Export it first: cvt-keras export {run_dirs[0]}")
+    return rows
 
 
 def time_files(rows, times, turns):
-    """Adds to each `milliseconds`, the median of its turns' medians, and `deviation`, their population standard deviation."""
+    """Adds to each row `milliseconds`, the median of its turns' medians, and `deviation`, their standard deviation."""
     medians = {id(row): [] for row in rows}
     for _ in range(turns):
         for row in rows:
             interpreter = Interpreter(str(row["path"]), num_threads=1)
             interpreter.allocate_tensors()
-            [taken] = interpreter.get_input_details()
-            pixels = np.random.default_rng(0).integers(0, 256, taken["shape"], dtype="uint8")
-            interpreter.set_tensor(taken["index"], pixels)
+            [network_input] = interpreter.get_input_details()
+            pixels = np.random.default_rng(0).integers(0, 256, network_input["shape"], dtype="uint8")
+            interpreter.set_tensor(network_input["index"], pixels)
             seconds = []
             for i in range(WARM_UP + times):
                 started = time.perf_counter()
@@ -116,10 +119,10 @@ def time_files(rows, times, turns):
 
 
 def table(rows):
-    """Markdown, with what each has against the first file."""
+    """Returns a Markdown table that compares each file with the first."""
     first = rows[0]
     lines = [
-        "| run | file | top-1 | points | MB | gzip MB | of its gzip | ms |",
+        "| run | file | top-1 | points | MB | gzip MB | gzip, relative | ms |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -132,10 +135,10 @@ def table(rows):
 
 
 def trade(files):
-    """Draws accuracy against the bytes that are sent: a point for each file, and a line along the Pareto front.
+    """Draws accuracy against gzipped size: a point for each file, and a line along the Pareto front.
 
-    A colour stands for a run, a marker for a kind of file. Files far below the best one lie on the lower edge with their
-    accuracy beside them. Otherwise they would squeeze the others together.
+    Colours are runs, markers are kinds of files. A file far below the best one is drawn on the lower edge, with its accuracy
+    as text. Otherwise it would squeeze the other points together.
 
     Args:
         files: dicts of `run`, `file` (its kind), `top1` and `gzip` (bytes).
@@ -153,19 +156,19 @@ def trade(files):
         drawstyle="steps-post",
         color=figures.GREY,
         linewidth=1,
-        label="no file is both smaller and better",
+        label="Pareto front",
     )
     names = list(dict.fromkeys(file["run"] for file in files))
-    shades = colormaps["tab20"].colors  # ten strong ones, each followed by its pale one
+    shades = colormaps["tab20"].colors  # ten strong colours, each followed by a pale one
     shades = [*shades[::2], *shades[1::2]]
     colours = {name: shades[i % len(shades)] for i, name in enumerate(names)}
     markers = dict(zip(sorted({file["file"] for file in files}), "osD^"))
-    on_the_edge = []  # their MB
+    on_the_edge = []  # MB of each
     for file in files:
         point = file["gzip"] / 1e6, max(floor, file["top1"])
         axes.plot(*point, markers[file["file"]], color=colours[file["run"]], markersize=8, alpha=0.8, clip_on=False)
         if file["top1"] < floor:
-            # Labels of neighbours are stacked.
+            # Stacks the labels of neighbours.
             height = 8 + 10 * sum(0.9 < other / point[0] < 1.1 for other in on_the_edge)
             axes.annotate(f"{file['top1']:.1%}", point, xytext=(0, height), textcoords="offset points", ha="center", fontsize=8)
             on_the_edge.append(point[0])
@@ -189,7 +192,7 @@ def trade(files):
 
 
 def pareto(files):
-    """The Pareto front: the files that no other file beats in size without losing accuracy, or in accuracy without growing."""
+    """Returns the Pareto front: the files for which no other file is both at least as accurate and at least as small."""
     return [
         file
         for file in files
@@ -211,7 +214,7 @@ def main(argv):
     time_files(rows, arguments.times, arguments.turns)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     print(f"{environment.cpu()}, one thread; {versions}.")
-    print(f"ms: the median of {arguments.turns} turns, in each the median of {arguments.times}, ± their standard deviation.")
+    print(f"ms: the median of {arguments.turns} turns, each the median of {arguments.times} runs, ± their standard deviation.")
     print(f"top-1 on {rows[0]['checked']}, by LiteRT.\n")
     print(table(rows))
     if arguments.plot:

@@ -1,8 +1,7 @@
-"""What MediaPipe's way of resizing costs: python benchmarks/mediapipe_resize.py --help.
+"""Accuracy that MediaPipe's resizing costs: python benchmarks/mediapipe_resize.py RUN
 
-MediaPipe's ImageClassifier samples an image of another size than the network's at the network's pixels, without smoothing it
-first. Real test images, enlarged or of a set whose images are larger than the network's, are handed to it as they are and
-resized beforehand.
+MediaPipe's ImageClassifier resizes an image to the network's size without antialiasing. This benchmark classifies larger test
+images twice: as they are, and resized beforehand in several ways. Images of a small data set are enlarged first.
 """
 
 import dataclasses
@@ -31,18 +30,18 @@ INSTALL = "python3.11 -m venv .venv-mediapipe && .venv-mediapipe/bin/pip install
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Top-1 of a run's TFLite file in MediaPipe on enlarged test images."""
+    """Top-1 of a run's TFLite file in MediaPipe, on test images that are larger than its input."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The exported run."""
+    """The folder of an exported run."""
     data_dir: str | None = None
-    """Where the run's data set lies now, if not where it was."""
+    """Folder of the run's data set, if it has moved."""
     kind: str = "float32"
-    """The file's name in export/tflite."""
+    """Name of the file in export/tflite, without .tflite."""
     images: int = 1000
-    """Test images, the first ones."""
+    """Use the first N test images."""
     sides: tuple[int, ...] = (64, 128, 224, 480)
-    """To which they are brought by Lanczos' filter, in pixels; their own side leaves them as they are."""
+    """Sides to resize the test images to, in pixels, with Lanczos' filter."""
 
     def __post_init__(self):
         for name, value in {"images": self.images, "sides": min(self.sides, default=0)}.items():
@@ -51,7 +50,7 @@ class Arguments:
 
 
 def classify(file, images, **options):
-    """MediaPipe's answers.
+    """Classifies images with MediaPipe.
 
     Args:
         file: a .tflite file.
@@ -62,7 +61,7 @@ def classify(file, images, **options):
         MediaPipe's version, and for each image its categories: dicts of `index`, `score`, `category_name`, `display_name`.
 
     Raises:
-        RuntimeError: if MediaPipe does not run, with what it said.
+        RuntimeError: if MediaPipe does not run, with its last line of output.
     """
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/images.npz", *images)
@@ -76,7 +75,7 @@ def classify(file, images, **options):
 
 
 def halved(image, size):
-    """Halved while twice `size` or more, then stretched to it, each by bilinear sampling alone: the usual way on Android."""
+    """Halves the sides while they are at least twice `size`, then resizes to it, always bilinear: the usual way on Android."""
     sides = image.shape[:2]
     while sides != (size, size):
         sides = tuple(max(size, side // 2) if side >= 2 * size else size for side in sides)
@@ -87,7 +86,7 @@ def halved(image, size):
 def main(arguments):
     recipe = read_recipe(arguments.run)
     size = recipe.image_size
-    # Not at the network's size: what is smoothed on reading can't alias any more.
+    # Reads the images at the largest side. At the network's size they would already be antialiased.
     data_dir = arguments.data_dir or recipe.data_dir
     images_of_run = verified.load(arguments.run / runs.IMAGES, recipe.dataset, data_dir, max(arguments.sides))
     source = images_of_run.source
@@ -102,13 +101,13 @@ def main(arguments):
     rows = {}
     for side in arguments.sides:
         images = [_lanczos(image, side) for image in test.images]
-        right = {}
+        correct = {}
         for name, way in ways.items():
             version, answers = classify(file, [way(image) for image in images], max_results=1)
-            right[name] = np.array([best["index"] for [best] in answers]) == test.labels
-        rows[side] = {name: round(float(hits.mean()), 4) for name, hits in right.items()}
-        # Of the same images, so that their difficulty is not in it.
-        cost = right["as_in_training"].astype(float) - right["as_it_is"]
+            correct[name] = np.array([best["index"] for [best] in answers]) == test.labels
+        rows[side] = {name: round(float(hits.mean()), 4) for name, hits in correct.items()}
+        # Paired by image, so that the images' difficulty cancels.
+        cost = correct["as_in_training"].astype(float) - correct["as_it_is"]
         rows[side]["cost_in_points"] = round(100 * float(cost.mean()), 2)
         rows[side]["standard_error"] = round(100 * float(cost.std() / len(cost) ** 0.5), 2)
     print(

@@ -1,6 +1,6 @@
-"""Smaller networks by the parts of tensorflow-model-optimization that work on Keras 3: pruning, clustering, quantisation.
+"""Pruning, clustering and quantisation-aware training, by the parts of tensorflow-model-optimization that work on Keras 3.
 
-The names are imported when they are first used: all of them need TensorFlow, and `--help` does not.
+The names are imported on first use: all of them need TensorFlow, and `--help` does not.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MagnitudePruning", "QuantizationAwareTraining", "WeightClustering", "compress"]
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # with `__getattr__` a type checker would accept any name
     __getattr__, __dir__ = lazy.attach(
         __name__,
         {

@@ -15,7 +15,7 @@ from cvt_keras.training.recipes import COMPRESSIONS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The flags of every method, which are arguments of `compress`; a method adds its own."""
+    """The flags that all methods share, named as the arguments of `compress`."""
 
     method: ClassVar[str]
 
@@ -26,15 +26,15 @@ class Arguments:
     epochs: int = 2
     """Passes over the training images."""
     peak_learning_rate: float | None = None
-    """Reached after the warm-up; defaults to a quarter of the run's."""
+    """Learning rate after the warm-up; defaults to a quarter of the run's."""
     batch_size: int | None = None
-    """Images per training step; defaults to the run's. qat needs more memory than the training before it."""
+    """Images per training step; defaults to the run's. qat needs more memory than the run did."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] | None = None
-    """Defaults to auto, and for qat to float32, the only one that it takes."""
+    """Defaults to auto. qat always trains in float32."""
     seed: int | None = None
-    """Defaults to the run's."""
+    """Seed of the training; defaults to the run's."""
     data_dir: str | None = None
-    """Where the images are now; defaults to where they were."""
+    """Folder of the run's data set; defaults to the one that the run read."""
     train_limit: int | None = None
     """Train on the first N images only; defaults to the run's."""
     validation_limit: int | None = None
@@ -42,40 +42,41 @@ class Arguments:
     test_limit: int | None = None
     """Test on the first N images only; defaults to the run's."""
     skip_broken: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Leave out files of a folder that can't be read, and count them in the report; on if the run did."""
+    """Skip files of a folder that can't be read, and count them in the report; defaults to the run's."""
     class_weights: Annotated[str | None, tyro.conf.arg(metavar="auto|none|FILE")] = None
     """The weight of each class in the loss; defaults to the run's."""
     resume: bool = False
     """Continue the new run after its last finished epoch."""
 
     def require(self):
-        """Raises unless the method's own options go together. A method without any has nothing to check."""
+        """Raises a `RecipeError` for wrong options of the method. Nothing to check here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prune(options.Pruning, Arguments):
-    """Sets a run's smallest weights to zero. The file keeps its size, but gzip makes it smaller."""
+    """Trains a run further and sets its smallest weights to zero. The file keeps its size, but compresses better with gzip."""
 
     method = "prune"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster(options.Clustering, Arguments):
-    """Gives each kernel of a run a few values. The file keeps its size, but gzip makes it smaller. Zeros of a pruned run
-    stay."""
+    """Trains a run further with few distinct values in each kernel. The file keeps its size, but compresses better with gzip.
+    Zeros of a pruned run stay zero."""
 
     method = "cluster"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qat(Arguments):
-    """Trains a run further with the rounding of int8, so that the int8 file loses less. Zeros of a pruned run stay."""
+    """Trains a run further with the rounding of int8, so that the int8 file loses less accuracy. Zeros of a pruned run stay
+    zero."""
 
     method = "qat"
 
 
 def parse(argv):
-    """Reads the method's name and its flags. Raises a `UserError` if they do not go together."""
+    """Reads the method's name and its flags. Raises a `RecipeError` for a wrong value."""
     arguments = tyro.cli(Prune | Cluster | Qat, prog="cvt-keras", description="Makes a run's network smaller.", args=argv)
     arguments.require()
     return arguments

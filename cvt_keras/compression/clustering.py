@@ -1,4 +1,4 @@
-"""Clustering: each kernel has a few values, which the training moves (Han et al., arXiv 1510.00149)."""
+"""Clustering: each kernel has few distinct values, which are trained (Han et al., arXiv 1510.00149)."""
 
 from typing import Any, ClassVar
 
@@ -11,28 +11,29 @@ from cvt_keras.compression.options import Clustering, Layers
 from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.training.compressor import Compressor
 
-ITERATIONS = 10  # of Lloyd's algorithm, after k-means++ has chosen the first centroids
+ITERATIONS = 10  # steps of Lloyd's algorithm, after k-means++ has chosen the first centroids
 
 
 class WeightClustering(Compressor):
-    """Clusters kernels by tfmot's centroids and assignment.
+    """Clusters kernels with tfmot's centroids and assignment.
 
-    Behind each clustered weight stands a float weight. After each step the float weights take the step's change, each
-    centroid takes the mean change of its members, and each clustered weight becomes the centroid nearest to its float weight.
+    Each clustered weight has a float weight behind it. After a training step, the step's change is added to the float weights,
+    and its mean over the members of a centroid to that centroid. Then each weight becomes the centroid nearest to its float
+    weight.
 
     Args:
-        clusters: values in each kernel, at least 2.
-        keep_zeros: whether the zeros of a pruned run stay; 0 is then one of the values.
+        clusters: distinct values in each kernel, at least 2.
+        keep_zeros: whether the zeros of a pruned run stay zero. 0 is then one of the values.
         layers: names, a predicate or `None`, as in `kernels`.
-        after: `settings` of the compression that made the weights to start from, or `None`.
+        after: `settings` of the compression that the starting weights come from, or `None`.
 
     Raises:
-        RecipeError: for an argument out of its range.
+        RecipeError: for an argument out of range.
     """
 
     refused: ClassVar = {
-        "cluster": "start from the run before it",
-        "qat": "the ranges are set. Cluster the run before it",
+        "cluster": "start from the run that it was made from",
+        "qat": "its quantisation ranges are fixed. Cluster first, the run that it was made from",
     }
 
     def __init__(
@@ -51,20 +52,20 @@ class WeightClustering(Compressor):
         super().require(recipe)
         if recipe.ema:
             raise RecipeError(
-                f"`ema` must be 0 with clustering, as an average over steps has more values. Received: ema={recipe.ema}",
+                f"`ema` must be 0 with clustering: an average over steps has more distinct values. Received: ema={recipe.ema}",
                 argument="ema",
             )
 
     def start(self, classifier, batches, steps, epochs):
         self._clustered = []
         every_kernel = all_kernels(classifier)
-        # Not only of the kernels that are clustered: pruning may have had other `layers`.
+        # All kernels, as the pruning may have had other `layers`.
         self._zeros = Zeros(every_kernel if self.keep_zeros else {})
         for path, kernel in kernels(classifier, self.layers).items():
             distinct = len(np.unique(np.asarray(kernel)))
             if distinct < self.clusters:
                 raise RecipeError(
-                    f"`clusters` must be at most {distinct}, the number of values in {path}. "
+                    f"`clusters` must be at most {distinct}, the number of distinct values in {path}. "
                     f"Received: clusters={self.clusters}",
                     argument="clusters",
                     hint="Give fewer --clusters, or other --layers",
@@ -80,7 +81,7 @@ class WeightClustering(Compressor):
             self._zeros.hold(every_kernel)
 
         self._project = project
-        project()  # so that the first step, too, sees few values
+        project()  # so that the first step sees few values, too
 
     def on_train_batch_end(self, batch, logs=None):
         self._project()
@@ -92,9 +93,9 @@ class WeightClustering(Compressor):
         for path, values in values_by_layer.items():
             if values != self.clusters:
                 raise RunError(
-                    f"{path} has {values} values in place of {self.clusters}, so no model was written",
+                    f"{path} has {values} distinct values instead of {self.clusters}, so no model was written",
                     argument="clusters",
-                    hint="Cluster anew in another --run-dir, with fewer --clusters",
+                    hint="Cluster again in another --run-dir, with fewer --clusters",
                 )
         return {"values_by_layer": values_by_layer, "sparsity": float(share_of_zeros(chosen.values()))}
 
@@ -103,7 +104,7 @@ class _ClusteredKernel:
     """A kernel, the float weights behind it, the centroids, and the index of each weight's centroid.
 
     Args:
-        mask: 0 where a weight stays 0, and 1 elsewhere; one of the centroids then stays 0. `None` means that none does.
+        mask: 0 where a weight stays 0, and 1 elsewhere; one centroid then stays 0. `None` means that no weight stays 0.
     """
 
     def __init__(self, kernel, clusters, mask, parts):
@@ -115,7 +116,7 @@ class _ClusteredKernel:
         ).get_cluster_centroids()
         self.weights = tf.Variable(self.kernel, trainable=False, name="weights")
         self.centroids = tf.Variable(tf.sort(initial), trainable=False, name="centroids")
-        # 0 where nothing moves: at the zeros of a pruned kernel, and at their centroid.
+        # 0 for what stays fixed: the zeros of a pruned kernel, and their centroid.
         self.moving = mask if keep_zeros else tf.ones_like(self.kernel)
         moving_centroids = tf.cast(self.centroids != 0, tf.float32) if keep_zeros else tf.ones_like(self.centroids)
         self.moving_centroids = tf.Variable(moving_centroids, trainable=False, name="moving_centroids")
@@ -124,7 +125,7 @@ class _ClusteredKernel:
         for _ in range(ITERATIONS):
             self._move_centroids(self.weights - tf.gather(self.centroids, self.members))
             self.members.assign(self._nearest())
-        # `project` takes the difference from here as the step's change.
+        # `project` computes the step's change as the difference from this.
         self.kernel.assign(tf.gather(self.centroids, self.members))
         self.variables = [self.weights, self.centroids, self.moving_centroids, self.members]
 
@@ -160,7 +161,7 @@ class _ClusteredKernel:
             return tf.tensor_scatter_nd_update(members, [[tf.argmin(distance)]], [empty])
 
         flat = tf.reshape(nearest, (-1,))
-        # With NaN weights all have the same centroid, and no other can be filled. `HaltOnNaN` then ends the training.
+        # NaN weights all get the same centroid, so the loop could never fill the others. `HaltOnNaN` ends such a training.
         [flat] = tf.while_loop(
             lambda members: tf.reduce_any(sizes(members) == 0), fill_one, [flat], maximum_iterations=self.clusters
         )

@@ -1,4 +1,4 @@
-"""Chooses the kernels to make smaller, and counts and keeps their zeros."""
+"""The kernels that a compression changes, and their zeros."""
 
 import re
 
@@ -16,16 +16,16 @@ def kernels(classifier, layers=None):
 
     Args:
         classifier: a `CvT`, or a classifier around one.
-        layers: names, as paths in the network: `"stage1_block0/mlp/fc1"`, or `"stage1"` for every path that starts so; or a
-            predicate, which takes such a path and returns whether to choose its kernel. `None` means every convolution and
-            Dense except the first layer (the stem, or the first token embedding of a network without one), the depthwise
-            convolutions, and the head. These hold few weights that cost much accuracy each. Norms and biases are no kernels.
+        layers: paths in the network, such as `"stage1_block0/mlp/fc1"`, or their beginnings, such as `"stage1"`; or a predicate
+            that takes a path and returns whether to choose its kernel. `None` means every convolution and Dense layer but the
+            first layer (the stem, or the first token embedding without a stem), the depthwise convolutions, and the head:
+            these have few weights, and losing one costs much accuracy. Norms and biases are never chosen.
 
     Returns:
-        A dict of path in the network, without the name `kernel` -> `keras.Variable`, in the network's order.
+        A dict of path, without the name `kernel` -> `keras.Variable`, in the network's order.
 
     Raises:
-        RecipeError: for a name that no layer with a kernel has, or a predicate that chooses none. It lists the layers.
+        RecipeError: for a name that matches no layer with a kernel, or a predicate that chooses none. It lists the layers.
     """
     network, known = cvt_of(classifier), all_kernels(classifier)
     if layers is None:
@@ -45,7 +45,7 @@ def kernels(classifier, layers=None):
             matching = [path for path in known if re.match(rf"{re.escape(name)}(?:$|[/_])", path)]
             if not matching:
                 raise RecipeError(
-                    f"`layers` must name layers with a kernel, or how their names start: {', '.join(known)}. Received: {name}",
+                    f"`layers` must name layers with a kernel, or the start of a name: {', '.join(known)}. Received: {name}",
                     argument="layers",
                 )
             chosen.update(matching)
@@ -53,7 +53,7 @@ def kernels(classifier, layers=None):
 
 
 def describe(layers):
-    """Returns `layers` as recipe.json holds it: the names, none for `None`, or the name of a predicate."""
+    """Returns `layers` for recipe.json: a list of names, `[]` for `None`, or the name of a predicate."""
     if layers is None:
         return []
     if not callable(layers):
@@ -67,13 +67,13 @@ def all_kernels(classifier):
 
 
 class Zeros:
-    """Keeps the zeros of a pruned network as zeros in a later compression.
+    """Keeps the zeros of a pruned network in a later compression.
 
     Args:
         kernels: path -> `keras.Variable`.
 
     Attributes:
-        masks: path -> `tf.Variable`, 0 where the kernel is 0 and 1 elsewhere. A checkpoint must hold them.
+        masks: path -> `tf.Variable`, 0 where the kernel is 0 and 1 elsewhere. Part of every checkpoint.
     """
 
     def __init__(self, kernels):
@@ -83,28 +83,28 @@ class Zeros:
         }
 
     def hold(self, kernels):
-        """Sets weights that training has moved away from 0 back to 0."""
+        """Sets the masked weights back to 0 after a training step."""
         for path, mask in self.masks.items():
             kernels[path].value.assign(kernels[path].value * tf.cast(mask, kernels[path].dtype))
 
     def check(self, kernels):
-        """Raises RunError if one of the zeros is not 0 any more."""
+        """Raises a `RunError` if a masked weight is not 0."""
         for path, mask in self.masks.items():
             if np.any(np.asarray(kernels[path])[mask.numpy() == 0] != 0):
                 raise RunError(
-                    f"{path} has lost zeros that it was pruned to, so no model was written",
-                    hint="Compress anew in another --run-dir",
+                    f"{path} has lost zeros of the pruning, so no model was written",
+                    hint="Compress again in another --run-dir",
                 )
 
 
 def share_of_zeros(variables):
-    """Returns the share of zeros in all variables together, in 0..1."""
+    """Returns the share of zeros, in 0..1, over all variables together."""
     values = [keras.ops.convert_to_numpy(variable) for variable in variables]
     return 1 - sum(np.count_nonzero(value) for value in values) / sum(value.size for value in values)
 
 
 def _path(variable):
-    """`cvt/stage0_block0/mlp/fc1/kernel` -> `stage0_block0/mlp/fc1`; Keras may put other names before it."""
+    """`cvt/stage0_block0/mlp/fc1/kernel` -> `stage0_block0/mlp/fc1`. Other names may precede `cvt`."""
     parts = variable.path.split("/")
     start = next(i for i, part in enumerate(parts) if part.startswith(("stem", "stage", "head")))
     return "/".join(parts[start:-1])

@@ -1,4 +1,4 @@
-"""The methods of compression by name, and the call that applies one to a finished run."""
+"""`compress`, which applies a method of compression to a finished run."""
 
 import dataclasses
 import inspect
@@ -16,7 +16,7 @@ from cvt_keras.training.plan import RunResult
 from cvt_keras.training.recipes import read_recipe
 
 METHODS = {"prune": MagnitudePruning, "cluster": WeightClustering, "qat": QuantizationAwareTraining}
-# Of the run's own peak learning rate. A lower one keeps more of what the network has learned.
+# Share of the run's peak learning rate. A high rate would undo what the network has learned.
 LEARNING_RATE_SHARE = 0.25
 
 
@@ -39,27 +39,27 @@ def compress(
     resume: bool = False,
     **options: Any,
 ) -> RunResult:
-    """Makes the network of a finished run smaller, and writes a run folder of its own.
+    """Makes the network of a finished run smaller, and writes a new run folder.
 
-    `compress("runs/mine", "runs/pruned", "prune", sparsity=0.5)` continues the training of `runs/mine`, on the same images
-    and with the settings of its recipe. Moving average, `layer_decay` and `freeze` are off.
+    `compress("runs/mine", "runs/pruned", "prune", sparsity=0.5)` trains the network of `runs/mine` further, on the same images
+    and with the settings of its recipe. `ema`, `layer_decay` and `freeze` are off.
 
     Args:
         run: the run folder to start from.
-        run_dir: the run folder to write: one that does not exist yet, or is empty, unless `resume`.
+        run_dir: the run folder to write. Unless `resume` is set, it must be new or empty.
         method: `"prune"`, for `MagnitudePruning`; `"cluster"`, for `WeightClustering`; or `"qat"`, for
             `QuantizationAwareTraining`.
         epochs: passes over the training images.
         peak_learning_rate: `None` means a quarter of the run's.
-        batch_size: in images; `None` means the run's. `"qat"` needs more memory than the training before it.
-        precision: `None` means `"auto"`, and for `"qat"` float32, the only one that it takes.
+        batch_size: images per training step; `None` means the run's. `"qat"` needs more memory than the run did.
+        precision: `None` means `"auto"`, and `"float32"` for `"qat"`, which takes no other.
         seed: `None` means the run's.
-        data_dir: where the images are now; `None` means where they were.
-        train_limit, validation_limit, test_limit: use the first N images only; `None` means as many as the run did.
-        skip_broken: whether to leave out files of a folder that can't be read; always, if the run did.
+        data_dir: the folder of the run's data set; `None` means the one that the run read.
+        train_limit, validation_limit, test_limit: use the first N images only; `None` means the run's limit.
+        skip_broken: whether to skip files of a folder that can't be read; always true if the run skipped them.
         class_weights: `"auto"`, `"none"` or a file, as in a `Recipe`; `None` means the run's.
         resume: continue the run in `run_dir` after its last finished epoch.
-        options: the method's own arguments, `sparsity` or `clusters` for instance. Zeros of a pruned run stay, unless
+        options: the method's own arguments, such as `sparsity` or `clusters`. Zeros of a pruned run stay zero, unless
             `keep_zeros=False`.
 
     Returns:
@@ -68,10 +68,9 @@ def compress(
     Raises:
         NoRunError: if `run` holds no run.
         RunError: if that run is not finished or is damaged.
-        RecipeError: for a method or an option that does not exist, a value out of its range, or methods that can't follow
-            each other.
+        RecipeError: for an unknown method or option, a value out of range, or a method that can't follow the run's.
         MissingPackageError: if tensorflow-model-optimization is not installed.
-        And what `cvt_keras.training.run` raises.
+        UserError: any other error of `cvt_keras.training.run`.
     """
     run, run_dir = Path(run), Path(run_dir)
     runs.require_finished(run, argument="run")
@@ -91,7 +90,7 @@ def compress(
     }
     defaults = {
         "peak_learning_rate": LEARNING_RATE_SHARE * recipe.peak_learning_rate,
-        # Settled anew, as this machine may be another. Quantisation of a network in half precision would round twice.
+        # `auto` again, as this may be another machine. Half precision would round a second time before int8 does.
         "precision": "float32" if method == "qat" else "auto",
         "xla": "auto",
         "weights": str(run / runs.MODEL),
@@ -108,19 +107,19 @@ def compress(
 
 
 def _compressor(method, options, after):
-    """The `Compressor` of a method.
+    """Returns the `Compressor` of a method.
 
     Args:
         method: a name in `METHODS`.
         options: its arguments.
-        after: the `settings` of the compression that the run has, or `None`.
+        after: `settings` of the run's own compression, or `None`.
     """
     if method not in METHODS:
         raise RecipeError(f"`method` must be one of {', '.join(METHODS)}. Received: method={method!r}", argument="method")
     known = [name for name in inspect.signature(METHODS[method]).parameters if name != "after"]
     if unknown := sorted(set(options) - set(known)):
         raise RecipeError(
-            f"`{unknown[0]}` is not an option of {method}, which takes {', '.join(known)}. "
+            f"`{unknown[0]}` is not an option of {method}, whose options are {', '.join(known)}. "
             f"Received: {unknown[0]}={options[unknown[0]]!r}",
             argument=unknown[0],
         )

@@ -1,4 +1,4 @@
-"""The options of the methods of compression, and which go together.
+"""The options of pruning and clustering, and their checks.
 
 Nothing heavy is imported here, so that a command refuses wrong flags at once.
 """
@@ -11,7 +11,7 @@ import tyro
 
 from cvt_keras.errors import RecipeError
 
-Layers = Sequence[str] | Callable[[str], bool] | None  # names, a predicate of a name, or the default layers
+Layers = Sequence[str] | Callable[[str], bool] | None  # names, a predicate that takes a path, or `None` for the default layers
 LayerFlags = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")]
 Pattern = Literal["unstructured", "2:4", "4x1"]
 Schedule = Literal["polynomial", "constant"]
@@ -21,29 +21,26 @@ Schedule = Literal["polynomial", "constant"]
 class Pruning:
     """The arguments of `MagnitudePruning`."""
 
-    # The string under a field is its flag's help in `cvt-keras prune`.
+    # The string under a field is the help of its flag in `cvt-keras prune`.
 
     sparsity: float | None = None
     """Share of zeros in each pruned kernel; defaults to 0.7, or to 0.5 with 2:4."""
     pattern: Pattern = "unstructured"
-    """Where zeros may lie: anywhere; two in each four inputs; or in blocks of four inputs, in Dense layers only."""
+    """Where zeros may be. unstructured: anywhere; 2:4: two in every four inputs; 4x1: blocks of four inputs, in Dense layers
+    only."""
     schedule: Schedule | None = None
-    """polynomial: more and more zeros over the first half of the training; constant: all zeros from the first step. Defaults to
-    polynomial. 2:4 has all zeros from the first step and takes neither."""
+    """polynomial: the zeros are added over the first half of the training; constant: all at the first step. Defaults to
+    polynomial. 2:4 adds all at the first step and takes no schedule."""
     frequency: int | None = None
-    """Steps between the updates of polynomial; by default there are at least 20 updates, if there are as many steps."""
+    """Steps between updates with polynomial; by default there are at least 20 updates, or one per step in a short training."""
     layers: LayerFlags = None
     """Layers to prune, such as stage1 or stage1_block0/mlp/fc1; defaults to all but stem, depthwise convolutions and head."""
 
     def require(self):
-        """Raises unless each option is in its range, and they go together.
-
-        Raises:
-            RecipeError: if not.
-        """
+        """Raises a `RecipeError` for an option out of range, or options that can't be combined."""
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise RecipeError(
-                f"`sparsity` is a share of zeros, and must be over 0 and under 1. Received: sparsity={self.sparsity}",
+                f"`sparsity` is the share of zeros and must be between 0 and 1. Received: sparsity={self.sparsity}",
                 argument="sparsity",
             )
         for name, value, known in (
@@ -57,13 +54,12 @@ class Pruning:
         if self.pattern == "2:4":
             if self.sparsity not in (None, 0.5):
                 raise RecipeError(
-                    "`sparsity` must be 0.5 with the pattern 2:4, which has two zeros in four. "
-                    f"Received: sparsity={self.sparsity}",
+                    f"`sparsity` must be 0.5 with the pattern 2:4, two zeros in every four. Received: sparsity={self.sparsity}",
                     argument="sparsity",
                 )
             if self.schedule:
                 raise RecipeError(
-                    "`schedule` must be left out with the pattern 2:4, whose zeros all come at the first step. "
+                    "`schedule` must be left out with the pattern 2:4, which adds all zeros at the first step. "
                     f"Received: schedule={self.schedule}",
                     argument="schedule",
                 )
@@ -74,7 +70,7 @@ class Pruning:
                 )
             if self.pattern == "2:4" or self.schedule == "constant":
                 raise RecipeError(
-                    f"`frequency` must be left out with {self.schedule or self.pattern}, whose zeros all come at the first "
+                    f"`frequency` must be left out with {self.schedule or self.pattern}, which adds all zeros at the first "
                     f"step. Received: frequency={self.frequency}",
                     argument="frequency",
                 )
@@ -85,32 +81,28 @@ class Pruning:
 class Clustering:
     """The arguments of `WeightClustering` that have a flag."""
 
-    # The string under a field is its flag's help in `cvt-keras cluster`.
+    # The string under a field is the help of its flag in `cvt-keras cluster`.
 
     clusters: int = 16
-    """Values in each clustered kernel."""
+    """Distinct values in each clustered kernel."""
     layers: LayerFlags = None
     """Layers to cluster, such as stage1 or stage1_block0/mlp/fc1; defaults to all but stem, depthwise convolutions and head."""
 
     def require(self):
-        """Raises unless each option is in its range.
-
-        Raises:
-            RecipeError: if not.
-        """
+        """Raises a `RecipeError` for an option out of range."""
         if self.clusters < 2:
             raise RecipeError(f"`clusters` must be at least 2. Received: clusters={self.clusters}", argument="clusters")
         require_layers(self.layers)
 
 
 def require_layers(layers):
-    """Raises unless `layers` can choose kernels: before the network is there.
+    """Checks `layers`, as far as this is possible without the network.
 
     Args:
         layers: as in `kernels.kernels`.
 
     Raises:
-        RecipeError: if they are one string, or no names.
+        RecipeError: if it is a string, or an empty sequence.
     """
     if layers is None or callable(layers):
         return
@@ -120,5 +112,5 @@ def require_layers(layers):
         raise RecipeError(
             "`layers` must name at least one layer. Received no name",
             argument="layers",
-            hint="Leave out --layers for the default layers, or give it names such as stage1",
+            hint="Give --layers names such as stage1, or leave it out for the default layers",
         )

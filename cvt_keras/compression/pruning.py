@@ -1,4 +1,4 @@
-"""Pruning: the smallest weights become zeros while the training continues (Zhu & Gupta, arXiv 1710.01878)."""
+"""Pruning: sets the smallest weights to zero during training (Zhu & Gupta, arXiv 1710.01878)."""
 
 from typing import Any, ClassVar
 
@@ -11,34 +11,34 @@ from cvt_keras.compression.options import Layers, Pattern, Pruning, Schedule
 from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.training.compressor import Compressor
 
-# Share of the training in which zeros are added. In the rest they stay, and the other weights make up for them.
+# Share of the training in which zeros are added. In the rest, the other weights recover the accuracy.
 RAMP = 0.5
-UPDATES = 20
+UPDATES = 20  # of the masks, at least, if there are as many steps
 
 
 class MagnitudePruning(Compressor):
-    """Prunes kernels by tfmot's schedules and masks. The masks change at the start of a step, and apply before and after it.
+    """Prunes kernels with tfmot's schedules and masks. Masks are updated before a step, and applied before and after it.
 
     Args:
-        sparsity: share of zeros in each kernel, over 0 and under 1. `None` means 0.7, or with `"2:4"` 0.5, the only share
-            that it has.
-        pattern: `"unstructured"`; `"2:4"`, two zeros in each four weights along the input axis; or `"4x1"`, blocks of four
+        sparsity: share of zeros in each kernel, between 0 and 1. `None` means 0.7, or 0.5 with `"2:4"`, which allows no
+            other.
+        pattern: `"unstructured"`; `"2:4"`, two zeros in every four weights along the input axis; or `"4x1"`, blocks of four
             inputs of one output, in Dense layers only.
-        schedule: `"polynomial"`, from none to `sparsity` over the first half of the training; or `"constant"`, `sparsity`
-            from the first step. `None` means `"polynomial"`. With `"2:4"` it must be `None`: the zeros come at the first step.
-        frequency: steps between updates of the masks, with `"polynomial"`. `None` means at least 20 updates, if there are as
-            many steps.
+        schedule: `"polynomial"`, from 0 to `sparsity` over the first half of the training; or `"constant"`, `sparsity` from
+            the first step. `None` means `"polynomial"`. With `"2:4"` it must be `None`: the first step sets all zeros.
+        frequency: steps between updates of the masks, with `"polynomial"`. `None` means at least 20 updates, or one per step
+            in a short training.
         layers: names, a predicate or `None`, as in `kernels`.
-        after: `settings` of the compression that made the weights to start from, or `None`.
+        after: `settings` of the compression that the starting weights come from, or `None`.
 
     Raises:
-        RecipeError: for an argument out of its range.
+        RecipeError: for an argument out of range.
     """
 
     refused: ClassVar = {
-        "prune": "start from the run before it",
-        "cluster": "training would move its values apart. Prune first, then cluster",
-        "qat": "the ranges are set. Prune first, then train for quantisation",
+        "prune": "start from the run that it was made from",
+        "cluster": "training would move its equal values apart. Prune first, then cluster",
+        "qat": "its quantisation ranges are fixed. Prune first, then run qat",
     }
 
     def __init__(
@@ -76,20 +76,20 @@ class MagnitudePruning(Compressor):
         super().require(recipe)
         if recipe.ema:
             raise RecipeError(
-                "`ema` must be 0 with pruning, as an average of networks with different zeros has few zeros. "
+                "`ema` must be 0 with pruning: an average of networks with different zeros has few zeros. "
                 f"Received: ema={recipe.ema}",
                 argument="ema",
             )
 
     def start(self, classifier, batches, steps, epochs):
         chosen = self._kernels(classifier)
-        # Steps count from 1, as tfmot sets the zeros of 2:4 at step 1 only.
+        # Counts from 1: tfmot sets the zeros of 2:4 at step 1 only.
         self._step = tf.Variable(1, dtype=tf.int64, trainable=False, name="step")
         masks = [tf.Variable(tf.ones(kernel.shape), trainable=False, name="mask") for kernel in chosen.values()]
         thresholds = [tf.Variable(0.0, trainable=False, name="threshold") for _ in masks]
         self.variables = [self._step, *masks]
         schedule, ramp = self._schedule(steps * epochs)
-        # The epoch in which the last zeros come.
+        # The epoch in which the last zeros are set.
         self.first_epoch = ramp // steps
         pruning = self.parts.Pruning(
             training_step_fn=lambda: self._step,
@@ -102,7 +102,7 @@ class MagnitudePruning(Compressor):
             sparsity_m_by_n=(2, 4) if self.pattern == "2:4" else None,
         )
 
-        # Both return nothing: tfmot's operations are no values that Keras could take.
+        # Both return None: Keras can't handle the operations that tfmot returns.
         @tf.function(autograph=False)
         def update():
             pruning.conditional_mask_update()
@@ -119,18 +119,18 @@ class MagnitudePruning(Compressor):
         chosen = kernels(classifier, self.layers)
         if self.pattern == "4x1":
             matrices = {path: kernel for path, kernel in chosen.items() if len(kernel.shape) == 2}
-            if self.layers is not None and (others := [path for path in chosen if path not in matrices]):
+            if self.layers is not None and (convolutions := [path for path in chosen if path not in matrices]):
                 raise RecipeError(
-                    f"`layers` must name Dense layers with the pattern 4x1. Received: {others[0]}, a convolution",
+                    f"`layers` must name Dense layers with the pattern 4x1. Received: {convolutions[0]}, a convolution",
                     argument="layers",
                 )
             chosen = matrices
-        if self.pattern != "unstructured" and (odd := [path for path in chosen if chosen[path].shape[-2] % 4]):
+        if self.pattern != "unstructured" and (unfit := [path for path in chosen if chosen[path].shape[-2] % 4]):
             raise RecipeError(
-                f"`layers` must name layers with a multiple of 4 inputs with the pattern {self.pattern}. "
-                f"Received: {odd[0]}, with {chosen[odd[0]].shape[-2]} inputs",
+                f"`layers` must name layers whose inputs are a multiple of 4 with the pattern {self.pattern}. "
+                f"Received: {unfit[0]}, with {chosen[unfit[0]].shape[-2]} inputs",
                 argument="layers",
-                hint="Name the other layers by --layers",
+                hint="Name the other layers with --layers",
             )
         group = 4 if self.pattern == "4x1" else 1
         for path, kernel in chosen.items():
@@ -151,11 +151,11 @@ class MagnitudePruning(Compressor):
             RecipeError: if nothing would be pruned.
         """
         if self.schedule != "polynomial":
-            # One update: from then on the zeros are the smallest weights anyway.
+            # One update: afterwards the zeros are the smallest weights anyway.
             return self.parts.ConstantSparsity(self.sparsity, begin_step=1, end_step=1), 0
         if steps < 1 / RAMP:
             raise RecipeError(
-                f"`schedule` must be constant in a training of {steps} step, as polynomial adds zeros in the first half of the "
+                f"`schedule` must be constant in a training of {steps} step: polynomial adds zeros in the first half of the "
                 f"steps. Received: schedule={self.schedule}",
                 argument="schedule",
                 hint="Give more --epochs, or --schedule constant",
@@ -164,8 +164,8 @@ class MagnitudePruning(Compressor):
         ramp = int(steps * RAMP) // frequency * frequency  # ends with an update
         if ramp == 0:
             raise RecipeError(
-                f"`frequency` must be at most {int(steps * RAMP)} in a training of {steps} steps, as zeros are added in the "
-                f"first half of it. Received: frequency={frequency}",
+                f"`frequency` must be at most {int(steps * RAMP)} in a training of {steps} steps: zeros are added in the first "
+                f"half of the steps. Received: frequency={frequency}",
                 argument="frequency",
             )
         schedule = self.parts.PolynomialDecay(0.0, self.sparsity, begin_step=1, end_step=1 + ramp, frequency=frequency)
@@ -181,14 +181,14 @@ class MagnitudePruning(Compressor):
         chosen = self._kernels(classifier)
         sparsity_by_layer = {path: float(share_of_zeros([kernel])) for path, kernel in chosen.items()}
         for path, kernel in chosen.items():
-            # One block more or less, as tfmot rounds to whole blocks.
+            # tfmot rounds to whole blocks.
             tolerance = (4 if self.pattern == "4x1" else 1) / kernel.value.shape.num_elements()
             if abs(sparsity_by_layer[path] - self.sparsity) > tolerance + 1e-9:
                 raise RunError(
-                    f"{path} has {sparsity_by_layer[path]:.2%} zeros in place of {self.sparsity:.0%}, so no model was written: "
+                    f"{path} has {sparsity_by_layer[path]:.2%} zeros instead of {self.sparsity:.0%}, so no model was written: "
                     "many of its weights are equal, or all are 0",
                     argument="layers",
-                    hint="Name the other layers by --layers, in another --run-dir",
+                    hint="Name the other layers with --layers, in another --run-dir",
                 )
             if not _follows(self.pattern, np.asarray(kernel)):
                 raise RunError(f"the zeros of {path} do not follow the pattern {self.pattern}, so no model was written")
@@ -196,7 +196,7 @@ class MagnitudePruning(Compressor):
 
 
 def _follows(pattern, kernel):
-    """Whether the zeros of a kernel follow the pattern along its input axis, the last but one."""
+    """Whether a kernel's zeros follow the pattern along its input axis, the second to last."""
     if pattern == "unstructured":
         return True
     inputs = np.moveaxis(kernel, -2, -1).reshape(-1, kernel.shape[-2])

@@ -1,4 +1,4 @@
-"""Quantisation-aware training: a network learns with the rounding that its integer file will have."""
+"""Quantisation-aware training: trains a network with the rounding of its int8 file."""
 
 import contextlib
 from typing import Any, ClassVar
@@ -14,28 +14,28 @@ from cvt_keras.quantized.layers import FakeQuantize, QuantizedConv
 from cvt_keras.quantized.model import quantize
 from cvt_keras.training.compressor import Compressor
 
-# Images that set the first ranges of the activations. In training the ranges then follow the batches.
+# Training images that set the first ranges of the activations. During training, the ranges follow the batches.
 CALIBRATION_IMAGES = 1000
-# Half the width of the range of an array of zeros, as a scale can't be 0.
+# Half the range of an array of zeros, as a scale can't be 0.
 _LEAST = 1e-6
 
 
 class QuantizationAwareTraining(Compressor):
-    """Trains the `quantize` form of a classifier. The files have the ranges that the training measured.
+    """Trains the `quantize` form of a classifier. Exported int8 files use the ranges that the training measured.
 
-    tfmot's quantizers measure the ranges. For activations `AllValuesQuantizer` sets them from training images, and
-    `MovingAverageQuantizer` then adapts them; by itself it would start at -6..6 and hardly move. For kernels
-    `LastValueQuantizer` sets a range per output channel.
+    tfmot's quantizers measure the ranges. For activations, `AllValuesQuantizer` sets them from training images and
+    `MovingAverageQuantizer` adapts them; alone it would start at -6..6 and hardly move. For kernels, `LastValueQuantizer` sets
+    a range per output channel.
 
     Args:
-        keep_zeros: whether the zeros of a pruned run stay.
-        after: `settings` of the compression that made the weights to start from, or `None`.
+        keep_zeros: whether the zeros of a pruned run stay zero.
+        after: `settings` of the compression that the starting weights come from, or `None`.
     """
 
     refused: ClassVar = {
-        "cluster": "training would move its values apart. Start from the run that it was clustered from, or export it: its "
+        "cluster": "training would move its equal values apart. Start from the run that it was made from, or export it: its "
         "int8 file is quantised after training",
-        "qat": "start from the run before it",
+        "qat": "start from the run that it was made from",
     }
 
     def __init__(self, keep_zeros: bool = False, after: dict[str, Any] | None = None) -> None:
@@ -47,7 +47,7 @@ class QuantizationAwareTraining(Compressor):
     def require(self, recipe):
         if recipe.precision != "float32":
             raise RecipeError(
-                "`precision` must be float32 for quantisation-aware training, as float16 and bfloat16 would round first. "
+                "`precision` must be float32 for quantisation-aware training: float16 and bfloat16 would round a second time. "
                 f"Received: precision={recipe.precision}",
                 argument="precision",
             )
@@ -76,12 +76,12 @@ class QuantizationAwareTraining(Compressor):
         def observe(images):
             classifier(images, training=True)
 
-        seen = 0
+        calibrated = 0
         with _without_drop_path(layers):
             for images, _ in batches:
                 observe(images)
-                seen += len(images)
-                if seen >= CALIBRATION_IMAGES:
+                calibrated += len(images)
+                if calibrated >= CALIBRATION_IMAGES:
                     break
         for layer in self._rounding:
             if layer.axis is None:
@@ -104,7 +104,7 @@ class QuantizationAwareTraining(Compressor):
         self._settle_limits()
 
     def _settle_limits(self):
-        """Sets the kernels' limits by the kernels as they are now; a training step sets them before it changes the kernels."""
+        """Sets the kernels' limits from their present values. A training step sets them before it changes the kernels."""
         for conv in self._convs:
             conv.kernel_quantizer(conv.kernel, training=True)
         for layer in self._rounding:
@@ -120,9 +120,9 @@ class QuantizationAwareTraining(Compressor):
         for path, (least, most) in limits.items():
             if not (np.isfinite([least, most]).all() and least < most):
                 raise RunError(
-                    f"{path} has no range of numbers: {least}..{most}, so no model was written",
+                    f"{path} has no valid range, but {least}..{most}, so no model was written",
                     argument="peak_learning_rate",
-                    hint="Train anew in another --run-dir, at a lower --peak-learning-rate",
+                    hint="Train again in another --run-dir, with a lower --peak-learning-rate",
                 )
         kernels = _kernels(classifier)
         self._zeros.check(kernels)
@@ -131,7 +131,7 @@ class QuantizationAwareTraining(Compressor):
 
 @contextlib.contextmanager
 def _without_drop_path(layers):
-    """Turns stochastic depth off during the block, as it scales what it keeps to more than any value at inference."""
+    """Turns stochastic depth off in the block: its rescaling would widen the ranges beyond those of inference."""
     rates = {layer: layer.rate for layer in layers if isinstance(layer, DropPath)}
     for layer in rates:
         layer.rate = 0.0
@@ -155,18 +155,18 @@ def _roundings(classifier):
 
 
 def _observer(quantizer, axis=None):
-    """Returns a `FakeQuantize.observer` that calls one of tfmot's quantizers with the TensorFlow variables of Keras' variables.
+    """Returns a `FakeQuantize.observer` that calls one of tfmot's quantizers on the `tf.Variable`s of the limits.
 
     Args:
-        quantizer: tfmot's. It expects the channels on the last axis.
-        axis: the channels' axis, or `None` for one range for the whole array.
+        quantizer: tfmot's, which expects the channels on the last axis.
+        axis: axis of the channels; `None` for one range over the whole array.
     """
 
     def observe(x, minimum, maximum):
         limits = {"min_var": minimum.value, "max_var": maximum.value}
         if axis is None:
             return quantizer(x, training=True, weights=limits)
-        order = [*range(len(x.shape))]
+        order = [*range(len(x.shape))]  # swaps `axis` and the last axis
         order[axis], order[-1] = order[-1], order[axis]
         return tf.transpose(quantizer(tf.transpose(x, order), training=True, weights=limits), order)
 

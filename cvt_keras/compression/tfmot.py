@@ -1,9 +1,9 @@
-"""The only module that imports tensorflow-model-optimization, and only when it is needed.
+"""Imports tensorflow-model-optimization (tfmot), when it is first needed. No other module imports it.
 
-Its import turns `tf.keras` into Keras 2 for this process, and by an environment variable for child processes, unless
-`tf.keras` was used before. Its calls on whole models (`prune_low_magnitude`, `cluster_weights`, `quantize_model`) refuse
-a Keras 3 model or do nothing with it. This project uses the parts under them, on plain TensorFlow variables: the
-schedules and masks of pruning, the centroids of clustering, and the quantizers.
+Importing tfmot turns `tf.keras` into Keras 2, unless `tf.keras` was used before. It also sets an environment variable, which
+child processes inherit. `load` prevents both. tfmot's functions for whole models (`prune_low_magnitude`, `cluster_weights`,
+`quantize_model`) refuse a Keras 3 model or have no effect on it. This project uses the parts below them, which work on plain
+TensorFlow variables: schedules and masks of pruning, centroids of clustering, and the quantizers.
 """
 
 import os
@@ -22,11 +22,11 @@ def load():
         `KmeansPlusPlusCentroidsInitialisation`; `AllValuesQuantizer`, `LastValueQuantizer` and `MovingAverageQuantizer`.
 
     Raises:
-        MissingPackageError: if it is not installed.
+        MissingPackageError: if tfmot is not installed.
     """
     import tensorflow as tf
 
-    tf.keras.__version__  # noqa: B018 - tf.keras is made, and its version settled, when it is first used
+    tf.keras.__version__  # noqa: B018 - the first use of tf.keras fixes it to Keras 3
     before = os.environ.get(_KERAS_2)
     try:
         from tensorflow_model_optimization.python.core.clustering.keras.cluster_config import GradientAggregation

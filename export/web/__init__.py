@@ -1,1 +1,1 @@
-"""A page that runs a run's .tflite files in the browser."""
+"""A page that classifies images in the browser with a run's .tflite files."""

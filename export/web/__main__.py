@@ -1,4 +1,4 @@
-"""The command `cvt-keras web`: serves a page that classifies images in the browser by a run's .tflite files."""
+"""The command `cvt-keras web`: serves a page that classifies images in the browser with a run's .tflite files."""
 
 import dataclasses
 import errno
@@ -19,16 +19,16 @@ from .server import LABELS, RUNTIME, WEB, Server, artifacts
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The run folder, exported."""
+    """The folder of an exported run."""
     port: int = 8000
-    """Where to serve, on this machine only; 0 is any free port."""
+    """Port to serve on, for this machine only; 0 picks a free one."""
     data_dir: str | None = None
-    """Where the run's data set lies now, if not where it was. The page shows a test image of each class."""
+    """Folder of the run's data set, if it has moved. The page offers a test image of each class."""
 
 
 def parse(argv):
-    """Reads the command line. Raises a `UserError` for a port that no machine has."""
-    description = "Serve a page that classifies images in the browser by a run's .tflite files."
+    """Reads the command line. Raises an `ArgumentError` for a port out of range."""
+    description = "Serve a page that classifies images in the browser with a run's .tflite files."
     arguments = tyro.cli(Arguments, prog="cvt-keras web", description=description, args=argv)
     if not 0 <= arguments.port < 2**16:
         raise ArgumentError(f"`port` must be within 0 and {2**16 - 1}. Received: port={arguments.port}", argument="port")
@@ -39,16 +39,16 @@ def main(argv):
     arguments = parse(argv)
     run_dir, port = arguments.run, arguments.port
     runs.require_run(run_dir)
-    for exists, what in ((artifacts(run_dir), ".tflite file to run"), ((run_dir / LABELS).exists(), LABELS)):
+    for exists, missing in ((artifacts(run_dir), ".tflite file"), ((run_dir / LABELS).exists(), LABELS)):
         if not exists:
             raise RunError(
-                f"{run_dir} has no {what}",
+                f"`run_dir` has no {missing}: {run_dir}",
                 argument="run_dir",
                 hint=f"Export it first: cvt-keras export {shlex.quote(str(run_dir))}",
             )
-    if missing := [name for name in RUNTIME if not (WEB / name).exists()]:
+    if missing_files := [name for name in RUNTIME if not (WEB / name).exists()]:
         raise MissingPackageError(
-            f"LiteRT.js is not installed: {missing[0]} is missing", hint=f"Node.js installs it: {installation()}"
+            f"LiteRT.js is not installed: {missing_files[0]} is missing", hint=f"Install it with Node.js: {installation()}"
         )
     try:
         server = Server(run_dir, port, lambda: samples())
@@ -59,14 +59,14 @@ def main(argv):
     with server:
         samples = Samples(run_dir, arguments.data_dir, _warn)
         try:
-            print(f"{run_dir} is served at {server.url} until Ctrl-C", flush=True)
+            print(f"serving {run_dir} at {server.url} (Ctrl-C to stop)", flush=True)
             server.serve_forever()
         finally:
             samples.stop()
 
 
 def installation():
-    """The command line that installs LiteRT.js where the page looks for it."""
+    """Returns the command that installs LiteRT.js where the page looks for it."""
     folder = WEB.relative_to(Path.cwd()) if WEB.is_relative_to(Path.cwd()) else WEB
     return f"npm ci --prefix {shlex.quote(str(folder))}"
 

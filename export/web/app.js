@@ -1,17 +1,17 @@
-/* The page: images in, answers out. */
+/* The page: classifies images, shows the results, and switches between the model files. */
 
 import { read, readJson, Unavailable } from "./files.js";
 import { Network, readFile } from "./network.js";
 import { decode, Refused, stretch } from "./pixels.js";
 
-// Every class, if there are so many at most; else the most probable of them.
+// A run with at most so many classes has a bar for each of them. Otherwise the most probable ones have.
 const ALL_CLASSES = 10;
 const TOP_CLASSES = 5;
-// Of one image, for the median of the time.
+// Runs per image; their median time is shown.
 const RUNS = 5;
 // Longer side of a preview, in pixels.
 const PREVIEW = 640;
-// Its shorter side is drawn as at least this share of the longer one, so that a strip can be seen.
+// Shortest side of a preview, as a share of the longer one: a strip stays visible.
 const THINNEST = 1 / 16;
 
 const $ = (id) => document.getElementById(id);
@@ -20,83 +20,84 @@ const status = (text) => ($("status").textContent = text);
 
 let labels = [];
 let network = null;
-const answers = new Set(); // of {pixels, card, name, label}
+const results = new Set(); // of {pixels, card, name, label}
 
-// One thing at a time: a file that is loaded while an image is classified would pull the network from under it.
-let work = Promise.resolve();
-function then(task, name = "") {
-  $("answers").setAttribute("aria-busy", "true");
-  work = work.then(task).catch((error) => trouble(name, `Something went wrong: ${error.message}`));
-  const last = work;
-  work.then(() => last === work && $("answers").removeAttribute("aria-busy"));
+// Tasks run one after another: loading a file deletes the network that an image would still be using.
+let queue = Promise.resolve();
+function enqueue(task, name = "") {
+  $("results").setAttribute("aria-busy", "true");
+  queue = queue.then(task).catch((error) => showError(name, `Something went wrong: ${error.message}`));
+  const last = queue;
+  queue.then(() => last === queue && $("results").removeAttribute("aria-busy"));
 }
 
 // === Images ===
 
-function take(files, without) {
-  if (!files.length) return status(without);
-  const all = files.length;
-  let answered = 0;
+function classifyFiles(files, messageIfNone) {
+  if (!files.length) return status(messageIfNone);
+  const total = files.length;
+  let classified = 0;
   for (const file of files) {
     const name = file.name || "pasted image";
-    then(async () => {
-      if (await classify(() => file, name)) answered++;
+    enqueue(async () => {
+      if (await classify(() => file, name)) classified++;
     }, name);
   }
-  // A small screen has no more than the last of them in view.
-  if (all > 1) then(() => status(`${all} images: ${answered} answered, ${all - answered} failed`));
+  // A small screen shows only the last card.
+  if (total > 1) enqueue(() => status(`${total} images: ${classified} classified, ${total - classified} failed`));
 }
 
 /**
- * @param give returns the image's file, or a promise of it.
- * @param {string} label what the image shows, where that is known.
- * @returns {Promise<boolean>} whether there is an answer.
+ * @param readImage returns the image's file, or a promise of it.
+ * @param {string} name the image's, for the card and the status.
+ * @param {string} label the image's class, if it is known.
+ * @returns {Promise<boolean>} whether it was classified.
  */
-async function classify(give, name, label) {
+async function classify(readImage, name, label) {
   if (!network) {
-    trouble(name, "No model file is loaded: choose one that can be.");
+    showError(name, "No model file is loaded. Choose one under Model file.");
     return false;
   }
   status(`Reading ${name} …`);
   let picture;
-  let failing = "The image can't be read";
+  let failure = "The image can't be read";
   try {
-    picture = await decode(await give());
+    picture = await decode(await readImage());
     const pixels = await stretch(picture, network.size);
-    const answer = { pixels, name, label, card: draw(picture, pixels, name) };
-    failing = `${network.name}.tflite can't be run`;
-    await ask(answer);
-    answers.add(answer);
-    show(answer.card);
+    const result = { pixels, name, label, card: createCard(picture, pixels, name) };
+    failure = `${network.name}.tflite can't be run`;
+    await runNetwork(result);
+    results.add(result);
+    show(result.card);
     return true;
   } catch (error) {
-    // A browser that runs out of memory says so in many ways.
-    const told = error instanceof Refused || error instanceof Unavailable;
-    trouble(name, told ? error.message : `${failing}: ${error.message}`);
+    // Anything else is the browser's own error, such as one about its memory.
+    const isForUser = error instanceof Refused || error instanceof Unavailable;
+    showError(name, isForUser ? error.message : `${failure}: ${error.message}`);
     return false;
   } finally {
     picture?.close();
   }
 }
 
-/** Runs the network on an answer's pixels and writes what it says into the card. */
-async function ask(answer) {
+/** Runs the network on a result's pixels and updates its card. */
+async function runNetwork(result) {
   const times = [];
   let probabilities;
   for (let i = 0; i < RUNS; i++) {
-    const found = await network.run(answer.pixels);
-    probabilities = found.probabilities;
-    times.push(found.milliseconds);
+    const output = await network.run(result.pixels);
+    probabilities = output.probabilities;
+    times.push(output.milliseconds);
   }
   const median = times.sort((a, b) => a - b)[Math.floor(RUNS / 2)];
   const order = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]);
-  const { card, label } = answer;
+  const { card, label } = result;
   const top = labels[order[0]];
   card.querySelector("h3").textContent = top;
-  const mark = card.querySelector(".mark");
-  mark.hidden = !labels.includes(label); // the data set may have come to call it otherwise
-  mark.textContent = top === label ? "✓ right" : `✗ wrong, it is labelled ${label}`;
-  mark.classList.toggle("wrong", top !== label);
+  const verdict = card.querySelector(".verdict");
+  verdict.hidden = !labels.includes(label); // the data set may have renamed the class since the training
+  verdict.textContent = top === label ? "✓ correct" : `✗ wrong: the label is ${label}`;
+  verdict.classList.toggle("wrong", top !== label);
   card.querySelector("ol").replaceChildren(
     ...order.slice(0, labels.length > ALL_CLASSES ? TOP_CLASSES : ALL_CLASSES).map((label) => {
       const bar = copy("bar");
@@ -107,54 +108,53 @@ async function ask(answer) {
       return bar;
     }),
   );
-  card.querySelector(".cost").textContent = `${median.toFixed(2)} ms with ${network.name}, the median of ${RUNS} runs`;
-  status(`${answer.name}: ${top}, ${percent(probabilities[order[0]])}`);
+  card.querySelector(".time").textContent = `${median.toFixed(2)} ms with ${network.name} (median of ${RUNS} runs)`;
+  status(`${result.name}: ${top}, ${percent(probabilities[order[0]])}`);
 }
 
-/** A card with both pictures, without an answer yet. */
-function draw(picture, pixels, name) {
-  const card = copy("answer");
+/** Returns a card with both pictures and no classes yet. */
+function createCard(picture, pixels, name) {
+  const card = copy("result");
   const { size } = network;
-  const same = picture.width === size && picture.height === size;
   card.querySelector(".file").textContent = name;
 
-  const given = card.querySelector(".given canvas");
+  const original = card.querySelector(".original canvas");
   const longer = Math.max(picture.width, picture.height);
   const shrink = Math.min(1, PREVIEW / longer);
   const side = (pixels) => Math.max(1, Math.round(Math.max(pixels, longer * THINNEST) * shrink));
-  [given.width, given.height] = [side(picture.width), side(picture.height)];
-  const context = given.getContext("2d");
+  [original.width, original.height] = [side(picture.width), side(picture.height)];
+  const context = original.getContext("2d");
   context.imageSmoothingQuality = "high";
   picture.draw(context);
-  given.ariaLabel = name;
-  card.querySelector(".given figcaption").textContent = `${picture.width} × ${picture.height}`;
-  card.querySelector(".given").hidden = same; // one of the two is enough
+  original.ariaLabel = name;
+  card.querySelector(".original figcaption").textContent = `${picture.width} × ${picture.height}`;
+  card.querySelector(".original").hidden = picture.width === size && picture.height === size; // both would look the same
 
-  const seen = card.querySelector(".seen canvas");
-  seen.width = seen.height = size;
+  const input = card.querySelector(".input canvas");
+  input.width = input.height = size;
   const image = new ImageData(size, size);
   for (let i = 0; i < size * size; i++) image.data.set([...pixels.subarray(3 * i, 3 * i + 3), 255], 4 * i);
-  seen.getContext("2d").putImageData(image, 0, 0);
+  input.getContext("2d").putImageData(image, 0, 0);
   const stretched = picture.width === picture.height ? "" : ", stretched as in training";
-  card.querySelector(".seen figcaption").textContent = `what the network sees: ${size} × ${size}${stretched}`;
+  card.querySelector(".input figcaption").textContent = `Network input: ${size} × ${size}${stretched}`;
   return card;
 }
 
 /** Puts a card on top of the others. */
 function show(card) {
-  $("answers").prepend(card);
-  $("none").hidden = true;
+  $("results").prepend(card);
+  $("empty").hidden = true;
   $("clear").hidden = false;
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   card.scrollIntoView({ block: "nearest", behavior: calm ? "auto" : "smooth" });
 }
 
-function trouble(name, why) {
-  const card = copy("trouble");
+function showError(name, message) {
+  const card = copy("error");
   card.querySelector(".file").textContent = name;
-  card.querySelector(".why").textContent = why;
+  card.querySelector(".message").textContent = message;
   show(card);
-  status(name ? `${name}: ${why}` : why);
+  status(name ? `${name}: ${message}` : message);
 }
 
 function copy(template) {
@@ -162,25 +162,25 @@ function copy(template) {
 }
 
 $("choose").addEventListener("change", (event) => {
-  take([...event.target.files], "No image was chosen.");
+  classifyFiles([...event.target.files], "No image was chosen.");
   event.target.value = ""; // so that the same file can be chosen again
 });
-document.addEventListener("paste", (event) => take([...event.clipboardData.files], "There is no image to paste."));
+document.addEventListener("paste", (event) => classifyFiles([...event.clipboardData.files], "The clipboard holds no image."));
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
   $("drop").classList.add("over");
 });
 document.addEventListener("dragleave", (event) => event.relatedTarget ?? $("drop").classList.remove("over"));
 document.addEventListener("drop", (event) => {
-  event.preventDefault(); // the browser would leave the page for the image
+  event.preventDefault(); // the browser would open the image in place of the page
   $("drop").classList.remove("over");
-  take([...event.dataTransfer.files], "What was dropped is no file.");
+  classifyFiles([...event.dataTransfer.files], "No file was dropped.");
 });
 $("clear").addEventListener("click", () => {
-  then(() => {
-    answers.clear();
-    $("answers").replaceChildren();
-    $("none").hidden = false;
+  enqueue(() => {
+    results.clear();
+    $("results").replaceChildren();
+    $("empty").hidden = false;
     $("clear").hidden = true;
     status("Cleared.");
     $("choose").focus();
@@ -189,43 +189,44 @@ $("clear").addEventListener("click", () => {
 
 // === Model files ===
 
-async function use(name) {
+async function loadModel(name) {
   status(`Loading ${name} …`);
-  const before = network;
+  const previous = network;
   try {
-    const file = await readFile(name); // first: while the server is away, what there is goes on
+    const file = await readFile(name); // before the old network is deleted: without the server the page keeps it
     network = null;
-    before?.delete();
+    previous?.delete();
     network = await Network.load(file);
   } catch (error) {
-    trouble(name, error.message);
+    showError(name, error.message);
     $(name).checked = false; // so that it can be chosen again
-    if (!before) return;
-    network ??= await Network.load(before.file);
-    $(before.name).checked = true;
+    if (!previous) return;
+    network ??= await Network.load(previous.file);
+    $(previous.name).checked = true;
     return;
   }
-  for (const answer of answers) await ask(answer);
-  if (!answers.size) status(`${name} is ready.`);
+  for (const result of results) await runNetwork(result);
+  if (!results.size) status(`${name} is ready.`);
 }
 
-function offer({ name, bytes }) {
+function addModelChoice({ name, bytes }) {
   const input = Object.assign(document.createElement("input"), { type: "radio", name: "artifact", id: name, value: name });
   const label = Object.assign(document.createElement("label"), { htmlFor: name });
   const size = Object.assign(document.createElement("span"), { textContent: `${(bytes / 1e6).toFixed(1)} MB` });
   label.append(name.replace("_", " "), size);
-  input.addEventListener("change", () => then(() => use(name), name));
+  input.addEventListener("change", () => enqueue(() => loadModel(name), name));
   $("artifacts").append(input, label);
 }
 
 // === Samples ===
 
-async function offerSamples() {
+async function showSamples() {
   const { labels: names, note } = await readJson("samples.json");
   $("sampled").hidden = !names.length;
   $("samples-note").textContent = note;
-  const kind = note ? "image" : "test image"; // which a note casts doubt on
-  $("sampled-title").textContent = `Or take ${note ? "an" : "a"} ${kind}`;
+  // With a note the run may have trained on the images.
+  const kind = note ? "image" : "test image";
+  $("sampled-title").textContent = `Or try ${note ? "an" : "a"} ${kind}`;
   $("samples").replaceChildren(
     ...names.map((name, i) => {
       const path = `samples/${i}.png`;
@@ -235,7 +236,7 @@ async function offerSamples() {
       const caption = Object.assign(document.createElement("span"), { textContent: name });
       button.append(Object.assign(new Image(), { src: `/${path}`, alt: "" }), caption);
       button.addEventListener("click", () =>
-        then(() => classify(async () => new Blob([await read(path)]), title, name), title),
+        enqueue(() => classify(async () => new Blob([await read(path)]), title, name), title),
       );
       item.append(button);
       return item;
@@ -243,13 +244,13 @@ async function offerSamples() {
   );
 }
 
-status("Loading …"); // which without JavaScript would be no news
-then(async () => {
+status("Loading …"); // not in the HTML, where it would stay if JavaScript is off
+enqueue(async () => {
   const run = await readJson("run.json");
   labels = run.labels;
-  run.artifacts.forEach(offer);
+  run.artifacts.forEach(addModelChoice);
   const [first] = run.artifacts;
   $(first.name).checked = true;
-  await use(first.name);
+  await loadModel(first.name);
 });
-offerSamples().catch(() => {}); // the server has said why
+showSamples().catch(() => {}); // the server prints why

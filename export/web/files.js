@@ -1,11 +1,11 @@
-/* What the server has. */
+/* Reads files from the server. */
 
-/** What can't be had. Its message is for the user. */
+/** A file that can't be read from the server. Its message is for the user. */
 export class Unavailable extends Error {}
 
 /**
- * @param {string} path of the server's, without the slash at its beginning.
- * @returns {Promise<Uint8Array>} the whole of what lies there.
+ * @param {string} path on the server, without a leading slash.
+ * @returns {Promise<Uint8Array>} the file's bytes.
  * @throws {Unavailable}
  */
 export async function read(path) {
@@ -14,14 +14,14 @@ export async function read(path) {
     response = await fetch(`/${path}`);
     bytes = new Uint8Array(await response.arrayBuffer());
   } catch {
-    throw new Unavailable(`${path} can't be had: the server does not answer. Is it still running?`);
+    throw new Unavailable(`${path} can't be loaded: the server does not answer. Is it still running?`);
   }
-  const why = response.status === 404 ? "it is not there any more" : response.status;
-  if (!response.ok) throw new Unavailable(`${path} can't be had: ${why}.`);
+  const reason = response.status === 404 ? "the file no longer exists" : `status ${response.status}`;
+  if (!response.ok) throw new Unavailable(`${path} can't be loaded: ${reason}.`);
   return bytes;
 }
 
-/** What lies there as JSON; as `read`. */
+/** Like `read`, for a JSON file. Returns its value. */
 export async function readJson(path) {
   return JSON.parse(new TextDecoder().decode(await read(path)));
 }

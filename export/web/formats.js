@@ -1,13 +1,13 @@
-/* What the bytes of an image file say before anything is decoded: its format, and how a camera was held. */
+/* Reads an image file's format and EXIF orientation from its bytes, without decoding it. */
 
 const ascii = (bytes, start, end) => String.fromCharCode(...bytes.subarray(start, end));
 const view = (bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 
-/** The formats that training reads and browsers do as well. */
+/** The formats that both training and browsers read. */
 export const READABLE = ["JPEG", "PNG", "GIF", "BMP", "WebP", "AVIF"];
 
-// A format's name -> whether a file begins as one of its kind does.
-const STARTS = {
+// Name of a format -> whether the first bytes are those of such a file.
+const SIGNATURES = {
   JPEG: (start) => start.startsWith("\xff\xd8\xff"),
   PNG: (start) => start.startsWith("\x89PNG\r\n\x1a\n"),
   GIF: (start) => /^GIF8[79]a/.test(start),
@@ -26,11 +26,11 @@ const STARTS = {
 
 /**
  * @param {Uint8Array} bytes of a file.
- * @returns {string | undefined} the format's name, which may be one that is not `READABLE`.
+ * @returns {string | undefined} the format's name, whether or not it is `READABLE`.
  */
 export function formatOf(bytes) {
   const start = ascii(bytes, 0, 64);
-  return Object.keys(STARTS).find((name) => STARTS[name](start));
+  return Object.keys(SIGNATURES).find((name) => SIGNATURES[name](start));
 }
 
 /** Whether a JPEG lacks its last bytes. */
@@ -38,33 +38,33 @@ export function isCutOff(bytes) {
   return ascii(bytes, bytes.length - 2) !== "\xff\xd9";
 }
 
-/** Whether a PNG is grey with 16 bits a pixel. */
+/** Whether a PNG is grey with 16 bits per pixel. */
 export function isGreyOf16Bits(bytes) {
   const [bits, colours] = bytes.subarray(24, 26);
   return bits === 16 && colours === 0;
 }
 
-/** Whether an AVIF file holds several pictures in a row. */
+/** Whether an AVIF file is an image sequence. */
 export function isAnimated(bytes) {
   return ascii(bytes, 8, 12) === "avis";
 }
 
-/** Whether an AVIF file says how transparent its pixels are. */
+/** Whether an AVIF file has an alpha channel. */
 export function hasAlpha(bytes) {
   return ascii(bytes, 0, 2 ** 14).includes("urn:mpeg:mpegB:cicp:systems:auxiliary:alpha");
 }
 
 /**
- * What of a file a browser shall decode, and the EXIF orientation that is left to the page.
+ * Returns the bytes that the browser decodes, and the EXIF orientation that the page has to apply.
  *
- * Browsers turn a JPEG and an AVIF as training does. Chromium ignores the orientation of a WebP, and of a PNG where it follows
- * the pixels. Other browsers may differ, so the page turns these two. An animated PNG loses its frames: training takes the
- * picture for programs that know no animation.
+ * Browsers apply the orientation of a JPEG and an AVIF as training does. Chromium ignores it in a WebP, and in a PNG if it
+ * follows the pixels. Other browsers may differ, so the page strips it from these two formats and applies it. The frames of
+ * an animated PNG are stripped: training reads the still picture that the file holds for programs without animation.
  *
- * @param {string} format the file's.
+ * @param {string} format the file's format.
  * @param {Blob} file
- * @param {Uint8Array} bytes the file's; they may be changed.
- * @returns {{blob: Blob, orientation: number}} 1 to 8; 1 is upright.
+ * @param {Uint8Array} bytes the file's bytes; may be changed in place.
+ * @returns {{blob: Blob, orientation: number}} orientation 1 to 8; 1 is upright.
  */
 export function prepare(format, file, bytes) {
   if (format === "PNG") return preparePng(file, bytes);
@@ -72,7 +72,7 @@ export function prepare(format, file, bytes) {
   return { blob: file, orientation: 1 };
 }
 
-const NOT_THE_PICTURE = ["eXIf", "acTL", "fcTL", "fdAT"];
+const STRIPPED_CHUNKS = ["eXIf", "acTL", "fcTL", "fdAT"];
 
 function preparePng(file, bytes) {
   const parts = [bytes.subarray(0, 8)];
@@ -82,7 +82,7 @@ function preparePng(file, bytes) {
     const length = view(bytes).getUint32(at);
     name = ascii(bytes, at + 4, at + 8);
     if (name === "eXIf") exif = bytes.subarray(at + 8, at + 8 + length);
-    if (NOT_THE_PICTURE.includes(name)) stripped = true;
+    if (STRIPPED_CHUNKS.includes(name)) stripped = true;
     else parts.push(bytes.subarray(at, at + 12 + length));
     at += 12 + length;
   }
@@ -97,14 +97,14 @@ function prepareWebp(file, bytes) {
     if (name === "VP8X") bytes[at + 8] &= ~0x08; // the flag of EXIF data
     if (name === "EXIF") {
       exif ??= bytes.slice(at + 8, at + 8 + length);
-      bytes.fill(0, at, at + 4); // a name that no browser knows
+      bytes.fill(0, at, at + 4); // a chunk name that browsers skip
     }
     at += 8 + length + (length % 2);
   }
   return { blob: exif ? new Blob([bytes]) : file, orientation: orientationOf(exif) };
 }
 
-/** The orientation in EXIF data, a small TIFF file; broken data says nothing. */
+/** Returns the orientation in EXIF data, which is a small TIFF file; 1 if there is none or the data is damaged. */
 function orientationOf(exif) {
   if (!exif) return 1;
   if (ascii(exif, 0, 6) === "Exif\0\0") exif = exif.subarray(6);
@@ -114,8 +114,8 @@ function orientationOf(exif) {
     for (let i = 0; i < data.getUint16(first, little); i++) {
       const entry = first + 2 + 12 * i;
       if (data.getUint16(entry, little) !== 0x0112) continue;
-      const found = data.getUint16(entry + 8, little);
-      return found >= 1 && found <= 8 ? found : 1;
+      const orientation = data.getUint16(entry + 8, little);
+      return orientation >= 1 && orientation <= 8 ? orientation : 1;
     }
   } catch (error) {
     if (!(error instanceof RangeError)) throw error;

@@ -1,33 +1,33 @@
-/* From a file to the pixels that the network sees, as cvt_keras.data.images makes them. */
+/* Turns an image file into the network's input pixels, in the same way as cvt_keras.data.images. */
 
 import { formatOf, hasAlpha, isAnimated, isCutOff, isGreyOf16Bits, prepare, READABLE } from "./formats.js";
 
-// As cvt_keras/data/images.py has it: 8192 x 8192.
+// 8192 x 8192, as in cvt_keras/data/images.py.
 export const MAX_PIXELS = 67_108_864;
-// So many pixels of three colours with 16 bits each, where nothing of them can be compressed.
+// MAX_PIXELS of 16-bit RGB, uncompressed.
 export const MAX_BYTES = 403_000_000;
-// More of a side than browsers' canvases have.
+// Largest side of a browser's canvas, in pixels.
 export const MAX_SIDE = 32_767;
-// Drawn and read at a time: the whole of a photo is more than the canvas of a phone may hold.
+// Pixels drawn and read at a time: a whole photo may exceed the canvas of a phone.
 const STRIP_PIXELS = 2 ** 21;
-// What 12 bits leave of a pixel when a browser takes the upper 8 of its 16.
+// A browser takes the upper 8 of 16 bits: values of 12 bits stay below this.
 const TWELVE_BITS_AS_8 = 16;
-// EXIF orientations under which the stored columns, or rows, run backwards; from 5 on, rows are columns.
+// EXIF orientations whose stored columns, or rows, run backwards. From 5 on, rows and columns are swapped.
 const COLUMNS_BACKWARDS = [2, 3, 7, 8];
 const ROWS_BACKWARDS = [3, 4, 6, 7];
 
-/** An image that is not taken. Its message is for the user. */
+/** An image that the page refuses. Its message is for the user. */
 export class Refused extends Error {}
 
 const count = new Intl.NumberFormat("en");
-const READ_HERE = `${READABLE.slice(0, -1).join(", ")} and ${READABLE.at(-1)}`;
+const READABLE_NAMES = `${READABLE.slice(0, -1).join(", ")} and ${READABLE.at(-1)}`;
 
 /** A decoded image file, upright. Close it after use. */
 export class Picture {
   /**
-   * @param {ImageBitmap} bitmap as it is stored, but for what the browser has turned.
-   * @param {number} orientation the EXIF orientation that is left to be applied.
-   * @param {boolean} grey16 whether the browser has halved 16 bits of grey.
+   * @param {ImageBitmap} bitmap as decoded by the browser.
+   * @param {number} orientation the EXIF orientation that the browser has not applied.
+   * @param {boolean} grey16 whether the file is grey with 16 bits, of which the browser keeps 8.
    */
   constructor(bitmap, orientation, grey16) {
     Object.assign(this, { bitmap, orientation, grey16 });
@@ -35,7 +35,7 @@ export class Picture {
     [this.width, this.height] = orientation >= 5 ? sides.reverse() : sides;
   }
 
-  /** Draws it on white over the whole of a canvas. */
+  /** Draws it on white, stretched over the whole canvas. */
   draw(context) {
     const { width, height } = context.canvas;
     const [across, down] = this.orientation >= 5 ? [height, width] : [width, height];
@@ -56,57 +56,57 @@ export class Picture {
 }
 
 /**
- * Decodes an image file as training does. Its colours are the numbers in the file, whatever its colour profile says. A photo is
- * turned as its EXIF orientation says. Of an animation, the first frame is taken.
+ * Decodes an image file as training does: colour profiles are ignored, the EXIF orientation is applied, and an animation gives
+ * its first frame.
  *
  * @param {Blob} file
  * @returns {Promise<Picture>}
- * @throws {Refused} for what is no image, broken, too large, or would get other pixels than in training. As far as the header
- *   tells, before anything is decoded.
+ * @throws {Refused} if the file is not an image, is damaged or too large, or would get other pixels than in training. If the
+ *   header shows it, before decoding.
  */
 export async function decode(file) {
   if (!file.size) throw new Refused("The file is empty.");
   if (file.size > MAX_BYTES) {
     const megabytes = Math.ceil(file.size / 1e6);
-    throw new Refused(`The file is too large: it has ${megabytes} MB, the limit is ${MAX_BYTES / 1e6}.`);
+    throw new Refused(`The file is too large: ${megabytes} MB. The limit is ${MAX_BYTES / 1e6} MB.`);
   }
   const bytes = new Uint8Array(await file.arrayBuffer());
   const format = formatOf(bytes);
-  refuseWhatDiffers(format, bytes);
+  refuseUnreadable(format, bytes);
   const grey16 = format === "PNG" && isGreyOf16Bits(bytes);
   const cutOff = format === "JPEG" && isCutOff(bytes);
-  const broken = new Refused(
+  const damaged = new Refused(
     cutOff
-      ? "This JPEG is cut off: the end of the file is missing. Copy it again, or open it in an image program and save it anew."
-      : `This ${format} is broken, or of a kind that this browser can't read.`,
+      ? "This JPEG is cut off: the end of the file is missing. Copy it again, or open it in an image editor and save it."
+      : `This ${format} is damaged, or this browser can't read this kind of ${format}.`,
   );
   const { blob, orientation } = prepare(format, file, bytes);
-  const [width, height] = await sides(blob, broken);
+  const [width, height] = await sides(blob, damaged);
   if (width * height > MAX_PIXELS) {
     const megapixels = (Math.ceil((width * height) / 1e5) / 10).toFixed(1);
-    throw new Refused(`The image is too large: it has ${megapixels} megapixels, the limit is ${Math.floor(MAX_PIXELS / 1e6)}.`);
+    throw new Refused(`The image is too large: ${megapixels} megapixels. The limit is ${Math.floor(MAX_PIXELS / 1e6)}.`);
   }
   if (Math.max(width, height) > MAX_SIDE) {
-    const [longer, most] = [Math.max(width, height), MAX_SIDE].map((side) => count.format(side));
-    throw new Refused(`The image is too long: its longer side has ${longer} pixels, the limit is ${most}.`);
+    const [longer, limit] = [Math.max(width, height), MAX_SIDE].map((side) => count.format(side));
+    throw new Refused(`The image is too long: its longer side has ${longer} pixels. The limit is ${limit}.`);
   }
   let bitmap;
   try {
     bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none", imageOrientation: "from-image" });
   } catch {
-    throw broken;
+    throw damaged;
   }
   return new Picture(bitmap, orientation, grey16);
 }
 
-/** Throws for what training reads, if at all, in another way than browsers. */
-function refuseWhatDiffers(format, bytes) {
-  if (!format) throw new Refused(`This is not an image that can be read here. ${READ_HERE} images can.`);
+/** Throws for a file that browsers can't read, or read differently from training. */
+function refuseUnreadable(format, bytes) {
+  if (!format) throw new Refused(`This file is not an image that this page can read. It reads ${READABLE_NAMES}.`);
   if (!READABLE.includes(format)) {
-    throw new Refused(`This is a file in the ${format} format, which can't be read here. Save it as a JPEG or PNG first.`);
+    throw new Refused(`This page can't read ${format} files. Save the image as a JPEG or PNG first.`);
   }
   if (format !== "AVIF") return;
-  // Chromium 156 takes full-range values for limited ones in both: its pixels are up to 20 of 255 from training's.
+  // Chromium 156 reads full-range values as limited-range in both cases. Its pixels differ from training's by up to 20 of 255.
   if (isAnimated(bytes)) {
     throw new Refused("This AVIF is animated, and the browser would change its colours. Save it as a PNG first.");
   }
@@ -115,14 +115,14 @@ function refuseWhatDiffers(format, bytes) {
   }
 }
 
-/** Width and height, from the header alone: an image that is not shown is not decoded. */
-async function sides(blob, broken) {
+/** Returns width and height from the header: the browser does not decode an image that is not shown. */
+async function sides(blob, damaged) {
   const image = new Image();
   const url = URL.createObjectURL(blob);
   try {
     await new Promise((resolve, reject) => {
       image.onload = resolve;
-      image.onerror = () => reject(broken);
+      image.onerror = () => reject(damaged);
       image.src = url;
     });
     return [image.naturalWidth, image.naturalHeight];
@@ -132,13 +132,13 @@ async function sides(blob, broken) {
 }
 
 /**
- * Stretches an image to a square: bilinear, with a filter as wide as a pixel of the smaller image, as tf.image.resize with
- * antialias; rounded. Transparent pixels are laid on white.
+ * Stretches an image to a square, as tf.image.resize does with method="bilinear" and antialias=True, and rounds to uint8.
+ * Transparent pixels are laid on white.
  *
  * @param {Picture} picture
  * @param {number} size side of the square, in pixels.
  * @returns {Promise<Uint8Array>} `(size, size, 3)`.
- * @throws {Refused} for a grey picture of which the browser has left 16 shades.
+ * @throws {Refused} for a 16-bit grey picture that uses 12 bits only, of which the browser leaves 16 shades.
  */
 export async function stretch({ bitmap, orientation, grey16 }, size) {
   const { width, height } = bitmap;
@@ -159,13 +159,13 @@ export async function stretch({ bitmap, orientation, grey16 }, size) {
     const { data } = context.getImageData(0, 0, width, n); // (n, width, 4)
     if (grey16) for (let i = 0; i < data.length; i += 4) brightest = Math.max(brightest, data[i]);
     for (let y = 0; y < n; y++) {
-      narrow(data, y * width * 4, across, line);
+      resizeRow(data, y * width * 4, across, line);
       down.forEach(({ start, weights }, row) => {
         const weight = weights[top + y - start];
         if (weight) for (let i = 0; i < line.length; i++) sums[row * line.length + i] += weight * line[i];
       });
     }
-    await new Promise((resolve) => setTimeout(resolve)); // the page stays alive
+    await new Promise((resolve) => setTimeout(resolve)); // lets the page respond
   }
   if (grey16 && brightest < TWELVE_BITS_AS_8) {
     throw new Refused(
@@ -173,33 +173,33 @@ export async function stretch({ bitmap, orientation, grey16 }, size) {
         "Save it with 8 bits first.",
     );
   }
-  return turn(Uint8Array.from(sums, roundHalfToEven), size, orientation);
+  return orient(Uint8Array.from(sums, roundHalfToEven), size, orientation);
 }
 
-/** Turns a square as an EXIF orientation says. It may come after the stretch, which treats both sides alike. */
-function turn(pixels, size, orientation) {
+/** Applies an EXIF orientation to a square. It can follow the stretch, which treats both axes alike. */
+function orient(pixels, size, orientation) {
   if (orientation === 1) return pixels;
-  const turned = new Uint8Array(pixels.length);
+  const oriented = new Uint8Array(pixels.length);
   for (let y = 0; y < size; y++) {
     for (let x = 0; x < size; x++) {
       let [column, row] = orientation >= 5 ? [y, x] : [x, y];
       if (COLUMNS_BACKWARDS.includes(orientation)) column = size - 1 - column;
       if (ROWS_BACKWARDS.includes(orientation)) row = size - 1 - row;
-      const from = 3 * (row * size + column);
-      turned.set(pixels.subarray(from, from + 3), 3 * (y * size + x));
+      const source = 3 * (row * size + column);
+      oriented.set(pixels.subarray(source, source + 3), 3 * (y * size + x));
     }
   }
-  return turned;
+  return oriented;
 }
 
-/** A row of RGBA pixels at `at` of `data` -> the RGB ones of `line`. */
-function narrow(data, at, across, line) {
+/** Resizes the row of RGBA pixels that starts at `offset` of `data`, and writes its RGB to `line`. */
+function resizeRow(data, offset, across, line) {
   across.forEach(({ start, weights }, column) => {
     let [red, green, blue] = [0, 0, 0];
-    for (let i = 0, from = at + 4 * start; i < weights.length; i++, from += 4) {
-      red += weights[i] * data[from];
-      green += weights[i] * data[from + 1];
-      blue += weights[i] * data[from + 2];
+    for (let i = 0, source = offset + 4 * start; i < weights.length; i++, source += 4) {
+      red += weights[i] * data[source];
+      green += weights[i] * data[source + 1];
+      blue += weights[i] * data[source + 2];
     }
     line[3 * column] = red;
     line[3 * column + 1] = green;
@@ -207,7 +207,7 @@ function narrow(data, at, across, line) {
   });
 }
 
-/** For each of `to` pixels: the first of the `from` pixels that it is made of, and their weights, whose sum is 1. */
+/** Returns, for each of `to` pixels, the first of the `from` pixels that it averages, and their weights, whose sum is 1. */
 function taps(from, to) {
   const scale = from / to;
   const reach = Math.max(1, scale);
@@ -223,7 +223,7 @@ function taps(from, to) {
   });
 }
 
-/** As tf.round; the weights' sum may be off in the sixteenth digit, which must not make 127.5 another number. */
+/** Rounds as tf.round does. The first rounding hides float errors of the sums, so that 127.5 stays a half. */
 function roundHalfToEven(value) {
   value = Math.round(value * 1e6) / 1e6;
   const rounded = Math.round(value);

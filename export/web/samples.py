@@ -1,7 +1,7 @@
-"""Reads a test image of each class of a run, in a process of its own, which gives back the memory that a data set takes.
+"""Reads a test image of each class of a run. A process of its own does this, so that the data set's memory is freed.
 
 python -m cvt_keras.export.web.samples RUN [DATA_DIR] prints JSON: `samples`, a list of `{"label": name, "png": base64}`;
-`note`, what the page says about them; and `warnings`, a list of lines for the terminal.
+`note`, which the page shows with them; and `warnings`, a list of lines for the terminal.
 """
 
 import base64
@@ -18,7 +18,7 @@ from cvt_keras.errors import DataError, UserError
 
 from ..verify import why_ended
 
-MOST = 20  # the page has room for so many classes
+MAX_CLASSES = 20  # the page has room for so many
 
 
 class Samples:
@@ -26,14 +26,13 @@ class Samples:
 
     Args:
         run_dir: the run folder.
-        data_dir: where the run's data set lies now; `None` means where it was.
-        tell: called with each line that the user must see: how the images differ from those of the run, or why there are no
-            samples.
+        data_dir: the folder of the run's data set; `None` means the one that the run read.
+        warn: called with each warning: how the images differ from those of the run, or why there are no samples.
     """
 
-    def __init__(self, run_dir, data_dir, tell):
-        self.tell = tell
-        self.found = []
+    def __init__(self, run_dir, data_dir, warn):
+        self.warn = warn
+        self.samples = []
         self.note = ""
         self.stopped = False
         self.process = subprocess.Popen(
@@ -50,11 +49,11 @@ class Samples:
         """Waits for the samples.
 
         Returns:
-            A list of dicts, each with a `label` and a `png` of bytes, empty if there are none; and what the page must say about
-            them, which may be empty.
+            A list of dicts, each with a `label` and a `png` of bytes; and the note that the page shows with them. Both may be
+            empty.
         """
         self.thread.join()
-        return self.found, self.note
+        return self.samples, self.note
 
     def stop(self):
         self.stopped = True
@@ -62,22 +61,22 @@ class Samples:
         self.thread.join()
 
     def _read(self):
-        printed, errors = self.process.communicate()
+        output, errors = self.process.communicate()
         if self.process.returncode == 0:
-            answer = json.loads(printed)
-            self.found = [{**sample, "png": base64.b64decode(sample["png"])} for sample in answer["samples"]]
+            answer = json.loads(output)
+            self.samples = [{**sample, "png": base64.b64decode(sample["png"])} for sample in answer["samples"]]
             self.note = answer["note"]
             for line in answer["warnings"]:
-                self.tell(line)
+                self.warn(line)
         elif not self.stopped:
-            self.tell(f"the page has no samples: {why_ended(self.process.returncode, errors.decode(errors='replace'))}")
+            self.warn(f"the page has no test images: {why_ended(self.process.returncode, errors.decode(errors='replace'))}")
 
 
 def first_of_each_class(source):
-    """Yields the name and the first test image of each of the first `MOST` classes of a `Source` that have one."""
-    for label, name in enumerate(source.class_names[:MOST]):
-        for place in (source.test.labels == label).nonzero()[0][:1]:
-            yield name, source.test.images[place]
+    """Yields the name and the first test image of each of the first `MAX_CLASSES` classes of a `Source`, if they have one."""
+    for label, name in enumerate(source.class_names[:MAX_CLASSES]):
+        for index in (source.test.labels == label).nonzero()[0][:1]:
+            yield name, source.test.images[index]
 
 
 def main(argv):
@@ -87,7 +86,7 @@ def main(argv):
         samples = [
             {"label": name, "png": base64.b64encode(_png(image)).decode()} for name, image in first_of_each_class(images.source)
         ]
-    note = f"{images.held_out.capitalize()}. {images.unverified}" if images.unverified else ""  # the page shows it
+    note = f"{images.held_out.capitalize()}. {images.unverified}" if images.unverified else ""
     print(json.dumps({"samples": samples, "note": note, "warnings": images.notes}))
 
 
@@ -100,7 +99,7 @@ def _png(pixels):
 
 
 def _load(run_dir, data_dir):
-    # Here, as the server, which starts this process, does without TensorFlow.
+    # Imported here: the server imports this module and needs no TensorFlow.
     from cvt_keras.data import verified
     from cvt_keras.training.recipes import read_recipe
 
@@ -109,9 +108,9 @@ def _load(run_dir, data_dir):
     if not _on_disk(recipe.dataset, data_dir):
         # A few pictures are not worth a download.
         raise DataError(
-            f"{recipe.dataset} is not in {data_dir or 'the folder of TFDS'}, and is not downloaded",
+            f"{recipe.dataset} is not in {data_dir or 'the folder of TFDS'}, and this command does not download it",
             argument="data_dir",
-            hint="Name its folder with --data-dir",
+            hint="Give its folder with --data-dir",
         )
     return verified.load(run_dir / runs.IMAGES, recipe.dataset, data_dir, recipe.image_size)
 
@@ -124,7 +123,7 @@ def _on_disk(dataset, data_dir):
     try:
         builder = tfds.builder(dataset.removeprefix("tfds:"), data_dir=data_dir)
     except Exception:
-        return True  # perhaps; if not, `sources.load` says what is wrong
+        return True  # unknown; `sources.load` raises if it is not there
     return Path(builder.data_path).exists()
 
 
@@ -132,6 +131,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.exit(" ".join(cli.message(error).splitlines()))  # the server shows the last line
+        sys.exit(" ".join(cli.message(error).splitlines()))  # the server prints the last line
     except OSError as error:
         sys.exit(str(error))

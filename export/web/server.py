@@ -1,4 +1,4 @@
-"""Serves the page to this machine only: a table of paths."""
+"""The HTTP server of the page, for this machine only. It serves a fixed list of paths."""
 
 import base64
 import hashlib
@@ -19,8 +19,12 @@ PACKAGES = "node_modules/@litertjs"
 RUNTIME = (
     f"{PACKAGES}/core/dist/index.js",
     f"{PACKAGES}/wasm-utils/dist/index.js",
-    # The second where a browser's WebAssembly has no relaxed SIMD.
-    *(f"{PACKAGES}/core/wasm/litert_wasm_{name}.{end}" for name in ("internal", "compat_internal") for end in ("js", "wasm")),
+    # `compat_internal` is for browsers without relaxed SIMD.
+    *(
+        f"{PACKAGES}/core/wasm/litert_wasm_{name}.{ending}"
+        for name in ("internal", "compat_internal")
+        for ending in ("js", "wasm")
+    ),
 )
 TYPES = {
     "html": "text/html; charset=utf-8",
@@ -35,24 +39,24 @@ TYPES = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page, LiteRT, and of a run its .tflite files, labels and samples; of all else there is nothing.
+    """Serves the page, LiteRT, and a run's .tflite files, labels and samples. Every other path is 404.
 
     Args:
-        run_dir: of an exported run.
-        port: on `HOST`; 0 is any free one.
-        samples: a function without arguments -> a list of dicts, each with a `label` and a `png` of bytes; and a note that the
-            page shows with them, or "". It is called when the page asks for them, in a thread that may wait.
+        run_dir: the folder of an exported run.
+        port: on `HOST`; 0 picks a free one.
+        samples: a function without arguments -> a list of dicts, each with a `label` and a `png` of bytes; and the note that
+            the page shows with them, or "". Called in the thread of a request, so it may wait.
 
     Raises:
-        OSError: if the port can't be had.
-        OverflowError: if there is no such port.
+        OSError: if the port is in use or not allowed.
+        OverflowError: if the port is out of range.
     """
 
     def __init__(self, run_dir, port, samples=lambda: ([], "")):
         super().__init__((HOST, port), _Handler)
         self.run_dir = Path(run_dir)
         self.samples = samples
-        # The map of modules is the one script that stands in the page itself.
+        # The import map is the only inline script. The policy allows it by its digest.
         [script] = re.findall(r"<script type=\"importmap\">(.*?)</script>", (WEB / "index.html").read_text(), re.DOTALL)
         self.policy = _policy(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
@@ -61,13 +65,13 @@ class Server(ThreadingHTTPServer):
         return f"http://{HOST}:{self.server_port}/"
 
     def hosts(self):
-        """What a browser that asks for this server calls it."""
+        """The values of the Host header that are accepted."""
         names = (HOST, "localhost")
-        # Of HTTP's own port a browser says nothing.
+        # Browsers leave out port 80.
         return (*(f"{name}:{self.server_port}" for name in names), *(names if self.server_port == 80 else ()))
 
     def find(self, path):
-        """The bytes that lie at a URL's path and their type, or `None`. The path is looked up, never joined to a folder's."""
+        """Returns the bytes at a URL's path and their type, or `None`. The path is compared, never joined to a folder."""
         if path in ("/", *(f"/{name}" for name in (*PAGE, *RUNTIME))):
             return _file(WEB / (path[1:] or "index.html"))
         if path == "/run.json":
@@ -86,25 +90,26 @@ class Server(ThreadingHTTPServer):
         return (self.run_dir / LABELS).read_text(encoding="utf-8").split("\n")[:-1]
 
     def handle_error(self, request, client_address):
-        """A browser that hangs up is no error."""
+        """Prints nothing when a browser closes the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        # A name that some other site's owner points at this machine would let that site read what is served.
+        # DNS rebinding: another site could point its own name at this machine and read the files.
         if self.headers.get("Host") not in self.server.hosts():
             port = self.server.server_port
-            said = f"This page answers at {self.server.url} alone; through a tunnel, as ssh -L {port}:localhost:{port}\n"
-            return self._answer(HTTPStatus.MISDIRECTED_REQUEST, said.encode())
+            tunnel = f"ssh -L {port}:localhost:{port}"
+            message = f"Open this page at {self.server.url} only. A tunnel must keep the port: {tunnel}\n"
+            return self._answer(HTTPStatus.MISDIRECTED_REQUEST, message.encode())
         try:
-            found = self.server.find(self.path.partition("?")[0])
-        except OSError:  # gone since the page was loaded, or not to be read
-            found = None
-        if found:
-            return self._answer(HTTPStatus.OK, *found)
-        self._answer(HTTPStatus.NOT_FOUND, f"There is nothing here; the page is at {self.server.url}\n".encode())
+            content = self.server.find(self.path.partition("?")[0])
+        except OSError:  # deleted since the page was loaded, or unreadable
+            content = None
+        if content:
+            return self._answer(HTTPStatus.OK, *content)
+        self._answer(HTTPStatus.NOT_FOUND, f"Not found. The page is at {self.server.url}\n".encode())
 
     do_HEAD = do_GET
 
@@ -115,8 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Security-Policy", self.server.policy)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Referrer-Policy", "no-referrer")
-        self.send_header("Cache-Control", "no-store")  # the next export has the same names
-        # A page that shares nothing with others is given a clock of 5 microseconds in place of 100.
+        self.send_header("Cache-Control", "no-store")  # a new export has the same file names
+        # An isolated page gets a clock of 5 microseconds; others get 100.
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
@@ -129,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def artifacts(run_dir):
-    """The .tflite files of a run -> a list of dicts, each with its `name` and `bytes`, in the order of `TFLITE_FORMATS`."""
+    """Lists the .tflite files of a run: a dict of `name` and `bytes` for each, in the order of `TFLITE_FORMATS`."""
     files = {kind: Path(run_dir) / "export" / "tflite" / f"{kind}.tflite" for kind in TFLITE_FORMATS}
     return [{"name": kind, "bytes": file.stat().st_size} for kind, file in files.items() if file.is_file()]
 
@@ -139,7 +144,7 @@ def _file(path):
 
 
 def _policy(digest):
-    """A Content-Security-Policy that lets the page ask nobody but this server for anything."""
+    """Returns a Content-Security-Policy that lets the page send requests to this server only."""
     rules = {
         "default-src": "'none'",
         "script-src": f"'self' 'wasm-unsafe-eval' 'sha256-{digest}'",

@@ -17,7 +17,7 @@ def benchmark():
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """What it needs of an exported run."""
+    """A folder with the files of an exported run that the benchmark reads."""
     run_dir = tmp_path_factory.mktemp("run")
     folder = run_dir / "export" / "tflite"
     folder.mkdir(parents=True)
@@ -45,7 +45,7 @@ def test_a_row_for_each_file_with_both_times(benchmark, run_dir, capsys):
     "name, value, install",
     [("RUNTIME", ["none.js"], "npm ci --prefix export/web"), ("CHROMIUM", None, "apt-get install chromium")],
 )
-def test_what_is_missing_is_told(name, value, install, benchmark, run_dir, monkeypatch):
+def test_the_benchmark_says_what_to_install(name, value, install, benchmark, run_dir, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setattr(benchmark, "RUNTIME", ())
     monkeypatch.setattr(benchmark, "CHROMIUM", "chromium")
@@ -59,5 +59,5 @@ def test_bad_arguments_are_refused(benchmark, run_dir, tmp_path):
         [(name, value)] = change.items()
         with pytest.raises(ValueError, match=f"{name}={value}"):
             benchmark.Arguments(run_dir, **change)
-    with pytest.raises(ValueError, match=r"first\. Received: run="):
+    with pytest.raises(ValueError, match=r"Received: run=.*\. Export it first: cvt-keras export "):
         benchmark.Arguments(tmp_path)

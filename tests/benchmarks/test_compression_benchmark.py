@@ -13,9 +13,9 @@ from cvt_keras.report import figures
 
 @pytest.fixture(scope="module")
 def run_dirs(tmp_path_factory):
-    """Two runs with exported files, and a row that failed its check."""
+    """Two exported runs. One file of each failed its check."""
     classifier = build_classifier("cvt_tiny", 2, (32, 32, 3))
-    found = []
+    run_dirs = []
     for name, top1 in (("ten", 0.84), ("pruned", 0.835)):
         run_dir = tmp_path_factory.mktemp("runs") / name
         (run_dir / "export" / "tflite").mkdir(parents=True)
@@ -28,11 +28,11 @@ def run_dirs(tmp_path_factory):
         rows.append({"name": "int8", "path": "export/tflite/int8.tflite", "top1": 0.1, "images": 100, "passed": False})
         rows.append({"name": "saved_model", "path": "export/saved_model/1", "top1": top1, "images": 100, "passed": True})
         runs.write_json(run_dir / "export" / "report.json", {"artifacts": rows, "dataset": "cifar10"})
-        found.append(run_dir)
-    return found
+        run_dirs.append(run_dir)
+    return run_dirs
 
 
-def test_it_measures_the_files_that_passed(run_dirs):
+def test_the_files_that_passed_are_measured(run_dirs):
     rows = compression.files(run_dirs)
     assert [(row["run"], row["file"], row["top1"]) for row in rows] == [
         ("ten", "float32", 0.84),
@@ -44,11 +44,11 @@ def test_it_measures_the_files_that_passed(run_dirs):
         assert row["bytes"] == row["path"].stat().st_size > row["gzip"] == len(gzip.compress(row["path"].read_bytes(), 9))
 
 
-def test_it_prints_a_row_for_each_and_draws(run_dirs, tmp_path, capsys):
+def test_a_row_for_each_file_and_a_plot(run_dirs, tmp_path, capsys):
     compression.main([*map(str, run_dirs), "--times", "2", "--turns", "2", "--plot", str(tmp_path / "trade.png")])
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("left out")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("skipped")]
     assert "ai-edge-litert 2." in lines[0] and "tensorflow-model-optimization 0.8.1" in lines[0]
-    assert "the median of 2 turns, in each the median of 2" in lines[1]
+    assert "the median of 2 turns, each the median of 2 runs" in lines[1]
     assert lines[2] == "top-1 on 100 images of cifar10, by LiteRT."
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
     assert rows[0][:4] == ["ten", "`float32`", "84.00%", "+0.00"]
@@ -58,17 +58,17 @@ def test_it_prints_a_row_for_each_and_draws(run_dirs, tmp_path, capsys):
     assert (tmp_path / "trade.png").exists()
 
 
-def test_a_folder_without_a_run_is_told(run_dirs, tmp_path):
+def test_a_folder_without_a_run_is_refused(run_dirs, tmp_path):
     with pytest.raises(SystemExit, match=r"compression: `run_dir` must be a run folder"):
         compression.main([str(run_dirs[0]), str(tmp_path)])
 
 
-def test_files_that_failed_are_told(run_dirs, capsys):
+def test_skipped_files_are_printed(run_dirs, capsys):
     compression.files(run_dirs)
-    assert "left out, as it failed its check: pruned int8, 10.00%" in capsys.readouterr().out
+    assert "skipped, as it failed the export's check: pruned int8, 10.00% top-1" in capsys.readouterr().out
 
 
-def test_the_first_run_is_the_one_to_compare_with(run_dirs, tmp_path):
+def test_the_first_run_must_not_be_compressed_and_have_a_float32_file(run_dirs, tmp_path):
     with pytest.raises(SystemExit, match=r"the first run must not be compressed.*pruned"):
         compression.main([str(run_dirs[1])])
     shutil.copytree(run_dirs[0], tmp_path / "ten")
@@ -76,17 +76,17 @@ def test_the_first_run_is_the_one_to_compare_with(run_dirs, tmp_path):
     report = runs.read_json(path)
     del report["artifacts"][0]
     runs.write_json(path, report)
-    with pytest.raises(SystemExit, match=r"ten has no float32\.tflite to compare with: python -m export"):
+    with pytest.raises(SystemExit, match=r"ten has no float32\.tflite to compare with\. Export it first: cvt-keras export"):
         compression.main([str(tmp_path / "ten")])
 
 
-def test_a_run_that_is_not_exported_is_told(tmp_path):
+def test_a_run_that_is_not_exported_is_refused(tmp_path):
     runs.write_json(tmp_path / "recipe.json", {})
-    with pytest.raises(SystemExit, match=r"is not exported: python -m export"):
+    with pytest.raises(SystemExit, match=r"is not exported\. Export it first: cvt-keras export"):
         compression.main([str(tmp_path)])
 
 
-def test_times_are_of_all_turns(run_dirs, monkeypatch):
+def test_times_are_medians_over_all_turns(run_dirs, monkeypatch):
     rows = compression.files(run_dirs)[:1]
     clock = iter(np.cumsum([0, 0.001, 0, 0.002, 0, 0.006]).tolist())
     monkeypatch.setattr(compression, "WARM_UP", 0)
@@ -105,7 +105,7 @@ def test_runs_that_were_checked_on_other_images_are_not_compared(run_dirs, tmp_p
     for row in report["artifacts"]:
         row |= {"images": change.get("images", 100)}
     runs.write_json(path, report)
-    with pytest.raises(SystemExit, match=r"was checked on .*export them with the same --verify-images"):
+    with pytest.raises(SystemExit, match=r"was checked on .*Export both with the same --verify-images"):
         compression.main([str(run_dirs[0]), str(tmp_path / "other")])
 
 
@@ -117,12 +117,12 @@ FILES = [
 ]
 
 
-def test_the_front_is_of_files_that_none_beats():
+def test_the_pareto_front():
     assert compression.pareto(FILES) == FILES[1:3]
     assert compression.pareto([FILES[0], dict(FILES[0])]) == [FILES[0]] * 2
 
 
-def test_the_trade_shows_each_file_and_the_front():
+def test_the_plot_shows_each_file_and_the_front():
     figure = compression.trade(FILES)
     [axes] = figure.axes
     front, *points = axes.lines
@@ -137,13 +137,13 @@ def test_the_trade_shows_each_file_and_the_front():
     assert not axes.texts
 
 
-def test_a_file_far_below_the_best_does_not_press_the_others_together():
+def test_a_file_far_below_the_best_is_drawn_on_the_edge():
     [axes] = compression.trade([*FILES, {"run": "lost", "file": "int8", "top1": 0.2, "gzip": 100_000}]).axes
     assert axes.get_ylim()[0] == pytest.approx(0.84 - compression.MOST_POINTS)
     assert [text.get_text() for text in axes.texts] == ["20.0%"]
 
 
-def test_a_picture_is_saved_whole(tmp_path):
+def test_the_plot_is_saved(tmp_path):
     figures.save(compression.trade(FILES), tmp_path / "trade.png")
     assert np.asarray(Image.open(tmp_path / "trade.png")).std() > 1
     assert [path.name for path in tmp_path.iterdir()] == ["trade.png"]

@@ -9,7 +9,7 @@ def test_halving_keeps_the_mean_and_ends_at_the_size():
     image = np.random.default_rng(0).integers(0, 256, (128, 64, 3), "uint8")
     small = halved(image, 32)
     assert (small.shape, small.dtype) == ((32, 32, 3), np.uint8)
-    np.testing.assert_allclose(small, image.reshape(32, 4, 32, 2, 3).mean(axis=(1, 3)), atol=0.76)  # a rounding each way
+    np.testing.assert_allclose(small, image.reshape(32, 4, 32, 2, 3).mean(axis=(1, 3)), atol=0.76)  # rounding twice
     assert halved(image[:20, :45], 32).shape == (32, 32, 3)
 
 
@@ -20,11 +20,11 @@ def test_bad_arguments_are_refused(change, tmp_path):
         Arguments(tmp_path, **change)
 
 
-def test_what_keeps_mediapipe_from_running_is_told(monkeypatch, tmp_path):
-    said = "OSError: libEGL.so.1: cannot open shared object file: No such file or directory"
+def test_an_error_of_mediapipe_is_passed_on(monkeypatch, tmp_path):
+    reason = "OSError: libEGL.so.1: cannot open shared object file: No such file or directory"
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho 'Traceback (most recent call last):' >&2\necho '{said}' >&2\nexit 1\n")
+    python.write_text(f"#!/bin/sh\necho 'Traceback (most recent call last):' >&2\necho '{reason}' >&2\nexit 1\n")
     python.chmod(0o755)
     monkeypatch.setattr(mediapipe_resize, "PYTHON", python)
-    with pytest.raises(RuntimeError, match=f"^MediaPipe does not run: {said}$"):
+    with pytest.raises(RuntimeError, match=f"^MediaPipe does not run: {reason}$"):
         mediapipe_resize.classify("a.tflite", [np.zeros((32, 32, 3), "uint8")])

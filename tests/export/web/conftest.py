@@ -10,7 +10,7 @@ from cvt_keras.export.web.samples import first_of_each_class
 from cvt_keras.export.web.server import Server
 
 
-@pytest.fixture(scope="module")  # no longer: while it is open, nothing else can start an event loop
+@pytest.fixture(scope="module")  # not longer: while it is open, nothing else can start an event loop
 def chromium():
     with require_browser().chromium() as browser:
         yield browser
@@ -20,17 +20,17 @@ def chromium():
 def samples(cifar10_dir):
     from cvt_keras.data import sources
 
-    found = first_of_each_class(sources.load("cifar10", str(cifar10_dir)))
-    return [{"label": name, "png": tf.io.encode_png(image).numpy()} for name, image in found]
+    images = first_of_each_class(sources.load("cifar10", str(cifar10_dir)))
+    return [{"label": name, "png": tf.io.encode_png(image).numpy()} for name, image in images]
 
 
 class _Server(Server):
-    """One that can be stopped as the end of its process would."""
+    """A server whose `stop` also closes its connections, as the end of its process would."""
 
     def __init__(self, *arguments, **more):
         super().__init__(*arguments, **more)
         self.connections = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def get_request(self):
         self.connections.append(super().get_request())
@@ -46,7 +46,7 @@ class _Server(Server):
 
 @pytest.fixture(scope="session")
 def serve():
-    """A function: a run folder and more arguments of `Server` -> a server at work in a thread; `stop` stops it."""
+    """A function that takes a run folder and `Server`'s other arguments, and starts a server in a thread."""
     servers = []
 
     def start(run_dir, port=0, **more):
@@ -63,42 +63,75 @@ def server(exported, samples, serve):
     return serve(exported, samples=lambda: (samples, ""))
 
 
-@pytest.fixture
-def open_page(chromium):
-    """A function: a server and options of the browser's context -> a page of it, once its status has `status` in it.
+@contextlib.contextmanager
+def _open(chromium, server, status="is ready", script="", **options):
+    """Opens a page in a context of its own, and waits until its status contains `status`.
 
-    A `script` runs in the page before its own.
+    `page.errors` collects what the page writes to the console as errors, and `page.requests` the URLs that it asks for.
 
-    At the end it must have asked no other host for anything and have written no error to the console, but for those in which
-    one of `page.expected` occurs.
+    Args:
+        script: JavaScript that runs before the page's own.
+        options: the context's.
     """
     from playwright.sync_api import expect
 
-    opened = []
-
-    def start(server, status="is ready", script="", **options):
-        context = chromium.new_context(**options)
+    with chromium.new_context(**options) as context:
         context.add_init_script(script)
         page = context.new_page()
-        page.expected = []
-        errors, requests = [], []
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        context.on("request", lambda request: requests.append(request.url))
-        page.on("websocket", lambda socket: requests.append(socket.url))
-        opened.append((context, page, server.url, errors, requests))
+        page.expected, page.errors, page.requests = [], [], []
+        page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        context.on("request", lambda request: page.requests.append(request.url))
+        page.on("websocket", lambda socket: page.requests.append(socket.url))
         page.goto(server.url)
         expect(page.get_by_role("status")).to_contain_text(status, timeout=60_000)
-        return page
+        yield page
 
-    yield start
-    for context, page, url, errors, requests in opened:
-        context.close()
-        assert requests
-        elsewhere = [request for request in requests if not request.startswith((url, f"blob:{url}"))]
-        assert not [text for text in (*errors, *elsewhere) if not any(part in text for part in page.expected)]
+
+def _check(page, url):
+    """Fails if the page asked another host for anything, or had an error that contains none of `page.expected`."""
+    assert page.requests
+    elsewhere = [request for request in page.requests if not request.startswith((url, f"blob:{url}"))]
+    assert not [text for text in (*page.errors, *elsewhere) if not any(part in text for part in page.expected)]
 
 
 @pytest.fixture
-def page(open_page, server):
-    return open_page(server)
+def open_page(chromium):
+    """A function that takes a server and the arguments of `_open`, and returns a page that no other test uses."""
+    pages = []
+    with contextlib.ExitStack() as stack:
+
+        def open_(server, *arguments, **options):
+            page = stack.enter_context(_open(chromium, server, *arguments, **options))
+            pages.append((page, server.url))
+            return page
+
+        yield open_
+    for page, url in pages:
+        _check(page, url)
+
+
+@pytest.fixture(scope="module")
+def shared_page(chromium, server):
+    with _open(chromium, server) as page:
+        yield page
+
+
+@pytest.fixture
+def page(shared_page, server):
+    """The run's page, which the module's tests share: without results, and with float32.tflite loaded.
+
+    A test that changes the page's scripts, or needs another run, opens its own with `open_page`.
+    """
+    from playwright.sync_api import expect
+
+    page = shared_page
+    page.set_viewport_size({"width": 1280, "height": 720})
+    if page.locator("#clear").is_visible():
+        page.locator("#clear").click()
+    expect(page.locator(".card")).to_have_count(0)
+    if not page.get_by_role("radio", name="float32").is_checked():
+        page.locator("label[for=float32]").click()
+        expect(page.get_by_role("status")).to_have_text("float32 is ready.")
+    yield page
+    _check(page, server.url)

@@ -1,4 +1,4 @@
-"""One file of each kind: the page's pixels and answers beside those of the decoder that training uses."""
+"""One file of each kind: the page's pixels and probabilities against those of training's decoder."""
 
 import base64
 import io
@@ -33,7 +33,7 @@ ALPHA = np.broadcast_to(np.linspace(0, 255, PIXELS.shape[1]).astype("uint8"), PI
 CLEAR = Image.fromarray(np.dstack([PIXELS, ALPHA]))
 OTHER = Image.fromarray(255 - PIXELS)
 CMYK = Image.fromarray(np.dstack([255 - PIXELS, PIXELS[..., 2] // 3]), "CMYK")
-# In 16 bits, with lower ones that are not the upper ones again.
+# 16 bits, with noise in the lower 8.
 DEEP = (
     (PIXELS.astype("uint32") * 257 + np.random.default_rng(1).integers(-120, 120, PIXELS.shape)).clip(0, 65535).astype("uint16")
 )
@@ -56,7 +56,7 @@ def _chunk(name, data):
 
 
 def _deep_png(pixels, colours):
-    """A PNG of 16 bits a channel, which Pillow writes in grey only; `colours` is PNG's number of its kind."""
+    """A PNG with 16 bits per channel, which Pillow writes in grey only. `colours` is PNG's colour type."""
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colours, 0, 0, 0))
@@ -68,7 +68,7 @@ def _with_chunk(png, name, data, at):
 
 
 def _swapped_profile():
-    """sRGB's colour profile, but that red and blue change places: whoever heeds it shows other colours."""
+    """sRGB's colour profile with red and blue swapped: applying it changes the colours."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     table = (profile[132 + 12 * i : 144 + 12 * i] for i in range(int.from_bytes(profile[128:132], "big")))
     at = {bytes(row[:4]): int.from_bytes(row[4:8], "big") + 8 for row in table}
@@ -77,7 +77,7 @@ def _swapped_profile():
     return bytes(profile)
 
 
-def _read_by_both():
+def _readable_files():
     plain, profile = _encoded(PHOTO, "PNG"), _swapped_profile()
     exif = _exif(6).tobytes()
     text = b"\nexif\n%8d\n" % len(exif) + exif.hex().encode() + b"\n"
@@ -90,6 +90,7 @@ def _read_by_both():
         "jpeg and a second picture": _encoded(PHOTO, "MPO", save_all=True, append_images=[OTHER]),
         "png": plain,
         "png clear": _encoded(CLEAR, "PNG"),
+        "png grey": _encoded(PHOTO.convert("L"), "PNG"),
         "png palette": _encoded(PHOTO.quantize(64), "PNG"),
         "png palette clear": _encoded(CLEAR.quantize(64), "PNG"),
         "png grey clear": _encoded(CLEAR.convert("LA"), "PNG"),
@@ -115,6 +116,10 @@ def _read_by_both():
         "webp clear": _encoded(CLEAR, "WEBP", lossless=True),
         "webp animated": _encoded(PHOTO, "WEBP", save_all=True, append_images=[OTHER]),
         "webp with a profile": _encoded(PHOTO, "WEBP", icc_profile=profile),
+        # A chunk of odd length is padded by a byte, before the EXIF data.
+        "webp with an odd chunk": _encoded(
+            PHOTO, "WEBP", lossless=True, exif=_exif(6), icc_profile=profile + bytes(1 - len(profile) % 2)
+        ),
     }
     kinds = {"jpeg": {}, "png": {}, "webp": {"lossless": True}}
     if features.check("avif"):
@@ -127,16 +132,16 @@ def _read_by_both():
     return files
 
 
-# What the page does not take, and what it says.
+# File and message of what the page refuses.
 _BOX = b"\0\0\0\x18ftyp"
-_OTHER_FORMAT = "This is a file in the {} format, which can't be read here. Save it as a JPEG or PNG first."
+_OTHER_FORMAT = "This page can't read {} files. Save the image as a JPEG or PNG first."
 _REFUSED = {
     "tiff": (_encoded(PHOTO, "TIFF"), _OTHER_FORMAT.format("TIFF")),
     "heic": (_BOX + b"heic\0\0\0\0mif1heic", _OTHER_FORMAT.format("HEIC")),
-    "ico": (_encoded(PHOTO, "ICO"), _OTHER_FORMAT.format("ICO")),  # a browser reads it, training does not
+    "ico": (_encoded(PHOTO, "ICO"), _OTHER_FORMAT.format("ICO")),  # browsers read it, training does not
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', _OTHER_FORMAT.format("SVG")),
     "empty": (b"", "The file is empty."),
-    "text": (b"hello", "This is not an image that can be read here. JPEG, PNG, GIF, BMP, WebP and AVIF images can."),
+    "text": (b"hello", "This file is not an image that this page can read. It reads JPEG, PNG, GIF, BMP, WebP and AVIF."),
     "12 bits": (
         _deep_png(DEEP[..., :1] >> 4, 0),
         "This PNG stores 12 bits of grey in 16, as scanners and microscopes do, and the browser reads it as almost black. "
@@ -144,9 +149,9 @@ _REFUSED = {
     ),
     "cut off": (
         _encoded(PHOTO, "JPEG")[:-2],
-        "This JPEG is cut off: the end of the file is missing. Copy it again, or open it in an image program and save it anew.",
+        "This JPEG is cut off: the end of the file is missing. Copy it again, or open it in an image editor and save it.",
     ),
-    "broken": (_encoded(PHOTO, "PNG")[:5000], "This PNG is broken, or of a kind that this browser can't read."),
+    "damaged": (_encoded(PHOTO, "PNG")[:5000], "This PNG is damaged, or this browser can't read this kind of PNG."),
 }
 if features.check("avif"):
     _CHANGED = "and the browser would change its colours. Save it as a PNG first."
@@ -155,10 +160,10 @@ if features.check("avif"):
         f"This AVIF is animated, {_CHANGED}",
     )
     _REFUSED["avif clear"] = (_encoded(CLEAR, "AVIF"), f"This AVIF is partly transparent, {_CHANGED}")
-_READ = _read_by_both()
+_READABLE = _readable_files()
 _SCENES = {f"scene as {kind}": data for kind, data in photos().items()}
 
-# The card's data, with each canvas' pixels as RGBA.
+# Returns each card's texts, and its canvases as RGBA.
 CARDS = """() => {
   const pixels = (canvas) => {
     const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -167,9 +172,9 @@ CARDS = """() => {
   const rows = (card) => [...card.querySelectorAll("li")];
   return [...document.querySelectorAll(".card")].map((card) => ({
     file: card.querySelector(".file").textContent,
-    why: card.querySelector(".why")?.textContent,
-    preview: card.querySelector(".given canvas") && pixels(card.querySelector(".given canvas")),
-    seen: card.querySelector(".seen canvas") && pixels(card.querySelector(".seen canvas")),
+    message: card.querySelector(".message")?.textContent,
+    preview: card.querySelector(".original canvas") && pixels(card.querySelector(".original canvas")),
+    input: card.querySelector(".input canvas") && pixels(card.querySelector(".input canvas")),
     probabilities: rows(card).map((row) => [row.querySelector(".name").textContent, Number(row.dataset.probability)]),
   }));
 }"""
@@ -177,17 +182,17 @@ CARDS = """() => {
 
 @pytest.fixture(scope="module")
 def cards(chromium, server):
-    """A file's name -> its card. All files are chosen at once."""
+    """Name of a file -> its card. All files are chosen at once."""
     from playwright.sync_api import expect
 
-    files = _READ | {name: data for name, (data, _) in _REFUSED.items()} | _SCENES
+    files = _READABLE | {name: data for name, (data, _) in _REFUSED.items()} | _SCENES
     with chromium.new_context() as context:
         page = context.new_page()
         page.goto(server.url)
         expect(page.get_by_role("status")).to_contain_text("is ready", timeout=60_000)
         page.set_input_files("#choose", [{"name": name, "mimeType": "image/*", "buffer": data} for name, data in files.items()])
         expect(page.locator(".card")).to_have_count(len(files), timeout=120_000)
-        expect(page.locator("#answers")).not_to_have_attribute("aria-busy", "true", timeout=60_000)
+        expect(page.locator("#results")).not_to_have_attribute("aria-busy", "true", timeout=60_000)
         return {card["file"]: card for card in page.evaluate(CARDS)}
 
 
@@ -196,26 +201,26 @@ def _rgb(canvas):
     return np.frombuffer(base64.b64decode(data), "uint8").reshape(height, width, 4)[..., :3].astype(int)
 
 
-@pytest.mark.parametrize("name", _READ)
-def test_the_page_sees_what_training_sees(name, cards):
-    card, expected = cards[name], images.decode(_READ[name])
-    assert card["why"] is None
-    assert abs(_rgb(card["preview"]) - expected).max() <= 2  # which is as large as the file's picture
-    assert abs(_rgb(card["seen"]) - images.stretch(expected, 32).numpy()).max() <= 2
+@pytest.mark.parametrize("name", _READABLE)
+def test_the_page_decodes_and_stretches_as_training(name, cards):
+    card, expected = cards[name], images.decode(_READABLE[name])
+    assert card["message"] is None
+    assert abs(_rgb(card["preview"]) - expected).max() <= 2  # the preview has the file's size
+    assert abs(_rgb(card["input"]) - images.stretch(expected, 32).numpy()).max() <= 2
 
 
-def test_the_page_answers_as_the_exported_network_does_on_trainings_pixels(cards, exported, litert):
+def test_the_page_gives_litert_probabilities_on_trainings_pixels(cards, exported, litert):
     names = (exported / "export" / "labels.txt").read_text().splitlines()
-    pixels = [images.stretch(images.decode(data), 32).numpy() for data in _READ.values()]
+    pixels = [images.stretch(images.decode(data), 32).numpy() for data in _READABLE.values()]
     expected = litert(exported / "export" / "tflite" / "float32.tflite", pixels)
-    answers = [dict(cards[name]["probabilities"]) for name in _READ]
-    apart = abs(np.array([[answer[name] for name in names] for answer in answers]) - expected).max(axis=1)
-    worst = max(zip(apart, _READ))
-    assert worst[0] <= 0.003, worst  # 0.0009 was measured, of the CMYK JPEG, whose pixels are 1 of 255 apart
+    answers = [dict(cards[name]["probabilities"]) for name in _READABLE]
+    differences = abs(np.array([[answer[name] for name in names] for answer in answers]) - expected).max(axis=1)
+    worst = max(zip(differences, _READABLE))
+    assert worst[0] <= 0.003, worst  # measured: 0.0009, for the CMYK JPEG, whose pixels differ by 1 of 255
 
 
-def test_a_photo_of_each_kind_has_one_answer_whichever_way_it_goes(cards, exported, classifier, serving):
-    """Training's decoder and Keras, `serving_bytes`, the client with the double, and the page: see docs/export.md."""
+def test_a_photo_gets_the_same_probabilities_whichever_way_it_goes(cards, exported, classifier, serving):
+    """Compares `serving_bytes`, the client and the page with training's decoder and Keras. Prints docs/export.md's table."""
     names = (exported / "export" / "labels.txt").read_text().splitlines()
     squares = np.stack([images.stretch(images.decode(data), 32) for data in _SCENES.values()])
     expected = dict(zip(_SCENES, tf.nn.softmax(classifier(squares.astype("float32"), training=False)).numpy()))
@@ -223,37 +228,36 @@ def test_a_photo_of_each_kind_has_one_answer_whichever_way_it_goes(cards, export
     serving_bytes = tf.saved_model.load(str(exported / "export" / "saved_model" / "1")).signatures["serving_bytes"]
     answers = serving_bytes(image_bytes=tf.constant([_SCENES[kind] for kind in exact]))["probabilities"].numpy()
     with Client(serving.grpc_address) as client:
-        asked = dict(zip(_SCENES, client.classify(_SCENES.values())))
-    on_page = {kind: dict(cards[kind]["probabilities"]) for kind in _SCENES if cards[kind]["why"] is None}
+        by_client = dict(zip(_SCENES, client.classify(_SCENES.values())))
+    on_page = {kind: dict(cards[kind]["probabilities"]) for kind in _SCENES if cards[kind]["message"] is None}
     ways = {
         "serving_bytes": dict(zip(exact, answers)),
-        "client": {kind: answer.probabilities for kind, answer in asked.items() if isinstance(answer, Answer)},
+        "client": {kind: answer.probabilities for kind, answer in by_client.items() if isinstance(answer, Answer)},
         "page": {kind: [answer[name] for name in names] for kind, answer in on_page.items()},
     }
-    apart = {
+    differences = {
         way: {kind: float(abs(np.array(row) - expected[kind]).max()) for kind, row in rows.items()}
         for way, rows in ways.items()
     }
-    print(json.dumps(apart, indent=1))
-    assert list(apart["client"]) == list(_SCENES)
-    assert set(_SCENES) - set(apart["page"]) == {
+    print(json.dumps(differences, indent=1))
+    assert list(differences["client"]) == list(_SCENES)
+    assert set(_SCENES) - set(differences["page"]) == {
         f"scene as {kind}" for kind in ("tiff", "12-bit grey png", "jpeg without its last bytes")
     }
-    # On the server's side the pixels are equal, and the network computes in another order: 1.2e-7 was measured. The page's
-    # resize may round a pixel by 1 of 255 to the other side: 7.6e-5 was measured.
-    for way, most in {"serving_bytes": 1e-6, "client": 1e-6, "page": 3e-4}.items():
-        assert max(apart[way].values()) <= most, (way, apart[way])
+    # serving_bytes and client have equal pixels, and the network sums in another order. Measured: 1.2e-7.
+    # The page may round a pixel of the resize differently, by 1 of 255. Measured: 7.6e-5.
+    for way, limit in {"serving_bytes": 1e-6, "client": 1e-6, "page": 3e-4}.items():
+        assert max(differences[way].values()) <= limit, (way, differences[way])
 
 
 @pytest.mark.parametrize("name", _REFUSED)
-def test_what_the_page_would_read_otherwise_is_refused(name, cards):
-    assert cards[name]["why"] == _REFUSED[name][1]
-    assert cards[name]["seen"] is None
+def test_files_that_browsers_read_differently_are_refused(name, cards):
+    assert cards[name]["message"] == _REFUSED[name][1]
+    assert cards[name]["input"] is None
 
 
 @pytest.mark.parametrize(
     "name", ["tiff", "12 bits", "cut off", *(["avif animated", "avif clear"] if "avif clear" in _REFUSED else [])]
 )
-def test_training_reads_it_all_the_same(name):
-    """Else it need not be told why the page does not."""
+def test_training_reads_what_the_page_refuses(name):
     assert images.decode(_REFUSED[name][0]).shape == PIXELS.shape

@@ -39,7 +39,7 @@ def _ask(server, path, method="GET", **headers):
     return response, body
 
 
-def test_what_of_a_run_is_served(server, exported):
+def test_labels_and_files_of_the_run_are_served(server, exported):
     response, body = _ask(server, "/run.json")
     assert response.status == 200
     run = json.loads(body)
@@ -69,7 +69,7 @@ def test_the_page_has_the_limit_of_training():
 def test_nothing_else_is(path, server):
     response, body = _ask(server, path)
     assert response.status == 404
-    assert body.decode() == f"There is nothing here; the page is at {server.url}\n"
+    assert body.decode() == f"Not found. The page is at {server.url}\n"
 
 
 def test_other_methods_and_names_of_this_machine_are_refused(server):
@@ -77,16 +77,16 @@ def test_other_methods_and_names_of_this_machine_are_refused(server):
     assert _ask(server, "/run.json", Host="evil.example")[0].status == 421
     assert _ask(server, "/run.json", Host=f"evil.example:{server.server_port}")[0].status == 421
     assert _ask(server, "/run.json", Host=f"localhost:{server.server_port}")[0].status == 200
-    # As a tunnel to another port gives it.
+    # The header that a tunnel from another port sends.
     response, body = _ask(server, "/", Host="localhost:9000")
     port = server.server_port
-    said = f"This page answers at http://127.0.0.1:{port}/ alone; through a tunnel, as ssh -L {port}:localhost:{port}\n"
-    assert (response.status, body.decode()) == (421, said)
+    message = f"Open this page at http://127.0.0.1:{port}/ only. A tunnel must keep the port: ssh -L {port}:localhost:{port}\n"
+    assert (response.status, body.decode()) == (421, message)
     response, body = _ask(server, "/", "HEAD")
     assert (response.status, body) == (200, b"") and int(response.headers["Content-Length"]) > 1000
 
 
-def test_on_port_80_a_browser_names_no_port(server, monkeypatch):
+def test_on_port_80_the_host_may_lack_the_port(server, monkeypatch):
     assert _ask(server, "/", Host="localhost")[0].status == 421
     monkeypatch.setattr(server, "server_port", 80)
     for host in ("localhost", "127.0.0.1", "localhost:80"):
@@ -94,7 +94,7 @@ def test_on_port_80_a_browser_names_no_port(server, monkeypatch):
     assert _ask(server, "/", Host="evil.example")[0].status == 421
 
 
-def test_it_listens_on_loopback_alone(server):
+def test_the_server_listens_on_loopback_only(server):
     assert server.server_address[0] == "127.0.0.1"
 
 
@@ -122,7 +122,7 @@ def test_every_answer_has_the_header(name, value, server):
         assert _ask(server, path)[0].headers[name] == value
 
 
-def test_a_file_that_is_gone_is_not_found(exported, serve, tmp_path):
+def test_a_deleted_file_is_not_found(exported, serve, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(exported / "export", run_dir / "export")
     server = serve(run_dir)
@@ -133,14 +133,13 @@ def test_a_file_that_is_gone_is_not_found(exported, serve, tmp_path):
 
 def test_samples_are_the_first_test_image_of_each_class(cifar10_dir):
     source = sources.load("cifar10", str(cifar10_dir))
-    found = dict(first_of_each_class(source))
-    assert list(found) == list(source.class_names)
-    for label, image in enumerate(found.values()):
-        place = list(source.test.labels).index(label)
-        assert (image == source.test.images[place]).all()
+    samples = dict(first_of_each_class(source))
+    assert list(samples) == list(source.class_names)
+    for label, image in enumerate(samples.values()):
+        assert (image == source.test.images[list(source.test.labels).index(label)]).all()
 
 
-def test_of_many_classes_the_first_20_have_samples():
+def test_the_first_20_of_many_classes_have_samples():
     test = types.SimpleNamespace(labels=np.arange(25), images=np.arange(25))
     source = types.SimpleNamespace(class_names=[f"class {label}" for label in range(25)], test=test)
     assert list(first_of_each_class(source)) == [(f"class {label}", label) for label in range(20)]
@@ -151,7 +150,7 @@ def test_of_many_classes_the_first_20_have_samples():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """As after npm ci, which no test of the command needs."""
+    """Makes the command run without npm's packages."""
     monkeypatch.setattr(command, "RUNTIME", ())
 
 
@@ -159,13 +158,23 @@ def installed(monkeypatch):
     "damage, flags, code, part",
     [
         (shutil.rmtree, [], 2, "`run_dir` must be a run folder"),
-        (lambda run_dir: shutil.rmtree(run_dir / "export"), [], 1, ". Export it first: cvt-keras export {run_dir}"),
-        (lambda run_dir: (run_dir / "export/labels.txt").unlink(), [], 1, "has no export/labels.txt. Export it first: "),
+        (
+            lambda run_dir: shutil.rmtree(run_dir / "export"),
+            [],
+            1,
+            "`run_dir` has no .tflite file: {run_dir}. Export it first: cvt-keras export {run_dir}",
+        ),
+        (
+            lambda run_dir: (run_dir / "export/labels.txt").unlink(),
+            [],
+            1,
+            "`run_dir` has no export/labels.txt: {run_dir}. Export it first: ",
+        ),
         (lambda run_dir: None, ["--port", "65536"], 2, "`port` must be within 0 and 65535. Received: port=65536"),
         (lambda run_dir: None, ["--port", "-1"], 2, "`port` must be within 0 and 65535. Received: port=-1"),
     ],
 )
-def test_bad_input_is_told_in_a_line(damage, flags, code, part, exported, tmp_path, capsys, installed):
+def test_bad_input_is_one_line(damage, flags, code, part, exported, tmp_path, capsys, installed):
     run_dir = tmp_path / "run"
     shutil.copytree(exported, run_dir)
     damage(run_dir)
@@ -174,7 +183,7 @@ def test_bad_input_is_told_in_a_line(damage, flags, code, part, exported, tmp_pa
     assert line.startswith("cvt-keras web: ") and part.format(run_dir=run_dir) in line
 
 
-def test_a_port_in_use_is_told_in_a_line(exported, capsys, installed):
+def test_a_port_in_use_is_one_line(exported, capsys, installed):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert cli.main(["web", str(exported), "--port", str(port)]) == 1
@@ -182,7 +191,7 @@ def test_a_port_in_use_is_told_in_a_line(exported, capsys, installed):
     assert line == f"cvt-keras web: `port` is in use: {port}. Choose another with --port"
 
 
-def test_a_missing_runtime_is_told_with_the_line_that_installs_it_where_the_page_looks(exported, capsys, monkeypatch, tmp_path):
+def test_a_missing_runtime_is_one_line_with_the_command_that_installs_it(exported, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "RUNTIME", ("node_modules/none.js",))
     for folder, shown in ((module.WEB.parents[1], "export/web"), (tmp_path, str(module.WEB))):
         monkeypatch.chdir(folder)
@@ -193,52 +202,44 @@ def test_a_missing_runtime_is_told_with_the_line_that_installs_it_where_the_page
 
 @pytest.fixture
 def start(tmp_path):
-    """A function: flags of the command -> its process and the URL that it prints."""
+    """A function that starts the command with flags. Returns its process and the URL that it prints."""
     started = []
     code = (
         "import sys; from cvt_keras import cli; from cvt_keras.export.web import __main__ as command\n"
         "command.RUNTIME = (); sys.exit(cli.main(['web', *sys.argv[1:]]))"
     )
 
-    def begin(*flags):
+    def start_(*flags):
         process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, flags)],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Of a shell in the background, children are born deaf to Ctrl-C.
+            # A background shell's children ignore SIGINT by default.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         started.append(process)
         return process, re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
 
-    yield begin
+    yield start_
     for process in started:
         process.kill()
         process.communicate()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_it_at_once_while_it_still_reads_samples(number, code, exported, start):
+def test_a_signal_stops_the_command_while_it_reads_samples(number, code, exported, start):
     process, url = start(exported, "--port", "0")
     with urllib.request.urlopen(url) as page:
         assert b"What is in the picture?" in page.read()
     process.send_signal(number)
-    _, said = process.communicate(timeout=5)
+    _, error = process.communicate(timeout=5)
     assert process.returncode == code
-    assert said.strip() == "cvt-keras web: stopped"
+    assert error.strip() == "cvt-keras web: stopped"
 
 
-def test_samples_come_from_the_runs_data_set(exported, start, samples):
-    _, url = start(exported, "--port", "0")
-    with urllib.request.urlopen(f"{url}samples.json", timeout=120) as answer:
-        assert json.load(answer) == {"labels": [sample["label"] for sample in samples], "note": ""}
-    with urllib.request.urlopen(f"{url}samples/9.png") as answer:
-        assert answer.headers["Content-Type"] == "image/png" and answer.read(4) == b"\x89PNG"
-
-
-def test_samples_come_from_where_the_data_set_lies_now(exported, cifar10_dir, start, samples, tmp_path):
+def test_samples_come_from_the_folder_of_the_flag(exported, cifar10_dir, start, samples, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(exported, run_dir)
     recipe = json.loads((run_dir / "recipe.json").read_text())
@@ -246,9 +247,12 @@ def test_samples_come_from_where_the_data_set_lies_now(exported, cifar10_dir, st
     _, url = start(run_dir, "--port", "0", "--data-dir", cifar10_dir)
     with urllib.request.urlopen(f"{url}samples.json", timeout=120) as answer:
         assert json.load(answer) == {"labels": [sample["label"] for sample in samples], "note": ""}
+    with urllib.request.urlopen(f"{url}samples/9.png") as answer:
+        assert answer.headers["Content-Type"] == "image/png"
+        assert (tf.io.decode_png(answer.read()) == tf.io.decode_png(samples[9]["png"])).numpy().all()
 
 
-def test_what_is_printed_while_the_data_set_is_read_is_no_sample(exported, monkeypatch, capsys):
+def test_samples_are_of_the_runs_data_set_and_what_it_prints_goes_to_stderr(exported, monkeypatch, capsys, samples):
     real = sources.load
 
     def load(*arguments, **options):
@@ -258,45 +262,44 @@ def test_what_is_printed_while_the_data_set_is_read_is_no_sample(exported, monke
     monkeypatch.setattr(sources, "load", load)
     module_of_samples.main([str(exported)])
     out, err = capsys.readouterr()
-    assert len(json.loads(out)["samples"]) == 10 and "Downloading" in err
+    assert [sample["label"] for sample in json.loads(out)["samples"]] == [sample["label"] for sample in samples]
+    assert "Downloading" in err
 
 
-def test_without_the_data_there_are_no_samples_and_a_line_says_why(exported, tmp_path):
-    """It is not downloaded."""
-    told = []
-    samples = Samples(exported, str(tmp_path), told.append)
+def test_without_the_data_set_there_are_no_samples_and_a_line_says_why(exported, tmp_path):
+    warnings = []
+    samples = Samples(exported, str(tmp_path), warnings.append)
     assert samples() == ([], "")
-    reason = f"cifar10 is not in {tmp_path}, and is not downloaded. Name its folder with --data-dir"
-    assert told == [f"the page has no samples: {reason}"]
-    assert not list(tmp_path.iterdir())
+    reason = f"cifar10 is not in {tmp_path}, and this command does not download it. Give its folder with --data-dir"
+    assert warnings == [f"the page has no test images: {reason}"]
+    assert not list(tmp_path.iterdir())  # nothing was downloaded
 
 
 # === Samples of a folder ===
 
 
-def test_the_user_and_the_page_learn_of_other_images(monkeypatch):
-    """What the process prints reaches both."""
-    printed = {"samples": [{"label": "cat", "png": ""}], "note": "a note", "warnings": ["a line"]}
-    code = f"print({json.dumps(printed)!r})"
+def test_warnings_reach_the_terminal_and_the_note_reaches_the_page(monkeypatch):
+    output = {"samples": [{"label": "cat", "png": ""}], "note": "a note", "warnings": ["a line"]}
+    code = f"print({json.dumps(output)!r})"
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **more: real([sys.executable, "-c", code], **more))
-    told = []
-    assert Samples("run", None, told.append)() == ([{"label": "cat", "png": b""}], "a note")
-    assert told == ["a line"]
+    warnings = []
+    assert Samples("run", None, warnings.append)() == ([{"label": "cat", "png": b""}], "a note")
+    assert warnings == ["a line"]
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_samples_of_a_folder_are_images_that_the_run_tested_on(recorded, exported, monkeypatch, tmp_path, capsys):
+def test_samples_of_a_folder_are_test_images_of_the_run(recorded, exported, monkeypatch, tmp_path, capsys):
     recipe = json.loads((exported / "recipe.json").read_text())
     (tmp_path / "recipe.json").write_text(json.dumps({**recipe, "dataset": "folder", "data_dir": "photos"}))
     if recorded:
         ImageRecord.of_source(small_source("2a", "3a", "1a 4b")).write(tmp_path / runs.IMAGES)
-    asked = []
-    found = dataclasses.replace(small_source("1a 4b", "3a", "2a 5b"), left_out={"broken: the file is empty": 2})
-    monkeypatch.setattr(sources, "load", lambda *arguments, **options: asked.append((arguments, options)) or found)
+    calls = []
+    source = dataclasses.replace(small_source("1a 4b", "3a", "2a 5b"), left_out={"broken: the file is empty": 2})
+    monkeypatch.setattr(sources, "load", lambda *arguments, **options: calls.append((arguments, options)) or source)
     module_of_samples.main([str(tmp_path)])
     record = ImageRecord.read(tmp_path / runs.IMAGES)
-    assert asked == [(("folder", "photos", 32), {"skip_broken": True, "record": record})]
+    assert calls == [(("folder", "photos", 32), {"skip_broken": True, "record": record})]
     printed = json.loads(capsys.readouterr().out)
     assert [sample["label"] for sample in printed["samples"]] == ["a", "b"]
     colours = [int(tf.io.decode_png(base64.b64decode(sample["png"]))[0, 0, 0]) for sample in printed["samples"]]
