@@ -473,7 +473,7 @@ def test_too_little_memory_names_only_flags_of_the_command(trained, tmp_path, mo
     with pytest.raises(OutOfMemoryError) as failure:
         compress(trained, tmp_path / "run", "qat")
     assert failure.value.argument == "batch_size"
-    assert "--batch-size than 32" in failure.value.hint and "--image-size" not in failure.value.hint
+    assert "--batch-size below 32" in failure.value.hint and "--image-size" not in failure.value.hint
 
 
 # === Settings of the run before ===

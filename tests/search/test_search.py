@@ -417,7 +417,7 @@ def test_epochs_have_an_axis_where_they_differ():
 def test_weights_that_are_not_there_are_told_before_there_is_a_search(command, tmp_path, quick_run, capsys):
     words = ["finetune", "--weights", "none.keras", "--dataset", "digits", "--search-dir", str(tmp_path / "search")]
     assert _search(words) == 2
-    assert "`weights` can't be started from" in capsys.readouterr().err and not (tmp_path / "search").exists()
+    assert "`weights` can't be used" in capsys.readouterr().err and not (tmp_path / "search").exists()
 
 
 def test_the_network_of_weights_is_kept(tmp_path, quick_run, no_pictures, monkeypatch):
