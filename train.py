@@ -1,4 +1,4 @@
-"""Trains a network: `cvt-keras train`, from a checkout. See python train.py --help."""
+"""Trains a network. The same as `cvt-keras train`, for a checkout: python train.py --help."""
 
 import sys
 

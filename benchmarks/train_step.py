@@ -1,7 +1,7 @@
-"""How fast a network trains here: python benchmarks/train_step.py --help.
+"""Measures the training speed of a network: python benchmarks/train_step.py --help.
 
-One batch of synthetic pixels again and again, so that the network alone is measured: on JAX it lies on the device, on
-TensorFlow tf.data brings it there while the step before runs. With KERAS_BACKEND=jax it runs where TensorFlow is not installed.
+Trains on one batch of synthetic pixels, so that only the network is measured. With JAX the batch stays on the device; with
+TensorFlow, tf.data copies it there during the previous step. With KERAS_BACKEND=jax it runs without TensorFlow.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from keras import ops
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # it also runs where the package is not installed
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run without installing the package
 
 from cvt_keras import CvT, environment, macs
 from cvt_keras.training.optimizers import decays
@@ -28,24 +28,24 @@ from cvt_keras.variants import get_variant
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Images per second, peak memory, and the share of the device's own matrix-product rate that training reaches."""
+    """Measures images per second, peak memory, and FLOP/s as a share of the FLOP/s of a large matrix product."""
 
     variant: str = "cvt_cifar"
-    """A network in VARIANTS."""
+    """The name of a network in VARIANTS."""
     image_size: int = 32
-    """Pixels of each side."""
+    """Height and width of the images, in pixels."""
     num_classes: int = 10
-    """Outputs of the head."""
+    """Number of classes."""
     batch_size: int = 128
-    """Images a step."""
+    """Images per training step."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """A Keras dtype policy."""
     xla: Literal["auto", "on", "off"] = "auto"
-    """auto: Keras' own choice."""
+    """Compile with XLA. auto: the default of Keras."""
     steps: int = 20
-    """Steps a repetition."""
+    """Steps per repetition."""
     repetitions: int = 5
-    """The median of so many counts; one before them, which compiles, does not."""
+    """Repetitions; the result is their median. One more before them compiles, and is not counted."""
 
     def __post_init__(self):
         for name in ("image_size", "num_classes", "batch_size", "steps", "repetitions"):
@@ -55,7 +55,7 @@ class Arguments:
 
 
 class RepetitionSeconds(keras.callbacks.Callback):
-    """The seconds of each repetition, an epoch to Keras; reading its loss waits for the device."""
+    """Measures the seconds of each repetition, which is an epoch in Keras. Reading the loss waits for the device."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ class RepetitionSeconds(keras.callbacks.Callback):
 
 
 def training_seconds(arguments):
-    """Seconds of each repetition of `steps` training steps, the one that compiles left out."""
+    """Returns the seconds of each repetition, without the one that compiles, and whether XLA was used."""
     keras.utils.set_random_seed(0)
     shape = (arguments.image_size, arguments.image_size, 3)
     model = CvT.from_variant(arguments.variant, arguments.num_classes, shape, dtype=arguments.precision)
@@ -91,7 +91,7 @@ def training_seconds(arguments):
         steps_per_epoch=arguments.steps,
         epochs=arguments.repetitions + 1,
         callbacks=[watch],
-        shuffle=False,  # there is but one batch
+        shuffle=False,  # there is only one batch
         verbose=0,
     )
     return watch.seconds[1:], bool(model.jit_compile)
@@ -99,21 +99,21 @@ def training_seconds(arguments):
 
 def _repeated(images, labels):
     if keras.config.backend() != "tensorflow":
-        return ((images, labels) for _ in itertools.count())  # Keras takes a generator, no other iterator
+        return ((images, labels) for _ in itertools.count())  # of iterators, Keras accepts only generators
     import tensorflow as tf
 
     return tf.data.Dataset.from_tensors((images, labels)).repeat().prefetch(tf.data.AUTOTUNE)
 
 
 def matrix_product_rate(precision, repetitions=5):
-    """FLOP/s of the device's own product of two large square matrices, the best of `repetitions`."""
+    """FLOP/s of the product of two large square matrices on this device, the best of `repetitions`."""
     side = 8192 if _on_accelerator() else 2048
     dtype = {"float32": "float32", "mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}[precision]
     a = ops.cast(ops.convert_to_tensor(np.random.default_rng(0).normal(size=(side, side)).astype("float32")), dtype)
     seconds = []
     for _ in range(repetitions + 1):
         started = time.perf_counter()
-        float(ops.cast(ops.matmul(a, a)[0, 0], "float32"))  # reading one number waits for all
+        float(ops.cast(ops.matmul(a, a)[0, 0], "float32"))  # reading one number waits for the product
         seconds.append(time.perf_counter() - started)
     return 2 * side**3 / min(seconds[1:])
 
@@ -123,7 +123,7 @@ def _on_accelerator():
 
 
 def device():
-    """The name of the device that Keras computes on, and what tells its peak memory in bytes, `None` on a CPU."""
+    """Returns the name of the device that Keras uses, and a function for its peak memory in bytes, `None` on a CPU."""
     if keras.config.backend() == "jax":
         import jax
 
@@ -140,18 +140,18 @@ def device():
 
 
 def _process_peak_bytes():
-    # Linux counts kilobytes here, macOS bytes.
+    # In kilobytes on Linux, in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(arguments):
     name, peak_bytes = device()
     seconds, xla = training_seconds(arguments)
-    # Read before the large matrices come, which a small network would hide behind.
+    # Read before the large matrices are allocated: they may need more than a small network.
     memory = peak_bytes() if peak_bytes else _process_peak_bytes()
     rates = [arguments.steps * arguments.batch_size / second for second in seconds]
     shape = (arguments.image_size, arguments.image_size, 3)
-    # Backward computes two products for each of forward's.
+    # The backward pass computes two products for each one of the forward pass.
     flops = 3 * 2 * macs(arguments.variant, shape, arguments.num_classes) * statistics.median(rates)
     product = matrix_product_rate(arguments.precision)
     result = {

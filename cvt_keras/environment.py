@@ -1,4 +1,4 @@
-"""The machine and what runs on it: its device, its packages, and a quiet start of TensorFlow."""
+"""The device, the installed packages, and the start of Keras and TensorFlow."""
 
 import importlib.metadata
 import os
@@ -11,7 +11,7 @@ from cvt_keras.errors import ArgumentError, MissingPackageError
 
 
 def start(backend="tensorflow"):
-    """Imports Keras and its backend, for a command, without the lines that TensorFlow greets with.
+    """Imports Keras and its backend for a command, and hides TensorFlow's start-up messages.
 
     Args:
         backend: the Keras backend that the command needs; `None` means any.
@@ -20,7 +20,7 @@ def start(backend="tensorflow"):
         MissingPackageError: if Keras or its backend is not installed.
         ArgumentError: if `KERAS_BACKEND` names another backend, or one that does not exist.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # its INFO lines would break the progress bar
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # INFO messages would break the progress bar
     try:
         with greetings.held_back():
             import keras
@@ -31,34 +31,34 @@ def start(backend="tensorflow"):
                 tf.config.list_physical_devices()
     except ImportError as error:
         raise MissingPackageError(
-            f"Keras can't be imported: {error}", hint="Install what it needs: pip install keras tensorflow"
+            f"Keras can't be imported: {error}", hint="Install it with pip install keras tensorflow"
         ) from error
-    except ValueError as error:  # Keras', for an unknown backend
+    except ValueError as error:  # by Keras, for an unknown backend
         raise ArgumentError(f"Keras can't start: {error}", hint="Unset KERAS_BACKEND") from error
     if backend is not None:
         require_backend(backend)
 
 
 def require_backend(backend):
-    """Raises unless Keras runs on a backend.
+    """Raises unless Keras runs on this backend.
 
     Args:
-        backend: its name: `"tensorflow"`.
+        backend: the name of a Keras backend, such as `"tensorflow"`.
 
     Raises:
-        ArgumentError: if it runs on another.
+        ArgumentError: if Keras runs on another.
     """
     import keras
 
     if keras.config.backend() != backend:
         raise ArgumentError(
-            f"Keras must run on its {backend} backend. Received: {keras.config.backend()}, from KERAS_BACKEND or keras.json",
+            f"Keras must use the {backend} backend. Received: {keras.config.backend()}, from KERAS_BACKEND or keras.json",
             hint=f"Set KERAS_BACKEND={backend}",
         )
 
 
 def cpu():
-    """The processor's name and the number of cores this process may use."""
+    """The name of the processor, and the number of cores that this process may use."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -79,10 +79,10 @@ def device():
 
 
 def has_nvidia_device(dev=Path("/dev")):
-    """Whether this machine has an NVIDIA device, whether a framework sees it or not."""
+    """Whether this machine has an NVIDIA device, even one that TensorFlow can't use."""
     if any(dev.glob("nvidia[0-9]*")):
         return True
-    try:  # WSL has no such file, but the driver's tool
+    try:  # WSL has no such file, but has nvidia-smi
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return False
@@ -90,7 +90,7 @@ def has_nvidia_device(dev=Path("/dev")):
 
 
 def versions():
-    """The versions of Python and of the packages that compute, where they are installed."""
+    """The versions of Python and of the installed packages that results depend on."""
     installed = {"python": platform.python_version()}
     for package in ("keras", "tensorflow", "jax", "jaxlib", "tensorflow-datasets", "scikit-learn", "numpy"):
         try:

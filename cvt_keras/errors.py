@@ -1,18 +1,18 @@
-"""Every error that a user can mend. Nothing of ours or Keras' is imported here.
+"""Every error that a user can fix. This module imports nothing of the package and no Keras.
 
-An error carries its parts as attributes, so that no code has to take a message apart. `str(error)` names Python arguments. A
-command prints `summary`, the first `details` and `hint`, which names flags, and ends with `exit_code`.
+The parts of an error are attributes, so that no code has to parse a message. `str(error)` names Python arguments. A command
+prints `summary`, the first `details` and `hint`, which names flags, and exits with `exit_code`.
 """
 
 
 class UserError(Exception):
-    """An error that a user can mend.
+    """An error that a user can fix.
 
     Args:
-        summary: one line, without a full stop: what is wrong, with the argument and the value.
-        argument: the name of the Python argument at fault, if it is one.
-        hint: what to do about it on the command line, in one sentence without a full stop.
-        details: one line for each fault, where there are many.
+        summary: one line without a full stop: what is wrong, with the argument and the value.
+        argument: the name of the wrong Python argument, if an argument is wrong.
+        hint: how to fix it on the command line, in one sentence without a full stop.
+        details: one line per fault, if there are several.
     """
 
     exit_code = 1
@@ -26,13 +26,13 @@ class UserError(Exception):
 
 
 class ArgumentError(UserError, ValueError):
-    """An argument with a value that it can't have."""
+    """An argument with an invalid value."""
 
     exit_code = 2
 
 
 class RecipeError(ArgumentError):
-    """A setting of a recipe that no run can have, or that does not fit the images, the weights or the run."""
+    """A setting of a recipe that is invalid, or does not fit the images, the weights or the run."""
 
 
 class DifferentRunError(RecipeError):
@@ -40,7 +40,7 @@ class DifferentRunError(RecipeError):
 
     Args:
         run_dir: the run folder.
-        differences: name of the setting -> the value of the run, and the one received, as text.
+        differences: setting name -> (value of the run, received value), both as text.
     """
 
     def __init__(self, run_dir, differences):
@@ -56,12 +56,12 @@ class DifferentRunError(RecipeError):
     def differences_text(self):
         return ", ".join(f"{name} was {stored} and is {received}" for name, (stored, received) in self.differences.items())
 
-    def __reduce__(self):  # by pickle, which would call the class with the message alone
+    def __reduce__(self):  # pickle would call the class with the message as its only argument
         return type(self), (self.run_dir, self.differences)
 
 
 class OccupiedError(ArgumentError, FileExistsError):
-    """A folder that already holds something that would be overwritten."""
+    """A folder whose content would be overwritten."""
 
 
 class RunError(UserError):
@@ -69,7 +69,7 @@ class RunError(UserError):
 
 
 class NoRunError(RunError):
-    """A folder that holds no run."""
+    """A folder without a run."""
 
     exit_code = 2
 
@@ -83,15 +83,15 @@ class DataError(UserError):
 
 
 class UnavailableError(DataError):
-    """A data set that is not on disk and can't be downloaded, unlike one with a broken copy on disk."""
+    """A data set that is not on disk and can't be downloaded. A broken copy on disk is a `DataError`."""
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint that can't be read, or does not fit its network. `details` names every key that is wrong."""
+    """A checkpoint that can't be read, or does not fit its network. `details` names every wrong key."""
 
 
 class MissingPackageError(UserError, ImportError):
-    """A package that a feature needs and that is not installed."""
+    """A required package that is not installed."""
 
 
 class DivergedError(UserError, FloatingPointError):
@@ -99,29 +99,29 @@ class DivergedError(UserError, FloatingPointError):
 
 
 class OutOfMemoryError(UserError, MemoryError):
-    """Work that does not fit into the memory of the device."""
+    """The device has too little memory."""
 
 
 class ExportError(UserError, RuntimeError):
-    """An artifact that can't be written, or that its runtime can't run."""
+    """An exported file that can't be written, or that its runtime can't run."""
 
 
 class SearchError(UserError):
-    """A search of which no trial could be trained."""
+    """A search in which every trial failed."""
 
 
 class DistributedError(UserError):
-    """A search whose chief or workers can't be reached."""
+    """The chief or the workers of a search can't be reached."""
 
 
 class ServingError(UserError):
-    """A server that does not answer, or answers with something else."""
+    """A server that does not answer, or gives an unexpected answer."""
 
 
 class ImageError(UserError, ValueError):
-    """An image that can't be read, or that a server refuses. The message does not name it."""
+    """An image that can't be read, or that a server rejects. The message does not name the image."""
 
 
 def first_line(error):
-    """The first line of an error's message without its full stop, or the error's name if it has no message."""
+    """The first line of an error's message without its full stop, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")

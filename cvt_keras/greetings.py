@@ -1,7 +1,7 @@
-"""Holds back the lines that TensorFlow writes to standard error whenever it starts.
+"""Hides the messages that TensorFlow writes to standard error at every start.
 
-By file descriptor, as TensorFlow's own code writes there and not to `sys.stderr`; and by a process of its own, which shows
-everything if TensorFlow aborts. Only the standard library is imported here: that process has nothing else.
+TensorFlow's C++ code writes to file descriptor 2, not to `sys.stderr`, so that descriptor is redirected. A separate process
+filters it, and shows all messages if TensorFlow aborts. That process can import the standard library only.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ GREETINGS = re.compile(
     r"|computation placer already registered)"
     r"|To enable the following instructions: .* rebuild TensorFlow"
 )
-_SUCCESS = b"\0"  # the last line, where nothing was raised
-_SECONDS = 5  # for the last lines to be shown
+_SUCCESS = b"\0"  # the last line if the block did not raise
+_SECONDS = 5  # to wait for the last lines to be shown
 
 
 @contextlib.contextmanager
 def held_back():
-    """Shows what is written to file descriptor 2 during the block, but for `GREETINGS`; if it raises, these too."""
+    """Hides `GREETINGS` on file descriptor 2 during the block. If the block raises, shows them at its end."""
     try:
         stderr = os.dup(2)
     except OSError:  # there is no standard error
         yield
         return
-    # -I and -S: it starts in a hundredth of a second.
+    # With -I and -S, Python starts in 10 ms.
     command = [sys.executable, "-I", "-S", __file__]
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr, start_new_session=True)
     os.dup2(watcher.stdin.fileno(), 2)
@@ -51,7 +51,7 @@ def held_back():
 
 
 def _watch(lines, shown):
-    """Shows lines as they come, but for greetings, and these too unless the last line is `_SUCCESS`."""
+    """Shows lines at once, except greetings. Shows these at the end unless the last line is `_SUCCESS`."""
     greetings = []
     for line in lines:
         if line.rstrip() == _SUCCESS:

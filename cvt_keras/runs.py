@@ -1,4 +1,4 @@
-"""The run folder: what lies in it, and writes that are whole or absent."""
+"""The run folder: the names of its files, and atomic writes."""
 
 import contextlib
 import csv
@@ -32,36 +32,36 @@ def require_run(run_dir, argument="run_dir"):
 
     Args:
         run_dir: a path.
-        argument: the name of the argument that it came from.
+        argument: the name of the caller's argument, for the error.
 
     Raises:
-        NoRunError: if it does not.
+        NoRunError: if it holds none.
     """
     if not (run_dir / RECIPE).exists():
         raise NoRunError(
             f"`{argument}` must be a run folder. Received: {run_dir}",
             argument=argument,
-            hint="RUN is a folder that cvt-keras train has written",
+            hint="RUN is a folder that cvt-keras train wrote",
         )
 
 
 def require_finished(run_dir, argument="run_dir"):
-    """Raises unless `run_dir` holds a run that was trained to its end.
+    """Raises unless `run_dir` holds a finished run.
 
     Args:
         run_dir: a path.
-        argument: the name of the argument that it came from.
+        argument: the name of the caller's argument, for the error.
 
     Raises:
         NoRunError: if it holds no run.
-        RunError: if its training is not finished.
+        RunError: if the run is not finished.
     """
     require_run(run_dir, argument)
     if missing := [name for name in (MODEL, REPORT, HISTORY) if not (run_dir / name).exists()]:
         raise RunError(
-            f"the run in {run_dir} is not finished: it has no {missing[0]}",
+            f"the run in {run_dir} is not finished: {missing[0]} is missing",
             argument=argument,
-            hint="Finish its training with --resume",
+            hint="Finish it with cvt-keras train --resume",
         )
 
 
@@ -71,43 +71,43 @@ def require_vacant(run_dir):
     Raises:
         OccupiedError: if `run_dir` exists and is not an empty folder.
     """
-    another = "Name another with --run-dir"
+    another = "Choose another folder with --run-dir"
     if run_dir.exists() and not run_dir.is_dir():
         raise OccupiedError(f"`run_dir` is not a folder: {run_dir}", argument="run_dir", hint=another)
     if (run_dir / RECIPE).exists():
         raise OccupiedError(
             f"`run_dir` already holds a run: {run_dir}",
             argument="run_dir",
-            hint="Continue it with --resume, or name another with --run-dir",
+            hint="Resume it with --resume, or choose another folder with --run-dir",
         )
     if run_dir.exists() and not all(is_aside(path) for path in run_dir.iterdir()):
-        raise OccupiedError(f"`run_dir` holds something that is not a run: {run_dir}", argument="run_dir", hint=another)
+        raise OccupiedError(f"`run_dir` is not empty and holds no run: {run_dir}", argument="run_dir", hint=another)
 
 
 def require_writable(folder, argument="run_dir"):
-    """Raises unless `folder` can be created and written to. Called before data is downloaded for it.
+    """Raises unless `folder` can be created and written to. Called before data is downloaded.
 
     Args:
         folder: a path.
-        argument: the name of the argument that it came from.
+        argument: the name of the caller's argument, for the error.
 
     Raises:
-        RunError: if it can't be.
+        RunError: if it can't.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise RunError(
-            f"`{argument}` can't be written: {folder}, as nothing may be written to {nearest}",
+            f"`{argument}` can't be written: {folder}. No permission to write to {nearest}",
             argument=argument,
-            hint=f"Name another with --{argument.replace('_', '-')}",
+            hint=f"Choose another folder with --{argument.replace('_', '-')}",
         )
 
 
 @contextlib.contextmanager
 def lock(folder):
-    """Keeps other processes out of a folder during the block. A process that is killed leaves no lock behind.
+    """Locks a folder for this process during the block. The lock ends with the process, even if it is killed.
 
-    By hand, as `filelock` locks a file, which would stay in the run folder; this locks the folder itself.
+    Locks the folder itself: a lock file, as of `filelock`, would stay in the run folder.
 
     Raises:
         BusyError: if another process holds the lock.
@@ -121,91 +121,91 @@ def lock(folder):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BusyError(
-                f"another process is writing to {folder}", hint="Wait until it ends, or work in another folder"
+                f"another process is writing to {folder}", hint="Wait until it ends, or choose another folder"
             ) from error
         except OSError:
-            pass  # a file system without locks, as of some networks
+            pass  # a file system without locks, such as some network file systems
         yield
     finally:
         os.close(descriptor)
 
 
 def sweep(run_dir):
-    """Removes what a training that was killed left half-written; an export may be at work in its own folder."""
+    """Removes the unfinished files of a training that was killed. Leaves `EXPORT` alone, where an export may be running."""
     for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / PLOTS):
         remove_asides(folder)
 
 
 @contextlib.contextmanager
 def whole(path):
-    """Gives a path beside `path` to write to, and puts the file in its place once it is whole.
+    """Writes a file atomically: yields a temporary path in the same folder, and moves it to `path` after the block.
 
-    If the block raises, nothing is left at either.
+    If the block raises, the temporary file is removed and `path` stays as it was.
     """
     path = Path(path)
-    aside = _aside(path)
+    unfinished = _unfinished(path)
     try:
-        yield aside
-        place(aside, path)
+        yield unfinished
+        place(unfinished, path)
     finally:
-        aside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def whole_folder(path):
-    """The same for a folder that is not there yet: it appears with all its files or not at all."""
+    """Like `whole`, for a folder that does not exist yet."""
     path = Path(path)
-    aside = _aside(path)
+    unfinished = _unfinished(path)
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        place(aside, path)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        place(unfinished, path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def scratch(folder):
-    """Gives a folder in `folder` to write to; what is not moved out of it by `place` is gone at the end.
+    """Yields a temporary folder in `folder`, and removes it after the block. `place` moves a file out of it.
 
-    What a process that was killed left of its own is removed too: enter it with a lock on `folder`.
+    Also removes the unfinished files of processes that were killed, so the caller must hold the lock of `folder`.
     """
     remove_asides(folder)
-    aside = _aside(folder / "scratch")
+    temporary = _unfinished(folder / "scratch")
     try:
-        aside.mkdir()
-        yield aside
+        temporary.mkdir()
+        yield temporary
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def place(written, path):
-    """Moves a file, or a folder that is not there yet, to where readers look for it: it appears whole."""
+    """Moves a finished file or folder to its place, after an fsync. A folder must not exist there yet."""
     for part in (*(written.rglob("*") if written.is_dir() else ()), written):
         _sync(part)
     os.replace(written, path)
     _sync(path.parent)
 
 
-def _aside(path):
+def _unfinished(path):
     return path.with_name(f".{os.getpid()}-{path.name}")
 
 
 def remove_asides(folder):
-    """Removes what a process that was killed left half-written in a folder; not in the folders of it."""
+    """Removes the files and folders that killed processes left unfinished in a folder. Does not search its subfolders."""
     for path in filter(is_aside, folder.glob(".*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_aside(path):
-    """Whether it is something half-written."""
+    """Whether this is the temporary path of a file or folder that is being written."""
     return re.match(r"\.\d+-", path.name) is not None
 
 
 def _sync(path):
-    """Calls fsync on a file, or on a folder's list of files, so that it survives a power cut."""
+    """Calls fsync on a file or folder, so that it survives a power cut."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
-        return  # Windows opens no folders
+        return  # Windows can't open a folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -214,18 +214,18 @@ def _sync(path):
 
 
 def write_csv(path, rows):
-    """Writes a list of dicts with the same keys, whole or not at all."""
-    with whole(path) as aside, open(aside, "w", newline="") as file:
+    """Writes a list of dicts with the same keys atomically."""
+    with whole(path) as unfinished, open(unfinished, "w", newline="") as file:
         table = csv.DictWriter(file, rows[0] if rows else ())
         table.writeheader()
         table.writerows(rows)
 
 
 def read_history(run_dir):
-    """The epochs of a run, from its history.csv.
+    """Reads the history.csv of a run.
 
     Returns:
-        A dict per epoch: `"epoch"`, an int from 1, and floats.
+        A dict per epoch: `"epoch"` is an int from 1, the other values are floats.
 
     Raises:
         RunError: if the file is damaged.
@@ -240,22 +240,22 @@ def read_history(run_dir):
 
 
 def from_one(history):
-    """A history with epochs that count from 1; version 0.1 counted from 0."""
+    """Renumbers the epochs of a history to start from 1. Version 0.1 started from 0."""
     first = history[0]["epoch"] if history else 1
     return [{**row, "epoch": row["epoch"] + 1 - first} for row in history]
 
 
 def write_json(path, value):
-    """Writes `value` whole or not at all."""
-    with whole(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")
+    """Writes `value` atomically as JSON."""
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path):
-    """Reads what `write_json` wrote.
+    """Reads a JSON file.
 
     Raises:
-        RunError: if it is no JSON.
+        RunError: if it is damaged.
     """
     try:
         return json.loads(Path(path).read_text())

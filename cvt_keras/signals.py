@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what they end a command with, and when."""
+"""Ctrl-C and SIGTERM: exit codes, and signals that wait for the end of a step."""
 
 import contextlib
 import os
@@ -7,16 +7,16 @@ import threading
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, ended like Ctrl-C."""
+    """Raised by SIGTERM, and handled like Ctrl-C."""
 
 
 def raise_on_sigterm():
-    """SIGTERM raises `Terminated` from here on."""
+    """Makes SIGTERM raise `Terminated`."""
     signal.signal(signal.SIGTERM, _terminate)
 
 
 def exit_code(stop):
-    """The exit code of a command that a `KeyboardInterrupt` ended."""
+    """The exit code of a command that ended with a `KeyboardInterrupt`."""
     return 143 if isinstance(stop, Terminated) else 130
 
 
@@ -25,43 +25,45 @@ def _terminate(number, frame):
 
 
 class Held:
-    """Holds Ctrl-C and SIGTERM back during the block: raised in the midst of TensorFlow's work they can crash it.
+    """Delays Ctrl-C and SIGTERM during the block, as an exception inside TensorFlow's work can crash the process.
 
-    What answered the signals before does so when the block ends or calls `answer`, or at once if a second one comes. Without
-    effect outside the main thread, which alone hears signals.
+    The previous handlers are called when the block ends or calls `answer`, or at once by a second signal. Outside the main
+    thread, which receives no signals, this does nothing.
 
     Args:
-        until: what is waited for, for the line that tells it: "this step".
+        until: what the signal waits for, for the message: "this step".
     """
 
     def __init__(self, until):
         self.until = until
 
     def __enter__(self):
-        self._answers, self._received = {}, None
+        self._handlers, self._received = {}, None
         if threading.current_thread() is threading.main_thread():
-            # What Python does not answer, as SIGTERM by default, ends the process without a word to anyone.
-            heard = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            self._answers = {number: answer for number, answer in heard.items() if callable(answer)}
-        for number in self._answers:
+            # A signal without a Python handler, such as SIGTERM by default, keeps its effect.
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+        for number in self._handlers:
             signal.signal(number, self._hold)
         return self
 
     def __exit__(self, kind, error, traceback):
-        for number, answer in self._answers.items():
-            signal.signal(number, answer)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         if kind is None:
             self.answer()
 
     def answer(self):
-        """Lets what was held back strike."""
+        """Calls the previous handler, if a signal was received."""
         if self._received is not None:
-            self._answers[self._received](self._received, None)
-            self._received = None  # not before: where it strikes in a garbage collector's callback, what it raises is lost
+            self._handlers[self._received](self._received, None)
+            # Only after the handler: an exception that it raises inside a garbage collector's callback is lost, and the next
+            # call must raise again.
+            self._received = None
 
     def _hold(self, number, frame):
         if self._received is not None:
             self.answer()
         self._received = number
-        with contextlib.suppress(OSError):  # Ctrl-C ends the reader of a pipe too
-            os.write(2, f"\nstopping after {self.until}; once more stops at once\n".encode())
+        with contextlib.suppress(OSError):  # Ctrl-C also ends the program at the other end of a pipe
+            os.write(2, f"\nstopping after {self.until}; press Ctrl-C again to stop at once\n".encode())

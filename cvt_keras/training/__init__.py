@@ -1,6 +1,6 @@
 """Recipes, optimizers and the training run.
 
-The names are imported when they are first used: `run` needs TensorFlow, the recipes and `training.optimizers` do not.
+Names are imported at first use: `run` needs TensorFlow, the recipes and `training.optimizers` do not.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RECIPES", "Recipe", "RecipeError", "RunResult", "run"]
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept any name
     __getattr__, __dir__ = lazy.attach(
         __name__, {"recipes": ("RECIPES", "Recipe", "RecipeError"), "plan": ("RunResult",), "loop": ("run",)}
     )

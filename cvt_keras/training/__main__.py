@@ -11,9 +11,9 @@ from cvt_keras.training import flags
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(flags.RecipeFlags):
     run_dir: Path | None = None
-    """The folder to write to; by default runs/<recipe>-<dataset>-<variant>."""
+    """The run folder to write; defaults to runs/<recipe>-<dataset>-<variant>."""
     resume: bool = False
-    """Continue the run in the run folder after its last finished epoch."""
+    """Resume the run in the run folder after its last finished epoch. Give the same flags as when it was started."""
 
 
 def parse(argv):

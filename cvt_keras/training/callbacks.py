@@ -16,10 +16,10 @@ CLASS_WEIGHTS = "class weights"  # key of a checkpoint's `data`
 
 
 class HaltOnNaN(keras.callbacks.Callback):
-    """Ends the training at the step whose loss is NaN or infinite, before anything of it is kept.
+    """Raises at the first step whose loss is NaN or infinite, before a checkpoint is written.
 
     Args:
-        advice: what to do about it, for the error's `hint`.
+        advice: the `hint` of the error.
     """
 
     def __init__(self, advice):
@@ -31,7 +31,7 @@ class HaltOnNaN(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        # The mean over the epoch so far: once NaN, it stays NaN.
+        # Keras reports the mean loss of the epoch so far, which stays NaN after one NaN.
         self._require_finite(logs["loss"], f"at step {batch + 1}")
 
     def on_test_end(self, logs=None):
@@ -43,7 +43,7 @@ class HaltOnNaN(keras.callbacks.Callback):
 
 
 class StopAfterStep(signals.Held, keras.callbacks.Callback):
-    """Holds Ctrl-C and SIGTERM back until the step is done: to be entered around `fit`, and given to it."""
+    """Delays Ctrl-C and SIGTERM to the end of the step. Use it as a context around `fit` and as a callback of it."""
 
     def __init__(self):
         signals.Held.__init__(self, "this step")
@@ -57,11 +57,11 @@ class StopAfterStep(signals.Held, keras.callbacks.Callback):
 
 
 class Stopwatch(keras.callbacks.Callback):
-    """Times each epoch, with the validation after it and without.
+    """Measures the time of each epoch, with and without its validation.
 
     Attributes:
-        train_seconds: of the training batches of the epoch at hand.
-        seconds: of all of it.
+        train_seconds: seconds of the training batches of the current epoch.
+        seconds: seconds of the whole epoch.
     """
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -78,18 +78,18 @@ class Stopwatch(keras.callbacks.Callback):
 
 
 class BestWeights(keras.callbacks.Callback):
-    """Keeps the weights of the epoch that `report.metrics.best_epoch` names: highest validation accuracy, then lowest loss.
+    """Keeps the weights of the epoch with the highest validation accuracy and, among equals, the lowest validation loss.
 
-    With few validation images many epochs have the same accuracy. It must stand before Keras' `SwapEMAWeights`, which takes the
-    averaged weights away again at the end of a validation.
+    The same rule as `report.metrics.best_epoch`. With few validation images many epochs have the same accuracy. It must come
+    before Keras' `SwapEMAWeights`, which swaps the averaged weights out again at the end of a validation.
 
     Args:
-        first_epoch: counted from 0; those before it are not looked at.
+        first_epoch: the first epoch that counts, from 0.
 
     Attributes:
-        score: validation accuracy, a fraction of 1.
+        score: the best validation accuracy, in 0..1.
         loss: the validation loss of the same epoch.
-        weights: as `model.get_weights()` gives them.
+        weights: the result of `model.get_weights()`.
     """
 
     def __init__(self, first_epoch=0):
@@ -104,7 +104,7 @@ class BestWeights(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_test_end(self, logs=None):
-        # Python's floats, as history.csv has them: a resumed run compares with those.
+        # Python floats, as in history.csv, which a resumed run compares with.
         accuracy, loss = float(logs["accuracy"]), float(logs["loss"])
         if self._epoch >= self.first_epoch and merit(accuracy, loss) > merit(self.score, self.loss):
             self.score, self.loss = accuracy, loss
@@ -112,14 +112,14 @@ class BestWeights(keras.callbacks.Callback):
 
 
 class EarlyStopping(keras.callbacks.Callback):
-    """Ends the training after a number of epochs without a better one, by the rule of `BestWeights`.
+    """Stops after a number of epochs without improvement, by the rule of `BestWeights`.
 
-    Not Keras' own: it compares one metric alone, and forgets on a resume. This one reads the history, which a checkpoint holds.
+    Keras' `EarlyStopping` compares a single metric, and starts anew after a resume. This one reads the stored history.
 
     Args:
-        patience: the number of epochs; 0 never ends it.
-        checkpoints: the `Checkpoints`, which stand before this callback.
-        first_epoch: counted from 0; those before it don't count.
+        patience: the number of epochs; 0 never stops.
+        checkpoints: the `Checkpoints`, which must come before this callback.
+        first_epoch: the first epoch that counts, from 0.
     """
 
     def __init__(self, patience, checkpoints, first_epoch=0):
@@ -130,7 +130,7 @@ class EarlyStopping(keras.callbacks.Callback):
 
     @property
     def is_due(self):
-        """Whether the epochs so far end the training."""
+        """Whether training must stop after the epochs so far."""
         history = self.checkpoints.history
         if not self.patience or len(history) <= self.first_epoch:
             return False
@@ -139,12 +139,12 @@ class EarlyStopping(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if self.is_due and epoch + 1 < self.params["epochs"]:
             best = best_epoch(self.checkpoints.history, self.first_epoch)["epoch"]
-            print(f"stopped after epoch {epoch + 1} of {self.params['epochs']}: epoch {best} is still the best", flush=True)
+            print(f"early stopping after epoch {epoch + 1} of {self.params['epochs']}: epoch {best} is the best", flush=True)
             self.model.stop_training = True
 
 
 class TensorBoard(keras.callbacks.TensorBoard):
-    """Keras' own, which keeps values back for two minutes, so that a run that is killed loses them."""
+    """Keras' TensorBoard, with a flush after each epoch. Keras flushes every two minutes, and a kill loses the rest."""
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
@@ -153,25 +153,25 @@ class TensorBoard(keras.callbacks.TensorBoard):
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """After each epoch, all that the next one needs: a run that goes on from there ends as if it had never stopped.
+    """Writes a checkpoint after each epoch. A run that is resumed from it ends like an uninterrupted one.
 
-    A checkpoint is a folder `epoch-0003` that appears whole; it then takes the place of the one before. It holds the raw
-    weights and the seeds' states, the optimizer's variables with the moving average, the best weights so far, and in
-    `state.json` the best score and loss, the history and what tells the data from others. After it `history.csv` is written.
+    A checkpoint is a folder such as `epoch-0003`. It is written atomically, and then replaces the one before. It holds the raw
+    weights, the states of the random seeds, the variables of the optimizer with the moving average, and the best weights.
+    `state.json` holds the best score and loss, the history and `data`. After the checkpoint `history.csv` is written.
 
     Args:
         run_dir: the run folder.
-        data: a dict, equal for the same images and labels alone; see `Source.fingerprint`.
-        stopwatch, best: the callbacks whose findings are kept; they stand before this one.
-        extra: variables to be kept beside the model's and the optimizer's.
+        data: a dict that identifies the images and labels; see `Source.fingerprint`.
+        stopwatch, best: the `Stopwatch` and the `BestWeights`, which must come before this callback.
+        extra: variables to store besides those of the model and the optimizer.
 
     Attributes:
-        history: a dict for each finished epoch.
+        history: a dict per finished epoch.
     """
 
-    # By hand: Keras' `BackupAndRestore` leaves out the seed state of dropout, so that the weights differ after a resume. After
+    # Why not Keras' `BackupAndRestore`: it leaves out the seed state of dropout, so the weights differ after a resume. After
     # `SwapEMAWeights` it saves the averaged weights. It deletes its backup when training stops gracefully. It writes weights
-    # and metadata one after the other, so that a kill between them leaves a backup whose parts do not fit together.
+    # and metadata one after the other, so a kill between them leaves parts that do not match.
 
     def __init__(self, run_dir, data, stopwatch, best, extra=()):
         super().__init__()
@@ -183,11 +183,11 @@ class Checkpoints(keras.callbacks.Callback):
         self.history = []
 
     def restore(self, model):
-        """Sets a compiled model, its optimizer built, and the other callbacks to the newest checkpoint, if there is one.
+        """Loads the newest checkpoint, if there is one, into a compiled model with a built optimizer and into the callbacks.
 
         Raises:
-            RecipeError: if the checkpoint is of other data, or another network or optimizer.
-            RunError: if it is broken.
+            RecipeError: if the checkpoint belongs to other data, or to another network or optimizer.
+            RunError: if it is damaged.
         """
         stored = _stored(self.run_dir)
         if not stored:
@@ -199,7 +199,7 @@ class Checkpoints(keras.callbacks.Callback):
             data, history, score = (state[name] for name in ("data", "history", "best_score"))
         except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, RunError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise RunError(f"{newest} is damaged: {reason}", hint="Remove it, and training starts from epoch 1") from error
+            raise RunError(f"{newest} is damaged: {reason}", hint="Remove it to start again from epoch 1") from error
         changed = [name for name, value in self.data.items() if data.get(name) != value]
         if changed:
             differences = ", ".join(f"{name} was {data.get(name)!r} and is {self.data[name]!r}" for name in changed)
@@ -207,40 +207,40 @@ class Checkpoints(keras.callbacks.Callback):
                 raise RecipeError(
                     f"the run in {self.run_dir} can't be resumed with other class weights: {differences}",
                     argument="class_weights",
-                    hint="Give the former weights to --class-weights, or train in another --run-dir",
+                    hint="Use the same --class-weights as before, or train in another --run-dir",
                 )
             raise RecipeError(
                 f"the run in {self.run_dir} can't be resumed with other images: {differences}",
                 argument="data_dir",
-                hint="Bring the former images back, or train in another --run-dir",
+                hint="Restore the former images, or train in another --run-dir",
             )
         variables = self._state(model)
         if {name: value.shape for name, value in values.items()} != {name: tuple(v.shape) for name, v in variables.items()}:
             raise RecipeError(
-                f"{newest} is of another network or optimizer", argument="run_dir", hint="Train anew in another --run-dir"
+                f"{newest} belongs to another network or optimizer", argument="run_dir", hint="Train in another --run-dir"
             )
         for name, variable in variables.items():
             variable.assign(values[name])
         self.history, self.best.score, self.best.weights = runs.from_one(history), score, list(best.values()) or None
         self.best.loss = state.get("best_loss", _loss_of_first(self.history[self.best.first_epoch :], score))
-        runs.write_csv(self.run_dir / runs.HISTORY, self.history)  # which the kill may have come before
+        runs.write_csv(self.run_dir / runs.HISTORY, self.history)  # a kill may have come before it was written
 
     def on_epoch_end(self, epoch, logs=None):
-        measured = {
+        row = {
             "epoch": epoch + 1,
             "learning_rate": float(np.asarray(self.model.optimizer.learning_rate)),
             **{name: float(value) for name, value in logs.items()},
             "train_seconds": self.stopwatch.train_seconds,
             "seconds": self.stopwatch.seconds,
         }
-        self.history = [*self.history, measured]
-        with runs.whole_folder(self._folder / f"epoch-{epoch + 1:04d}") as aside:
-            np.savez(aside / "state.npz", **{name: np.asarray(v) for name, v in self._state(self.model).items()})
-            np.savez(aside / "best.npz", *(self.best.weights or ()))
+        self.history = [*self.history, row]
+        with runs.whole_folder(self._folder / f"epoch-{epoch + 1:04d}") as unfinished:
+            np.savez(unfinished / "state.npz", **{name: np.asarray(v) for name, v in self._state(self.model).items()})
+            np.savez(unfinished / "best.npz", *(self.best.weights or ()))
             best = {"best_score": self.best.score}
-            if self.best.weights is not None:  # else it is infinite, which JSON has not
+            if self.best.weights is not None:  # otherwise the loss is infinite, which JSON can't store
                 best["best_loss"] = self.best.loss
-            runs.write_json(aside / "state.json", {**best, "history": self.history, "data": self.data})
+            runs.write_json(unfinished / "state.json", {**best, "history": self.history, "data": self.data})
         for older in _stored(self.run_dir)[:-1]:
             shutil.rmtree(older)
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)
@@ -250,33 +250,33 @@ class Checkpoints(keras.callbacks.Callback):
         return self.run_dir / runs.CHECKPOINTS
 
     def _state(self, model):
-        """All variables that training changes, by place and name.
+        """All variables that training changes, by index and name.
 
-        Not by path: Keras numbers the layers of a second model in the same process on.
+        Not by path: in a second model of the same process, Keras gives layers other numbers.
         """
-        # The model's with the states of its random seeds.
+        # `model.variables` includes the states of the random seeds.
         variables = [*model.variables, *model.optimizer.variables, *self.extra]
         return {f"{i:04d} {variable.name}": variable for i, variable in enumerate(variables)}
 
 
 def stored_data(run_dir):
-    """The `data` of the newest checkpoint in a run folder, or `None` without one, or with one that is broken."""
+    """The `data` of the newest checkpoint in a run folder, or `None` if there is no checkpoint or it is damaged."""
     stored = _stored(run_dir)
     try:
         return runs.read_json(stored[-1] / "state.json")["data"] if stored else None
     except (OSError, LookupError, TypeError, RunError):
-        return None  # `Checkpoints.restore` tells of it
+        return None  # `Checkpoints.restore` raises for it
 
 
 def _loss_of_first(history, score):
-    """The validation loss of the first epoch with this validation accuracy, whose weights older versions kept."""
+    """The validation loss of the first epoch with this validation accuracy: older versions kept its weights."""
     return next((row["val_loss"] for row in history if row["val_accuracy"] == score), math.inf)
 
 
 def _stored(run_dir):
     """The checkpoints in a run folder, oldest first."""
-    found = [path for path in (run_dir / runs.CHECKPOINTS).glob("epoch-*") if path.name.removeprefix("epoch-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")))
+    folders = [path for path in (run_dir / runs.CHECKPOINTS).glob("epoch-*") if path.name.removeprefix("epoch-").isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("epoch-")))
 
 
 def _arrays(path):

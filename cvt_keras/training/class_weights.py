@@ -1,4 +1,4 @@
-"""How much the images of each class weigh in the loss, and warnings where the classes are few or unequal."""
+"""The weight of each class in the loss, and warnings about few images and unequal classes."""
 
 import json
 import math
@@ -9,21 +9,22 @@ import numpy as np
 
 from cvt_keras.errors import RecipeError
 
-FEW_IMAGES = 10  # of a class, to train on
-FEW_TEST_IMAGES = 5  # of a class
-FEW_VALIDATION_IMAGES = 50  # one of them is 2% of the accuracy
-UNEQUAL = 5  # times as many images in the largest class as in the smallest
-_NAMED = 3  # the classes that a warning names
+# Below these numbers of images a warning is printed.
+FEW_IMAGES = 10  # training images per class
+FEW_TEST_IMAGES = 5  # test images per class
+FEW_VALIDATION_IMAGES = 50  # in all; one of 50 is 2% of the accuracy
+UNEQUAL = 5  # ratio of the largest class to the smallest from which a warning is printed
+_NAMED = 3  # classes that a warning names
 
 
 def read(setting):
-    """Reads the setting `class_weights` of a recipe. Called before the images are loaded.
+    """Reads the file in a recipe's `class_weights`. Called before the images are loaded.
 
     Args:
         setting: `"none"`, `"auto"` or the path of a JSON file.
 
     Returns:
-        The setting itself, or for a file its dict.
+        `"none"`, `"auto"` or the dict in the file.
 
     Raises:
         RecipeError: if the file can't be read, or does not hold an object of positive finite numbers.
@@ -37,7 +38,7 @@ def read(setting):
     except ValueError as error:
         raise _error(f"`class_weights` must be a JSON file. Received: {setting}: {error}") from error
     if not isinstance(weights, dict):
-        raise _error(f"`class_weights` must be a JSON object {{class name: weight}}. Received: {setting}")
+        raise _error(f"`class_weights` must be a JSON object {{class: weight}}. Received: {setting}")
     wrong = [f"{name}: {weight!r}" for name, weight in weights.items() if not _is_weight(weight)]
     if wrong:
         raise _error(f"`class_weights` must be positive finite numbers. Received: {setting}", wrong)
@@ -53,11 +54,11 @@ def settle(weights, class_names, counts):
         counts: training images of each class.
 
     Returns:
-        A tuple of floats, or `None` if all weigh the same. For `"auto"` a weight is n / (classes * count): each class weighs as
-        much as any other, and the mean over the images is 1. A class without images has weight 0.
+        A tuple of floats, or `None` for equal weights. For `"auto"` a weight is n / (classes * count): all classes contribute
+        equally to the loss, and the mean weight of an image is 1. A class without images has weight 0.
 
     Raises:
-        RecipeError: if a class lacks a weight, or one is unknown.
+        RecipeError: if a class has no weight, or a weight has an unknown class.
     """
     if weights == "none":
         return None
@@ -74,28 +75,31 @@ def settle(weights, class_names, counts):
 
 
 def warnings(class_names, counts, validation_images, weighted, test_counts=None):
-    """What a user must know about few and unequal images: sentences for the start and the report.
+    """Warns about few images and unequal classes, in sentences for the console and the report.
 
     Args:
         class_names: in the order of the labels.
         counts: training images of each class.
-        validation_images: how many there are.
+        validation_images: number of validation images.
         weighted: whether the classes have weights.
         test_counts: test images of each class, or `None` if there is no test.
+
+    Returns:
+        A list of strings.
     """
-    found = []
+    messages = []
     most, fewest = int(np.argmax(counts)), int(np.argmin(counts))
     if not weighted and counts[fewest] and counts[most] >= UNEQUAL * counts[fewest]:
-        found.append(
+        messages.append(
             f"unequal classes: {class_names[most]} has {counts[most]:,} training images and {class_names[fewest]} "
-            f"{counts[fewest]:,}. With --class-weights auto each class weighs the same"
+            f"{counts[fewest]:,}. --class-weights auto gives each class the same weight"
         )
-    found += _few(class_names, counts, FEW_IMAGES, "training images")
+    messages += _few(class_names, counts, FEW_IMAGES, "training images")
     if test_counts is not None:
-        found += _few(class_names, test_counts, FEW_TEST_IMAGES, "test images, whose accuracy says little")
+        messages += _few(class_names, test_counts, FEW_TEST_IMAGES, "test images, too few for a reliable accuracy")
     if validation_images < FEW_VALIDATION_IMAGES:
-        found.append(f"only {validation_images} validation images: which epoch validates best depends on chance")
-    return found
+        messages.append(f"only {validation_images} validation images, too few to choose the best epoch reliably")
+    return messages
 
 
 def _few(class_names, counts, least, what):
@@ -104,13 +108,13 @@ def _few(class_names, counts, least, what):
         return []
     named = ", ".join(f"{name} {n}" for n, name in few[:_NAMED])
     more = f" and {len(few) - _NAMED:,} more classes" if len(few) > _NAMED else ""
-    return [f"classes with under {least} {what}: {named}{more}"]
+    return [f"classes with fewer than {least} {what}: {named}{more}"]
 
 
 def _distinct(pairs):
     names = [_normalized(name) for name, _ in pairs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"it names {twice[0]} twice")
+        raise ValueError(f"{twice[0]} occurs twice")
     return dict(pairs)
 
 
@@ -119,7 +123,7 @@ def _is_weight(value):
 
 
 def _normalized(name):
-    return unicodedata.normalize("NFC", name)  # as class names are: macOS spells some otherwise
+    return unicodedata.normalize("NFC", name)  # as class names are; macOS decomposes accents in file names
 
 
 def _error(summary, details=()):
@@ -127,5 +131,5 @@ def _error(summary, details=()):
         summary,
         argument="class_weights",
         details=details,
-        hint='Give auto, none, or a JSON file such as {"cat": 1.0, "dog": 2.5} to --class-weights',
+        hint='Use --class-weights auto, none, or a JSON file such as {"cat": 1.0, "dog": 2.5}',
     )

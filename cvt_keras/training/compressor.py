@@ -1,4 +1,4 @@
-"""The hook by which a method of `cvt_keras.compression` takes part in training."""
+"""The hook through which the methods of `cvt_keras.compression` take part in training."""
 
 from typing import ClassVar
 
@@ -8,20 +8,20 @@ from cvt_keras.errors import RecipeError
 
 
 class Compressor(keras.callbacks.Callback):
-    """Makes a network smaller as it trains. This one does nothing; those of `cvt_keras.compression` do.
+    """Compresses a network during training. This base class does nothing; see its subclasses in `cvt_keras.compression`.
 
-    `cvt_keras.training.run` calls `require`, `wrap` and `start` before the first step, the callback's methods in training, and
-    `wrap` and `check` on the trained network.
+    `cvt_keras.training.run` calls `require`, `wrap` and `start` before the first step, the methods of a Keras callback during
+    training, and `wrap` and `check` after it.
 
     Args:
         settings: the entry `compression` of recipe.json, with the name of the `method`; `None` for no compression.
-        after: the `settings` of the compression that made the weights to start from, or `None`.
+        after: the `settings` of the earlier compression of the weights, or `None`.
 
     Attributes:
-        settings: the same, with `after` in them if there is one.
-        refused: the `method` of a compression that must not come before this one -> the reason, and what to do.
-        variables: what a checkpoint must hold beside the variables of model and optimizer.
-        first_epoch: the first epoch whose weights may be kept, counted from 0. Before it the network is not small enough yet.
+        settings: the argument, with an entry `after` if there is an earlier compression.
+        refused: the `method` of an earlier compression that this one can't follow -> why, and what to do instead.
+        variables: variables that a checkpoint must hold besides those of the model and the optimizer.
+        first_epoch: the first epoch whose weights may be kept, from 0. Before it the network is not compressed enough.
     """
 
     refused: ClassVar[dict[str, str]] = {}
@@ -33,47 +33,47 @@ class Compressor(keras.callbacks.Callback):
         self.settings = {**settings, "after": after} if after else settings
 
     def require(self, recipe):
-        """Raises unless this compression fits the recipe. Called before anything is read.
+        """Raises unless this compression fits the recipe. Called before weights and images are read.
 
         Args:
-            recipe: the run's, with nothing left `auto`.
+            recipe: the `Recipe` of the run, with every `auto` replaced.
 
         Raises:
-            RecipeError: if it can't be combined with the recipe, or with the compression before it.
+            RecipeError: if it can't be combined with the recipe, or with the earlier compression.
         """
         if self.settings is not None and recipe.freeze is not None:
             raise RecipeError(
-                f"`freeze` must be None with compression, which changes every layer. Received: freeze={recipe.freeze}",
+                f"`freeze` must be None for compression, which trains every layer. Received: freeze={recipe.freeze}",
                 argument="freeze",
             )
-        before = ((self.settings or {}).get("after") or {}).get("method")
-        if before in self.refused:
+        earlier = ((self.settings or {}).get("after") or {}).get("method")
+        if earlier in self.refused:
             raise RecipeError(
-                f"`run` must not be compressed by {before} already: {self.refused[before]}. Received: {before}",
+                f"`run` must not be compressed by {earlier} before: {self.refused[earlier]}. Received: {earlier}",
                 argument="run",
             )
 
     def wrap(self, classifier):
-        """Returns the network that is trained and saved in place of `classifier`, with its weights."""
+        """Returns the network to train and save instead of `classifier`, with the same weights."""
         return classifier
 
     def start(self, classifier, batches, steps, epochs):
-        """Prepares the network. Called when its weights are in place, before the first step and before a run is resumed.
+        """Prepares the network. Called after its weights are loaded, and before the first step or a resume.
 
         Args:
-            classifier: what `wrap` returned.
+            classifier: the network that `wrap` returned.
             batches: the training images without augmentation, from `evaluation_batches`.
-            steps: per epoch.
-            epochs: of the training.
+            steps: training steps per epoch.
+            epochs: number of epochs.
 
         Raises:
-            RecipeError: if it would do nothing, or can't be done.
+            RecipeError: if the compression would have no effect, or is impossible.
         """
 
     def check(self, classifier):
-        """Returns what report.json holds about the trained network as `compression`, or `None`.
+        """Returns the entry `compression` of report.json for the trained network, or `None`.
 
         Raises:
-            RunError: if the network is not as small as it should be.
+            RunError: if the network is not compressed as it should be.
         """
         return None

@@ -1,4 +1,4 @@
-"""`[RECIPE] [flags]`: the recipe's name or file comes first, as its values are the flags' defaults."""
+"""Command lines of the form `[RECIPE] [flags]`. The recipe, by name or file, sets the defaults of the flags."""
 
 import dataclasses
 import itertools
@@ -15,15 +15,15 @@ DEFAULT = "cifar10"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeFile:
-    """The flag that is read first."""
+    """The flag that is read before the others."""
 
     recipe_file: Path | None = None
-    """A recipe.json, a run's for instance, in place of RECIPE: its values are the flags' defaults."""
+    """Take the defaults from this file, for example the recipe.json of a run, instead of from RECIPE."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _UncheckedRecipe(Recipe):
-    """A recipe as its flags are typed. tyro would print what `Recipe` refuses in words of its own, without the way out."""
+    """A recipe before its values are checked. If `Recipe` raised inside tyro, tyro would print the error without its hint."""
 
     def __post_init__(self):
         pass
@@ -31,57 +31,58 @@ class _UncheckedRecipe(Recipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeFlags(RecipeFile):
-    """A command's flags: it adds its own."""
+    """A flag for each field of a recipe. A command adds its own flags in a subclass."""
 
-    recipe: tyro.conf.OmitArgPrefixes[_UncheckedRecipe]  # a `Recipe`, once `parse` has checked it
+    recipe: tyro.conf.OmitArgPrefixes[_UncheckedRecipe]
+    """The settings of the training run, stored in its recipe.json."""
 
 
 def parse(argv, kind, program, description):
     """Reads a command line.
 
     Args:
-        argv: its words after the program.
+        argv: the arguments after the program.
         kind: a dataclass that adds the command's own flags to `RecipeFlags`.
-        program: the words before them: `"cvt-keras train"`.
-        description: of the command, for --help.
+        program: the program, such as `"cvt-keras train"`.
+        description: what the command does, for --help.
 
     Returns:
-        The recipe's name, or that of its file, and the `kind`.
+        The name of the recipe or of its file, and an instance of `kind` with a checked `Recipe`.
 
     Raises:
-        RecipeError: for an unknown recipe, or a value that no run can have.
-        SystemExit: by tyro, for flags that it refuses, with 2, and for --help.
+        RecipeError: if the recipe is unknown, or a value is invalid.
+        SystemExit: by tyro: with 2 for flags that it rejects, with 0 after --help.
     """
     has_name = bool(argv) and not argv[0].startswith("-")
     name, flags = (argv[0], argv[1:]) if has_name else (DEFAULT, argv)
     if name not in RECIPES:
         raise RecipeError(f"`RECIPE` must be one of {', '.join(RECIPES)}. Received: {name}", argument="RECIPE")
-    for before, flag in itertools.pairwise(flags):
-        if flag in RECIPES and (not before.startswith("--") or "=" in before):
+    for previous, word in itertools.pairwise(flags):
+        if word in RECIPES and (not previous.startswith("--") or "=" in previous):
             raise RecipeError(
-                f"`RECIPE` must come before the flags. Received: {flag} after {before}",
+                f"`RECIPE` must come before the flags. Received: {word} after {previous}",
                 argument="RECIPE",
-                hint=f"Write {program} {flag} ...",
+                hint=f"Write {program} {word} ...",
             )
-    # Read before the other flags, whose defaults it holds.
+    # Read first, as it sets the defaults of the other flags.
     first, _ = tyro.cli(RecipeFile, prog=program, args=flags, return_unknown_args=True, add_help=False)
     file, defaults = first.recipe_file, RECIPES[name]
     if file:
         if has_name:
             raise RecipeError(
-                f"`RECIPE` and `recipe_file` exclude each other. Received: {name} and {file}",
+                f"`RECIPE` and `recipe_file` can't be used together. Received: {name} and {file}",
                 argument="recipe_file",
-                hint="Leave out the name or --recipe-file",
+                hint="Leave out RECIPE or --recipe-file",
             )
         defaults = _read(file)
-        name = file.stem if file.name != runs.RECIPE else file.resolve().parent.name  # every run's file has the same name
-    # An argument without a default is required; tyro takes defaults from an instance alone.
+        name = file.stem if file.name != runs.RECIPE else file.resolve().parent.name  # runs all name it alike
+    # Keep arguments without a default required: tyro takes all defaults from one instance.
     required = {field.name: tyro.MISSING for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
     arguments = tyro.cli(
         kind,
         prog=f"{program} [RECIPE]",
-        description=f"{description} RECIPE, one of {', '.join(RECIPES)}, comes first; it defaults to {DEFAULT}. "
-        f"The defaults below are those of {name}: {defaults.description}",
+        description=f"{description} RECIPE sets the defaults of the flags: {', '.join(RECIPES)}. Without it: {DEFAULT}.\n\n"
+        f"The defaults below are those of {name}. {defaults.description}",
         default=kind(**{**required, "recipe": _UncheckedRecipe(**_fields(defaults))}),
         args=flags,
     )
@@ -98,8 +99,8 @@ def _read(file):
     except OSError as error:
         raise RecipeError(f"`recipe_file` can't be read: {file}: {error.strerror}", argument="recipe_file") from error
     except RunError as error:  # which names the file
-        raise RecipeError(f"`recipe_file` must be a recipe.json. {error.summary}", argument="recipe_file") from error
+        raise RecipeError(f"`recipe_file` must be the recipe.json of a run. {error.summary}", argument="recipe_file") from error
     except RecipeError as error:
         raise RecipeError(
-            f"`recipe_file` must be a recipe.json. Received: {file}: {error.summary}", argument="recipe_file"
+            f"`recipe_file` must be the recipe.json of a run. Received: {file}: {error.summary}", argument="recipe_file"
         ) from error

@@ -1,4 +1,4 @@
-"""Keeps the first layers of a network as they start."""
+"""Freezes the first layers of a network."""
 
 import re
 
@@ -11,37 +11,38 @@ BACKBONE = "backbone"
 
 
 def require(recipe):
-    """Raises unless a network has what a recipe freezes.
+    """Raises if a recipe freezes more stages than its network has.
 
     Args:
-        recipe: a `Recipe`, with its variant settled.
+        recipe: a `Recipe`; its variant must not be `None`.
 
     Raises:
-        RecipeError: if it does not.
+        RecipeError: if it does.
     """
     if recipe.freeze in (None, BACKBONE):
         return
     stages = len(get_variant(recipe.variant).stages)
     if int(recipe.freeze) > stages:
         raise RecipeError(
-            f"`freeze` must be at most {stages}, the stages of {recipe.variant_name}. Received: freeze={recipe.freeze}",
+            f"`freeze` must be at most {stages}, the stages in {recipe.variant_name}. Received: freeze={recipe.freeze}",
             argument="freeze",
         )
 
 
 def freeze(network, what):
-    """Freezes layers. They then run as in inference: their batch norms keep mean and variance too.
+    """Freezes layers. Frozen layers run in inference mode, so their batch norms keep mean and variance too.
 
     Args:
         network: a `CvT`.
-        what: `"backbone"` for all layers but the last one, the Dense layer `head`; or a number of stages, which are frozen with
-            their embeddings and all that comes before them.
+        what: `"backbone"` for all layers except the Dense layer `head`, or the number of stages to freeze. A stage includes its
+            embedding; the stem is frozen too.
     """
     for layer in network.layers:
         if layer.name != "head" if what == BACKBONE else _comes_before(layer.name, int(what)):
             layer.trainable = False
     count = sum(int(np.prod(variable.shape)) for variable in network.trainable_variables)
-    print(f"frozen: {what if what == BACKBONE else f'{what} stages'}; {count:,} parameters are trained", flush=True)
+    frozen = "the backbone" if what == BACKBONE else f"the first {what} stages" if int(what) > 1 else "the first stage"
+    print(f"frozen: {frozen}; {count:,} trainable parameters", flush=True)
 
 
 def _comes_before(name, stages):

@@ -1,4 +1,4 @@
-"""Which images are held out: those that a record says, so that nothing that was trained on is tested on."""
+"""Keeps the splits of earlier runs, so that no image that was trained on is tested on."""
 
 from pathlib import Path
 
@@ -9,23 +9,23 @@ from cvt_keras.errors import DataError, RunError
 
 
 def settle(source, run_dir=None, weights=None, class_names=None):
-    """Splits a folder of images as the run did before, or the run that the weights come from.
+    """Splits a folder of images like the run that is resumed, or like the run that the weights come from.
 
-    A run that is resumed keeps its own images, and new ones are left out. A run that starts from another run's weights also
-    uses new images, and each image that the other run had stays in its split.
+    A resumed run keeps its own images, and leaves out new ones. A run that starts from the weights of another run keeps the
+    split of each image of that run, and also uses new images.
 
     Args:
         source: a `Source`.
-        run_dir: the run folder, if the run is resumed.
-        weights: where the weights come from, or `None`.
-        class_names: the classes that the weights name, `()` if they name none, or `None` if that isn't known.
+        run_dir: the run folder if the run is resumed, or `None`.
+        weights: the path or hub id of the weights, or `None`.
+        class_names: the classes that the weights name, `()` if they name none, or `None` if unknown.
 
     Returns:
-        The `Source`; the `ImageRecord` for the run folder, or `None` if there must be none: for a data set that is no folder,
-        and where it isn't known what the weights were trained on; and warnings, a sentence each.
+        The `Source`; the `ImageRecord` for the run folder; and a list of warnings. The record is `None` if `source` is not a
+        folder of images, or if it is unknown which images the weights were trained on.
 
     Raises:
-        DataError: if the images of a split are all gone.
+        DataError: if all images of a split are missing.
         RunError: if a record is damaged.
     """
     if source.train.digests is None:
@@ -46,28 +46,27 @@ def settle(source, run_dir=None, weights=None, class_names=None):
         unknown = f"there is no {runs.IMAGES} beside {origin}"
     if unknown is None:
         return source, ImageRecord.of_source(source), []
-    # A record would say that no test image was trained on.
-    return source, None, [f"{NOT_VERIFIED}: {unknown}, so that this run gets none"]
+    # A record would claim that no test image was trained on.
+    return source, None, [f"{NOT_VERIFIED}: {unknown}, so this run gets none either"]
 
 
 def _require_images(source, run_dir):
     for name in SPLITS:
         if not len(getattr(source, name)):
             raise DataError(
-                f"no image is left for the split {name}: those of {run_dir} are gone",
+                f"the split {name} has no images: those of {run_dir} are missing",
                 argument="data_dir",
-                hint="Bring the images back, or name the folder where they are with --data-dir",
+                hint="Restore the images, or point --data-dir to the folder that holds them",
             )
 
 
 def _record_of(weights):
-    """What the weights were trained on.
+    """Finds the run on a folder of images that the weights come from, through any runs in between.
 
     Returns:
-        The run on a folder of images from which they come, and its `ImageRecord`, each `None` if there is none; and the first
-        weights that lie in no run, or `None`.
+        The run folder and its `ImageRecord`, each `None` if there is none; and the first weights outside a run, or `None`.
     """
-    passed = set()
+    visited = set()
     while weights is not None and (run_dir := run_of(weights)) is not None:
         if record := ImageRecord.read(run_dir / runs.IMAGES):
             return run_dir, record, None
@@ -75,33 +74,35 @@ def _record_of(weights):
             recipe = runs.read_json(run_dir / runs.RECIPE)
             dataset, weights = recipe["dataset"], recipe.get("weights")
         except (OSError, RunError, LookupError, TypeError, AttributeError):
-            return run_dir, None, None  # it may have been on a folder
-        if dataset == "folder" or weights in passed:
+            return run_dir, None, None  # its data set is unknown, and may be a folder
+        if dataset == "folder" or weights in visited:
             return run_dir, None, None
-        passed.add(weights)  # of a run on another data set: what its own weights have seen counts
+        visited.add(weights)  # the run is on another data set: continue with the weights that it started from
     return None, None, weights
 
 
 def named_classes(checkpoint):
-    """The classes that a `Checkpoint` names, `()` if it names none; `None` without a checkpoint."""
+    """The class names in a `Checkpoint`, `()` if it has none; `None` without a checkpoint."""
     return None if checkpoint is None else checkpoint.preprocessing.class_names or ()
 
 
 def run_of(weights):
-    """The run folder in which the weights lie, or a link to them leads, or `None`."""
+    """The run folder that holds the weights, also through a symbolic link, or `None`."""
     if weights is None:
         return None
     path = Path(weights).expanduser()
-    for place in (path.resolve(), path) if path.is_symlink() else (path,):
-        folder = place if place.is_dir() else place.parent
+    for candidate in (path.resolve(), path) if path.is_symlink() else (path,):
+        folder = candidate if candidate.is_dir() else candidate.parent
         if any((folder / name).is_file() for name in (runs.RECIPE, runs.IMAGES)):
             return folder
     return None
 
 
 def _may_have_seen(source, weights, class_names):
-    """Whether weights that lie in no run may have been trained on images of a source: they name one of its classes, or they are
-    a `.keras` file of which the names are not known."""
+    """Whether weights outside a run may have been trained on images of this source.
+
+    True if they name one of its classes, or are a `.keras` file with unknown classes.
+    """
     if weights is None:
         return False
     if class_names is None:
@@ -109,5 +110,5 @@ def _may_have_seen(source, weights, class_names):
     return not set(class_names).isdisjoint(source.class_names)
 
 
-def _differences(comparison, run_dir, more=""):
-    return [f"images differ from those of {run_dir}: {comparison}.{more}"] if comparison else []
+def _differences(comparison, run_dir, note=""):
+    return [f"images differ from those of {run_dir}: {comparison}.{note}"] if comparison else []

@@ -1,4 +1,4 @@
-"""One training run: recipe and run folder in, report out."""
+"""A training run: trains by a recipe, and writes the run folder and its report."""
 
 import contextlib
 import dataclasses
@@ -44,27 +44,26 @@ def run(
 
     Args:
         recipe: a `Recipe`.
-        run_dir: a folder that does not exist yet, or is empty, unless `resume`. `None` means
-            `runs/<name>-<dataset>-<variant>`, with the data set that is really trained on.
-        resume: continue the run in `run_dir` after its last finished epoch. The result is that of an uninterrupted run, to the
-            bit where TensorFlow is deterministic. A finished run is left as it is.
-        evaluate_test: whether to touch the test split, once, at the end.
-        compressor: a `Compressor` of `cvt_keras.compression`, which is given the recipe's `weights`.
-        name: the recipe's, for the default run folder.
+        run_dir: a new or empty folder or, with `resume`, that of a run. Defaults to `runs/<name>-<dataset>-<variant>`, with the
+            data set that `auto` loaded.
+        resume: resume the run in `run_dir` after its last finished epoch. The result is that of an uninterrupted run, bit by
+            bit if TensorFlow is deterministic. A finished run is not changed.
+        evaluate_test: whether to evaluate on the test images at the end. Nothing else uses them.
+        compressor: a `Compressor` of `cvt_keras.compression`; it starts from the recipe's `weights`.
+        name: the name of the recipe, for the default run folder.
 
     Returns:
         A `RunResult`.
 
     Raises:
-        OccupiedError: if `run_dir` already holds something, without `resume`, or something else than a run.
-        DataError: if the images can't be had.
-        RecipeError: if the recipe does not fit the images (fewer than a batch, or too small), its weights or, with `resume`,
-            the run.
-        CheckpointError: if its weights are damaged.
-        MissingPackageError: if a package that reads them is not installed.
-        RunError: if `run_dir` can't be written to, or another process trains there; with `resume`, if a file of it is damaged.
+        OccupiedError: if `run_dir` is not empty without `resume`, or holds something other than a run.
+        DataError: if the images can't be loaded.
+        RecipeError: if the recipe does not fit the images, its weights or, with `resume`, the run.
+        CheckpointError: if the weights are damaged.
+        MissingPackageError: if the package that reads the weights is not installed.
+        RunError: if `run_dir` can't be written to, another process trains there or, with `resume`, a file in it is damaged.
         DivergedError: if the loss becomes NaN or infinite.
-        OutOfMemoryError: if a batch does not fit into the memory.
+        OutOfMemoryError: if a batch does not fit into memory.
         OSError: if a file can't be written.
     """
     plan = settle(recipe, run_dir, resume, evaluate_test, compressor, name)
@@ -82,10 +81,10 @@ def run(
 
 
 def fit(plan):
-    """Trains, or resumes the training.
+    """Trains from the first epoch, or after the last finished one.
 
     Args:
-        plan: a `Plan`, whose folder is there.
+        plan: a `Plan`. Its run folder must exist.
 
     Returns:
         The `BestWeights`, and the history: a dict per epoch.
@@ -101,7 +100,8 @@ def fit(plan):
     stopwatch, best = Stopwatch(), BestWeights(compressor.first_epoch)
     checkpoints = Checkpoints(run_dir, _data(plan), stopwatch, best, compressor.variables)
     checkpoints.restore(classifier)
-    _write_record(plan)  # of a run that was killed before, or of an older version: by its checkpoint the images are the same
+    # The checkpoint shows that the images are the same. Writes the record if a kill or an older version left none.
+    _write_record(plan)
     finished = len(checkpoints.history)
     if finished:
         print(f"resuming after epoch {finished} of {recipe.epochs}", flush=True)
@@ -116,7 +116,7 @@ def fit(plan):
             initial_epoch=finished,
             epochs=recipe.epochs,
             steps_per_epoch=plan.steps_per_epoch,
-            shuffle=False,  # the pipeline does
+            shuffle=False,  # the pipeline shuffles
             validation_data=evaluation_batches(plan.validation, plan.num_classes, recipe.image_size),
             callbacks=[
                 stop,
@@ -126,15 +126,15 @@ def fit(plan):
                 best,
                 *([keras.callbacks.SwapEMAWeights()] if recipe.ema else []),
                 TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
-                checkpoints,  # an epoch that it holds is not trained again
-                early_stopping,  # reads the history of the checkpoints
+                checkpoints,  # last of all that an epoch needs: an epoch in a checkpoint is not trained again
+                early_stopping,  # reads the history of `checkpoints`
             ],
         )
     return best, checkpoints.history
 
 
 def _write_record(plan):
-    """Writes which image is in which split, unless the run has that already or must have none."""
+    """Writes images.csv, unless it exists or the plan has no record."""
     path = plan.run_dir / runs.IMAGES
     if plan.record is not None and not path.exists():
         with runs.whole(path) as unfinished:
@@ -142,23 +142,24 @@ def _write_record(plan):
 
 
 def _starting_classifier(plan):
-    """The network before its first step, with the weights that it starts from."""
+    """The network before the first step, with the weights to start from."""
     recipe, compressor = plan.recipe, plan.compressor
     classifier = _build(plan, recipe.precision)
     if plan.checkpoint:
         names = plan.checkpoint.preprocessing.class_names
-        # A head of other classes, though as many, would have to be unlearned.
-        head = names == plan.source.class_names
-        plan.checkpoint.load_into(classifier.get_layer("cvt"), head=head)
-        if compressor.settings is not None and not head:
+        # A head for other classes is of no use, even if their number is the same.
+        same_classes = names == plan.source.class_names
+        plan.checkpoint.load_into(classifier.get_layer("cvt"), head=same_classes)
+        if compressor.settings is not None and not same_classes:
             raise RecipeError(
-                f"`data_dir` must lead to the images that {recipe.weights} was trained on, with the same classes. "
+                f"`data_dir` must hold the classes that {recipe.weights} was trained on. "
                 f"Received: data_dir={recipe.data_dir}, with {_enumerated(plan.source.class_names)}",
                 argument="data_dir",
             )
-        print(
-            "the head is that of the weights" if head else "the head is new: the weights do not name these classes", flush=True
-        )
+        if same_classes:
+            print("head: loaded from the weights, which have the same classes", flush=True)
+        else:
+            print("head: new, as the weights do not name these classes", flush=True)
     if recipe.freeze is not None:
         freeze(classifier.get_layer("cvt"), recipe.freeze)
     classifier = compressor.wrap(classifier)
@@ -173,15 +174,15 @@ def _compiled(plan, classifier):
     classifier.compile(
         optimizer=make_optimizer(recipe, classifier, plan.steps_per_epoch * recipe.epochs),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
-        # The loss has smoothed labels; the plain cross-entropy is what a reader can compare.
+        # The loss depends on label smoothing. The plain cross-entropy can be compared between runs.
         metrics=["accuracy", keras.metrics.CategoricalCrossentropy(from_logits=True, name="cross_entropy")],
         jit_compile=recipe.xla == "on",
     )
-    # `fit` would create these in its first step, and then trace the step twice, which takes as long as many steps.
+    # `fit` would create these variables in its first step, and trace the step a second time, which is slow.
     classifier.optimizer.build(classifier.trainable_variables)
     blank = np.zeros((1, plan.num_classes), "float32")
     classifier.compute_loss(None, blank, blank)
-    classifier.compute_metrics(None, blank, blank)  # `fit` resets the values
+    classifier.compute_metrics(None, blank, blank)  # `fit` resets the metrics
     return classifier
 
 
@@ -197,7 +198,7 @@ def _build(plan, dtype):
 
 
 def _data(plan):
-    """What a checkpoint keeps to recognise its images by, and the weights of their classes."""
+    """The part of a checkpoint that must not change before a resume: the images, and the weights of their classes."""
     data = plan.source.fingerprint()
     if plan.class_weights is not None:
         data[CLASS_WEIGHTS] = list(plan.class_weights)
@@ -208,7 +209,7 @@ def _data(plan):
 
 def _advice(recipe):
     precision = "" if recipe.precision == "float32" else ", or with --precision float32"
-    return f"Train anew in another --run-dir, at a lower --peak-learning-rate than {recipe.peak_learning_rate}{precision}"
+    return f"Train again in another --run-dir with a --peak-learning-rate below {recipe.peak_learning_rate}{precision}"
 
 
 def _enumerated(names, most=5):
@@ -219,22 +220,22 @@ def _enumerated(names, most=5):
 
 
 def finish(plan, best, history):
-    """Writes the model with the best weights, its report and its page.
+    """Evaluates the best weights, and writes the model, the report and its page.
 
     Args:
         plan: a `Plan`.
-        best: the `BestWeights` of the training.
+        best: the `BestWeights` of `fit`.
         history: a dict per epoch.
 
     Returns:
         A `RunResult`.
     """
     recipe, run_dir = plan.recipe, plan.run_dir
-    # What leaves the run is float32, whatever precision trained it, and carries no optimizer.
+    # The saved model is float32, whatever the precision of training, and has no optimizer.
     classifier = plan.compressor.wrap(_build(plan, "float32"))
     classifier.set_weights(best.weights)
     compression = plan.compressor.check(classifier)
-    # Before the model is written: a network that answers nothing leaves none.
+    # Before the model is written, as this raises for a model whose outputs are NaN or the same for every class.
     validation = metrics.evaluate(_logits(classifier, plan.validation, plan), plan.validation.labels)
     tested = {"test": None, "per_class": None, "confusion": None}
     shown = {}
@@ -276,7 +277,7 @@ def finish(plan, best, history):
         versions=environment.versions(),
     )
     figures.draw(run_dir, history, **shown, first_epoch=plan.compressor.first_epoch)
-    # The page of a report without the test must not stay: with it the run would count as finished.
+    # Remove the page of an earlier report without test results: with that page the run would count as finished.
     (run_dir / runs.PAGE).unlink(missing_ok=True)
     runs.write_json(run_dir / runs.REPORT, dataclasses.asdict(report))
     page.write(run_dir)
@@ -297,16 +298,14 @@ def _images_per_second(plan, history):
 
 @contextlib.contextmanager
 def _occupied(plan):
-    """Makes the run folder, and keeps other processes out of it during the block.
-
-    A folder that is still empty at the end is removed again, so that a refusal leaves nothing behind.
+    """Creates and locks the run folder during the block. Removes it after an error if it is still empty.
 
     Raises:
         BusyError: if another process trains there.
-        OccupiedError: if another process has begun a run there meanwhile.
+        OccupiedError: if another process has started a run there in the meantime.
     """
     run_dir = plan.run_dir
-    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with runs.lock(run_dir):
@@ -315,25 +314,25 @@ def _occupied(plan):
             runs.sweep(run_dir)
             yield
     finally:
-        with contextlib.suppress(OSError):  # one that is not empty ends the removal
-            for folder in made:
+        with contextlib.suppress(OSError):  # stops at the first folder that is not empty
+            for folder in created:
                 folder.rmdir()
 
 
 @contextlib.contextmanager
 def _named_memory_errors(plan):
-    """Says what to do where TensorFlow has run out of memory, or the disk is full."""
+    """Turns TensorFlow's error for too little memory or a full disk into one that says how to fix it."""
     try:
         yield
     except tf.errors.ResourceExhaustedError as error:
-        # TensorFlow has one error for both, and tells them apart in its text alone.
+        # TensorFlow raises the same class for both. Only the text differs.
         reason = str(error.message).splitlines()[0]
         if not re.search("OOM|memory|allocat", reason, re.IGNORECASE):
             raise OSError(f"{plan.run_dir} can't be written: {reason}") from error
-        # A compressed network's image size is that of the run before.
-        image_size = "" if plan.recipe.compression else f" or --image-size than {plan.recipe.image_size}"
+        # Compression has no flag for the image size.
+        image_size = "" if plan.recipe.compression else f" or an --image-size below {plan.recipe.image_size}"
         raise OutOfMemoryError(
             f"a batch of {plan.recipe.batch_size} images does not fit into the memory of {environment.device()}",
             argument="batch_size",
-            hint=f"Train in another --run-dir at a smaller --batch-size than {plan.recipe.batch_size}{image_size}",
+            hint=f"Train in another --run-dir with a --batch-size below {plan.recipe.batch_size}{image_size}",
         ) from error

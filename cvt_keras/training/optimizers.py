@@ -1,4 +1,4 @@
-"""Learning-rate schedule and optimizer, on Keras alone."""
+"""Learning-rate schedule and optimizers. Imports Keras only."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from keras import ops
 
 
 def decays(variable):
-    """Whether weight decay applies: to kernels, depthwise ones too; not to the cls token, norms and biases."""
+    """Whether weight decay applies to a variable: only to kernels, not to the cls token, norms and biases."""
     return variable.name == "kernel"
 
 
@@ -17,10 +17,10 @@ class WarmupThenDecay(keras.optimizers.schedules.LearningRateSchedule):
     """Rises linearly to `peak` in `warmup_steps`, then falls to 0 at `steps`.
 
     Args:
-        peak: the highest rate.
-        steps: of the whole training.
-        warmup_steps: of them in the rise; under `steps`.
-        decay: `"linear"`, `"cosine"` (a half cosine), or `"constant"` (not at all).
+        peak: the highest learning rate.
+        steps: number of steps of the whole training.
+        warmup_steps: number of steps of the rise; less than `steps`.
+        decay: `"linear"`, `"cosine"` (half a period), or `"constant"` (no decay).
     """
 
     def __init__(self, peak, steps, warmup_steps=0, decay="linear"):
@@ -31,13 +31,13 @@ class WarmupThenDecay(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step):
         step = ops.cast(step, "float32")
-        left = ops.clip((self.steps - step) / (self.steps - self.warmup_steps), 0.0, 1.0)  # 1 at the peak, 0 at the end
+        fall = ops.clip((self.steps - step) / (self.steps - self.warmup_steps), 0.0, 1.0)  # 1 at the peak, 0 at the end
         if self.decay == "cosine":
-            left = 0.5 - 0.5 * ops.cos(math.pi * left)
+            fall = 0.5 - 0.5 * ops.cos(math.pi * fall)
         elif self.decay == "constant":
-            left = 1.0
-        # The first step already moves: at a rate of 0 it would only cost time.
-        return self.peak * ops.minimum((step + 1) / max(1, self.warmup_steps), left)
+            fall = 1.0
+        rise = (step + 1) / max(1, self.warmup_steps)  # not 0 at the first step, which would be wasted
+        return self.peak * ops.minimum(rise, fall)
 
     def get_config(self):
         return {"peak": self.peak, "steps": self.steps, "warmup_steps": self.warmup_steps, "decay": self.decay}
@@ -47,46 +47,46 @@ def learning_rate(recipe, steps):
     """The schedule of a recipe.
 
     Args:
-        recipe: its `peak_learning_rate`, `warmup` and `decay` are read.
-        steps: of the whole training.
+        recipe: a `Recipe`; `peak_learning_rate`, `warmup` and `decay` are used.
+        steps: number of steps of the whole training.
 
     Returns:
-        A `WarmupThenDecay`, which takes a step counted from 0.
+        A `WarmupThenDecay`; its steps count from 0.
     """
     warmup_steps = min(round(recipe.warmup * steps), steps - 1)
     return WarmupThenDecay(recipe.peak_learning_rate, steps, warmup_steps, recipe.decay)
 
 
 def rate_scales(variables, decay):
-    """Layer-wise decay of the learning rate: the nearer to the image, the less a layer changes (arXiv 2106.08254, section 3).
+    """Layer-wise decay of the learning rate: layers near the image learn slower (arXiv 2106.08254, section 3).
 
-    The head and its norm learn at the full rate, each block at `decay` times the rate of the one after it; a stage's embedding
-    goes with its first block, a stem before all.
+    The head and its norm have the full rate. Each block has `decay` times the rate of the next one. The embedding of a stage
+    counts with its first block, and the stem comes before all blocks.
 
     Args:
-        variables: a network's, named as in `CvT`.
-        decay: over 0 and at most 1, which is no decay.
+        variables: the variables of a `CvT`.
+        decay: greater than 0 and at most 1; 1 is no decay.
 
     Returns:
         A list with a factor for each variable.
     """
-    places = [_place(variable.path) for variable in variables]
-    ranks = {place: rank for rank, place in enumerate(sorted(set(places), reverse=True))}
-    return [decay ** ranks[place] for place in places]
+    depths = [_depth(variable.path) for variable in variables]
+    ranks = {depth: rank for rank, depth in enumerate(sorted(set(depths), reverse=True))}
+    return [decay ** ranks[depth] for depth in depths]
 
 
-def _place(path):
-    """(stage, block): what lies nearer to the image comes first."""
+def _depth(path):
+    """(stage, block) of a variable: lower is nearer to the image."""
     if block := re.search(r"(?:^|/)stage(\d+)_(?:embed|block(\d+))/", path):
         return int(block[1]), int(block[2] or 0)
     return (-1, 0) if re.search(r"(?:^|/)stem\d+/", path) else (math.inf, 0)
 
 
 class _ScaledRates:
-    """Gives each variable its own learning rate, and with it its own weight decay; Keras has one for all.
+    """Scales the learning rate, and with it the weight decay, of each variable. Keras has one rate for all.
 
     Args:
-        rate_scales: a factor for each trainable variable, in their order; `None` scales nothing.
+        rate_scales: a factor per trainable variable, in the same order; `None` for no scaling.
     """
 
     def __init__(self, *args, rate_scales=None, **kwargs):
@@ -115,16 +115,16 @@ class _ScaledRates:
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class AdamW(_ScaledRates, keras.optimizers.AdamW):
-    """Keras' AdamW, with a learning rate for each variable."""
+    """Keras' AdamW with `rate_scales`."""
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class Muon(_ScaledRates, keras.optimizers.Muon):
-    """Keras' Muon, which takes 2-D kernels alone, for convolutions too.
+    """Keras' Muon, extended from 2-D kernels to convolutions, with `rate_scales`.
 
-    A kernel `(height, width, in, out)` is updated as the matrix `(height * width * in, out)` that it multiplies patches by
-    (Jordan et al., kellerjordan.github.io/posts/muon). AdamW takes the rest: the head, depthwise kernels, whose matrix would
-    have one column, the cls token, norms and biases.
+    A kernel `(height, width, in, out)` is updated as the matrix `(height * width * in, out)`
+    (Jordan et al., kellerjordan.github.io/posts/muon). AdamW updates the other variables: the head, depthwise kernels, whose
+    matrix would have one column, the cls token, norms and biases.
     """
 
     def _should_use_adamw(self, variable):
@@ -140,17 +140,17 @@ class Muon(_ScaledRates, keras.optimizers.Muon):
         direction = ops.add(gradient, self.momentum * m) if self.nesterov else m
         matrix = ops.reshape(direction, (-1, direction.shape[-1]))  # (h, w, in, out) -> (h*w*in, out)
         update = self.lr_adjust(lr * self.zeropower_via_newtonschulz5(matrix, self.ns_steps))
-        self.assign_sub(variable, ops.reshape(update, variable.shape))  # and back
+        self.assign_sub(variable, ops.reshape(update, variable.shape))  # (h*w*in, out) -> (h, w, in, out)
 
 
 def make_optimizer(recipe, model, steps):
-    """The optimizer of a recipe, with weight decay where `decays` says so.
+    """The optimizer of a recipe. Weight decay applies to the variables that `decays` selects.
 
     Args:
-        recipe: its `optimizer`, `peak_learning_rate`, `adamw_ratio`, `layer_decay`, `warmup`, `decay`, `weight_decay`,
-            `gradient_clip` and `ema` are read.
+        recipe: a `Recipe`; `optimizer`, `peak_learning_rate`, `adamw_ratio`, `layer_decay`, `warmup`, `decay`, `weight_decay`,
+            `gradient_clip` and `ema` are used.
         model: a built model.
-        steps: of the whole training.
+        steps: number of steps of the whole training.
 
     Returns:
         A Keras optimizer, not built yet.

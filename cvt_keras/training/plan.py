@@ -31,16 +31,16 @@ from cvt_keras.training.recipes import Recipe
 from cvt_keras.training.resume import read_stored_run
 from cvt_keras.variants import get_variant, named
 
-RUNS = Path("runs")  # the parent of default run folders
+RUNS = Path("runs")  # the parent of the default run folders
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves.
+    """The result of a run.
 
     Args:
         run_dir: the run folder.
-        report: the `Report` that `report.json` holds.
+        report: the `Report`, as in `report.json`.
         history: a dict per epoch, as in `history.csv`; `"epoch"` counts from 1.
     """
 
@@ -51,20 +51,20 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can start.
+    """A run that is ready to start.
 
     Args:
-        recipe: with nothing left `auto`, and with the variant of its weights.
+        recipe: the `Recipe`, with every `auto` replaced, and with the variant of its weights.
         run_dir: the run folder.
-        resumed: whether `run_dir` holds the run already.
-        source: the data set, with the mean and std that the network will use.
-        train, validation: the images to train and to validate on, limited as the recipe says.
-        test: the images to test on; `None` leaves the test split untouched.
-        checkpoint: the weights to start from, or `None`.
+        resumed: whether `run_dir` already holds the run.
+        source: the data set, with the mean and std that the network uses.
+        train, validation: the `Split`s to train and to validate on, after the recipe's limits.
+        test: the `Split` to test on; `None` leaves the test images untouched.
+        checkpoint: the `Checkpoint` to start from, or `None`.
         compressor: a `Compressor`.
-        record: for images.csv: which image of a folder is in which split; `None` if there must be none, see `held_out.settle`.
-        class_weights: a float per class, or `None` if all weigh the same.
-        warnings: what a user must know about the images, a sentence each.
+        record: the split of each image, for images.csv; `None` if that file must not be written, see `held_out.settle`.
+        class_weights: a float per class, or `None` for equal weights.
+        warnings: sentences about the images.
     """
 
     recipe: Recipe
@@ -94,12 +94,12 @@ class Plan:
 
 
 def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=None, name="run"):
-    """Settles a run and checks that it can start. Nothing is written.
+    """Completes the recipe, loads the data and the weights, and checks that the run can start. Writes nothing.
 
     Args, raises: as `cvt_keras.training.run`.
 
     Returns:
-        A `Plan`; or the `RunResult` of a run that is finished already.
+        A `Plan`, or the `RunResult` of a run that is already finished.
     """
     compressor = compressor or Compressor()
     environment.require_backend("tensorflow")
@@ -108,26 +108,26 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
     print(f"{environment.device()}, {resolved.precision}, XLA {resolved.xla}", flush=True)
     if stored is not None and (result := _finished(run_dir, evaluate_test)) is not None:
         stored.require_same(resolved, images_known=False)
-        print(f"{run_dir} holds a finished run: nothing is left to do", flush=True)
+        print(f"the run in {run_dir} is already finished", flush=True)
         return result
     runs.require_writable(run_dir or RUNS)
     _warn_of_unseen_gpu()
 
     weights_per_class = class_weights.read(resolved.class_weights)
-    started, checkpoint, preprocessing = _starting_point(resolved, run_dir, stored)
-    freeze.require(started)
-    loaded, source = load_images(started)
+    with_variant, checkpoint, preprocessing = _starting_point(resolved, run_dir, stored)
+    freeze.require(with_variant)
+    loaded, source = load_images(with_variant)
     if stored is not None and recipe.dataset == "auto" and source.name == "digits":
-        reason = "scikit-learn's digits stand in for CIFAR-10, as when this run began. For CIFAR-10 train in another folder"
+        reason = "this run was started on scikit-learn's digits instead of CIFAR-10. For CIFAR-10, train in another --run-dir"
         source = dataclasses.replace(source, fallback=reason)
     if source.fallback:
         warn(source.fallback)
     resumed_dir = run_dir if stored is not None else None
-    source, record, differences = held_out.settle(source, resumed_dir, started.weights, held_out.named_classes(checkpoint))
+    source, record, differences = held_out.settle(source, resumed_dir, loaded.weights, held_out.named_classes(checkpoint))
     settled = dataclasses.replace(loaded, flip=loaded.flip and source.mirror)
     if stored is not None:
         stored.require_same(settled)
-        settled = dataclasses.replace(settled, weights=stored.recipe.weights)  # as recipe.json spells them
+        settled = dataclasses.replace(settled, weights=stored.recipe.weights)  # as in recipe.json
     if run_dir is None:
         run_dir = default_run_dir(name, settled)
         runs.require_vacant(run_dir)
@@ -159,16 +159,16 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
 
 
 def load_images(recipe):
-    """The data set of a recipe; the one place that settles the data set `auto`.
+    """Loads the data set of a recipe. Only here is the data set `auto` replaced.
 
     Args:
         recipe: a `Recipe`.
 
     Returns:
-        The recipe with the name of the data set that was loaded, and the `Source`.
+        The recipe with the name of the loaded data set, and the `Source`.
 
     Raises:
-        DataError: if the images can't be had.
+        DataError: if the images can't be loaded.
     """
     source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size, skip_broken=recipe.skip_broken)
     dataset = source.name if recipe.dataset == "auto" else recipe.dataset
@@ -176,7 +176,7 @@ def load_images(recipe):
 
 
 def _normalized_like(source, preprocessing):
-    """The source with the mean and std that the weights know, if they know any."""
+    """The source with the mean and std of the weights, where the weights have them."""
     known = {field: getattr(preprocessing, field) for field in ("mean", "std") if getattr(preprocessing, field)}
     return dataclasses.replace(source, **known)
 
@@ -185,22 +185,22 @@ def default_run_dir(name, recipe, dataset=None):
     """The default run folder: `runs/<recipe>-<dataset>-<variant>`.
 
     Args:
-        name: the recipe's.
+        name: the name of the recipe.
         recipe: a `Recipe`.
-        dataset: the data set that is trained on; defaults to the recipe's.
+        dataset: the name of the data set; defaults to the recipe's.
     """
     folder = f"{name}-{dataset or recipe.dataset}-{recipe.variant_name}"
     return RUNS / folder.replace(":", "-").replace("/", "-")
 
 
 def _resolved(recipe, stored, compressor):
-    """The recipe with its compression, and with nothing left `auto` but the data set of a new run."""
+    """The recipe with its compression, and with every `auto` replaced except the data set of a new run."""
     if recipe.compression is not None and compressor.settings is None:
         raise RecipeError(
-            "`compression` can't be set in a recipe: call `cvt_keras.compression.compress` on a run. "
+            "`compression` can't be trained by `run`, only by `cvt_keras.compression.compress`. "
             f"Received: compression={recipe.compression}",
             argument="compression",
-            hint="Use cvt-keras prune, cluster or qat",
+            hint="Use cvt-keras prune, cluster or qat on a finished run",
         )
     recipe = dataclasses.replace(recipe, compression=compressor.settings)
     recipe = resolve(recipe) if stored is None else stored.completed(recipe)
@@ -210,14 +210,14 @@ def _resolved(recipe, stored, compressor):
 
 def _warn_of_unseen_gpu():
     if not tf.config.list_physical_devices("GPU") and environment.has_nvidia_device():
-        warn('this machine has an NVIDIA device that TensorFlow does not see: pip install "tensorflow[and-cuda]"')
+        warn('this machine has an NVIDIA device that TensorFlow can\'t use. Try pip install "tensorflow[and-cuda]"')
 
 
 def _locate(recipe, run_dir, resume, name):
     """Finds the run folder, and the run to resume in it.
 
     Returns:
-        A path, or `None` where it depends on which data set `auto` turns out to be; and a `StoredRun`, or `None` for a new run.
+        The path, or `None` if it depends on the data set that `auto` loads; and a `StoredRun`, or `None` for a new run.
     """
     if run_dir is None and recipe.dataset != "auto":
         run_dir = default_run_dir(name, recipe)
@@ -227,9 +227,9 @@ def _locate(recipe, run_dir, resume, name):
         candidates = [candidate for candidate in candidates if (candidate / runs.RECIPE).exists()]
         if len(candidates) > 1:
             raise ArgumentError(
-                f"`run_dir` is needed, as several runs could be resumed: {', '.join(map(str, candidates))}",
+                f"`run_dir` is required, as several runs could be resumed: {', '.join(map(str, candidates))}",
                 argument="run_dir",
-                hint="Name one with --run-dir",
+                hint="Choose one with --run-dir",
             )
         run_dir = candidates[0] if candidates else None
     if run_dir is None:
@@ -246,7 +246,7 @@ def _locate(recipe, run_dir, resume, name):
 
 
 def resolve(recipe):
-    """The recipe with `precision` and `xla` as this machine will run them, where they are `auto`."""
+    """The recipe with `precision` and `xla` for this machine where they are `auto`."""
     gpus = tf.config.list_physical_devices("GPU")
     precision, xla = recipe.precision, recipe.xla
     if precision == "auto":
@@ -257,13 +257,13 @@ def resolve(recipe):
 
 
 def _gpu_precision(gpu):
-    # bfloat16 came with compute capability 8, Ampere.
+    # bfloat16 needs compute capability 8 (Ampere).
     capability = tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
     return "mixed_bfloat16" if capability >= (8, 0) else "mixed_float16"
 
 
 def _finished(run_dir, evaluate_test):
-    """The `RunResult` of the run in `run_dir`, or `None` if a part of the run is still to be made.
+    """The `RunResult` of the run in `run_dir`, or `None` if the run is not complete.
 
     Raises:
         RunError: if it is damaged.
@@ -274,23 +274,23 @@ def _finished(run_dir, evaluate_test):
     try:
         report = Report(**runs.read_json(path))
     except (TypeError, RunError) as error:
-        raise RunError(f"{path} is damaged ({error}): remove it, and it is made again") from error
+        raise RunError(f"{path} is damaged: {error}", hint="Remove it, and --resume writes it again") from error
     if evaluate_test and report.test is None:
         return None
     return RunResult(run_dir, report, runs.read_history(run_dir))
 
 
 def _starting_point(recipe, run_dir, stored):
-    """The weights to start from, and how their images were normalised.
+    """Reads the weights to start from, and the mean and std of their images.
 
     Returns:
         The recipe with the variant of the weights, a `Checkpoint` or `None`, and a `Preprocessing`.
     """
-    trained_on = stored_data(run_dir) if stored is not None else None
-    if trained_on is not None:
-        # A stored epoch holds all that the weights gave: their file may be gone.
+    data = stored_data(run_dir) if stored is not None else None
+    if data is not None:
+        # The run has a checkpoint of its own and no longer needs the weights, whose file may be gone.
         stored.require_same(recipe, images_known=False)
-        return recipe, None, Preprocessing(trained_on.get("mean"), trained_on.get("std"))
+        return recipe, None, Preprocessing(data.get("mean"), data.get("std"))
     checkpoint = read_weights(recipe)
     if checkpoint is None:
         return recipe, None, Preprocessing()
@@ -300,16 +300,17 @@ def _starting_point(recipe, run_dir, stored):
 
 
 def read_weights(recipe):
-    """The checkpoint that a recipe starts from, or `None`.
+    """Reads the checkpoint that a recipe starts from. Returns `None` if it starts from random weights.
 
     Raises:
-        RecipeError: if there is none of that name, or it does not fit the recipe.
+        RecipeError: if the checkpoint does not exist, or does not fit the recipe.
         CheckpointError: if it can't be read.
     """
     if recipe.weights is None:
         if recipe.variant is None:
             raise RecipeError(
-                "`weights` must say what to start from, or `variant` what to train from random weights. Received: neither",
+                "`weights` or `variant` is required: weights to start from, or a network to train from random weights. "
+                "Received: weights=None, variant=None",
                 argument="weights",
                 hint="Give --weights SOURCE, or --variant NAME",
             )
@@ -320,19 +321,17 @@ def read_weights(recipe):
         if error.details:
             variant = ["--variant", recipe.variant] if isinstance(recipe.variant, str) else []
             command = shlex.join(["cvt-keras", "convert", recipe.weights, "all.keras", *variant])
-            error.hint = f"To see all of them: {command}"
+            error.hint = f"To see all faults: {command}"
         raise
     except ArgumentError as error:
         argument = "variant" if error.argument == "variant" else "weights"
-        hint = (
-            "The recipe finetune, without --variant, takes the network of the weights" if error.argument == "variant" else None
-        )
-        raise RecipeError(f"`weights` can't be started from: {error.summary}", argument=argument, hint=hint) from error
+        hint = "The recipe finetune, without --variant, uses the network of the weights" if argument == "variant" else None
+        raise RecipeError(f"`weights` can't be used: {error.summary}", argument=argument, hint=hint) from error
     except OSError as error:
         raise CheckpointError(f"{recipe.weights} can't be read: {error}") from error
     if checkpoint.channels != 3:
         raise RecipeError(
-            f"`weights` must be of images with 3 channels. Received: {recipe.weights}, with {checkpoint.channels}",
+            f"`weights` must be for images with 3 channels. Received: {recipe.weights}, with {checkpoint.channels}",
             argument="weights",
         )
     return checkpoint
@@ -342,17 +341,17 @@ def require_fit(recipe, train):
     """Raises unless the recipe fits the images.
 
     Args:
-        recipe: a `Recipe`, with its variant settled.
-        train: the training `Split`, limited as the recipe says.
+        recipe: a `Recipe`; its variant must not be `None`.
+        train: the training `Split`, after the recipe's limit.
 
     Raises:
-        RecipeError: if it does not.
+        RecipeError: if it doesn't.
     """
     if not batches_per_epoch(train, recipe):
         raise RecipeError(
             f"`batch_size` must not exceed the {len(train)} training images. Received: batch_size={recipe.batch_size}",
             argument="batch_size",
-            hint=f"Give --batch-size {len(train)} or less",
+            hint=f"Use --batch-size {len(train)} or less",
         )
     try:
         get_variant(recipe.variant).grids(recipe.image_size, recipe.image_size)
@@ -363,7 +362,7 @@ def require_fit(recipe, train):
             f"`crop_padding` must be less than `image_size`. "
             f"Received: crop_padding={recipe.crop_padding}, image_size={recipe.image_size}",
             argument="crop_padding",
-            hint="Give --crop-padding 0, or a larger --image-size",
+            hint="Use --crop-padding 0, or a larger --image-size",
         )
 
 
@@ -375,5 +374,5 @@ def _show_counts(plan):
 
 
 def warn(text):
-    """Writes a warning to standard error."""
+    """Prints a warning to standard error."""
     print(f"WARNING: {text}", file=sys.stderr, flush=True)

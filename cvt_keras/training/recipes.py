@@ -1,4 +1,4 @@
-"""What a training run is made of. A recipe is a document: the command, what it costs, and what it gave."""
+"""Recipes: all settings of a training run. Each documents its command, its cost and its result."""
 
 import dataclasses
 import math
@@ -19,36 +19,45 @@ from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
 
 COMPRESSIONS = ("prune", "cluster", "qat")
 
+# A flag takes a variant's name. Without this tyro would make flags of the fields of a `Variant` as well.
+_VARIANT_FLAG = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="NAME",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: value is None or isinstance(value, (str, Variant)),
+    str_from_instance=lambda value: [str(value)],
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting of a run but where it is written.
+    """Every setting of a run except its folder. From Python, `variant` may also be a `Variant`.
 
     Raises:
-        RecipeError: for a value that no run can have, naming it.
+        RecipeError: if a value is invalid. The message names the field and the value.
     """
 
-    # The string under a field is its flag's help in train.py.
+    # The string under a field is the help of its flag. tyro keeps its line breaks.
 
     description: Suppress[str] = ""
-    # Of a run that `cvt_keras.compression` wrote: what it did. No flag: it has a command line of its own.
+    # Set by `cvt_keras.compression`: the method and its options. It has no flag here, as compression has its own commands.
     compression: Suppress[dict | None] = None
 
     # === Network ===
-    variant: Annotated[str | Variant | None, tyro.conf.arg(constructor=str, metavar="NAME")] = "cvt_cifar"
-    """cvt_cifar, cvt_cifar_large, cvt_13, cvt_21, cvt_w24, or cvt_tiny, the tests' own. From Python also a Variant; None:
-    that of the weights."""
+    variant: Annotated[str | Variant | None, _VARIANT_FLAG] = "cvt_cifar"
+    """The network: cvt_cifar, cvt_cifar_large, cvt_13, cvt_21, cvt_w24, or cvt_tiny for tests. None: that of --weights."""
     weights: str | None = None
-    """Where to start from, with a new head for other classes: an authors' .pth, a folder or file of transformers, a hub id such
-    as microsoft/cvt-13, or a .keras file. Mean and std are taken from there too."""
+    """Start from the authors' .pth, a folder or file of transformers, a hub id like microsoft/cvt-13, or a .keras file.
+    Mean and std come from it too. The head is new unless the classes are the same."""
     image_size: int = 32
-    """Side of the square that the network sees; images of another size are resized."""
+    """Height and width of the network's input in pixels. Images of another size are resized."""
 
     # === Data ===
     dataset: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(sources.NAMES)}}}")] = "auto"
-    """auto: cifar10, or where it can't be had the digits that scikit-learn carries."""
+    """auto: cifar10 if it is on disk or can be downloaded, otherwise the digits of scikit-learn."""
     data_dir: str | None = None
-    """TFDS' folder, by default TFDS_DATA_DIR or ~/tensorflow_datasets; for `folder` the one with a folder for each class."""
+    """For --dataset folder: your folder of images, with one subfolder per class.
+    For the other data sets: TFDS' folder; defaults to TFDS_DATA_DIR or ~/tensorflow_datasets."""
     train_limit: int | None = None
     """Train on the first N images only."""
     validation_limit: int | None = None
@@ -56,71 +65,72 @@ class Recipe:
     test_limit: int | None = None
     """Test on the first N images only."""
     skip_broken: bool = False
-    """Leave out files of a folder that can't be read, and count them in the report."""
+    """Skip files of an image folder that can't be read, and count them in the report."""
     class_weights: Annotated[str, tyro.conf.arg(metavar="auto|none|FILE")] = "none"
-    """For unequal classes. auto: weigh each image's loss by the inverse of its class's share; FILE: JSON {class: weight}."""
+    """The weight of each class in the loss. auto: inverse to its number of training images. FILE: JSON, {"class": weight}."""
 
     # === Augmentation ===
     flip: bool = True
-    """Mirror half of the images; off where it would change what they show, as of digits."""
+    """Mirror images left to right at random. Always off for data sets of digits or letters."""
     crop_padding: int = 4
-    """Pad by so many reflected pixels and crop the original size at random; 0 is off."""
+    """Random crops: pad each side by N reflected pixels, then crop to the original size; 0 is off."""
     rand_augment: int = 0
-    """RandAugment's operations on each image; 0 is off."""
+    """RandAugment: number of operations per image; 0 is off."""
     rand_augment_magnitude: float = 5.0
-    """How strong they are, 0 to 10."""
+    """RandAugment: strength of the operations, 0 to 10."""
     erase: float = 0.0
-    """Random erasing: probability that a box of an image becomes noise."""
+    """Random erasing: probability that a box of an image is replaced by noise."""
     mixup: float = 0.0
-    """Blend images, with a weight from Beta(mixup, mixup); 0 is off. With cutmix, each image gets one of the two."""
+    """Mixup: alpha of the distribution Beta(alpha, alpha) that weights are drawn from; 0 is off."""
     cutmix: float = 0.0
-    """Paste a box of another image, its area from Beta(cutmix, cutmix); 0 is off."""
+    """CutMix: alpha of the distribution Beta(alpha, alpha) that areas are drawn from; 0 is off.
+    With both mixup and cutmix, each image gets one of the two."""
 
     # === Optimization ===
     epochs: int = 10
     """Passes over the training images."""
     early_stopping: int = 0
-    """Stop after so many epochs without a better one; 0 is off. The learning rate still falls as for all epochs."""
+    """Stop after N epochs without improvement; 0 is off. The learning-rate schedule still spans all epochs."""
     freeze: Annotated[str | None, tyro.conf.arg(metavar="backbone|N")] = None
-    """With --weights, for small sets. backbone: train the last layer only; N: keep the first N stages as they start."""
+    """With --weights, for small data sets. backbone: train the head only. N: freeze the first N stages."""
     batch_size: int = 128
-    """Images a step."""
+    """Images per training step."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """muon: for the matrices, AdamW for the rest."""
+    """muon: Muon for matrices and convolutions, AdamW for the other parameters."""
     peak_learning_rate: float = 2e-3
-    """Reached after the warm-up."""
+    """The learning rate after the warm-up."""
     adamw_ratio: float = 0.5
-    """With muon: the learning rate of the rest, as a share of it."""
+    """With muon: the learning rate of AdamW as a fraction of Muon's."""
     layer_decay: float = 1.0
-    """Each block's learning rate as a share of that of the block after it; 1 is off."""
+    """Layer-wise learning-rate decay: each block's rate as a fraction of the next block's; 1 is off."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises."""
+    """Fraction of the training steps in which the learning rate rises linearly."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
-    """The learning rate's way from its peak to 0, or constant."""
+    """The learning rate after the warm-up: falls to 0, linear or cosine, or stays constant."""
     weight_decay: float = 0.05
-    """Decoupled, times the learning rate; of kernels alone."""
+    """Decoupled weight decay; applies to kernels only."""
     gradient_clip: float = 1.0
-    """Largest norm of all gradients together; 0 is off."""
+    """Clip the global norm of the gradients to this value; 0 is off."""
     label_smoothing: float = 0.0
-    """Share of each label that is spread over all classes."""
+    """Fraction of each label that is spread evenly over all classes."""
     ema: float = 0.0
-    """Momentum of the weights' moving average, which is validated and saved in their place; 0 is off. Batch norms' statistics
-    stay those of the weights."""
+    """Momentum of a moving average of the weights; 0 is off. The average is what is validated and saved.
+    Batch norm statistics are not averaged."""
 
     # === Machine ===
     seed: int = 0
-    """Of weights, data order, augmentation and stochastic depth."""
+    """Seed for the initial weights, data order, augmentation and stochastic depth."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"
-    """auto: float32 on a CPU; on a GPU mixed_bfloat16 where it has it, else mixed_float16."""
+    """auto: float32 on a CPU; on a GPU mixed_bfloat16 if the GPU supports it, otherwise mixed_float16."""
     xla: Literal["auto", "on", "off"] = "auto"
-    """auto: on with a GPU, off on a CPU, where it is slower."""
+    """Compile with XLA. auto: on with a GPU; off on a CPU, where it is slower."""
 
     def __post_init__(self) -> None:
         for name in ("data_dir", "weights", "class_weights"):
             if isinstance(getattr(self, name), os.PathLike):
-                object.__setattr__(self, name, os.fspath(getattr(self, name)))  # as recipe.json has it
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))  # as in recipe.json
         if isinstance(self.freeze, int) and not isinstance(self.freeze, bool):
-            object.__setattr__(self, "freeze", str(self.freeze))  # the flag's form
+            object.__setattr__(self, "freeze", str(self.freeze))  # as the flag gives it
         for name, hint in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         try:
@@ -148,24 +158,25 @@ class Recipe:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RecipeError(
-                    f"`{name}` must be a finite number that is not negative. Received: {name}={getattr(self, name)}",
+                    f"`{name}` must be a finite number, at least 0. Received: {name}={getattr(self, name)}",
                     argument=name,
                 )
         if self.seed >= 2**32:
-            raise RecipeError(f"`seed` must be under 2**32. Received: seed={self.seed}", argument="seed")
+            raise RecipeError(f"`seed` must be less than 2**32. Received: seed={self.seed}", argument="seed")
         for name in ("warmup", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise RecipeError(
-                    f"`{name}` must be at least 0 and under 1. Received: {name}={getattr(self, name)}", argument=name
+                    f"`{name}` must be at least 0 and less than 1. Received: {name}={getattr(self, name)}", argument=name
                 )
         if not 0 < self.layer_decay <= 1:
             raise RecipeError(
-                f"`layer_decay` must be over 0 and at most 1. Received: layer_decay={self.layer_decay}", argument="layer_decay"
+                f"`layer_decay` must be greater than 0 and at most 1. Received: layer_decay={self.layer_decay}",
+                argument="layer_decay",
             )
         for name, most in {"erase": 1, "rand_augment_magnitude": 10}.items():
             if not 0 <= getattr(self, name) <= most:
                 raise RecipeError(
-                    f"`{name}` must be within 0 and {most}. Received: {name}={getattr(self, name)}", argument=name
+                    f"`{name}` must be between 0 and {most}. Received: {name}={getattr(self, name)}", argument=name
                 )
 
         if not self.class_weights:
@@ -174,19 +185,23 @@ class Recipe:
             )
         if self.freeze is not None and self.freeze != "backbone" and not re.fullmatch("[1-9][0-9]*", self.freeze):
             raise RecipeError(
-                f"`freeze` must be backbone or a number of stages, at least 1. Received: freeze={self.freeze}",
+                f"`freeze` must be backbone, or a number of stages from 1. Received: freeze={self.freeze}",
                 argument="freeze",
             )
         if self.freeze is not None and self.weights is None:
             raise RecipeError(
-                f"`freeze` needs `weights`, as random ones would never learn. Received: freeze={self.freeze}, weights=None",
+                "`freeze` needs `weights`, as frozen layers would keep their random values. "
+                f"Received: freeze={self.freeze}, weights=None",
                 argument="freeze",
-                hint="Give --weights too, or leave out --freeze",
+                hint="Add --weights, or leave out --freeze",
             )
 
     @property
     def variant_name(self) -> str:
-        """The variant's name, with its activation where that is another; without one the weights' name, or `custom`."""
+        """The variant's name, plus its activation if that differs from the named variant's.
+
+        A variant without a name is called after the weights; without weights, `custom`.
+        """
         if isinstance(self.variant, str):
             return self.variant
         for name, known in VARIANTS.items():
@@ -194,15 +209,15 @@ class Recipe:
                 return name if known == self.variant else f"{name}-{self.variant.activation}"
         if not self.weights:
             return "custom"
-        # The last part of a path or hub id, without what ends a file's name.
+        # The last part of a path or hub id, without the file's suffix.
         last = re.split(r"[/\\]", self.weights.rstrip("/\\"))[-1]
         return re.sub(r"\.(pth|pt|bin|safetensors|keras)$", "", last)
 
     def settings(self) -> dict[str, Any]:
-        """The fields as JSON has them, the variant whole: what `recipe.json` holds.
+        """The fields as JSON values: the content of `recipe.json`.
 
-        Without the description, which is of the recipe as written and not of what flags made of it, and with `compression`
-        only where there is one.
+        The variant is written in full. `description` is left out, as flags may have changed what it describes. `compression` is
+        left out if it is `None`.
         """
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del settings["description"]
@@ -212,10 +227,10 @@ class Recipe:
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "Recipe":
-        """The recipe that `settings` describes; what it leaves out has its default.
+        """The recipe with these settings, and the default for each missing one.
 
         Raises:
-            RecipeError: for what is no dict, or a setting that there is not.
+            RecipeError: if `settings` is not a dict, or has an unknown key or an invalid value.
         """
         if not isinstance(settings, dict):
             raise RecipeError(f"`settings` must be a dict. Received: {settings!r}", argument="settings")
@@ -235,11 +250,11 @@ class Recipe:
 
 
 def read_recipe(run_dir, hint=None):
-    """The recipe of a run.
+    """Reads the recipe of a run.
 
     Args:
         run_dir: the run folder.
-        hint: for the error.
+        hint: the `hint` of the error.
 
     Raises:
         RunError: if its recipe.json is damaged.
@@ -258,14 +273,14 @@ def read_recipe(run_dir, hint=None):
 
 
 def _check_type(name, value, hint):
-    """Python takes 2.5 epochs, and "no" for yes."""
+    """Raises for a value of the wrong type: Python would accept `epochs=2.5`, and treat `flip="no"` as true."""
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise RecipeError(f"`{name}` must be one of {get_args(hint)}. Received: {name}={value!r}", argument=name)
         return
     kinds = get_args(hint) or (hint,)
     taken = (*kinds, int) if float in kinds else kinds
-    # To Python, True is an int.
+    # In Python, True is an int.
     if not isinstance(value, taken) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
         raise RecipeError(f"`{name}` must be {expected}. Received: {name}={value!r}", argument=name)
@@ -274,15 +289,15 @@ def _check_type(name, value, hint):
 CIFAR10 = Recipe(
     """Ten epochs on CIFAR-10, the default.
 
-    python train.py cifar10
+    cvt-keras train cifar10
     84.2% test top-1 (n=2, both the same to 0.1, JPEG copy), 33 minutes on two cores of an Intel Xeon in float32.
     """,
 )
 
 CIFAR10_LONG = Recipe(
-    """Two hundred epochs of the larger network, for a GPU. Not trained yet: what it gives is not known.
+    """Two hundred epochs of a larger network on CIFAR-10, for a GPU. Not trained yet, so its accuracy is not known.
 
-    python train.py cifar10_long
+    cvt-keras train cifar10_long
     """,
     variant="cvt_cifar_large",
     epochs=200,
@@ -298,9 +313,9 @@ CIFAR10_LONG = Recipe(
 )
 
 REFERENCE = Recipe(
-    """What the project that this one redoes did: the paper's CvT-13 at 32x32, Adam, no augmentation.
+    """The settings of the project that this one reimplements: the paper's CvT-13 at 32x32, Adam, no augmentation.
 
-    python train.py reference
+    cvt-keras train reference
     Two epochs: 53.4% test top-1 (n=1, JPEG copy), about 4 minutes each on two cores of an Intel Xeon in float32.
     """,
     variant="cvt_13",
@@ -315,27 +330,27 @@ REFERENCE = Recipe(
 )
 
 FINETUNE = Recipe(
-    """Fine-tunes published weights, or your own. With published ones not measured yet: what it gives is not known.
+    """Fine-tunes published weights, or your own. Not measured with published weights yet.
 
-    python train.py finetune --weights microsoft/cvt-13
-    For a GPU: at 224x224 an image costs CvT-13 80 times what a 32x32 one costs cvt_cifar.
+    cvt-keras train finetune --weights microsoft/cvt-13
+    For a GPU: an image of 224x224 costs CvT-13 80 times as much as one of 32x32 costs cvt_cifar.
     """,
-    variant=None,  # the weights'
+    variant=None,  # that of the weights
     image_size=224,
-    crop_padding=28,  # an eighth of a side, as 4 is of 32
+    crop_padding=28,  # an eighth of 224, as 4 is of 32
     batch_size=64,
     optimizer="adamw",
-    peak_learning_rate=5e-4,  # of the head; the first block of CvT-13 learns at 0.75**13 of it, a fortieth
+    peak_learning_rate=5e-4,  # of the head; the first block of CvT-13 learns at 0.75**13 of it, a 42nd
     layer_decay=0.75,
     decay="cosine",
     label_smoothing=0.1,
 )
 
 SMOKE = Recipe(
-    """A few steps of the tests' network, to see that everything is in its place. Its accuracy means nothing.
+    """A few steps of the tiny network of the tests, to check the installation. Its accuracy means nothing.
 
-    python train.py smoke
-    Half a minute on two cores, most of it TensorFlow's start.
+    cvt-keras train smoke
+    Half a minute on two cores, mostly for starting TensorFlow.
     """,
     variant="cvt_tiny",
     epochs=2,

@@ -1,4 +1,4 @@
-"""The run that is in a run folder already: what it began with, and whether a recipe may resume it."""
+"""Reads the run in a run folder, and checks whether a recipe can resume it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from cvt_keras.variants import Variant, get_variant, named
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run that has begun.
+    """A run in a run folder, finished or not.
 
     Args:
-        run_dir: its folder.
+        run_dir: the run folder.
         recipe: the `Recipe` in its recipe.json.
-        newer_fields: the fields of a recipe that its recipe.json lacks, as the version that wrote it did not have them.
+        newer_fields: fields of a recipe that are missing in its recipe.json, because an older version wrote it.
     """
 
     run_dir: Path
@@ -25,58 +25,60 @@ class StoredRun:
     newer_fields: tuple[str, ...]
 
     def completed(self, recipe):
-        """A recipe with what it leaves open as the run has it.
+        """Fills in the fields that a recipe leaves open from the stored recipe.
 
-        These are `dataset`, `precision` and `xla` where they are `auto`, the variant where it comes from the weights, and the
-        fields that the run's version did not have.
+        Open are `dataset`, `precision` and `xla` if they are `auto`, and the variant if it comes from the weights. The
+        `newer_fields` get their defaults.
         """
         recipe = without_newer_fields(recipe, self.newer_fields)
-        left_open = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
-        if recipe.weights and same_weights(self.recipe.weights, recipe.weights) and self._settles_variant_of(recipe):
-            left_open.append("variant")
-        return dataclasses.replace(recipe, **{name: getattr(self.recipe, name) for name in left_open})
+        open_fields = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
+        if recipe.weights and same_weights(self.recipe.weights, recipe.weights) and self._leaves_variant_open(recipe):
+            open_fields.append("variant")
+        return dataclasses.replace(recipe, **{name: getattr(self.recipe, name) for name in open_fields})
 
-    def _settles_variant_of(self, recipe):
-        """Whether the recipe leaves its variant, or the activation of it, to the weights."""
+    def _leaves_variant_open(self, recipe):
+        """Whether the variant of the recipe, or only its activation, comes from the weights."""
         stored = get_variant(self.recipe.variant)
         return (
             recipe.variant is None or dataclasses.replace(get_variant(recipe.variant), activation=stored.activation) == stored
         )
 
     def require_same(self, recipe, images_known=True):
-        """Raises unless a recipe is that of the run.
+        """Raises unless a recipe has the settings of the run.
 
         Args:
-            recipe: what the run is to be resumed with, completed.
-            images_known: `False` before the images are loaded, which may be gone: whether they can be mirrored is stored.
+            recipe: the recipe to resume with, after `completed`.
+            images_known: `False` before the images are loaded. Then it is unknown whether they may be mirrored, and the stored
+                `flip` is used.
 
         Raises:
-            DifferentRunError: if it has other settings, naming them.
+            DifferentRunError: if settings differ. It names them.
         """
         if not images_known:
             recipe = dataclasses.replace(recipe, flip=recipe.flip and self.recipe.flip)
-        was, is_now = self.recipe.settings(), recipe.settings()
-        for settings in (was, is_now):
+        stored, received = self.recipe.settings(), recipe.settings()
+        for settings in (stored, received):
             settings["variant"] = settings["variant"] and named(get_variant(settings["variant"]))
-        names = [name for name in is_now | was if was.get(name) != is_now.get(name)]
-        # Where TFDS keeps a data set may change; another folder of images is another data set. Its images are compared with
-        # the checkpoint's.
-        if recipe.dataset != "folder" or _same_place(was["data_dir"], is_now["data_dir"]):
+        names = [name for name in received | stored if stored.get(name) != received.get(name)]
+        # TFDS' folder may change, but another folder of images is another data set. `Checkpoints.restore` compares the images.
+        if recipe.dataset != "folder" or _same_path(stored["data_dir"], received["data_dir"]):
             names = [name for name in names if name != "data_dir"]
-        if _same_place(was["class_weights"], is_now["class_weights"]):  # the checkpoint has the weights in the file
+        # `Checkpoints.restore` compares the weights in the file.
+        if _same_path(stored["class_weights"], received["class_weights"]):
             names = [name for name in names if name != "class_weights"]
-        # The checkpoint knows the images; a file that broke since must not end the run.
+        # A file that broke after the start may be skipped: `Checkpoints.restore` compares the images.
         names = [name for name in names if name != "skip_broken"]
-        if same_weights(was["weights"], is_now["weights"]):
+        if same_weights(stored["weights"], received["weights"]):
             names = [name for name in names if name != "weights"]
-        elif "variant" in names:  # which comes from the weights
+        elif "variant" in names:  # it comes from the weights
             names = ["weights", *(name for name in names if name not in ("weights", "variant"))]
         if names:
-            raise DifferentRunError(self.run_dir, {name: (_shown(was.get(name)), _shown(is_now.get(name))) for name in names})
+            differences = {name: (_as_text(stored.get(name)), _as_text(received.get(name))) for name in names}
+            raise DifferentRunError(self.run_dir, differences)
 
 
 def read_stored_run(run_dir):
-    """The `StoredRun` in a folder, or `None` where no run has begun.
+    """Reads the `StoredRun` in a folder. Returns `None` if there is no run.
 
     Raises:
         RunError: if its recipe.json is damaged.
@@ -84,15 +86,15 @@ def read_stored_run(run_dir):
     path = run_dir / runs.RECIPE
     if not path.exists():
         return None
-    hint = "Put the run's own back, or train in another --run-dir"
+    hint = "Restore the recipe.json of the run, or train in another --run-dir"
     recipe = read_recipe(run_dir, hint)
-    if unsettled := [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]:
-        raise RunError(f"{path} is not from a run: it leaves {', '.join(unsettled)} open", hint=hint)
+    if open_fields := [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]:
+        raise RunError(f"{path} was not written by a run: it has auto for {', '.join(open_fields)}", hint=hint)
     return StoredRun(run_dir, recipe, newer_fields(runs.read_json(path)))
 
 
 def newer_fields(settings):
-    """The fields of a recipe that its stored settings lack, as the version that stored them did not have them.
+    """The fields of a recipe that stored settings lack, because an older version wrote them.
 
     Args:
         settings: the dict in a recipe.json.
@@ -101,26 +103,30 @@ def newer_fields(settings):
 
 
 def without_newer_fields(recipe, names):
-    """The recipe with the defaults of these fields, as their absence meant. Prints each value that is not used then."""
+    """The recipe with the default values of these fields. Prints each other value that it ignores."""
     defaults = {field.name: field.default for field in dataclasses.fields(recipe) if field.name in names}
     for name, default in defaults.items():
         if (value := getattr(recipe, name)) != default:
-            print(f"{name}={value} is not used: the version that began this had no {name}", flush=True)
+            print(f"{name}={value} is ignored: the version that started this did not have {name}", flush=True)
     return dataclasses.replace(recipe, **defaults)
 
 
-def same_weights(was, is_now):
-    """Whether these are the same weights, even if they were moved, or are named from another folder."""
-    if was == is_now or was is None or is_now is None:
-        return was == is_now
-    before, after = Path(was).expanduser(), Path(is_now).expanduser()
-    return _same_place(was, is_now) or (before.name == after.name and after.exists() and not before.exists())
+def same_weights(stored, received):
+    """Whether these are the same weights, even if the file was moved or the path is relative to another folder.
+
+    A file counts as moved if one of the same name exists at the received path, and none at the stored path.
+    """
+    if stored == received or stored is None or received is None:
+        return stored == received
+    stored_path, received_path = Path(stored).expanduser(), Path(received).expanduser()
+    moved = stored_path.name == received_path.name and received_path.exists() and not stored_path.exists()
+    return moved or _same_path(stored, received)
 
 
-def _shown(value):
-    return "a Variant of its own" if isinstance(value, Variant) else repr(value)
+def _as_text(value):
+    return "a Variant without a name" if isinstance(value, Variant) else repr(value)
 
 
-def _same_place(*paths):
-    """Whether paths, of which any may be `None`, lead to the same file or folder, however they are spelled."""
+def _same_path(*paths):
+    """Whether all paths lead to the same file or folder. A path may be `None`."""
     return len({path and Path(path).expanduser().resolve() for path in paths}) == 1

@@ -470,4 +470,4 @@ def test_the_hint_about_memory_names_only_flags_of_the_command(trained, tmp_path
     with pytest.raises(OutOfMemoryError) as failure:
         compress(trained, tmp_path / "run", "prune")
     assert failure.value.argument == "batch_size"
-    assert "--batch-size than 32" in failure.value.hint and "--image-size" not in failure.value.hint
+    assert "--batch-size below 32" in failure.value.hint and "--image-size" not in failure.value.hint

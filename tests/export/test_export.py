@@ -129,8 +129,20 @@ def test_a_file_that_exceeds_its_bounds_fails_and_is_not_written(trained, tmp_pa
     "damage, arguments, kind, argument, part",
     [
         (shutil.rmtree, {}, NoRunError, "run_dir", "must be a run folder"),
-        (lambda run_dir: (run_dir / "model.keras").unlink(), {}, RunError, "run_dir", "is not finished: it has no model.keras"),
-        (lambda run_dir: (run_dir / "report.json").unlink(), {}, RunError, "run_dir", "is not finished: it has no report.json"),
+        (
+            lambda run_dir: (run_dir / "model.keras").unlink(),
+            {},
+            RunError,
+            "run_dir",
+            "is not finished: model.keras is missing",
+        ),
+        (
+            lambda run_dir: (run_dir / "report.json").unlink(),
+            {},
+            RunError,
+            "run_dir",
+            "is not finished: report.json is missing",
+        ),
         (lambda run_dir: (run_dir / "model.keras").write_text("hello"), {}, RunError, None, "model.keras is damaged"),
         (_save_another_network, {}, RunError, None, "model.keras can't be read: `model` must be a `CvT`"),
         (lambda run_dir: (run_dir / "recipe.json").write_text("{"), {}, RunError, None, "recipe.json is damaged"),

@@ -420,7 +420,7 @@ def test_epochs_have_an_axis_if_they_differ():
 def test_missing_weights_are_named_before_the_search_is_created(command, tmp_path, quick_run, capsys):
     words = ["finetune", "--weights", "none.keras", "--dataset", "digits", "--search-dir", str(tmp_path / "search")]
     assert _search(words) == 2
-    assert "`weights` can't be started from" in capsys.readouterr().err and not (tmp_path / "search").exists()
+    assert "`weights` can't be used" in capsys.readouterr().err and not (tmp_path / "search").exists()
 
 
 def test_the_network_of_weights_is_not_varied(tmp_path, quick_run, no_pictures, monkeypatch):

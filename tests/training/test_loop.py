@@ -26,10 +26,12 @@ from cvt_keras.training import loop
 from cvt_keras.variants import macs, to_dict
 
 ROOT = Path(__file__).parent.parent.parent
+# The fixture `result` and the process that is killed are traced, as for a user; so is the step with XLA.
+pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
 
 
 def run(*args, **kwargs):
-    """Trains -> the report."""
+    """Trains and returns the report."""
     return loop.run(*args, **kwargs).report
 
 
@@ -58,7 +60,7 @@ def test_a_run_leaves_its_folder(finished, recipe):
     assert f"{report.test['top1']:.1%}" in (run_dir / "report.html").read_text()
 
 
-def _on_tensorboard(run_dir):
+def _tensorboard_accuracies(run_dir):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tensorboard" / "validation"))
@@ -68,24 +70,16 @@ def _on_tensorboard(run_dir):
 
 def test_tensorboard_has_a_value_for_each_epoch(finished):
     _, run_dir = finished
-    assert _on_tensorboard(run_dir) == pytest.approx([row["val_accuracy"] for row in runs.read_history(run_dir)])
+    assert _tensorboard_accuracies(run_dir) == pytest.approx([row["val_accuracy"] for row in runs.read_history(run_dir)])
 
 
-def test_report_holds_the_contracts_fields(finished, recipe):
+def test_the_report_has_all_fields(finished, recipe):
     report, _ = finished
     assert set(dataclasses.asdict(report)) == {
         *("dataset", "data_note", "variant", "recipe", "epochs", "seed", "image_size", "class_names", "parameters", "macs"),
         *("train_seconds", "train_images_per_second", "test", "validation", "per_class", "device", "versions"),
-        *("confusion", "train_images", "compression"),
-        *(
-            "data_warnings",
-            "left_out",
-            "class_weights",
-            "epochs_trained",
-            "kept_epoch",
-            "test_images",
-            "train_images_per_class",
-        ),
+        *("confusion", "train_images", "compression", "data_warnings", "left_out", "class_weights"),
+        *("epochs_trained", "kept_epoch", "test_images", "train_images_per_class"),
     }
     assert report.compression is None
     assert report.train_images == recipe.train_limit
@@ -100,7 +94,7 @@ def test_report_holds_the_contracts_fields(finished, recipe):
     assert np.trace(report.confusion) == round(100 * report.test["top1"])
 
 
-def test_the_model_is_the_one_of_the_report(finished, recipe):
+def test_the_saved_model_has_the_scores_of_the_report(finished, recipe):
     report, run_dir = finished
     model = keras.saving.load_model(run_dir / "model.keras")
     assert not model.compiled
@@ -112,14 +106,14 @@ def test_the_model_is_the_one_of_the_report(finished, recipe):
     assert report.parameters == sum(int(np.prod(v.shape)) for v in model.trainable_variables)
 
 
-def test_it_learns(finished):
+def test_training_learns(finished):
     report, _ = finished
     assert report.validation["top1"] > 0.2  # chance is 0.1
 
 
 def test_the_best_validation_epoch_is_kept(recipe, tmp_path, monkeypatch):
-    class Spoiled(loop.Stopwatch):
-        """Ruins the last epoch's weights just before they are validated."""
+    class SpoilLastEpoch(loop.Stopwatch):
+        """Spoils the weights of the last epoch before they are validated."""
 
         def on_epoch_begin(self, epoch, logs=None):
             super().on_epoch_begin(epoch, logs)
@@ -130,7 +124,7 @@ def test_the_best_validation_epoch_is_kept(recipe, tmp_path, monkeypatch):
             if self.epoch == recipe.epochs - 1:
                 self.model.get_layer("cvt").get_layer("head").bias.assign(1e6 * np.eye(10)[0])
 
-    monkeypatch.setattr(loop, "Stopwatch", Spoiled)
+    monkeypatch.setattr(loop, "Stopwatch", SpoilLastEpoch)
     report = run(recipe, tmp_path / "run", evaluate_test=False)
     first, last = (row["val_accuracy"] for row in runs.read_history(tmp_path / "run"))
     assert first > last == pytest.approx(0.1, abs=0.01)
@@ -142,7 +136,7 @@ def test_a_seed_gives_the_same_run(short, tmp_path):
         run(dataclasses.replace(short, seed=seed), tmp_path / name, evaluate_test=False)
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
-    # Threads add in any order: equal but for rounding.
+    # Equal except for rounding: threads add in any order.
     assert first.validation["loss"] == pytest.approx(again.validation["loss"], rel=1e-5)
     assert first.validation["loss"] != pytest.approx(other.validation["loss"], rel=1e-4)
     assert (first.test, first.per_class, first.confusion) == (None, None, None)
@@ -151,19 +145,26 @@ def test_a_seed_gives_the_same_run(short, tmp_path):
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """The list of the models that `fit` was called of."""
+def fitted(monkeypatch):
+    """The list of the models that were trained."""
     models = []
     fit = keras.Model.fit
     monkeypatch.setattr(keras.Model, "fit", lambda self, *args, **kwargs: models.append(self) or fit(self, *args, **kwargs))
     return models
 
 
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
-def test_a_mixed_precision_run_leaves_a_float32_model(short, precision, tmp_path, compiled):
-    report = run(dataclasses.replace(short, precision=precision), tmp_path / "run", evaluate_test=False)
+@pytest.mark.parametrize("precision, xla", [("mixed_bfloat16", "on"), ("mixed_float16", "off")])
+def test_mixed_precision_with_and_without_xla_saves_a_float32_model(short, precision, xla, tmp_path, fitted):
+    mixed = dataclasses.replace(short, precision=precision, xla=xla, image_size=16)
+    if xla == "on":  # XLA compiles traced steps only
+        tf.config.run_functions_eagerly(False)
+    try:
+        report = run(mixed, tmp_path / "run", evaluate_test=False)
+    finally:
+        tf.config.run_functions_eagerly(True)
     assert report.recipe["precision"] == precision
-    [trained] = compiled
+    [trained] = fitted
+    assert trained.jit_compile == (xla == "on")
     assert trained.get_layer("cvt").dtype_policy.name == precision
     scaled = isinstance(trained.optimizer, keras.optimizers.LossScaleOptimizer)
     assert scaled == (precision == "mixed_float16")
@@ -171,20 +172,14 @@ def test_a_mixed_precision_run_leaves_a_float32_model(short, precision, tmp_path
     assert {layer.dtype_policy.name for layer in model._flatten_layers()} == {"float32"}
 
 
-def test_xla_can_be_forced(short, tmp_path, compiled):
-    for xla in ("on", "off"):
-        run(dataclasses.replace(short, xla=xla), tmp_path / xla, evaluate_test=False)
-    assert [model.jit_compile for model in compiled] == [True, False]
-
-
-def test_label_smoothing_and_image_size_and_average_take_effect(short, tmp_path):
+def test_label_smoothing_image_size_and_moving_average_take_effect(short, tmp_path):
     change = {"label_smoothing": 0.5, "image_size": 16, "ema": 0.9}
     report = run(dataclasses.replace(short, **change), tmp_path / "run", evaluate_test=False)
     [row] = runs.read_history(tmp_path / "run")
     assert row["loss"] != pytest.approx(row["cross_entropy"], rel=1e-3)
-    assert row["val_cross_entropy"] == pytest.approx(report.validation["loss"], rel=1e-4)  # of labels that are not smoothed
+    assert row["val_cross_entropy"] == pytest.approx(report.validation["loss"], rel=1e-4)  # without label smoothing
     assert report.image_size == [16, 16]
-    # What was validated and saved is the average, what goes on the raw weights.
+    # The average is validated and saved. The checkpoint also has the raw weights.
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch-0001"
     with np.load(checkpoint / "state.npz") as state, np.load(checkpoint / "best.npz") as best:
@@ -194,7 +189,7 @@ def test_label_smoothing_and_image_size_and_average_take_effect(short, tmp_path)
     assert not all(np.array_equal(*pair) for pair in zip(raw, averaged))
 
 
-def test_a_recipe_may_hold_a_variant_of_its_own(short, tmp_path):
+def test_a_recipe_may_have_a_variant_without_a_name(short, tmp_path):
     variant = Variant((Stage(8, 1, 1, kernel_size=7, stride=4, padding=2),))
     report = run(dataclasses.replace(short, variant=variant), tmp_path / "run", evaluate_test=False)
     assert report.variant == "custom"
@@ -209,32 +204,30 @@ def _exhaust(text):
 
 
 @pytest.mark.parametrize(("module", "name"), [(keras.Model, "fit"), (loop, "_build"), (loop, "_logits")])
-def test_too_little_memory_names_the_batch_size(short, tmp_path, monkeypatch, module, name):
+def test_an_out_of_memory_error_names_the_batch_size(short, tmp_path, monkeypatch, module, name):
     monkeypatch.setattr(module, name, _exhaust("OOM when allocating"))
     with pytest.raises(OutOfMemoryError) as error:
         run(short, tmp_path / "run")
     assert error.value.argument == "batch_size"
     assert "32 images" in error.value.summary
-    assert "--batch-size than 32 or --image-size than 32" in error.value.hint
+    assert "a --batch-size below 32 or an --image-size below 32" in error.value.hint
 
 
-def test_a_full_disk_is_told_from_too_little_memory(short, tmp_path, monkeypatch):
+def test_a_full_disk_is_not_reported_as_too_little_memory(short, tmp_path, monkeypatch):
     monkeypatch.setattr(keras.Model, "fit", _exhaust("events.v2; No space left on device"))
     with pytest.raises(OSError, match=f"{tmp_path}/run can't be written: events.v2; No space left on device$"):
         run(short, tmp_path / "run")
 
 
-def test_a_page_without_the_test_does_not_outlive_its_report(short, tmp_path, monkeypatch):
-    run(short, tmp_path / "run", evaluate_test=False)
-
+def test_a_page_without_test_results_is_replaced_after_a_kill(short, untested, monkeypatch):
     def kill(run_dir):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop.page, "write", kill)
-        run(short, tmp_path / "run", resume=True)
-    report = run(short, tmp_path / "run", resume=True)
-    assert f"{report.test['top1']:.1%}" in (tmp_path / "run" / "report.html").read_text()
+        run(short, untested, resume=True)
+    report = run(short, untested, resume=True)
+    assert f"{report.test['top1']:.1%}" in (untested / "report.html").read_text()
 
 
 @pytest.mark.skipif(runs.fcntl is None, reason="Windows has no such locks")
@@ -248,14 +241,14 @@ def test_a_run_folder_is_for_one_process_at_a_time(finished, recipe, tmp_path):
             run(recipe, folder, resume=resume)
 
 
-def test_a_run_that_another_process_began_meanwhile_is_not_overwritten(recipe, tmp_path, monkeypatch):
+def test_a_run_that_another_process_starts_in_the_meantime_is_not_overwritten(recipe, tmp_path, monkeypatch):
     load = sources.load
 
-    def begin(*args, **kwargs):
+    def start_another_run(*args, **kwargs):
         (tmp_path / "recipe.json").write_text("{}")
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(sources, "load", begin)
+    monkeypatch.setattr(sources, "load", start_another_run)
     with pytest.raises(OccupiedError) as error:
         run(recipe, tmp_path)
     assert error.value.argument == "run_dir"
@@ -269,7 +262,8 @@ from cvt_keras import Stage, Variant
 from cvt_keras.training import Recipe, loop, run
 
 tf.config.experimental.enable_op_determinism()
-data_dir, run_dir, fate = sys.argv[1:]
+tf.config.run_functions_eagerly(sys.argv[1] == "eager")
+data_dir, run_dir, uninterrupted_dir = sys.argv[2:]
 
 class Killer(loop.Stopwatch):
     def on_epoch_begin(self, epoch, logs=None):
@@ -280,67 +274,55 @@ class Killer(loop.Stopwatch):
         if (self.epoch, batch) == (1, 1):
             os.kill(os.getpid(), signal.SIGKILL)
 
-if fate == "killed":
+if not os.path.exists(run_dir):
     loop.Stopwatch = Killer
 stages = (Stage(8, 2, 1, kernel_size=7, stride=4, padding=2, drop_path=0.5), Stage(16, 1, 2, cls_token=True))
 recipe = Recipe(
-    variant=Variant(stages, "gelu"), dataset="cifar10", data_dir=data_dir, train_limit=96, test_limit=32, epochs=4,
-    batch_size=32, ema=0.9, label_smoothing=0.1, mixup=0.2, seed=7,
+    variant=Variant(stages, "gelu"), dataset="cifar10", data_dir=data_dir, train_limit=96, validation_limit=64,
+    test_limit=32, epochs=3, batch_size=32, ema=0.9, label_smoothing=0.1, mixup=0.2, seed=7,
 )
-run(recipe, run_dir, resume=fate == "resumed")
+run(recipe, run_dir, resume=True)
+run(recipe, uninterrupted_dir)
 """
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(cifar10_dir, tmp_path):
-    def start(name, fate):
-        command = [sys.executable, "-c", KILLED, str(cifar10_dir), str(tmp_path / name), fate]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-
-    def finish(process):
-        output, _ = process.communicate()
-        return process.returncode, output
-
-    whole, killed = start("whole", "whole"), start("killed", "killed")
-    code, output = finish(whole)
-    assert code == 0, output
-    assert finish(killed)[0] == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob("epoch-*")] == ["epoch-0001"]
-    code, output = finish(start("killed", "resumed"))
-    assert code == 0, output
-    assert "resuming after epoch 1 of 4" in output
+@pytest.mark.parametrize("mode", ["eager", pytest.param("traced", marks=pytest.mark.slow)])
+def test_a_killed_run_is_resumed_bit_by_bit(cifar10_dir, tmp_path, mode):
+    names = "resumed", "uninterrupted"
+    command = [sys.executable, "-c", KILLED, mode, str(cifar10_dir), *(str(tmp_path / name) for name in names)]
+    killed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in (tmp_path / "resumed" / "checkpoints").glob("epoch-*")] == ["epoch-0001"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("resuming after epoch 1 of 3") == 1
 
     for file in ("state.npz", "best.npz"):
-        stored = [np.load(tmp_path / name / "checkpoints" / "epoch-0004" / file) for name in ("whole", "killed")]
+        stored = [np.load(tmp_path / name / "checkpoints" / "epoch-0003" / file) for name in names]
         assert stored[0].files == stored[1].files
         for name in stored[0].files:
             np.testing.assert_array_equal(stored[0][name], stored[1][name], err_msg=name)
     timed = {"train_seconds", "seconds"}
     histories = [
         [{name: value for name, value in row.items() if name not in timed} for row in runs.read_history(tmp_path / name)]
-        for name in ("whole", "killed")
+        for name in names
     ]
     assert histories[0] == histories[1]
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in names]
     assert reports[0]["test"] == reports[1]["test"]
-    shown = _on_tensorboard(tmp_path / "killed")
-    assert shown == _on_tensorboard(tmp_path / "whole")
-    assert len(shown) == 4
+    accuracies = [_tensorboard_accuracies(tmp_path / name) for name in names]
+    assert accuracies[0] == accuracies[1] and len(accuracies[0]) == 3
 
 
-def test_a_loss_that_is_no_number_ends_the_run(recipe, tmp_path):
-    wild = dataclasses.replace(recipe, peak_learning_rate=1e30, gradient_clip=0)
+def test_a_loss_of_nan_ends_the_run(recipe, tmp_path):
+    diverging = dataclasses.replace(recipe, peak_learning_rate=1e30, gradient_clip=0)
     with pytest.raises(DivergedError, match=r"step \d+ of epoch 1") as error:
-        run(wild, tmp_path / "run")
+        run(diverging, tmp_path / "run")
     assert "1e+30" in error.value.hint
     assert not (tmp_path / "run" / "model.keras").exists()
 
 
-def test_validation_can_be_limited(short, tmp_path):
-    report = run(dataclasses.replace(short, validation_limit=7), tmp_path / "run", evaluate_test=False)
-    assert report.validation["images"] == 7
-
-
-def test_a_refusal_after_the_folder_was_made_leaves_none(short, tmp_path, monkeypatch):
+def test_an_error_before_the_first_step_leaves_no_folder(short, tmp_path, monkeypatch):
     def refuse(*_):
         raise RecipeError("no")
 
@@ -358,8 +340,8 @@ def test_a_refusal_after_the_folder_was_made_leaves_none(short, tmp_path, monkey
 
 
 def _same_backbone(run_dir, weights):
-    """Whether all but the head is as in `weights`; and whether the head is."""
-    # The statistics of BatchNorm change in training at any rate.
+    """Whether the layers before the head equal those of `weights`, and whether the head does."""
+    # Not the statistics of BatchNorm: they change even at a learning rate of 0.
     ours = keras.saving.load_model(run_dir / "model.keras").get_layer("cvt").trainable_weights
     theirs = CvT.from_pretrained(weights, num_classes=10).trainable_weights
     same = {a.path: np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)}
@@ -372,27 +354,28 @@ def test_fine_tuning_starts_from_the_weights(short, weights, tmp_path, capsys):
     classifier = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert classifier.input_shape == (None, 48, 48, 3)
     assert preprocessing_of(classifier) == Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), CIFAR10_CLASSES, (48, 48))
-    # At a rate of 0 nothing trains. The weights' classes are as many, but other ones.
+    # At a learning rate of 0 nothing trains. The weights have as many classes, but other ones.
     assert _same_backbone(tmp_path / "run", weights) == (True, False)
     assert (report.variant, report.image_size) == ("cvt_tiny", [48, 48])
     assert report.recipe["weights"] == weights
-    said = capsys.readouterr().out
-    assert f"starting from {weights}: cvt_tiny, with quick_gelu" in said
-    assert "the head is new" in said
+    printed = capsys.readouterr().out
+    assert f"starting from {weights}: cvt_tiny, with quick_gelu" in printed
+    assert "head: new" in printed
     assert report.recipe["variant"] == to_dict(VARIANTS["cvt_tiny"])
     assert report.macs == macs("cvt_tiny", (48, 48, 3), 10)
 
 
-def test_the_same_classes_keep_the_head(short, weights, tmp_path):
+def test_weights_with_the_same_classes_keep_their_head(short, weights, tmp_path, capsys):
     model = CvT.from_pretrained(weights)
     model.preprocessing = model.preprocessing.replace(class_names=CIFAR10_CLASSES)
     model.save(tmp_path / "cifar.keras")
-    own = str(tmp_path / "cifar.keras")
-    run(dataclasses.replace(short, weights=own, variant=None, peak_learning_rate=0.0), tmp_path / "run", evaluate_test=False)
-    assert _same_backbone(tmp_path / "run", own) == (True, True)
+    same_classes = dataclasses.replace(short, weights=str(tmp_path / "cifar.keras"), variant=None, peak_learning_rate=0.0)
+    run(same_classes, tmp_path / "run", evaluate_test=False)
+    assert _same_backbone(tmp_path / "run", same_classes.weights) == (True, True)
+    assert "head: loaded from the weights" in capsys.readouterr().out
 
 
-def test_a_variants_name_beside_weights_settles_the_shape_alone(short, weights, tmp_path):
+def test_with_weights_the_activation_comes_from_them_and_not_from_the_variants_name(short, weights, tmp_path):
     gelu = dataclasses.replace(VARIANTS["cvt_tiny"], activation="gelu")
     CvT(gelu, 10, (16, 16, 3)).save(tmp_path / "gelu.keras")
     recipe = dataclasses.replace(short, weights=str(tmp_path / "gelu.keras"), variant="cvt_tiny")

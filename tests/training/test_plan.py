@@ -8,7 +8,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from cvt_keras import VARIANTS, CvT, Stage, Variant
+from cvt_keras import VARIANTS, CvT, Stage, Variant, runs
 from cvt_keras.data import sources, tfds
 from cvt_keras.errors import (
     ArgumentError,
@@ -24,9 +24,11 @@ from cvt_keras.training import loop, plan
 from cvt_keras.training.plan import resolve
 from cvt_keras.training.recipes import SMOKE
 
+pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
+
 
 def run(*args, **kwargs):
-    """Trains -> the report."""
+    """Trains and returns the report."""
     return loop.run(*args, **kwargs).report
 
 
@@ -44,12 +46,12 @@ def test_auto_follows_the_device(monkeypatch):
     assert resolve(forced) == forced
 
 
-def test_an_unseen_nvidia_device_is_told(short, tmp_path, monkeypatch, capsys):
-    for there in (True, False):
-        monkeypatch.setattr(plan.environment, "has_nvidia_device", lambda there=there: there)
+def test_an_nvidia_device_that_tensorflow_can_not_use_is_warned_of(short, tmp_path, monkeypatch, capsys):
+    for exists in (True, False):
+        monkeypatch.setattr(plan.environment, "has_nvidia_device", lambda exists=exists: exists)
         with pytest.raises(DataError):
             run(dataclasses.replace(short, data_dir=str(tmp_path / "nowhere")), tmp_path / "run")
-        assert ("tensorflow[and-cuda]" in capsys.readouterr().err) == there
+        assert ("tensorflow[and-cuda]" in capsys.readouterr().err) == exists
 
 
 def test_another_backend_is_refused(recipe, tmp_path, monkeypatch):
@@ -63,14 +65,14 @@ def test_another_backend_is_refused(recipe, tmp_path, monkeypatch):
 # === Data ===
 
 
-def test_auto_says_at_start_and_end_what_stands_in_and_why(short, tmp_path, monkeypatch, capsys):
+def test_auto_warns_at_start_and_end_that_it_trains_on_digits_and_why(short, tmp_path, monkeypatch, capsys):
     def unavailable(data_dir, image_size):
         raise UnavailableError("CIFAR-10 is nowhere")
 
     monkeypatch.setattr(tfds, "cifar10", unavailable)
     report = run(dataclasses.replace(short, dataset="auto"), tmp_path / "run")
     assert report.dataset == report.recipe["dataset"] == "digits"
-    assert report.recipe["flip"] is False  # a mirrored digit is another
+    assert report.recipe["flip"] is False  # a mirrored digit is a different sign
     assert "8x8" in report.data_note and "CIFAR-10 is nowhere" in report.data_note
     warnings = [line for line in capsys.readouterr().err.splitlines() if "CIFAR-10 is nowhere" in line]
     assert len(warnings) == 2
@@ -78,12 +80,12 @@ def test_auto_says_at_start_and_end_what_stands_in_and_why(short, tmp_path, monk
 
     (tmp_path / "run" / "report.json").unlink()
     run(dataclasses.replace(short, dataset="auto"), tmp_path / "run", resume=True)
-    assert capsys.readouterr().err.count("WARNING: scikit-learn's digits stand in for CIFAR-10") == 2
+    assert capsys.readouterr().err.count("WARNING: this run was started on scikit-learn's digits") == 2
     run(dataclasses.replace(short, dataset="digits"), tmp_path / "run", resume=True)
     assert "WARNING" not in capsys.readouterr().err
 
 
-def test_a_run_without_data_leaves_no_folder_in_the_way(recipe, tmp_path):
+def test_a_run_without_data_leaves_no_folder(recipe, tmp_path):
     with pytest.raises(DataError):
         run(dataclasses.replace(recipe, data_dir=str(tmp_path / "nowhere")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -100,7 +102,7 @@ def test_a_folder_is_named_after_recipe_data_and_variant(dataset, folder):
 
 @pytest.fixture
 def no_cifar10(monkeypatch, tmp_path):
-    """A machine on which `auto` means the digits, and a folder of its own to write runs to."""
+    """`auto` loads the digits, and runs are written to `tmp_path`."""
 
     def unavailable(*_):
         raise UnavailableError("CIFAR-10 is nowhere")
@@ -109,7 +111,7 @@ def no_cifar10(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_default_folder_is_named_after_the_data_that_was_used(short, no_cifar10, capsys):
+def test_the_default_folder_is_named_after_the_loaded_data_set(short, no_cifar10, capsys):
     auto = dataclasses.replace(short, dataset="auto", data_dir=None)
     result = loop.run(auto, name="smoke", evaluate_test=False)
     assert result.run_dir == Path("runs/smoke-digits-cvt_tiny")
@@ -124,10 +126,13 @@ def test_the_default_folder_is_named_after_the_data_that_was_used(short, no_cifa
 
 def test_a_default_folder_of_version_0_1_is_resumed(short, no_cifar10):
     auto = dataclasses.replace(short, dataset="auto", data_dir=None)
-    result = loop.run(auto, "runs/smoke-auto-cvt_tiny", evaluate_test=False)
-    again = loop.run(auto, name="smoke", resume=True, evaluate_test=False)
-    assert again.run_dir == result.run_dir
-    shutil.copytree(result.run_dir, "runs/smoke-digits-cvt_tiny")
+    run_dir = Path("runs/smoke-auto-cvt_tiny")
+    run_dir.mkdir(parents=True)
+    digits = dataclasses.replace(auto, dataset="digits", flip=False, precision="float32", xla="off")
+    runs.write_json(run_dir / "recipe.json", digits.settings())
+    settled = plan.settle(auto, name="smoke", resume=True)
+    assert settled.resumed and settled.run_dir == run_dir
+    shutil.copytree(run_dir, "runs/smoke-digits-cvt_tiny")
     with pytest.raises(ArgumentError) as error:
         loop.run(auto, name="smoke", resume=True)
     assert error.value.argument == "run_dir"
@@ -141,7 +146,7 @@ def test_a_run_is_never_overwritten(recipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_a_folder_that_may_not_be_written_is_told_before_data_is_loaded(recipe, tmp_path, monkeypatch):
+def test_a_folder_without_write_permission_is_refused_before_data_is_loaded(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "load", None)
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(RunError) as error:
@@ -156,7 +161,7 @@ def test_a_folder_that_may_not_be_written_is_told_before_data_is_loaded(recipe, 
 def test_a_batch_larger_than_the_data_is_refused(recipe, tmp_path):
     with pytest.raises(RecipeError) as error:
         run(dataclasses.replace(recipe, train_limit=31), tmp_path / "run")
-    assert (error.value.argument, error.value.hint) == ("batch_size", "Give --batch-size 31 or less")
+    assert (error.value.argument, error.value.hint) == ("batch_size", "Use --batch-size 31 or less")
     assert not (tmp_path / "run").exists()
 
 
@@ -167,7 +172,7 @@ def test_a_padding_wider_than_the_image_is_refused(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_variant_too_coarse_for_the_images_is_refused(recipe, tmp_path, monkeypatch):
+def test_images_too_small_for_the_variant_are_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(VARIANTS, "coarse", Variant((Stage(8, 1, 1, kernel_size=63, stride=64, padding=31),)))
     with pytest.raises(RecipeError) as error:
         run(dataclasses.replace(recipe, variant="coarse"), tmp_path / "run")
@@ -175,7 +180,7 @@ def test_a_variant_too_coarse_for_the_images_is_refused(recipe, tmp_path, monkey
     assert "coarse" in error.value.summary and "64x64" in error.value.summary
 
 
-def test_a_compression_in_a_recipe_is_refused_with_the_way_out(short, tmp_path):
+def test_a_compression_in_a_recipe_is_refused(short, tmp_path):
     with pytest.raises(RecipeError) as error:
         run(dataclasses.replace(short, compression={"method": "prune"}), tmp_path / "run")
     assert error.value.argument == "compression"
@@ -188,13 +193,13 @@ def test_a_compression_in_a_recipe_is_refused_with_the_way_out(short, tmp_path):
 @pytest.mark.parametrize(
     "change, argument, part",
     [
-        ({"variant": None, "weights": None}, "weights", "neither"),
+        ({"variant": None, "weights": None}, "weights", "variant=None"),
         ({"variant": None, "weights": "nowhere.pth"}, "weights", "nowhere.pth"),
         ({"variant": "cvt_13"}, "variant", ""),
         ({"variant": None, "weights": "{grey}"}, "weights", "grey.keras, with 1"),
     ],
 )
-def test_weights_that_do_not_fit_are_told_before_the_data_is_read(
+def test_weights_that_do_not_fit_are_refused_before_data_is_loaded(
     change, argument, part, short, weights, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(sources, "load", None)
@@ -207,7 +212,7 @@ def test_weights_that_do_not_fit_are_told_before_the_data_is_read(
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_that_may_not_be_read_are_told(short, weights, tmp_path, monkeypatch):
+def test_weights_without_read_permission_are_named(short, weights, tmp_path, monkeypatch):
     def read(*_):  # root may read anything
         raise PermissionError(13, "Permission denied")
 
@@ -217,7 +222,7 @@ def test_weights_that_may_not_be_read_are_told(short, weights, tmp_path, monkeyp
     assert weights in error.value.summary and "Permission denied" in error.value.summary
 
 
-def test_a_missing_package_for_the_weights_is_told(short, tmp_path, monkeypatch):
+def test_a_missing_package_for_the_weights_is_named(short, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     (tmp_path / "weights.safetensors").write_text("")
     with pytest.raises(MissingPackageError, match="pip install safetensors"):

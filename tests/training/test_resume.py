@@ -19,16 +19,26 @@ from cvt_keras.errors import (
     RunError,
 )
 from cvt_keras.training import loop
+from cvt_keras.training.plan import settle
 from cvt_keras.training.recipes import SMOKE
 from cvt_keras.training.resume import StoredRun, newer_fields, same_weights, without_newer_fields
 
+pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
+
 
 def run(*args, **kwargs):
-    """Trains -> the report."""
+    """Trains and returns the report."""
     return loop.run(*args, **kwargs).report
 
 
-def test_a_finished_run_is_left_as_it_is(finished, recipe, capsys):
+@pytest.fixture(scope="module")
+def tested_result(short, untested_result, tmp_path_factory):
+    """The `RunResult` of `short` with test images, to be read only."""
+    run_dir = shutil.copytree(untested_result.run_dir, tmp_path_factory.mktemp("runs") / "tested")
+    return loop.run(short, run_dir, resume=True)
+
+
+def test_a_finished_run_is_not_changed(finished, recipe, capsys):
     report, run_dir = finished
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     assert run(recipe, run_dir, resume=True) == report
@@ -36,61 +46,61 @@ def test_a_finished_run_is_left_as_it_is(finished, recipe, capsys):
     assert "finished" in capsys.readouterr().out
 
 
-def test_files_that_broke_since_may_be_skipped(tmp_path):
+def test_skip_broken_may_change_before_a_resume(tmp_path):
     stored = StoredRun(tmp_path, SMOKE, newer_fields=())
     stored.require_same(dataclasses.replace(SMOKE, skip_broken=True))
     with pytest.raises(DifferentRunError):
         stored.require_same(dataclasses.replace(SMOKE, early_stopping=3))
 
 
-def test_a_finished_run_needs_its_images_no_more(finished, recipe, monkeypatch):
+def test_a_finished_run_does_not_need_its_images(finished, recipe, monkeypatch):
     report, run_dir = finished
     monkeypatch.setattr(sources, "load", None)
     assert run(recipe, run_dir, resume=True) == report
 
 
-def test_resume_begins_where_there_is_no_run_and_refuses_another_folder(short, tmp_path, capsys):
+def test_resume_starts_a_new_run_if_there_is_none_and_refuses_a_folder_of_other_files(short, untested, tmp_path, capsys):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "letter.txt").touch()
     with pytest.raises(OccupiedError) as error:
         run(short, tmp_path / "letters", resume=True)
     assert error.value.argument == "run_dir"
     assert "letters" in error.value.summary
-    assert run(short, tmp_path / "run", resume=True, evaluate_test=False).epochs == 1
+    assert not settle(short, tmp_path / "run", resume=True).resumed
     assert "no run to resume" in capsys.readouterr().out
     for name in ("checkpoints", "plots"):
-        shutil.rmtree(tmp_path / "run" / name)
-    run(short, tmp_path / "run", resume=True, evaluate_test=False)
-    assert f"no finished epoch to resume from in {tmp_path}/run" in capsys.readouterr().out
+        shutil.rmtree(untested / name)
+    assert run(short, untested, resume=True, evaluate_test=False).epochs_trained == 1
+    assert f"no finished epoch to resume from in {untested}" in capsys.readouterr().out
 
 
-def test_a_run_that_was_killed_as_it_began_begins_again(short, tmp_path):
+def test_a_folder_with_unfinished_files_only_is_vacant_and_is_cleaned(short, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / ".7-recipe.json").write_text("{")
-    run(short, run_dir, evaluate_test=False)
-    assert not (run_dir / ".7-recipe.json").exists()
+    with loop._occupied(settle(short, run_dir)):
+        assert not list(run_dir.iterdir())
 
 
 @pytest.mark.parametrize(
     "names",
     [("model.keras", "report.json", "report.html", "history.csv"), ("report.html",), ("model.keras",), ("history.csv",)],
 )
-def test_what_a_run_lost_after_its_last_epoch_is_made_again(short, tmp_path, names):
-    report = run(short, tmp_path / "run")
+def test_files_missing_after_the_last_epoch_are_written_again(short, tested_result, tmp_path, names):
+    run_dir = shutil.copytree(tested_result.run_dir, tmp_path / "run")
     for name in names:
-        (tmp_path / "run" / name).unlink()
-    assert run(short, tmp_path / "run", resume=True) == report
+        (run_dir / name).unlink()
+    assert run(short, run_dir, resume=True) == tested_result.report
     for name in names:
-        assert (tmp_path / "run" / name).exists()
-    assert len(runs.read_history(tmp_path / "run")) == 1
+        assert (run_dir / name).exists()
+    assert len(runs.read_history(run_dir)) == 1
 
 
-def test_the_test_images_may_be_asked_for_later(short, tmp_path):
-    assert run(short, tmp_path / "run", evaluate_test=False).test is None
-    report = run(short, tmp_path / "run", resume=True)
-    assert report.test["images"] == 100
-    assert run(short, tmp_path / "run", resume=True, evaluate_test=False) == report
+def test_a_finished_run_can_be_tested_later(short, untested_result, tested_result):
+    assert untested_result.report.test is None
+    assert tested_result.report.test["images"] == 100
+    assert tested_result.history == untested_result.history
+    assert run(short, tested_result.run_dir, resume=True, evaluate_test=False) == tested_result.report
 
 
 def _stop_in_second_epoch(recipe, run_dir, monkeypatch):
@@ -105,7 +115,7 @@ def _stop_in_second_epoch(recipe, run_dir, monkeypatch):
         run(recipe, run_dir, evaluate_test=False)
 
 
-def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):
+def test_fine_tuning_is_resumed_without_the_file_of_the_weights(short, weights, tmp_path, monkeypatch):
     recipe = dataclasses.replace(short, weights=weights, variant=None, epochs=2, layer_decay=0.5)
     whole = run(recipe, tmp_path / "whole", evaluate_test=False)
     _stop_in_second_epoch(recipe, tmp_path / "run", monkeypatch)
@@ -115,10 +125,10 @@ def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):
         assert error.value.differences == {"weights": (repr(weights), repr(other["weights"]))}
     moved = tmp_path / Path(weights).name
     shutil.copy(weights, moved)
-    with pytest.raises(DifferentRunError) as error:  # as long as both are there, they may be two
+    with pytest.raises(DifferentRunError) as error:  # while both files exist, they may differ
         run(dataclasses.replace(recipe, weights=str(moved)), tmp_path / "run", resume=True)
     assert list(error.value.differences) == ["weights"]
-    # What the first epoch made of the weights is all that it takes: the file may be elsewhere, or gone.
+    # The checkpoint of the first epoch is enough: the file of the weights may be moved or deleted.
     Path(weights).rename(f"{weights}.away")
     try:
         monkeypatch.chdir(tmp_path)
@@ -136,7 +146,7 @@ def test_fine_tuning_goes_on(short, weights, tmp_path, monkeypatch):
 # === Another run ===
 
 
-def test_a_run_goes_on_with_its_own_settings_alone(finished, recipe):
+def test_a_run_is_resumed_with_its_own_settings_only(finished, recipe):
     _, run_dir = finished
     with pytest.raises(DifferentRunError) as error:
         run(dataclasses.replace(recipe, epochs=3, seed=1), run_dir, resume=True)
@@ -146,13 +156,13 @@ def test_a_run_goes_on_with_its_own_settings_alone(finished, recipe):
     assert (copied.differences, copied.run_dir, copied.argument) == (error.value.differences, run_dir, "run_dir")
 
 
-def test_fields_that_the_version_of_a_run_did_not_have_keep_their_default(capsys):
+def test_fields_that_an_older_version_did_not_have_get_their_defaults(capsys):
     settings = SMOKE.settings()
     assert newer_fields(settings) == ()
     del settings["validation_limit"]
     assert newer_fields(settings) == ("validation_limit",)
     assert without_newer_fields(SMOKE, newer_fields(settings)).validation_limit is None
-    assert "validation_limit=128 is not used" in capsys.readouterr().out
+    assert "validation_limit=128 is ignored" in capsys.readouterr().out
     without_newer_fields(dataclasses.replace(SMOKE, validation_limit=None), newer_fields(settings))
     assert not capsys.readouterr().out
 
@@ -161,7 +171,7 @@ def _digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path, capsys):
+def test_a_run_is_resumed_with_its_own_images_only(short, tmp_path, capsys):
     def add(name, i):
         (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), "uint8")
@@ -193,27 +203,27 @@ def test_a_run_goes_on_with_its_own_images_alone(short, tmp_path, capsys):
     assert list(error.value.differences) == ["data_dir"]
 
 
-def test_the_weights_of_a_run_are_the_same_where_they_were_moved(tmp_path):
-    here, there = tmp_path / "a" / "model.keras", tmp_path / "b" / "model.keras"
-    there.parent.mkdir()
-    there.touch()
-    assert same_weights(str(here), str(there))  # from where there is nothing
-    assert not same_weights(str(there), str(here))
-    assert not same_weights(str(here), str(there.with_name("other.keras")))
-    here.parent.mkdir()
-    here.touch()
-    assert not same_weights(str(here), str(there))
+def test_weights_stay_the_same_when_their_file_is_moved(tmp_path):
+    old, new = tmp_path / "a" / "model.keras", tmp_path / "b" / "model.keras"
+    new.parent.mkdir()
+    new.touch()
+    assert same_weights(str(old), str(new))
+    assert not same_weights(str(new), str(old))
+    assert not same_weights(str(old), str(new.with_name("other.keras")))
+    old.parent.mkdir()
+    old.touch()
+    assert not same_weights(str(old), str(new))
     assert not same_weights("microsoft/cvt-13", "me/cvt-13")
     assert same_weights("microsoft/cvt-13", "microsoft/cvt-13")
-    assert same_weights(str(here), f"{tmp_path}/b/../a/model.keras")
-    assert not same_weights(None, str(here))
+    assert same_weights(str(old), f"{tmp_path}/b/../a/model.keras")
+    assert not same_weights(None, str(old))
 
 
-# === Broken files ===
+# === Damaged files ===
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"epochs": 0}', '{"epoch": 1}'])
-def test_a_broken_recipe_of_a_run_is_named(short, tmp_path, content):
+def test_a_damaged_recipe_of_a_run_is_named(short, tmp_path, content):
     (tmp_path / "recipe.json").write_text(content)
     with pytest.raises(RunError) as error:
         run(short, tmp_path, resume=True)
@@ -222,7 +232,7 @@ def test_a_broken_recipe_of_a_run_is_named(short, tmp_path, content):
 
 
 @pytest.mark.parametrize("content", ["{", "{}"])
-def test_a_broken_report_is_named(finished, recipe, tmp_path, content):
+def test_a_damaged_report_is_named(finished, recipe, tmp_path, content):
     _, run_dir = finished
     shutil.copytree(run_dir, tmp_path / "run")
     path = tmp_path / "run" / "report.json"

@@ -1,4 +1,4 @@
-"""A folder of few and unequal images: a run that weighs classes and stops early, and one that starts from its weights."""
+"""A small folder of images with unequal classes: class weights, early stopping, and fine-tuning from the run's weights."""
 
 import dataclasses
 import hashlib
@@ -14,6 +14,8 @@ from cvt_keras.model import cvt_of
 from cvt_keras.training import run
 from cvt_keras.training.recipes import SMOKE
 
+pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
@@ -26,7 +28,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(photos):
-    # At so low a rate no epoch is better for long.
+    # At such a low learning rate the epochs soon stop to improve.
     return dataclasses.replace(
         SMOKE, dataset="folder", data_dir=photos, image_size=16, batch_size=8, epochs=20, peak_learning_rate=1e-7,
         class_weights="auto", early_stopping=1,
@@ -38,7 +40,7 @@ def result(recipe, tmp_path_factory):
     return run(recipe, tmp_path_factory.mktemp("few") / "run")
 
 
-def test_the_report_says_how_the_classes_weigh_and_when_training_stopped(result):
+def test_the_report_has_the_class_weights_and_the_epoch_of_early_stopping(result):
     report = result.report
     common, rare = report.train_images_per_class
     assert common + rare == report.train_images
@@ -51,18 +53,18 @@ def test_the_report_says_how_the_classes_weigh_and_when_training_stopped(result)
     assert not [warning for warning in report.data_warnings if "--class-weights" in warning]
 
 
-def test_a_run_that_stopped_early_is_over(result, recipe, tmp_path):
+def test_a_run_that_stopped_early_is_finished(result, recipe, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(result.run_dir, run_dir)
     (run_dir / "report.json").unlink()
-    (run_dir / "images.csv").unlink()  # as of an older version
+    (run_dir / "images.csv").unlink()  # as in an older version
     again = run(recipe, run_dir, resume=True)
     assert again.history == result.history
     assert again.report == result.report
     assert (run_dir / "images.csv").read_bytes() == (result.run_dir / "images.csv").read_bytes()
 
 
-def test_the_record_holds_every_image(result, photos):
+def test_the_record_has_every_image(result, photos):
     record = ImageRecord.read(result.run_dir / "images.csv")
     files = {hashlib.sha256(path.read_bytes()).hexdigest(): path.parent.name for path in photos.rglob("*.png")}
     assert {digest: image.label for digest, image in record.images.items()} == files
@@ -71,17 +73,17 @@ def test_the_record_holds_every_image(result, photos):
     assert splits.count("test") == result.report.test["images"]
 
 
-def test_fine_tuning_tests_on_nothing_that_was_trained_on(result, recipe, photos, tmp_path, capsys):
+def test_fine_tuning_does_not_test_on_images_that_the_weights_were_trained_on(result, recipe, photos, tmp_path, capsys):
     record = ImageRecord.read(result.run_dir / "images.csv").images
-    # A test/ of training images, and one of them is gone.
-    seen, others = [], []
+    # A new folder with training images in test/ and one training image missing.
+    trained, others = [], []
     for path in sorted(photos.rglob("*.png")):
-        trained_on = record[hashlib.sha256(path.read_bytes()).hexdigest()].split == "train"
-        (seen if trained_on else others).append(path)
-    gone, *seen = seen
+        split = record[hashlib.sha256(path.read_bytes()).hexdigest()].split
+        (trained if split == "train" else others).append(path)
+    missing, *trained = trained
     new = tmp_path / "photos"
-    for i, path in enumerate((*seen, *others)):
-        copy = new / ("test" if path in seen and i % 3 == 0 else "train") / path.parent.name / path.name
+    for i, path in enumerate((*trained, *others)):
+        copy = new / ("test" if path in trained and i % 3 == 0 else "train") / path.parent.name / path.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
     start = keras.saving.load_model(result.run_dir / "model.keras")
@@ -92,11 +94,11 @@ def test_fine_tuning_tests_on_nothing_that_was_trained_on(result, recipe, photos
     [difference] = [line for line in report.data_warnings if line.startswith(f"images differ from those of {result.run_dir}")]
     assert "1 missing, " in difference and difference.endswith(" in another split than their folder says.")
     assert f"WARNING: {difference}" in capsys.readouterr().err
-    later = ImageRecord.read(tmp_path / "tuned" / "images.csv").images
-    gone = hashlib.sha256(gone.read_bytes()).hexdigest()
-    assert later == {**record, gone: record[gone]._replace(split="earlier")}  # the weights know it
+    tuned_record = ImageRecord.read(tmp_path / "tuned" / "images.csv").images
+    digest = hashlib.sha256(missing.read_bytes()).hexdigest()
+    assert tuned_record == {**record, digest: record[digest]._replace(split="earlier")}  # the weights were trained on it
     assert report.test["images"] == result.report.test["images"]
     model = keras.saving.load_model(tmp_path / "tuned" / "model.keras")
     for before, after in zip(start.weights, model.weights, strict=True):
         assert np.array_equal(before, after) != before.path.endswith(("head/kernel", "head/bias")), before.path
-    assert not [layer.name for layer in cvt_of(model).layers if not layer.trainable]  # to be trained further
+    assert not [layer.name for layer in cvt_of(model).layers if not layer.trainable]  # the saved model can be trained further
