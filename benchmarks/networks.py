@@ -15,7 +15,7 @@ import math
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 MAX_CROP = 4  # the images are padded by so much whatever the crop, so that its size needs no program of its own
 WHITENING_IMAGES = 5_000
 WHITENING_FILTERS = 24  # 2 * 2 * 3 eigenvectors and their negatives
+LOOKAHEAD_STEPS = 5
 NORM_EPSILON = 1e-5
 BATCH_NORM_MOMENTUM = 0.9
 
@@ -51,6 +52,8 @@ class Stage:
         local: number of residual 3x3 convolutions (norm, GELU) between embedding and blocks.
         mlp: `"linear"`, `"local"` (a residual depthwise 3x3 convolution between the two linear layers) or `"conv"` (the first
             layer is a 3x3 convolution).
+        projection: `"conv"` (queries, keys and values come from depthwise convolutions) or `"linear"` (from the tokens
+            themselves, at stride 1).
     """
 
     dim: int
@@ -61,6 +64,7 @@ class Stage:
     embed: Literal["conv", "conv_act", "pool"] = "pool"
     local: int = 0
     mlp: Literal["linear", "local", "conv"] = "linear"
+    projection: Literal["conv", "linear"] = "conv"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Network:
         stages: `Stage` records.
         stem: widths of 3x3 convolutions with BatchNorm and GELU, before the first stage.
         whiten: padding of the 2x2 whitening convolution in front of everything: `"valid"`, `"same"`, or `""` for none.
+        trained_whitening: train the kernel of that convolution from a random start.
+        class_token: give the last stage a class token, and classify by it; needs blocks there, and no `"conv"` MLP.
         norm: `"layer"` or `"batch"`, of blocks and of the head. An embedding that pools always has BatchNorm.
         widths: of the CNN's groups: two 3x3 convolutions each, with a 2x2 max-pool after the first.
     """
@@ -78,6 +84,8 @@ class Network:
     stages: tuple[Stage, ...] = ()
     stem: tuple[int, ...] = ()
     whiten: Literal["", "valid", "same"] = ""
+    trained_whitening: bool = False
+    class_token: bool = False
     norm: Literal["layer", "batch"] = "layer"
     widths: tuple[int, ...] = ()
 
@@ -105,6 +113,9 @@ class Settings:
         cutmix: probability that a box of an image becomes another image's.
         drop_path: stochastic depth rate of the last block; the rates rise linearly from 0 in the first.
         ema: momentum of the weights' moving average, which is validated; 0 is off.
+        lookahead: share of the slow weights that is kept, at the end of training, each time they move towards the fast ones,
+            which then restart from them: every five steps. The share rises from 0 with the cube of time. 0 is off; excludes
+            `ema`.
         head_scale: scale attention by the width of a head, not of all heads together.
         max_pool: take the largest token in the head, not their mean.
         whitening_epsilon: added to the eigenvalues.
@@ -132,6 +143,7 @@ class Settings:
     cutmix: float = 0.0
     drop_path: float = 0.0
     ema: float = 0.0
+    lookahead: float = 0.0
     head_scale: bool = False
     max_pool: bool = False
     whitening_epsilon: float = 5e-4
@@ -308,7 +320,7 @@ def apply(network, tracer, images):
     """Normalised images `(batch, 32, 32, 3)` -> logits `(batch, 10)`, float32."""
     x = images.astype(tracer.dtype)
     if network.whiten:
-        x = _whiten(tracer, x, network.whiten)
+        x = _whiten(tracer, x, network)
     x = _cnn(network, tracer, x) if network.widths else _cvt(network, tracer, x)
     mean, largest = jnp.mean(x.astype(jnp.float32), axis=(1, 2)), jnp.max(x, axis=(1, 2)).astype(jnp.float32)
     x = jnp.where(tracer.setting("max_pool") > 0, largest, mean)
@@ -318,14 +330,17 @@ def apply(network, tracer, images):
         return x @ kernel + tracer.weight("bias", (CLASSES,), "zeros")
 
 
-def _whiten(tracer, x, padding):
-    if padding == "same":
+def _whiten(tracer, x, network):
+    if network.whiten == "same":
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
     height, width = x.shape[1] - 1, x.shape[2] - 1
     patches = jnp.concatenate([x[:, i : i + height, j : j + width] for i in (0, 1) for j in (0, 1)], axis=-1)  # (B, H, W, 12)
     tracer.count(height * width * 12 * WHITENING_FILTERS)
-    kernel = jnp.zeros((12, WHITENING_FILTERS)) if tracer.hyper is None else tracer.hyper["whitening"]
     with tracer.scoped("whiten"):
+        if network.trained_whitening:
+            kernel = tracer.weight("kernel", (12, WHITENING_FILTERS), "conv", fan_in=12, muon=True, decays=True)
+        else:
+            kernel = jnp.zeros((12, WHITENING_FILTERS)) if tracer.hyper is None else tracer.hyper["whitening"]
         x = tracer.product(patches, kernel)
         return gelu(x + tracer.weight("bias", (WHITENING_FILTERS,), "zeros").astype(x.dtype))
 
@@ -342,7 +357,7 @@ def _cvt(network, tracer, x):
     for i, dim in enumerate(network.stem):
         with tracer.scoped(f"stem{i}"):
             x = gelu(tracer.batch_norm(tracer.conv(x, dim, "conv"), "norm"))
-    blocks, done = sum(stage.depth for stage in network.stages), 0
+    blocks, done, token = sum(stage.depth for stage in network.stages), 0, None
     for i, stage in enumerate(network.stages):
         with tracer.scoped(f"stage{i}"):
             with tracer.scoped("embed"):
@@ -355,31 +370,53 @@ def _cvt(network, tracer, x):
             for j in range(stage.local):
                 with tracer.scoped(f"local{j}"):
                     x = x + gelu(tracer.batch_norm(tracer.conv(x, stage.dim, "conv"), "norm"))
+            if network.class_token and i == len(network.stages) - 1:
+                token = tracer.weight("token", (1, 1, 1, stage.dim), "linear").astype(x.dtype)
+                token = jnp.broadcast_to(token, (x.shape[0], 1, 1, stage.dim))
             tracer.in_block = True
             for j in range(stage.depth):
                 with tracer.scoped(f"block{j}"):
-                    x = _block(network, stage, tracer, x, done / max(blocks - 1, 1))
+                    x, token = _block(network, stage, tracer, x, token, done / max(blocks - 1, 1))
                 done += 1
             tracer.in_block = False
-    return tracer.norm(x, network.norm, "norm")
+    return tracer.norm(x if token is None else token, network.norm, "norm")
 
 
-def _block(network, stage, tracer, x, drop_share):
+def _block(network, stage, tracer, grid, token, drop_share):
+    """Grid `(B, H, W, C)` and class token `(B, 1, 1, C)` or None; returns the same."""
+    x = _joined(grid, token)
     tokens = tracer.norm(x, network.norm, "norm1")
-    x = x + tracer.drop_path(_attention(network, stage, tracer, tokens), drop_share)
+    x = x + tracer.drop_path(_attention(stage, tracer, *_parted(tokens, grid.shape, token)), drop_share)
     tokens = tracer.norm(x, network.norm, "norm2")
     hidden = int(stage.dim * stage.mlp_ratio)
     first = functools.partial(tracer.conv, bias=True) if stage.mlp == "conv" else tracer.linear
     tokens = first(tokens, hidden, "fc1")
     if stage.mlp == "local":
-        tokens = tokens + tracer.depthwise(tokens, "local")
-    return x + tracer.drop_path(tracer.linear(gelu(tokens), stage.dim, "fc2", branch_end=True), drop_share)
+        inner, inner_token = _parted(tokens, (*grid.shape[:3], hidden), token)
+        tokens = _joined(inner + tracer.depthwise(inner, "local"), inner_token)
+    x = x + tracer.drop_path(tracer.linear(gelu(tokens), stage.dim, "fc2", branch_end=True), drop_share)
+    return _parted(x, grid.shape, token)
 
 
-def _attention(network, stage, tracer, tokens):
+def _joined(grid, token):
+    """Grid `(B, H, W, C)` and class token `(B, 1, 1, C)` -> `(B, 1 + H * W, 1, C)`; the grid itself where there is no token."""
+    if token is None:
+        return grid
+    return jnp.concatenate([token, grid.reshape(grid.shape[0], -1, 1, grid.shape[-1])], axis=1)
+
+
+def _parted(tokens, shape, token):
+    """What `_joined` joined: a grid of this shape and, unless `token` is None, a class token."""
+    return (tokens, None) if token is None else (tokens[:, 1:].reshape(shape), tokens[:, :1])
+
+
+def _attention(stage, tracer, grid, token):
     parts = []
     for name, stride in (("q", 1), ("k", stage.stride_kv), ("v", stage.stride_kv)):
-        y = tracer.batch_norm(tracer.depthwise(tokens, f"conv_{name}", stride, "projection"), f"norm_{name}")
+        y = grid
+        if stage.projection == "conv":
+            y = tracer.batch_norm(tracer.depthwise(grid, f"conv_{name}", stride, "projection"), f"norm_{name}")
+        y = _joined(y, token)
         y = y.reshape(y.shape[0], -1, stage.dim)  # (B, H, W, C) -> (B, N, C)
         parts.append(tracer.linear(y, stage.dim, f"proj_{name}"))
     heads, width = stage.heads, stage.dim // stage.heads
@@ -388,7 +425,7 @@ def _attention(network, stage, tracer, tokens):
     scale = jnp.where(tracer.setting("head_scale") > 0, width**-0.5, stage.dim**-0.5)
     scores = jnp.einsum("bqhc,bkhc->bhqk", q, k).astype(jnp.float32) * scale
     y = jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(scores).astype(v.dtype), v)
-    y = y.reshape(tokens.shape)  # (B, N, heads, C / heads) -> (B, H, W, C)
+    y = y.reshape(_joined(grid, token).shape)  # (B, N, heads, C / heads) -> (B, H, W, C)
     return tracer.linear(y, stage.dim, "proj", branch_end=True)
 
 
@@ -577,6 +614,16 @@ def updated(listed, weights, gradients, moments, velocities, step, hyper, newton
     return weights, new_moments, new_velocities
 
 
+def averaged(weights, average, step, hyper):
+    """Moves the average of weights after a step. Returns the weights to continue from, and the average."""
+    slow = hyper["lookahead"] > 0
+    sync = jnp.mod(step + 1, LOOKAHEAD_STEPS) == 0
+    share = hyper["lookahead"] * ((step + 1) / hyper["steps"]) ** 3
+    kept = jnp.where(slow, jnp.where(sync, share, 1.0), jnp.where(step > 0, hyper["ema"], 0.0))
+    average = {name: kept * average[name] + (1 - kept) * weights[name] for name in weights}
+    return {name: jnp.where(slow & sync, average[name], weights[name]) for name in weights}, average
+
+
 def training_step(network, newton_schulz_steps, dtype, state, hyper, images, labels, step_key):
     """Trains on one batch of normalised images and soft labels. Returns the new state, loss and accuracy."""
     listed = weights_of(network).listed
@@ -593,8 +640,7 @@ def training_step(network, newton_schulz_steps, dtype, state, hyper, images, lab
     weights, moments, velocities = updated(
         listed, state["weights"], gradients, state["moments"], state["velocities"], step, hyper, newton_schulz_steps
     )
-    momentum = jnp.where(step > 0, hyper["ema"], 0.0)
-    average = {name: momentum * state["average"][name] + (1 - momentum) * weights[name] for name in weights}
+    weights, average = averaged(weights, state["average"], step, hyper)
     hits = jnp.mean(jnp.argmax(logits, axis=-1) == jnp.argmax(labels, axis=-1))
     state = {
         "weights": weights,
@@ -919,10 +965,11 @@ def load(path=None, limit=None):
 
 def _stages(*stages, mlp="local"):
     """`stages`, with this MLP where they name no other."""
-    return tuple(dataclasses.replace(stage, mlp=mlp) if stage.mlp == "linear" else stage for stage in stages)
+    return tuple(replace(stage, mlp=mlp) if stage.mlp == "linear" else stage for stage in stages)
 
 
 _C1 = Stage(64, 1, 2, 1, 4), Stage(128, 1, 4), Stage(256, 1, 8)
+_C10 = Stage(48, 1, 2, 1, 4), Stage(128, 2, 4), Stage(256, 2, 8)
 _CONV_MLP = Stage(128, 1, 4, 1, mlp="conv"), Stage(256, 1, 8, 1, embed="conv_act", mlp="conv")
 _pooled = functools.partial(Network, norm="batch")
 NETWORKS = {
@@ -941,12 +988,63 @@ NETWORKS = {
     "c4": _pooled(_stages(Stage(48, 1, 2, 1, 4), Stage(128, 1, 4, local=1), Stage(256, 1, 8)), whiten="valid"),
     "c6": _pooled(_stages(Stage(48, 1, 2, 1, 4), *_CONV_MLP), whiten="same"),
     "c7": _pooled(_stages(Stage(48, 1, 2, 1, 4), Stage(128, 1, 4, 1), Stage(384, 1, 12, 1.5)), whiten="valid"),
-    "c10": _pooled(_stages(Stage(48, 1, 2, 1, 4), Stage(128, 2, 4), Stage(256, 2, 8)), whiten="valid"),
+    "c10": _pooled(_stages(*_C10), whiten="valid"),
+    "c11": _pooled(_stages(_C10[0], Stage(128, 1, 4, 1), Stage(320, 2, 10, 1.25)), whiten="valid"),
+    "c12": _pooled(_stages(_C10[0], Stage(128, 1, 4, local=1), Stage(256, 2, 8, 1)), whiten="valid"),
+    "c13": _pooled(_stages(_C10[0], Stage(128, 3, 4, 1), Stage(256, 2, 8, 1.5)), whiten="valid"),
+    "c14": _pooled(_stages(_C10[0], Stage(128, 1, 4), Stage(256, 3, 8)), whiten="valid"),
+    "c15": _pooled(_stages(Stage(40, 1, 2, 1, 4), Stage(112, 2, 4), Stage(224, 2, 7)), whiten="same"),
+    "c10, heads of 16": _pooled(_stages(*(replace(stage, heads=stage.dim // 16) for stage in _C10)), whiten="valid"),
+    "c10, heads of 64": _pooled(_stages(_C10[0], replace(_C10[1], heads=2), replace(_C10[2], heads=4)), whiten="valid"),
+}
+
+# `c10` with one thing changed, whatever that does to its MACs.
+ABLATIONS = {
+    "c10, layer norm": replace(NETWORKS["c10"], norm="layer"),
+    "c10, trained whitening": replace(NETWORKS["c10"], trained_whitening=True),
+    "c10, strided embeddings": _pooled(_stages(*(replace(stage, embed="conv_act") for stage in _C10)), whiten="valid"),
+    "c10, strided embeddings, wider": _pooled(
+        _stages(
+            *(replace(stage, embed="conv_act") for stage in (Stage(64, 1, 2, 1, 4), Stage(144, 2, 4), Stage(320, 2, 10, 1.75)))
+        ),
+        whiten="valid",
+    ),
+    "c10, linear MLP": _pooled(_C10, whiten="valid"),
+    "c10, linear projection": _pooled(_stages(*(replace(s, projection="linear", stride_kv=1) for s in _C10)), whiten="valid"),
+    "c10, full keys and values": _pooled(_stages(*(replace(stage, stride_kv=1) for stage in _C10)), whiten="valid"),
+    "c10, without blocks": _pooled(tuple(replace(stage, depth=0) for stage in _C10), whiten="valid"),
+    "c10, class token": replace(NETWORKS["c10"], class_token=True),
 }
 
 # The settings that the survey behind these experiments proposes, and the same with two changes that helped `c1`.
 R = Settings(peak_learning_rate=3e-3, weight_decay=0.3, label_smoothing=0.1, crop_padding=3, head_scale=True)
-S = dataclasses.replace(R, weight_decay=0.6, max_pool=True)
+S = replace(R, weight_decay=0.6, max_pool=True)
+# `S` with the four changes of `FACTORS` that gained most, by top-1 and cross-entropy together.
+W = replace(S, alternating_flip=True, centre_tap=True, dirac=True, peak_learning_rate=4.5e-3, whitening_epsilon=1e-2)
+
+
+# What a designed experiment changes in `S`, each in half of its runs: twelve runs after Plackett and Burman, and the same with
+# every choice reversed, so that no effect is mixed up with that of a pair.
+FACTORS = {
+    "mean pooling": {"max_pool": False},
+    "decay 0.3": {"weight_decay": 0.3},
+    "alternating flip": {"alternating_flip": True},
+    "centre tap, dirac": {"centre_tap": True, "dirac": True},
+    "smoothing 0.2": {"label_smoothing": 0.2},
+    "rate 4.5e-3": {"peak_learning_rate": 4.5e-3},
+    "lookahead": {"lookahead": 0.95**5},
+    "fan-in, zero branches": {"fan_in": True, "zero_branches": True},
+    "whitening 1e-2": {"whitening_epsilon": 1e-2},
+    "momentum 0.85": {"momentum": 0.85},
+    "AdamW rate x2": {"adamw_ratio": 1.0},
+}
+
+
+def design():
+    """Which of `FACTORS` each run of the designed experiment changes: bool `(24, 11)`."""
+    first = np.array([True, True, False, True, True, True, False, False, False, True, False])
+    half = np.array([np.roll(first, shift) for shift in range(11)] + [np.zeros(11, bool)])
+    return np.concatenate([half, ~half])
 
 
 def _experiments():
@@ -954,7 +1052,7 @@ def _experiments():
     experiments = {}
 
     def add(name, network, settings, **changes):
-        experiments[name] = Experiment(name, NETWORKS[network], dataclasses.replace(settings, **changes))
+        experiments[name] = Experiment(name, (NETWORKS | ABLATIONS)[network], replace(settings, **changes))
 
     add("cvt_cifar, its recipe", "cvt_cifar", Settings())
     add("cvt_cifar, R", "cvt_cifar", R, head_scale=False)
@@ -981,15 +1079,28 @@ def _experiments():
     for network in ("c4", "c6", "c7", "c10"):
         add(f"{network}, S", network, S)
 
+    for i, changed in enumerate(design()):
+        changes = [change for change, is_changed in zip(FACTORS.values(), changed) if is_changed]
+        add(f"c10, design {i + 1}", "c10", S, **{name: value for change in changes for name, value in change.items()})
+
+    for network in ("c10", "c11", "c12", "c13", "c14", "c15"):
+        add(f"{network}, W", network, W)
+    add("c10, W, batch 256", "c10", W, batch_size=256, peak_learning_rate=4.5e-3 * math.sqrt(2))
+    for network in ("c10, heads of 16", "c10, heads of 64"):
+        add(f"{network}, W", network, W)
+    for network in ("c10", *ABLATIONS):
+        add(f"{network}, 5 epochs", network, W, epochs=5)
+
     # Not run yet.
-    for network in ("c10", "c7"):
-        add(f"{network}, S, alternating flip", network, S, alternating_flip=True)
-        add(f"{network}, S, centre tap, dirac", network, S, centre_tap=True, dirac=True)
-    add("c10, decay 0.6", "c10", R, weight_decay=0.6)
+    add("cnn, W", "cnn", W)
+    add("c7, W", "c7", W)
+    add("c12, S", "c12", S)
     add("c10, R", "c10", R)
-    add("c10, S, float32", "c10", S, precision="float32")
-    add("c10, S, batch 256", "c10", S, batch_size=256, peak_learning_rate=4.2e-3)
-    add("c10, S, 3 Newton-Schulz steps", "c10", S, newton_schulz_steps=3)
+    add("c12, W, float32", "c12", W, precision="float32")
+    add("c10, W, 3 Newton-Schulz steps", "c10", W, newton_schulz_steps=3)
+    for name, changes in {"erase": {"erase": 0.25}, "cutmix": {"cutmix": 0.5}}.items():
+        add(f"c12, 50 epochs, {name}", "c12", W, epochs=50, crop_padding=4, weight_decay=0.3, **changes)
+    add("c12, 50 epochs, cutmix, decay 0.12", "c12", W, epochs=50, crop_padding=4, weight_decay=0.12, cutmix=0.5)
     for network in ("c1, layer norm", "c2"):
         add(f"{network}, S", network, S)
     add("c1, S, smoothing 0.2", "c1", S, label_smoothing=0.2)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -157,6 +158,59 @@ def test_every_network_keeps_the_budget():
         listed = networks.weights_of(network)
         assert listed.macs <= 60e6, name
         assert network.widths or listed.block_macs > listed.macs / 5, name
+
+
+def test_lookahead_restarts_from_the_slow_weights():
+    hyper = _hyper(lookahead=0.5) | {"steps": 10}
+    fast, slow = {"w": jnp.float32(1)}, {"w": jnp.float32(0)}
+    weights, average = networks.averaged(fast, slow, 3, hyper)
+    assert (weights["w"], average["w"]) == (1, 0)
+    weights, average = networks.averaged(fast, slow, 4, hyper)  # the fifth of ten steps: half of the time
+    assert weights["w"] == average["w"] == 1 - 0.5 * 0.5**3
+
+
+def test_without_an_average_the_weights_are_their_own():
+    weights, average = networks.averaged({"w": jnp.float32(1)}, {"w": jnp.float32(0)}, 4, _hyper())
+    assert weights["w"] == average["w"] == 1
+
+
+def test_the_design_changes_every_pair_of_factors_equally_often():
+    design = networks.design().astype(int)
+    assert design.shape == (24, len(networks.FACTORS))
+    signs = 2 * design - 1
+    np.testing.assert_array_equal(signs.T @ signs, 24 * np.eye(len(networks.FACTORS)))
+    np.testing.assert_array_equal(signs[:12], -signs[12:])
+    first = networks.EXPERIMENTS["c10, design 1"].settings
+    changed = {name: changes for (name, changes), is_changed in zip(networks.FACTORS.items(), design[0]) if is_changed}
+    expected = {name: value for changes in changed.values() for name, value in changes.items()}
+    assert first == dataclasses.replace(networks.S, **expected)
+
+
+def test_ablations_change_what_they_name():
+    listed = {name: networks.weights_of(network) for name, network in networks.ABLATIONS.items()}
+    base = networks.weights_of(networks.NETWORKS["c10"])
+    assert "stage2/token" in listed["c10, class token"].listed
+    assert listed["c10, trained whitening"].macs == base.macs
+    assert listed["c10, trained whitening"].listed.keys() - base.listed.keys() == {"whiten/kernel"}
+    assert not any("conv_q" in name for name in listed["c10, linear projection"].listed)
+    assert listed["c10, full keys and values"].macs > base.macs
+    assert listed["c10, without blocks"].macs == base.macs - base.block_macs
+
+
+def test_the_class_token_sees_the_grid_and_decides(images):
+    network = Network((networks.Stage(8, 1, 2, mlp="local"),), class_token=True)
+    state = networks.initial_state(network, Settings(fan_in=True), 0)
+
+    def logits(pixels):
+        tracer = networks.Tracer(state["weights"], state["statistics"], _hyper())
+        return networks.apply(network, tracer, jnp.asarray(pixels))
+
+    assert not np.allclose(logits(images), logits(images[:, ::-1] * 2))
+    weights = state["weights"]
+    state["weights"] = weights | {"stage0/token": weights["stage0/token"] + 1}
+    changed = logits(images)
+    state["weights"] = weights
+    assert not np.allclose(changed, logits(images))
 
 
 def test_experiments_that_can_share_a_program_do():
