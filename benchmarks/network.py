@@ -1,4 +1,4 @@
-"""Prints the tables of docs/network.md: python benchmarks/network.py
+"""Prints the tables of docs/network.md and docs/results/network.md: python benchmarks/network.py
 
 Parameters and MACs of each variant, and the largest differences from the outputs of the authors' code and of transformers in
 tests/golden.

@@ -1048,7 +1048,7 @@ def design():
 
 
 def _experiments():
-    """Every experiment by its name, in the order of docs/recipe.md."""
+    """Every experiment by its name, in the order of docs/results/recipe.md."""
     experiments = {}
 
     def add(name, network, settings, **changes):

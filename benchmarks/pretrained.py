@@ -1,4 +1,4 @@
-"""Prints the tables of docs/pretrained.md: python benchmarks/pretrained.py [--memory]
+"""Prints the tables of docs/results/pretrained.md: python benchmarks/pretrained.py [--memory]
 
 Largest differences between this network and that of transformers with the same random weights; with --memory, the peak memory
 of a conversion. Needs PyTorch and transformers, which requirements-dev.txt installs.

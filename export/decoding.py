@@ -33,7 +33,7 @@ def decode(data):
 
     Raises:
         tf.errors.InvalidArgumentError: when the graph runs, for other formats, broken files, and the kinds that
-            docs/serving.md lists.
+            docs/guides/serving.md lists.
     """
     with tf.device("CPU"):  # the decoders run there; waiting for a GPU would only cost time
         png, jpeg = _starts(data, file_types.PNG), _starts(data, file_types.JPEG)

@@ -27,6 +27,7 @@ GUIDES = (
 FOLDERS = (("README.md",), tuple(f"docs/guides/{name}.md" for name in GUIDES))
 PAGES = tuple(page for pages in FOLDERS for page in pages)
 BLOCK = re.compile(r"(?:^<!-- not run in CI: (?P<reason>.+?) -->\n)?^```bash\n(?P<script>.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"\s*(?:[A-Z_]+=\S+ )*(?:cvt-keras|python) ")
 # From a checkout, each command has a second name.
 PROGRAMS = {
     ("cvt-keras",): (),
@@ -64,17 +65,13 @@ def blocks(page):
     ]
 
 
-def lines(script):
-    """The logical lines of a script: backslashes joined, comments and empty lines left out, as lists of words."""
-    for line in INSTALLATION.sub("", script).replace("\\\n", " ").splitlines():
-        if words := shlex.split(line, comments=True):
-            yield words
-
-
 def commands(script):
     """Yields the `cvt-keras` command lines in a script as lists of words after `cvt-keras`."""
-    for words in lines(script):
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # a variable for this command
+    for line in INSTALLATION.sub("", script).replace("\\\n", " ").splitlines():
+        if not COMMAND.match(line):
+            continue
+        words = shlex.split(line, comments=True)
+        while "=" in words[0]:  # a variable for this command
             words = words[1:]
         for program, name in PROGRAMS.items():
             if tuple(words[: len(program)]) == program:
@@ -88,7 +85,7 @@ def shortened(script, limit=SHORT["--train-limit"]):
         for words in commands(line):
             if words[0] not in TRAINING or "--help" in words:
                 continue
-            code, comment = (*re.split(r"(?=\s#)", line, maxsplit=1), "")[:2]
+            code, comment = (*re.split(r"(?=\s+#)", line, maxsplit=1), "")[:2]
             for flag, value in {**SHORT, "--train-limit": limit}.items():
                 code = re.sub(rf"{flag}[ =]\S+", "", code) + f" {flag} {value}"
             line = code + comment

@@ -1,6 +1,7 @@
 """What the docs say is what the code does: sizes, and every command."""
 
 import importlib
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from test_model import PARAMETERS
 
 from cvt_keras import VARIANTS, macs
 from cvt_keras.cli import COMMANDS
+from cvt_keras.training import RECIPES
 
 COMMAND_LINES = [
     pytest.param(words, id=f"{block.page}:{block.line} {' '.join(words)}")
@@ -28,33 +30,43 @@ def test_the_table_of_sizes(name):
     assert cost == f"{expected:,.1f}"
 
 
-def _parse(words):
+def _parse(words, recipe_file):
     if words[0].startswith("-"):  # cvt-keras --help
         return
     command = COMMANDS[words[0]]
+    if "--recipe-file" in words:  # a file that an earlier command writes
+        at = words.index("--recipe-file") + 1
+        words = [*words[:at], str(recipe_file), *words[at + 1 :]]
     try:
         importlib.import_module(command.module).parse([*command.before, *words[1:]])
     except SystemExit as end:
         assert "--help" in words and not end.code, words
 
 
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("recipe") / "recipe.json"
+    file.write_text(json.dumps(RECIPES["smoke"].settings()))
+    return file
+
+
 @pytest.mark.parametrize("words", COMMAND_LINES)
-def test_commands_are_parsed_by_the_commands_own_parser(words):
-    _parse(words)
+def test_commands_are_parsed_by_the_commands_own_parser(words, recipe_file):
+    _parse(words, recipe_file)
 
 
 @pytest.mark.parametrize("page", RESULTS)
-def test_commands_that_made_the_results(page):
+def test_commands_that_made_the_results(page, recipe_file):
     for block in blocks(page):
         for words in commands(block.script):
             if not any("$" in word for word in words):  # a loop's
-                _parse(words)
+                _parse(words, recipe_file)
 
 
-def test_a_wrong_command_is_found():
+def test_a_wrong_command_is_found(recipe_file):
     [words] = commands("cvt-keras train cifar10 \\\n  --epoch-number 3   # no such flag\n")
     with pytest.raises(AssertionError):
-        _parse(words)
+        _parse(words, recipe_file)
 
 
 def test_every_guide_is_run_and_few_blocks_are_not():

@@ -142,7 +142,7 @@ def test_no_conversion_imports_pytorch(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_a_trained_classifier_loads_into_transformers(tmp_path):
-    """The lines of docs/pretrained.md."""
+    """The lines of docs/guides/pretrained.md."""
     names, mean = ["cat", "dog", "fish"], [0.1, 0.2, 0.3]
     classifier = build_classifier(TINY, input_shape=(64, 96, 3), class_names=names, mean=mean, std=[0.4, 0.5, 0.6])
     model = classifier.get_layer("cvt")

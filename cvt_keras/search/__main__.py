@@ -22,7 +22,7 @@ class Arguments(flags.RecipeFlags, Options):
     """Folder of the search. The same command resumes it."""
     space: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file with the search space, instead of the default: {"warmup": {"low": 0.02, "high": 0.3}, "stage0_depth": [1, 2]}.
-    docs/search.md lists the names."""
+    docs/guides/search.md lists the names."""
     yes: bool = False
     """Do not ask before --fresh deletes the search."""
 
