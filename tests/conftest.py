@@ -1,4 +1,4 @@
-"""The network's tests run on every backend; the rest needs TensorFlow's."""
+"""Fixtures of all tests. The tests of the network run on every backend, the others need TensorFlow."""
 
 import json
 import signal
@@ -21,13 +21,13 @@ def seeded():
 
 
 def _write_tfds(data_dir, name, splits, class_names=None):
-    """Writes a data set into a folder as TFDS does.
+    """Writes a data set in the format of TFDS.
 
     Args:
         data_dir: TFDS' folder.
-        name: the builder's, with its config if it has several.
-        splits: `{split: examples}`, each a dict of the builder's features.
-        class_names: for the file of names that TFDS keeps beside the records; else that file is missing.
+        name: the name of the builder, with its config if it has several.
+        splits: `{split: examples}`; an example is a dict of the builder's features.
+        class_names: the content of TFDS' file of class names; without it there is no such file.
 
     Returns:
         The folder of the records.
@@ -48,7 +48,7 @@ def _write_tfds(data_dir, name, splits, class_names=None):
 
 @pytest.fixture(scope="session")
 def cifar10_dir(tmp_path_factory):
-    """A folder as TFDS writes it, with CIFAR-10's features and 5,256 + 256 made images: a colour for each class, and noise."""
+    """TFDS' folder with a small CIFAR-10: 5,256 + 256 images of noise on a colour per class. 5,000 of them are held out."""
     data_dir = tmp_path_factory.mktemp("tensorflow_datasets")
     random = np.random.default_rng(0)
     colours = random.integers(64, 192, (10, 3))
@@ -64,13 +64,13 @@ def cifar10_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def write_tfds():
-    """`_write_tfds`, for the tests that make a folder of their own."""
+    """The function `_write_tfds`."""
     return _write_tfds
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A folder as transformers writes it, with a network of 5 classes: to be read, or copied by `copy_folder`."""
+    """A network of 5 classes in a folder of transformers, to be read, or copied by `copy_folder`."""
     import safetensors.numpy
     from checkpoint_files import TINY, config_of, random_arrays
 
@@ -87,27 +87,27 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def heard():
-    """What answers both signals in the test: notes that they came, and raises."""
+    """Installs handlers for SIGINT and SIGTERM that raise. The list of the signals that they received."""
     numbers = []
 
-    def answer(number, frame):
+    def handle(number, frame):
         numbers.append(number)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, answer) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     yield numbers
-    for number, answer in before.items():
-        signal.signal(number, answer)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--run-slow", action="store_true", help="also run what is marked slow")
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
 
 
 def pytest_collection_modifyitems(config, items):
-    left_out = set() if config.getoption("--run-slow") else {"slow"}
+    excluded = set() if config.getoption("--run-slow") else {"slow"}
     if keras.config.backend() != "tensorflow":
-        left_out.add("files")
-    deselected = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+        excluded.add("files")
+    deselected = [item for item in items if any(item.get_closest_marker(name) for name in excluded)]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]

@@ -1,6 +1,7 @@
-"""Who may import whom, read off the source: the directions of dependency, without exceptions and without circles."""
+"""Reads the imports in the source: which part may import which, without exceptions and without circles."""
 
 import ast
+import functools
 import graphlib
 import os
 import subprocess
@@ -13,8 +14,7 @@ from cvt_keras.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 
-# What each part of the package may import of the others. Only commands import `cli`, which imports them by name when they are
-# asked for.
+# The parts that each part of the package may import. Only commands import `cli`. It imports them by name, when they are called.
 ALLOWED = {
     "errors": set(),
     "greetings": set(),
@@ -44,31 +44,33 @@ ALLOWED = {
     },
     "export": {"data", "environment", "errors", "lazy", "model", "quantized", "report", "runs", "signals", "training"},
 }
-# Keras and NumPy alone, so that they run on every backend.
+# Import Keras and NumPy only, to run on every backend.
 PORTABLE = ("layers", "model", "conversion", "quantized", "training.optimizers")
-# What export may know of training: what a run is, not how it is trained.
+# The modules of training that export may import: what a run is, not how it is trained.
 EXPORT_KNOWS = {"cvt_keras.training", "cvt_keras.training.recipes"}
 
 
 def _modules():
-    """The name of each module of the package -> its file."""
-    found = {}
+    """A dict from the name of each module of the package to its file."""
+    modules = {}
     for folder, package in ((ROOT / "cvt_keras", "cvt_keras"), (ROOT / "export", "cvt_keras.export")):
         for path in sorted(folder.rglob("*.py")):
             if "node_modules" in path.parts:
                 continue
             parts = path.relative_to(folder).with_suffix("").parts
-            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
-    return found
+            modules[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return modules
 
 
 MODULES = _modules()
 
 
-def _imports(module, of_ours=True):
-    """The modules that a module imports anywhere in it: of ours, or the first part of all others."""
+@functools.cache
+def _imports(module, own=True):
+    """The modules that a module imports anywhere: those of the package, or the top-level names of all others."""
     path = MODULES[module]
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
+    imported = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [(alias.name, None) for alias in node.names]
@@ -79,11 +81,11 @@ def _imports(module, of_ours=True):
         else:
             continue
         for source, name in names:
-            whole = f"{source}.{name}" if name and f"{source}.{name}" in MODULES else source
-            if whole.partition(".")[0] == "cvt_keras" and of_ours:
-                yield whole
-            elif whole.partition(".")[0] != "cvt_keras" and not of_ours:
-                yield whole.partition(".")[0]
+            full_name = f"{source}.{name}" if name and f"{source}.{name}" in MODULES else source
+            top = full_name.partition(".")[0]
+            if (top == "cvt_keras") == own:
+                imported.append(full_name if own else top)
+    return imported
 
 
 def _part(module):
@@ -97,54 +99,54 @@ def test_dependencies_point_one_way(module):
     assert used <= ALLOWED[part] | {part}, module
 
 
-def test_commands_alone_import_cli():
+def test_only_commands_import_cli():
     importing = {module for module in MODULES if "cvt_keras.cli" in _imports(module)}
     assert importing == {command.module for command in COMMANDS.values()} | {"cvt_keras.export.web.samples"}
 
 
-def test_every_part_has_its_place():
+def test_every_part_has_a_rule():
     assert {_part(module) for module in MODULES} - {""} == set(ALLOWED)
 
 
-def test_there_is_no_circle():
+def test_imports_have_no_circle():
     graph = {module: set(_imports(module)) - {module} for module in MODULES}
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises for a circle, naming it
     assert set(MODULES) <= set(order)
 
 
-def test_nothing_imports_export_but_cli_by_name():
+def test_nothing_imports_export():
     importing = [
         module for module in MODULES if _part(module) != "export" and any(_part(name) == "export" for name in _imports(module))
     ]
     assert not importing
-    assert not [module for module in MODULES if "export" in _imports(module, of_ours=False)]
+    assert not [module for module in MODULES if "export" in _imports(module, own=False)]
 
 
-def test_export_knows_what_a_run_is_and_not_how_it_is_trained():
+def test_export_does_not_import_how_a_run_is_trained():
     for module in MODULES:
         if _part(module) == "export":
             assert {name for name in _imports(module) if _part(name) == "training"} <= EXPORT_KNOWS, module
 
 
 @pytest.mark.parametrize("part", PORTABLE)
-def test_the_network_needs_keras_and_numpy_alone(part):
+def test_the_network_imports_keras_and_numpy_only(part):
     for module in MODULES:
         if f"{module}.".startswith(f"cvt_keras.{part}."):
-            assert set(_imports(module, of_ours=False)) <= {"keras", "numpy", *sys.stdlib_module_names}, module
+            assert set(_imports(module, own=False)) <= {"keras", "numpy", *sys.stdlib_module_names}, module
 
 
-def test_figures_alone_draw():
-    drawing = {module for module in MODULES if "matplotlib" in _imports(module, of_ours=False)}
+def test_only_figures_import_matplotlib():
+    drawing = {module for module in MODULES if "matplotlib" in _imports(module, own=False)}
     assert drawing == {"cvt_keras.report.figures", "cvt_keras.search.figures"}
 
 
 def test_tensorflow_model_optimization_is_imported_in_one_place():
-    importing = {module for module in MODULES if "tensorflow_model_optimization" in _imports(module, of_ours=False)}
+    importing = {module for module in MODULES if "tensorflow_model_optimization" in _imports(module, own=False)}
     assert importing == {"cvt_keras.compression.tfmot"}
 
 
 def _exits(tree):
-    """The calls of sys.exit that a module would make if it is imported or called: not those of `if __name__ == "__main__"`."""
+    """The calls of `sys.exit` and its like in a module, except under `if __name__ == "__main__"`."""
     body = [node for node in tree.body if not (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))]
     calls = [node for part in body for node in ast.walk(part) if isinstance(node, ast.Call)]
     return [call for call in calls if ast.unparse(call.func) in ("sys.exit", "exit", "quit", "os._exit")]
@@ -156,34 +158,27 @@ def test_no_imported_module_exits():
     assert _exits(ast.parse("def main():\n    sys.exit(1)"))
 
 
-def _run(code, **environment):
+# Without the packages that `pip install keras jax tyro wrapt` does not install: importing them fails.
+IMPORTS = """
+import sys
+for name in ("tensorflow", "torch", "sklearn", "matplotlib", "tensorflow_datasets", "jinja2", "requests", "tqdm"):
+    sys.modules[name] = None
+import keras
+before = set(sys.modules)
+import cvt_keras
+for name in cvt_keras.__all__:
+    getattr(cvt_keras, name)
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+heavy = {"keras_tuner", "tensorflow_model_optimization", "transformers", "tyro", "export"}
+assert not new & heavy, new & heavy
+from cvt_keras import CvT
+from cvt_keras.training.optimizers import make_optimizer
+assert CvT.from_variant("cvt_tiny", 10, (16, 16, 3)).count_params()
+"""
+
+
+def test_the_package_imports_no_more_than_keras_and_the_network_runs_without_tensorflow():
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", IMPORTS], cwd=ROOT, env={**os.environ, "KERAS_BACKEND": "jax"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_importing_the_package_loads_no_more_than_keras():
-    _run(
-        "import keras, sys\n"
-        "before = set(sys.modules)\n"
-        "import cvt_keras\n"
-        "for name in cvt_keras.__all__: getattr(cvt_keras, name)\n"
-        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
-        "heavy = {'tensorflow_datasets', 'keras_tuner', 'tensorflow_model_optimization', 'torch', 'matplotlib', 'sklearn',"
-        " 'transformers', 'jinja2', 'requests', 'tyro', 'export'}\n"
-        "assert not new & heavy, new & heavy"
-    )
-
-
-def test_network_and_optimizer_work_where_tensorflow_is_not_installed():
-    _run(
-        "import sys\n"
-        # What pip install keras jax tyro wrapt does not bring: every import of it fails.
-        "for name in ('tensorflow', 'torch', 'sklearn', 'matplotlib', 'tensorflow_datasets', 'jinja2', 'requests', 'tqdm'):\n"
-        "    sys.modules[name] = None\n"
-        "from cvt_keras import CvT\n"
-        "from cvt_keras.training.optimizers import make_optimizer\n"
-        "assert CvT.from_variant('cvt_tiny', 10, (16, 16, 3)).count_params()",
-        KERAS_BACKEND="jax",
-    )

@@ -1,4 +1,4 @@
-"""The table of commands, their exit codes, and what they import before the flags are read."""
+"""The table of commands, their exit codes, and their imports before the flags are parsed."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ HEAVY = ("keras", "tensorflow", "jax", "torch", "matplotlib", "sklearn", "tensor
 
 @pytest.fixture
 def command(monkeypatch):
-    """Makes `cvt-keras train` do something else: a function that takes its `main`."""
+    """A function that replaces the `main` of the commands."""
 
     def replace(main):
         monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=main))
@@ -40,8 +40,12 @@ def _raise(error):
         (UserError("it failed", hint="Give --x"), 1, "it failed. Give --x"),
         (ArgumentError("`x_y` must be 1", argument="x_y"), 2, "`x_y` must be 1 (--x-y)"),
         (ArgumentError("`x` must be 1", argument="x", hint="Give --x 1"), 2, "`x` must be 1. Give --x 1"),
-        (ArgumentError("`run` must be a run", argument="run"), 2, "`run` must be a run"),  # which has no flag
-        (ImportError("No foo"), 1, "No foo. Install what is missing: the extra `train` of cvt-keras, or requirements.txt"),
+        (ArgumentError("`run` must be a run", argument="run"), 2, "`run` must be a run"),  # `run` has no flag
+        (
+            ImportError("No foo"),
+            1,
+            "No foo. Install the missing package: pip install 'cvt-keras[train]', or -r requirements.txt",
+        ),
         (OSError(28, "No space left"), 1, "[Errno 28] No space left"),
         (MemoryError(), 1, "MemoryError"),
         (KeyboardInterrupt(), 130, "stopped"),
@@ -55,27 +59,27 @@ def test_an_error_is_one_line_and_its_exit_code(error, code, printed, command, c
     assert capsys.readouterr().err.strip() == f"cvt-keras train: {printed}"
 
 
-def test_a_fault_of_ours_is_not_hidden(command):
+def test_an_unexpected_error_is_not_hidden(command):
     command(_raise(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         cli.main(["train"])
 
 
-def test_what_a_command_returns_is_its_exit_code(command):
+def test_the_return_value_of_a_command_is_the_exit_code(command):
     for returned, code in ((None, 0), (0, 0), (1, 1)):
         command(lambda argv, returned=returned: returned)
         assert cli.main(["train"]) == code
 
 
-def test_a_command_is_given_its_words(command):
-    seen = []
-    command(lambda argv: seen.append(argv))
+def test_a_command_receives_its_arguments(command):
+    received = []
+    command(lambda argv: received.append(argv))
     cli.main(["train", "smoke", "--seed", "1"])
     cli.main(["qat", "runs/x"])
-    assert seen == [["smoke", "--seed", "1"], ["qat", "runs/x"]]
+    assert received == [["smoke", "--seed", "1"], ["qat", "runs/x"]]
 
 
-def test_the_first_of_many_faults_are_shown_and_convert_shows_all(command, capsys):
+def test_the_first_faults_are_printed_and_by_convert_all(command, capsys):
     command(_raise(CheckpointError("it does not fit", details=[f"missing: {i}" for i in range(30)], hint="See more")))
     assert cli.main(["train"]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -86,7 +90,7 @@ def test_the_first_of_many_faults_are_shown_and_convert_shows_all(command, capsy
     assert len(capsys.readouterr().err.splitlines()) == 32
 
 
-def test_the_table_of_commands_is_shown(capsys):
+def test_help_lists_the_commands(capsys):
     for argv in ([], ["--help"]):
         assert cli.main(argv) == 0
         printed = capsys.readouterr().out
@@ -95,7 +99,7 @@ def test_the_table_of_commands_is_shown(capsys):
     assert capsys.readouterr().out.strip() == cvt_keras.__version__
 
 
-def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
+def test_an_unknown_command_is_refused_with_a_list_of_commands(capsys):
     assert cli.main(["predikt"]) == 2
     message = capsys.readouterr().err
     assert "predikt" in message and "export" in message
@@ -116,7 +120,7 @@ def test_resumable_names_the_command_that_resumes(typed):
         raise ArgumentError("wrong")
 
 
-# One process for all: each refuses its flags or shows its help, and then nothing heavy may be imported.
+# In one process all commands show their help and reject a flag. After that nothing heavy may be imported.
 LIGHT = """
 import contextlib, io, sys
 from cvt_keras import cli
@@ -140,21 +144,24 @@ def test_help_and_wrong_flags_import_neither_keras_nor_tensorflow(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["train.py"],
-        ["-m", "cvt_keras.training"],
-        ["-m", "cvt_keras.pretrained"],
-        ["-m", "cvt_keras.search"],
-        ["-m", "cvt_keras.compression", "prune"],
-        ["-m", "export"],
-        ["-m", "export.web"],
-        ["-m", "export.serving.client"],
-    ],
-    ids=" ".join,
-)
-def test_the_ways_of_a_checkout_go_on_working(command):
-    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+# In one process, as `python train.py --help` and `python -m MODULE --help` run them.
+CHECKOUT = """
+import contextlib, io, runpy, sys
+for command in ("train.py", "cvt_keras.training", "cvt_keras.pretrained", "cvt_keras.search", "cvt_keras.compression prune",
+                "export", "export.web", "export.serving.client"):
+    name, *arguments = command.split()
+    sys.argv = [name, *arguments, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            run = runpy.run_path if name.endswith(".py") else runpy.run_module
+            run(name, run_name="__main__", **({} if name.endswith(".py") else {"alter_sys": True}))
+            code = None
+        except SystemExit as stop:
+            code = stop.code
+    assert code == 0 and out.getvalue().startswith("usage: cvt-keras "), (command, code, out.getvalue())
+"""
+
+
+def test_the_commands_of_a_checkout_work():
+    done = subprocess.run([sys.executable, "-c", CHECKOUT], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: cvt-keras ")

@@ -14,7 +14,7 @@ from cvt_keras.errors import ArgumentError
 ROOT = Path(__file__).parent.parent
 
 
-def test_versions_are_those_that_run():
+def test_versions_are_those_in_use():
     versions = environment.versions()
     assert versions["python"] == platform.python_version()
     assert versions["keras"] == keras.__version__
@@ -26,10 +26,10 @@ def test_cpu_counts_the_cores_of_this_process():
     assert int(cores.split()[0]) <= os.cpu_count()
 
 
-def test_an_nvidia_device_is_seen_by_its_file_or_by_the_drivers_tool(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment.subprocess, "run", _no_tool)
+def test_an_nvidia_device_is_detected_by_its_file_or_by_nvidia_smi(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment.subprocess, "run", _not_installed)
     assert not environment.has_nvidia_device(tmp_path)
-    (tmp_path / "nvidiactl").touch()  # which lies there without a device too
+    (tmp_path / "nvidiactl").touch()  # exists without a device too
     assert not environment.has_nvidia_device(tmp_path)
     (tmp_path / "nvidia0").touch()
     assert environment.has_nvidia_device(tmp_path)
@@ -39,7 +39,7 @@ def test_an_nvidia_device_is_seen_by_its_file_or_by_the_drivers_tool(tmp_path, m
     assert environment.has_nvidia_device(tmp_path / "nowhere")
 
 
-def _no_tool(*args, **kwargs):
+def _not_installed(*args, **kwargs):
     raise FileNotFoundError
 
 
@@ -73,19 +73,19 @@ os.write(2, b"after\\n")
         ("aborts", -signal.SIGABRT, LINE + GREETINGS),
     ],
 )
-def test_greetings_are_held_back_unless_tensorflow_fails(fate, code, shown):
+def test_greetings_are_hidden_unless_tensorflow_fails(fate, code, shown):
     done = subprocess.run([sys.executable, "-c", HELD, GREETINGS + LINE, fate], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, shown)
 
 
-def test_the_first_line_of_a_command_is_ours(tmp_path):
-    code = "from cvt_keras import environment; environment.start(); print('ours')"
+def test_tensorflow_starts_without_messages():
+    code = "from cvt_keras import environment; environment.start(); print('started')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ours\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "started\n", "")
 
 
 @pytest.mark.parametrize("backend", ["jax", None])
-def test_a_command_names_the_backend_that_it_needs(backend, monkeypatch):
+def test_another_backend_than_the_required_one_is_refused(backend, monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "torch")
     if backend is None:
         environment.start(backend=None)

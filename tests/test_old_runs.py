@@ -1,4 +1,4 @@
-"""Run folders that version 0.1 wrote go on working: they load, and are resumed. tests/export exports them."""
+"""Run folders of version 0.1 can be loaded and resumed. tests/export exports them."""
 
 import tarfile
 from pathlib import Path
@@ -12,13 +12,13 @@ from cvt_keras.errors import DifferentRunError
 from cvt_keras.training import RECIPES, run
 
 ARCHIVES = Path(__file__).parent / "golden" / "old_runs"
-# Of 8-bit roundings, one that falls the other way is a step of a logit.
+# A rounding to 8 bits that falls the other way moves a logit by a whole step.
 TOLERANCES = {"plain": 1e-5, "qat": 0.05}
 
 
 @pytest.fixture
 def old_run(tmp_path):
-    """Unpacks a run folder -> its path."""
+    """A function that unpacks a run folder and returns its path."""
 
     def unpack(name):
         with tarfile.open(ARCHIVES / f"{name}.tar.xz") as archive:
@@ -29,7 +29,7 @@ def old_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plain", "qat"])
-def test_a_model_of_version_0_1_answers_as_it_did(name, old_run):
+def test_a_model_of_version_0_1_predicts_as_before(name, old_run):
     run_dir = old_run(name)
     classifier = keras.saving.load_model(run_dir / "model.keras", compile=False)
     images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3)).astype("float32")
@@ -40,25 +40,25 @@ def test_a_model_of_version_0_1_answers_as_it_did(name, old_run):
     assert preprocessing.image_size == (32, 32)
 
 
-def test_a_model_of_version_0_1_is_a_place_to_start_from(old_run):
+def test_fine_tuning_can_start_from_a_model_of_version_0_1(old_run):
     model = CvT.from_pretrained(old_run("plain") / "model.keras", num_classes=3)
-    assert (model.preprocessing.mean, model.preprocessing.std) == ((0.3057,) * 3, (0.3239,) * 3)  # of its training images
+    assert (model.preprocessing.mean, model.preprocessing.std) == ((0.3057,) * 3, (0.3239,) * 3)  # those of its training images
     assert model.preprocessing.class_names is None
     assert model.output_shape == (None, 3)
 
 
-def test_a_run_that_version_0_1_stopped_is_resumed_as_if_it_had_not_stopped(old_run, capsys):
+def test_an_interrupted_run_of_version_0_1_ends_like_an_uninterrupted_one(old_run, capsys):
     run_dir = old_run("stopped")
-    # Its recipe.json has no `validation_limit`, and the recipe smoke has one by now.
+    # Its recipe.json has no `validation_limit`, which the recipe smoke has now.
     assert cli.main(
         ["train", "smoke", "--dataset", "digits", "--train-limit", "128", "--test-limit", "64", "--epochs", "3", "--ema", "0.9"]
         + ["--run-dir", str(run_dir), "--resume"]
     ) == 0  # fmt: skip
     assert "resuming after epoch 1 of 3" in capsys.readouterr().out
-    resumed, whole = runs.read_history(run_dir), runs.read_history(run_dir / "expected")
+    resumed, uninterrupted = runs.read_history(run_dir), runs.read_history(run_dir / "expected")
     assert [row["epoch"] for row in resumed] == [1, 2, 3]
     timed = {"train_seconds", "seconds"}
-    for ours, theirs in zip(resumed, whole, strict=True):
+    for ours, theirs in zip(resumed, uninterrupted, strict=True):
         for name in set(theirs) - timed:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
     models = [keras.saving.load_model(folder / "model.keras") for folder in (run_dir, run_dir / "expected")]
@@ -66,7 +66,7 @@ def test_a_run_that_version_0_1_stopped_is_resumed_as_if_it_had_not_stopped(old_
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_a_run_of_version_0_1_is_resumed_with_its_own_settings_alone(old_run):
+def test_a_run_of_version_0_1_is_resumed_with_its_own_settings_only(old_run):
     recipe = RECIPES["smoke"]
     with pytest.raises(DifferentRunError) as error:
         run(recipe, old_run("stopped"), resume=True)

@@ -1,4 +1,4 @@
-"""What is installed: the packages, their files, the version, and the papers around them."""
+"""The installed packages, their files, the version, the requirements and the citation."""
 
 import importlib.metadata
 import re
@@ -26,7 +26,7 @@ def _folder(package):
 
 
 def _names(requirements):
-    """The packages in lines such as `keras>=3.15` and `cvt-keras[train]`, without this one."""
+    """The packages in lines such as `keras>=3.15`, without `cvt-keras[...]`."""
     names = (re.match(r"[\w.-]+", line) for line in requirements if not line.startswith(("#", "-")))
     return {re.sub(r"[-_.]+", "-", name.group()).lower() for name in names if name} - {"cvt-keras"}
 
@@ -57,20 +57,20 @@ def test_every_other_file_is_package_data():
     )  # fmt: skip
     files = [Path(line) for line in listed.stdout.splitlines() if not line.endswith(".py")]
     patterns = [str(_folder(package) / pattern) for package, names in SETUPTOOLS["package-data"].items() for pattern in names]
-    left_out = [str(file) for file in files if (ROOT / file).exists() and not _matches(file, patterns)]
-    assert files and not left_out
+    missing = [str(file) for file in files if (ROOT / file).exists() and not _matches(file, patterns)]
+    assert files and not missing
 
 
 def _matches(file, patterns):
-    # As setuptools matches them: `*` stays inside one folder.
+    # As in setuptools, `*` does not match a slash.
     return any(file.match(pattern) and len(file.parts) == len(Path(pattern).parts) for pattern in patterns)
 
 
-def test_the_types_are_marked_as_such():
+def test_the_package_is_marked_as_typed():
     assert (ROOT / "cvt_keras" / "py.typed").exists()
 
 
-def test_the_version_stands_in_one_place():
+def test_the_version_is_written_once():
     assert importlib.metadata.version("cvt-keras") == cvt_keras.__version__
     assert "version" in PROJECT["project"]["dynamic"]
     tracked = [
@@ -87,14 +87,14 @@ def test_every_requirement_has_a_pin():
     needed = {name: _names(extras[name]) for name in extras}
     pins = _names(_lines("requirements.txt"))
     commands = _names(PROJECT["project"]["dependencies"]) | needed["train"] | needed["compress"] | needed["search"]
-    assert commands - {"numpy"} <= pins  # TensorFlow bounds NumPy
+    assert commands - {"numpy"} <= pins  # TensorFlow pins NumPy
     assert pins <= commands | needed["pretrained"]
     assert needed["dev"] | needed["jax"] == _names(_lines("requirements-dev.txt"))
     exact = [line for file in ("requirements.txt", "requirements-dev.txt") for line in _lines(file) if _names([line])]
     assert not [line for line in exact if "==" not in line]
 
 
-def test_the_citation_has_what_a_reference_needs():
+def test_the_citation_is_complete():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors", "license"} <= set(citation)
     assert "version" not in citation

@@ -8,31 +8,31 @@ from cvt_keras import runs
 from cvt_keras.errors import BusyError, OccupiedError, RunError
 
 
-def test_json_comes_back(tmp_path):
+def test_json_survives_a_file(tmp_path):
     runs.write_json(tmp_path / "report.json", {"top1": 0.5, "test": None})
     assert runs.read_json(tmp_path / "report.json") == {"top1": 0.5, "test": None}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path):
+def test_a_failed_write_does_not_change_the_file(tmp_path):
     path = tmp_path / "report.json"
-    with pytest.raises(RuntimeError), runs.whole(path) as aside:
-        aside.write_text("half")
+    with pytest.raises(RuntimeError), runs.whole(path) as unfinished:
+        unfinished.write_text("half")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
 
     path.write_text("before")
-    with pytest.raises(RuntimeError), runs.whole(path) as aside:
-        aside.write_text("half")
+    with pytest.raises(RuntimeError), runs.whole(path) as unfinished:
+        unfinished.write_text("half")
         raise RuntimeError
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_vacant_folder_is_absent_or_empty(tmp_path):
+def test_a_vacant_folder_does_not_exist_or_is_empty(tmp_path):
     runs.require_vacant(tmp_path / "absent")
     runs.require_vacant(tmp_path)
-    (tmp_path / ".123-recipe.json").touch()  # of a run that was killed as it began
+    (tmp_path / ".123-recipe.json").touch()  # left by a run that was killed at its start
     runs.require_vacant(tmp_path)
     (tmp_path / "file").touch()
     for folder in (tmp_path, tmp_path / "file"):
@@ -60,7 +60,7 @@ def test_a_run_folder_is_for_one_process_at_a_time(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
-def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_accepted(tmp_path, monkeypatch):
     def refuse(descriptor, operation):
         raise OSError(95, "Operation not supported")
 
@@ -70,28 +70,28 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
             pass
 
 
-def test_what_was_half_written_is_swept_away(tmp_path):
+def test_sweep_removes_unfinished_files_only(tmp_path):
     kept = {".keep", "history.csv", "checkpoints/epoch-0001/a", "export/.7-int8.tflite"}
-    half_written = {".7-history.csv", "plots/.7-curves.png", "checkpoints/.7-epoch-0002/.7-state.json"}
-    for name in kept | half_written:
+    unfinished = {".7-history.csv", "plots/.7-curves.png", "checkpoints/.7-epoch-0002/.7-state.json"}
+    for name in kept | unfinished:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     runs.sweep(tmp_path)
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == kept
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == kept
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch-0001"]
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
-def test_broken_json_is_named(tmp_path, content):
+def test_damaged_json_is_named(tmp_path, content):
     (tmp_path / "report.json").write_bytes(content)
     with pytest.raises(RunError) as error:
         runs.read_json(tmp_path / "report.json")
     assert error.value.summary.startswith(f"{tmp_path}/report.json ")
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="tells by Linux' /proc what a descriptor is of")
-def test_a_power_cut_takes_nothing_that_was_written(tmp_path, monkeypatch):
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads the path of a descriptor in Linux' /proc")
+def test_files_and_folders_are_synced(tmp_path, monkeypatch):
     synced, original = [], os.fsync
 
     def fsync(descriptor):
@@ -99,22 +99,22 @@ def test_a_power_cut_takes_nothing_that_was_written(tmp_path, monkeypatch):
         original(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    aside = f"{tmp_path}/.{os.getpid()}-"
+    unfinished = f"{tmp_path}/.{os.getpid()}-"
     runs.write_json(tmp_path / "report.json", {})
-    assert synced == [f"{aside}report.json", str(tmp_path)]
+    assert synced == [f"{unfinished}report.json", str(tmp_path)]
     synced.clear()
     with runs.whole_folder(tmp_path / "folder") as folder:
         (folder / "one").touch()
-    assert synced == [f"{aside}folder/one", f"{aside}folder", str(tmp_path)]
+    assert synced == [f"{unfinished}folder/one", f"{unfinished}folder", str(tmp_path)]
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with runs.whole_folder(tmp_path / "folder") as aside:
-        (aside / "one").write_text("1")
+def test_a_folder_appears_complete_or_not_at_all(tmp_path):
+    with runs.whole_folder(tmp_path / "folder") as unfinished:
+        (unfinished / "one").write_text("1")
         assert not (tmp_path / "folder").exists()
     assert (tmp_path / "folder" / "one").read_text() == "1"
-    with pytest.raises(RuntimeError), runs.whole_folder(tmp_path / "other") as aside:
-        (aside / "one").write_text("1")
+    with pytest.raises(RuntimeError), runs.whole_folder(tmp_path / "other") as unfinished:
+        (unfinished / "one").write_text("1")
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
@@ -125,8 +125,8 @@ def test_a_table_has_a_column_for_each_key(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["history.csv"]
 
 
-def test_what_is_not_placed_is_gone(tmp_path):
-    (tmp_path / ".123-scratch").mkdir()  # of a process that was killed
+def test_scratch_removes_everything_that_is_not_placed(tmp_path):
+    (tmp_path / ".123-scratch").mkdir()  # left by a process that was killed
     with pytest.raises(RuntimeError), runs.scratch(tmp_path) as scratch:
         assert [path.name for path in tmp_path.iterdir()] == [scratch.name]
         (scratch / "file").write_text("whole")
@@ -140,7 +140,7 @@ def test_what_is_not_placed_is_gone(tmp_path):
     assert (tmp_path / "folder" / "deep" / "file").read_text() == "whole"
 
 
-def test_a_history_counts_epochs_from_one_also_where_version_0_1_wrote_it(tmp_path):
+def test_epochs_of_a_history_start_from_1_even_if_version_0_1_wrote_it(tmp_path):
     for first in (0, 1):
         runs.write_csv(
             tmp_path / "history.csv", [{"epoch": first + i, "val_accuracy": 0.1 * i, "seconds": 2} for i in range(2)]

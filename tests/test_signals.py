@@ -6,7 +6,7 @@ import pytest
 from cvt_keras import signals
 
 
-def test_sigterm_ends_a_command_as_ctrl_c_does(heard):
+def test_sigterm_ends_a_command_like_ctrl_c(heard):
     signals.raise_on_sigterm()
     with pytest.raises(KeyboardInterrupt) as stop:
         signal.raise_signal(signal.SIGTERM)
@@ -20,12 +20,12 @@ def test_a_signal_waits_for_the_end_of_the_block(heard, number, capfd):
         signal.raise_signal(number)
         assert not heard
     assert heard == [number]
-    assert "stopping after this file; once more stops at once" in capfd.readouterr().err
-    with pytest.raises(KeyboardInterrupt):  # whoever answered before does so again
+    assert "stopping after this file; press Ctrl-C again to stop at once" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):  # the previous handler is back
         signal.raise_signal(number)
 
 
-def test_a_signal_can_be_answered_within_the_block(heard):
+def test_answer_calls_the_handler_within_the_block(heard):
     steps = 0
     with pytest.raises(KeyboardInterrupt), signals.Held("this step") as held:
         held.answer()
@@ -44,18 +44,18 @@ def test_a_second_signal_does_not_wait(heard):
     assert heard == [signal.SIGTERM]
 
 
-def test_an_error_in_the_block_is_not_hidden_by_a_signal(heard):
+def test_a_signal_does_not_hide_an_error_in_the_block(heard):
     with pytest.raises(ZeroDivisionError), signals.Held("this step"):
         signal.raise_signal(signal.SIGTERM)
         raise ZeroDivisionError
 
 
-def test_what_python_does_not_answer_is_left_alone(heard):
+def test_a_signal_without_a_python_handler_is_not_changed(heard):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with signals.Held("this step"):
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
-def test_another_thread_hears_no_signals():
+def test_in_another_thread_nothing_happens():
     with ThreadPoolExecutor() as pool:
         assert pool.submit(lambda: signals.Held("this step").__enter__().answer()).result() is None

@@ -3,13 +3,13 @@ from tools import require
 
 
 @pytest.mark.parametrize("flag, outcome", [("", pytest.skip), ("0", pytest.skip), ("1", pytest.fail)])
-def test_what_is_missing_skips_the_test_or_fails_it(flag, outcome, monkeypatch):
+def test_a_missing_program_skips_or_fails_the_test(flag, outcome, monkeypatch):
     monkeypatch.setenv("CVT_REQUIRE_ALL", flag)
-    for found in (None, False):
+    for program in (None, False):
         with pytest.raises(outcome.Exception, match=r"^to run this test: apt-get install chromium$"):
-            require(found, "apt-get install chromium")
+            require(program, "apt-get install chromium")
 
 
-def test_what_is_there_is_given(monkeypatch):
+def test_an_installed_program_is_returned(monkeypatch):
     monkeypatch.setenv("CVT_REQUIRE_ALL", "1")
     assert require("/usr/bin/chromium", "apt-get install chromium") == "/usr/bin/chromium"

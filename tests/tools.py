@@ -1,4 +1,4 @@
-"""Programs that some tests need and pip does not bring."""
+"""Programs that some tests need and that pip does not install."""
 
 import importlib.util
 import os
@@ -6,27 +6,27 @@ import os
 import pytest
 
 
-def require(found, install):
-    """Skips the test where a program is missing; under `CVT_REQUIRE_ALL=1`, as in CI, fails it.
+def require(program, install):
+    """Skips the test if a program is missing. With `CVT_REQUIRE_ALL=1`, as in CI, fails it instead.
 
     Args:
-        found: whether it is there, or its path or `None`.
-        install: what to do about it: "apt-get install chromium".
+        program: the path of the program or `None`, or whether it is installed.
+        install: the command that installs it: "apt-get install chromium".
 
     Returns:
-        `found`.
+        `program`.
     """
-    if not found:
-        said = f"to run this test: {install}"
-        pytest.fail(said) if os.environ.get("CVT_REQUIRE_ALL") == "1" else pytest.skip(said)
-    return found
+    if not program:
+        reason = f"to run this test: {install}"
+        pytest.fail(reason) if os.environ.get("CVT_REQUIRE_ALL") == "1" else pytest.skip(reason)
+    return program
 
 
 def require_browser():
-    """`require`, of what the page runs by -> benchmarks.browser, which has it."""
+    """Skips or fails the test, like `require`, if there is no browser. Returns the module `benchmarks.browser`."""
     require(importlib.util.find_spec("playwright"), "pip install -r requirements-dev.txt")
     from benchmarks import browser
 
-    lines = browser.missing()
-    require(not lines, " && ".join(lines))
+    commands = browser.missing()
+    require(not commands, " && ".join(commands))
     return browser

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,19 +8,11 @@ from pathlib import Path
 import keras
 import pytest
 
-from benchmarks.train_step import Arguments
+from benchmarks.train_step import Arguments, main
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "benchmarks" / "train_step.py"
-TINY = ["--variant", "cvt_tiny", "--batch-size", "4", "--steps", "2", "--repetitions", "2"]
-
-
-def _measure(command, **environment):
-    finished = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
-    )
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
+TINY = ["--variant", "cvt_tiny", "--batch-size", "4", "--steps", "2", "--repetitions", "2", "--image-size", "16"]
 
 
 def _check(result):
@@ -30,17 +23,24 @@ def _check(result):
     assert result["device"] and result["versions"]["keras"] == keras.__version__
 
 
-def test_it_measures_this_backend():
-    result = _measure([SCRIPT, *TINY, "--image-size", "48", "--precision", "mixed_bfloat16", "--xla", "on"])
+def test_it_measures_this_backend(capsys):
+    arguments = Arguments(
+        variant="cvt_tiny", image_size=24, batch_size=4, precision="mixed_bfloat16", xla="off", steps=2, repetitions=2
+    )
+    result = main(arguments)
     _check(result)
-    assert (result["backend"], result["precision"], result["xla"]) == (keras.config.backend(), "mixed_bfloat16", "on")
-    assert (result["variant"], result["image_size"], result["batch_size"]) == ("cvt_tiny", 48, 4)
+    assert result["backend"] == keras.config.backend()
+    assert {name: result[name] for name in dataclasses.asdict(arguments)} == dataclasses.asdict(arguments)
+    assert json.loads(capsys.readouterr().out) == result
 
 
-def test_it_runs_on_jax_where_tensorflow_is_not_installed():
+def test_the_script_runs_on_jax_without_tensorflow():
     block = "import runpy, sys; sys.modules['tensorflow'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
     code = f"import sys; sys.argv = {[str(SCRIPT), *TINY]!r}; sys.argv[0] = {str(SCRIPT)!r}; {block}"
-    result = _measure(["-c", code], KERAS_BACKEND="jax")
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads(finished.stdout)
     _check(result)
     assert (result["backend"], result["xla"]) == ("jax", "on")
 
@@ -51,7 +51,7 @@ def test_a_size_below_one_is_refused(field):
         Arguments(**{field: 0})
 
 
-def test_what_has_no_shape_is_refused():
+def test_an_unknown_variant_and_too_small_images_are_refused():
     with pytest.raises(ValueError, match="'cvt_14'"):
         Arguments(variant="cvt_14")
     with pytest.raises(ValueError, match="16x16"):

@@ -16,11 +16,12 @@ from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import SMOKE
 
+pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
 DATA = {"note": "", "train images": 8}
 
 
 @pytest.mark.parametrize("validated", [True, False])
-def test_stopwatch_tells_training_from_validation(validated, monkeypatch):
+def test_the_stopwatch_separates_training_from_validation(validated, monkeypatch):
     times = iter([100.0, 130.0, 135.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(times))
     watch = Stopwatch()
@@ -32,7 +33,7 @@ def test_stopwatch_tells_training_from_validation(validated, monkeypatch):
     assert watch.seconds == (35 if validated else 30)
 
 
-def test_a_loss_that_is_no_number_names_its_step():
+def test_a_loss_of_nan_names_its_step():
     halt = HaltOnNaN("lower the rate")
     halt.on_epoch_begin(2)
     halt.on_train_batch_end(6, {"loss": 1.0})
@@ -54,12 +55,12 @@ def test_a_signal_waits_for_the_end_of_the_step(heard, number, step):
         assert not heard
         getattr(stop, step)(1)
     assert heard == [number]
-    with pytest.raises(KeyboardInterrupt):  # whoever answered before does so again
+    with pytest.raises(KeyboardInterrupt):  # the previous handler is back
         signal.raise_signal(number)
 
 
-def _trained(ema=0.0, precision="float32"):
-    """A small compiled network after two steps."""
+def _compiled(ema=0.0, precision="float32"):
+    """A small compiled network, images and labels."""
     recipe = dataclasses.replace(SMOKE, ema=ema, optimizer="muon")
     model = build_classifier("cvt_tiny", 3, (16, 16, 3), dtype=precision)
     model.compile(make_optimizer(recipe, model, 10), "mse", metrics=["accuracy"])
@@ -69,7 +70,7 @@ def _trained(ema=0.0, precision="float32"):
 
 
 def test_the_best_weights_are_the_averaged_ones_of_the_best_epoch():
-    model, images, labels = _trained(ema=0.9)
+    model, images, labels = _compiled(ema=0.9)
     best = BestWeights()
     model.fit(
         images,
@@ -85,22 +86,22 @@ def test_the_best_weights_are_the_averaged_ones_of_the_best_epoch():
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-def test_of_epochs_with_equal_accuracy_the_one_with_the_lowest_loss_is_kept():
+def test_of_epochs_with_equal_accuracy_the_lowest_loss_is_kept():
     best = BestWeights()
     best.set_model(build_classifier("cvt_tiny", 3, (16, 16, 3)))
-    kept = []
+    is_kept = []
     for accuracy, loss in ((0.5, 1.0), (0.5, 1.0), (0.5, 0.5), (0.4, 0.1), (0.5, 0.6), (0.75, 2.0)):
         before = best.weights
         best.on_test_end({"accuracy": accuracy, "loss": loss})
-        kept.append(best.weights is not before)
-    assert kept == [True, False, True, False, False, True]  # among equals in both the earliest
+        is_kept.append(best.weights is not before)
+    assert is_kept == [True, False, True, False, False, True]  # among equals in both the earliest
     assert (best.score, best.loss) == (0.75, 2.0)
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
 def test_a_checkpoint_holds_every_variable(tmp_path, precision):
     (tmp_path / "checkpoints").mkdir()
-    model, images, labels = _trained(ema=0.9, precision=precision)
+    model, images, labels = _compiled(ema=0.9, precision=precision)
 
     def callbacks():
         stopwatch, best = Stopwatch(), BestWeights()
@@ -122,7 +123,7 @@ def test_a_checkpoint_holds_every_variable(tmp_path, precision):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch-0002"]
 
     keras.utils.set_random_seed(1)
-    other, *_ = _trained(ema=0.9, precision=precision)
+    other, *_ = _compiled(ema=0.9, precision=precision)
     _, other_best, restored = callbacks()
     restored.restore(other)
     with np.load(tmp_path / "checkpoints" / "epoch-0002" / "state.npz") as stored:
@@ -143,76 +144,89 @@ def test_a_checkpoint_holds_every_variable(tmp_path, precision):
         assert [float(row["val_loss"]) for row in csv.DictReader(file)] == [row["val_loss"] for row in restored.history]
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    """The folder of a checkpoint, in a run folder that is `tmp_path`."""
-    (tmp_path / "checkpoints").mkdir()
-    model, images, labels = _trained()
+@pytest.fixture(scope="module")
+def model():
+    return _compiled()[0]
+
+
+@pytest.fixture(scope="module")
+def run_dir(eager, tmp_path_factory):
+    """A run folder with a checkpoint, to be copied."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "checkpoints").mkdir()
+    model, images, labels = _compiled()
     stopwatch, best = Stopwatch(), BestWeights()
-    checkpoints = Checkpoints(tmp_path, DATA, stopwatch, best)
+    checkpoints = Checkpoints(folder, DATA, stopwatch, best)
     model.fit(images, labels, validation_data=(images, labels), verbose=0, callbacks=[stopwatch, best, checkpoints])
+    return folder
+
+
+@pytest.fixture
+def checkpoint(run_dir, tmp_path):
+    """The folder of a checkpoint. The run folder is `tmp_path`."""
+    shutil.copytree(run_dir, tmp_path, dirs_exist_ok=True)
     return tmp_path / "checkpoints" / "epoch-0001"
 
 
-def _restore(run_dir, data=DATA, ema=0.0):
-    Checkpoints(run_dir, data, Stopwatch(), BestWeights()).restore(_trained(ema)[0])
+def _restore(run_dir, model, data=DATA):
+    Checkpoints(run_dir, data, Stopwatch(), BestWeights()).restore(model)
 
 
-def test_the_newest_checkpoint_is_that_of_the_highest_number(checkpoint, tmp_path):
+def test_the_newest_checkpoint_has_the_highest_number(checkpoint, tmp_path, model):
     state = runs.read_json(checkpoint / "state.json")
     for name in ("epoch-9999", "epoch-10000", "epoch-9999 (copy)"):
         shutil.copytree(checkpoint, checkpoint.with_name(name))
         runs.write_json(checkpoint.with_name(name) / "state.json", {**state, "best_score": name})
     best = BestWeights()
-    Checkpoints(tmp_path, DATA, Stopwatch(), best).restore(_trained()[0])
+    Checkpoints(tmp_path, DATA, Stopwatch(), best).restore(model)
     assert best.score == "epoch-10000"
 
 
-def test_a_checkpoint_of_other_class_weights_is_refused(checkpoint, tmp_path):
-    _restore(tmp_path)  # of a run without weights
+def test_a_checkpoint_with_other_class_weights_is_refused(checkpoint, tmp_path, model):
+    _restore(tmp_path, model)  # without class weights
     with pytest.raises(RecipeError) as error:
-        _restore(tmp_path, data={**DATA, "class weights": [1.0, 2.0]})
+        _restore(tmp_path, model, data={**DATA, "class weights": [1.0, 2.0]})
     assert error.value.argument == "class_weights"
 
 
-def test_a_checkpoint_of_an_older_version_has_no_loss(checkpoint, tmp_path):
+def test_a_checkpoint_of_an_older_version_has_no_loss(checkpoint, tmp_path, model):
     state = runs.read_json(checkpoint / "state.json")
     loss = state.pop("best_loss")
     runs.write_json(checkpoint / "state.json", state)
     best = BestWeights()
-    Checkpoints(tmp_path, DATA, Stopwatch(), best).restore(_trained()[0])
+    Checkpoints(tmp_path, DATA, Stopwatch(), best).restore(model)
     assert best.loss == loss  # from the history
 
 
 def test_a_checkpoint_of_another_network_is_refused(checkpoint, tmp_path):
     with pytest.raises(RecipeError) as error:
-        _restore(tmp_path, ema=0.5)
+        _restore(tmp_path, _compiled(ema=0.5)[0])
     assert error.value.argument == "run_dir"
     assert str(checkpoint) in error.value.summary
 
 
-def test_a_checkpoint_of_other_data_is_refused(checkpoint, tmp_path):
+def test_a_checkpoint_of_other_data_is_refused(checkpoint, tmp_path, model):
     with pytest.raises(RecipeError) as error:
-        _restore(tmp_path, data={**DATA, "train images": 9})
+        _restore(tmp_path, model, data={**DATA, "train images": 9})
     assert error.value.argument == "data_dir"
     assert "train images was 8 and is 9" in error.value.summary
 
 
 @pytest.mark.parametrize("name", ["state.npz", "best.npz", "state.json"])
-@pytest.mark.parametrize("sabotage", ["cut", "empty", "gone", "other"])
-def test_a_broken_checkpoint_is_named(checkpoint, tmp_path, name, sabotage):
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "changed"])
+def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, model, name, damage):
     file = checkpoint / name
     data = file.read_bytes()
-    if sabotage == "gone":
+    if damage == "missing":
         file.unlink()
-    elif sabotage == "other" and name == "state.json":
+    elif damage == "changed" and name == "state.json":
         file.write_text("[]")
-    elif sabotage == "other":
+    elif damage == "changed":
         file.write_bytes(data[:300] + bytes(255 - byte for byte in data[300:400]) + data[400:])
     else:
-        file.write_bytes(data[: len(data) // 2] if sabotage == "cut" else b"")
+        file.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"")
     with pytest.raises(RunError) as error:
-        _restore(tmp_path)
+        _restore(tmp_path, model)
     assert str(checkpoint) in error.value.summary
     assert "\n" not in str(error.value)
 
@@ -222,15 +236,15 @@ def test_a_broken_checkpoint_is_named(checkpoint, tmp_path, name, sabotage):
     [
         (2, 0, [(0.5, 1.0), (0.4, 1.0)], False),
         (2, 0, [(0.5, 1.0), (0.4, 0.9), (0.5, 1.0)], True),
-        (2, 0, [(0.5, 1.0), (0.4, 0.9), (0.5, 0.9)], False),  # equal, and of lower loss
+        (2, 0, [(0.5, 1.0), (0.4, 0.9), (0.5, 0.9)], False),  # equal accuracy, lower loss
         (0, 0, [(0.5, 1.0)] * 9, False),
-        (1, 2, [(0.9, 0.1), (0.8, 1.0)], False),  # none of them counts yet
+        (1, 2, [(0.9, 0.1), (0.8, 1.0)], False),  # before the first epoch that counts
         (1, 2, [(0.9, 0.1), (0.8, 1.0), (0.5, 1.0)], False),
         (1, 2, [(0.9, 0.1), (0.8, 1.0), (0.5, 1.0), (0.5, 1.0)], True),
         (1, 0, [], False),
     ],
 )
-def test_training_stops_after_epochs_without_a_better_one(patience, first_epoch, scores, due, capsys):
+def test_training_stops_after_epochs_without_improvement(patience, first_epoch, scores, due, capsys):
     history = [{"epoch": i, "val_accuracy": score, "val_loss": loss} for i, (score, loss) in enumerate(scores, start=1)]
     stop = EarlyStopping(patience, types.SimpleNamespace(history=history), first_epoch)
     assert stop.is_due == due
@@ -238,7 +252,7 @@ def test_training_stops_after_epochs_without_a_better_one(patience, first_epoch,
     stop.set_params({"epochs": 30})
     stop.on_epoch_end(len(history) - 1)
     assert stop.model.stop_training == due
-    assert ("is still the best" in capsys.readouterr().out) == due
+    assert ("early stopping after epoch" in capsys.readouterr().out) == due
 
 
 def test_weights_before_the_first_epoch_that_counts_are_not_kept():
@@ -252,7 +266,7 @@ def test_weights_before_the_first_epoch_that_counts_are_not_kept():
     assert best.score == 0.5
 
 
-def test_a_compression_of_no_kind_changes_nothing():
+def test_without_compression_nothing_changes():
     classifier = build_classifier("cvt_tiny", 10, (16, 16, 3))
     nothing = Compressor()
     nothing.require(SMOKE)

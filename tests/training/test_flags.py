@@ -13,7 +13,7 @@ def parse(argv):
     return flags.parse(argv, Arguments, "cvt-keras train", "Train a network.")
 
 
-def test_a_recipe_comes_first_and_its_values_are_the_defaults():
+def test_the_recipe_sets_the_defaults():
     name, arguments = parse(["smoke", "--seed", "3"])
     recipe = arguments.recipe
     assert (name, recipe.seed, recipe.epochs, recipe.variant) == ("smoke", 3, RECIPES["smoke"].epochs, "cvt_tiny")
@@ -21,7 +21,7 @@ def test_a_recipe_comes_first_and_its_values_are_the_defaults():
     assert not arguments.resume
 
 
-def test_without_a_name_it_is_the_default_recipe():
+def test_without_a_recipe_the_default_is_used():
     name, arguments = parse(["--epochs", "3", "--run-dir", "somewhere", "--resume"])
     recipe = arguments.recipe
     assert (name, recipe.epochs, recipe.variant, recipe.batch_size) == (
@@ -34,7 +34,7 @@ def test_without_a_name_it_is_the_default_recipe():
     assert arguments.resume
 
 
-def test_a_fine_tuning_takes_the_network_of_its_weights():
+def test_fine_tuning_leaves_the_network_to_the_weights():
     _, arguments = parse(["finetune", "--weights", "microsoft/cvt-13", "--image-size", "384"])
     assert (arguments.recipe.weights, arguments.recipe.image_size, arguments.recipe.variant) == ("microsoft/cvt-13", 384, None)
     assert arguments.recipe.variant_name == "cvt-13"
@@ -81,9 +81,23 @@ def test_every_field_has_a_flag():
     assert not parse(["--no-flip"])[1].recipe.flip
     assert parse(["--skip-broken"])[1].recipe.skip_broken
     frozen = parse(["--weights", "microsoft/cvt-13", "--freeze", "2"])[1].recipe
-    assert frozen.freeze == "2"  # which it needs weights for
+    assert frozen.freeze == "2"
     fields = {field.name for field in dataclasses.fields(Recipe)}
     assert {field for field, _ in flags.values()} | {"flip", "skip_broken", "freeze", "description", "compression"} == fields
+
+
+def test_help_shows_the_recipe_and_plain_defaults(capsys):
+    for argv, parts in (
+        (["smoke"], ["cvt-keras train smoke", "(default: cvt_tiny)", "those of smoke."]),
+        (["finetune"], ["(default: None)", "those of finetune."]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            parse([*argv, "--help"])
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        for part in parts:
+            assert part in printed
+        assert "`" not in printed and "['" not in printed  # neither docstrings nor lists
 
 
 @pytest.fixture
@@ -93,19 +107,19 @@ def recipe_file(tmp_path):
     return file
 
 
-# As tyro takes every other flag.
+# In every spelling that tyro accepts.
 @pytest.mark.parametrize(
     "flags",
     [["--recipe-file={}"], ["--recipe-file", "{}"], ["--recipe_file", "{}"], ["--recipe-file", "nowhere", "--recipe_file={}"]],
 )
-def test_a_recipe_comes_from_a_file_and_flags_change_it(recipe_file, flags):
+def test_a_file_sets_the_defaults(recipe_file, flags):
     name, arguments = parse([*(flag.format(recipe_file) for flag in flags), "--epochs", "9"])
     assert (arguments.recipe.seed, arguments.recipe.epochs, arguments.recipe.variant) == (5, 9, "cvt_tiny")
     assert arguments.recipe_file == recipe_file
     assert name == "mine"
 
 
-def test_a_runs_recipe_is_called_as_the_run(recipe_file, monkeypatch):
+def test_the_recipe_of_a_run_has_the_name_of_the_run(recipe_file, monkeypatch):
     file = recipe_file.rename(recipe_file.parent / "recipe.json")
     assert parse(["--recipe-file", str(file)])[0] == file.parent.name
     monkeypatch.chdir(file.parent)
@@ -113,7 +127,7 @@ def test_a_runs_recipe_is_called_as_the_run(recipe_file, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"epoch": 3}', '{"epochs": 0}', None])
-def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
+def test_a_file_that_is_not_a_recipe_is_named(tmp_path, content):
     file = tmp_path / "mine.json"
     if content is not None:
         file.write_text(content)
@@ -127,7 +141,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
     "argv, argument",
     [(["smoke", "--recipe-file", "mine.json"], "recipe_file"), (["--seed", "3", "smoke"], "RECIPE"), (["cifar11"], "RECIPE")],
 )
-def test_a_recipe_that_is_named_twice_late_or_not_at_all_is_refused(argv, argument):
+def test_a_recipe_that_is_given_twice_or_late_or_is_unknown_is_refused(argv, argument):
     with pytest.raises(RecipeError) as error:
         parse(argv)
     assert error.value.argument == argument

@@ -13,9 +13,12 @@ from cvt_keras.training.recipes import SMOKE
 VARIANT = Variant((Stage(dim=8, depth=1, heads=1), Stage(dim=8, depth=1, heads=1, cls_token=True)), stem=(8,))
 
 
+pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("what, trained", [("backbone", ("head",)), ("1", ("stage1", "norm", "head")), ("2", ("norm", "head"))])
-def test_what_is_frozen_does_not_move(what, trained, optimizer):
+def test_frozen_layers_do_not_change(what, trained, optimizer):
     classifier = build_classifier(VARIANT, 3, (16, 16, 3))
     freeze.freeze(classifier.get_layer("cvt"), what)
     recipe = dataclasses.replace(SMOKE, optimizer=optimizer, layer_decay=0.5, ema=0.5, peak_learning_rate=0.1)
@@ -28,15 +31,15 @@ def test_what_is_frozen_does_not_move(what, trained, optimizer):
     )
     for variable in classifier.weights:
         part = variable.path.removeprefix("cvt/")
-        moved = not np.array_equal(before[variable.path], np.array(variable))
-        # The batch norms' statistics too. A key's bias changes no attention: its gradient is 0.
+        changed = not np.array_equal(before[variable.path], np.array(variable))
+        # Includes the statistics of batch norms. Not all biases: the gradient of a key's bias is 0.
         if not part.startswith(trained):
-            assert not moved, part
+            assert not changed, part
         elif part.endswith("kernel") or "moving" in part:
-            assert moved, part
+            assert changed, part
 
 
-def test_a_number_over_that_of_the_stages_is_refused():
+def test_more_stages_than_the_network_has_are_refused():
     recipe = dataclasses.replace(SMOKE, variant=VARIANT, weights="a.keras")
     for what in (None, "backbone", 2):
         freeze.require(dataclasses.replace(recipe, freeze=what))

@@ -33,21 +33,21 @@ def test_learning_rate_rises_then_decays(decay, quarter_way):
 
 
 @pytest.mark.parametrize("warmup, steps, peak", [(0.0, 100, 0), (0.5, 100, 49), (0.9, 1, 0)])
-def test_warmup_share_is_read(warmup, steps, peak):
+def test_warmup_is_a_fraction_of_the_steps(warmup, steps, peak):
     assert int(np.argmax(_rates(steps, warmup=warmup))) == peak
 
 
-def test_schedule_comes_back_from_its_config():
+def test_the_schedule_survives_serialisation():
     schedule = learning_rate(RECIPE, 200)
     again = keras.optimizers.schedules.deserialize(keras.optimizers.schedules.serialize(schedule))
     assert [float(again(step)) for step in (0, 30, 150)] == [float(schedule(step)) for step in (0, 30, 150)]
 
 
-def test_muon_takes_the_matrices_and_adamw_the_rest():
+def test_muon_updates_matrices_and_adamw_the_rest():
     model = _model()
     optimizer = make_optimizer(MUON, model, 100)
     optimizer.build(model.trainable_variables)
-    # Keras' Muon has a velocity for what AdamW updates.
+    # Keras' Muon has velocities only for the variables that AdamW updates.
     adamw = {v.path for v, velocity in zip(model.trainable_variables, optimizer.adam_velocities) if velocity is not None}
     muon = {v.path for v in model.trainable_variables} - adamw
     assert {path for path in muon if "stage1_block0" in path} == {
@@ -60,7 +60,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
 
 
 def _step(recipe, seed=0):
-    """Each variable's change in one step at the peak, with random gradients."""
+    """The change of each variable in one step at the peak learning rate, and the random gradients."""
     model = _model()
     optimizer = make_optimizer(dataclasses.replace(recipe, warmup=0.0, weight_decay=0.0), model, 10_000)
     random = np.random.default_rng(seed)
@@ -70,17 +70,17 @@ def _step(recipe, seed=0):
     return {v.path: np.asarray(v) - before[v.path] for v in model.trainable_variables}, gradients
 
 
-def test_muon_makes_a_convolutions_update_orthogonal():
+def test_muon_makes_the_update_of_a_convolution_orthogonal():
     changes, gradients = _step(MUON)
     for path in ("stage1_embed/proj/kernel", "stage1_block0/mlp/fc1/kernel"):
         matrix = changes[path].reshape(-1, changes[path].shape[-1])
         scale = 1e-2 * 0.2 * max(matrix.shape) ** 0.5
         singular = np.linalg.svd(matrix / scale, compute_uv=False)
-        assert np.all((singular > 0.6) & (singular < 1.3)), path  # where five iterations bring them
+        assert np.all((singular > 0.6) & (singular < 1.3)), path  # the range after five iterations
         assert np.sum(matrix * gradients[path].reshape(matrix.shape)) < 0  # downhill
 
 
-def test_adamw_ratio_scales_the_rest_alone():
+def test_adamw_ratio_scales_adamw_only():
     whole, tenth = (_step(dataclasses.replace(MUON, adamw_ratio=ratio))[0] for ratio in (1.0, 0.1))
     np.testing.assert_allclose(tenth["head/kernel"], 0.1 * whole["head/kernel"], rtol=1e-3)
     np.testing.assert_allclose(tenth["stage1_embed/proj/kernel"], whole["stage1_embed/proj/kernel"], atol=1e-7)
@@ -97,7 +97,7 @@ def test_ema_averages_the_weights(optimizer):
         optimizer.apply(gradients, model.trainable_variables)
         path.append(np.asarray(model.trainable_variables[0]))
     [average] = [v for v in optimizer.variables if "average" in v.path][:1]
-    # It begins at the weights after the first step.
+    # The average starts from the weights after the first step.
     expected = 0.75 * (0.75 * path[0] + 0.25 * path[1]) + 0.25 * path[2]
     np.testing.assert_allclose(np.asarray(average), expected, atol=1e-6)
     assert not make_optimizer(dataclasses.replace(recipe, ema=0.0), model, 100).use_ema
@@ -152,7 +152,7 @@ def test_muon_scales_both_of_its_weight_decays():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_optimizer_comes_back_from_its_config(optimizer):
+def test_an_optimizer_survives_serialisation(optimizer):
     model = _model()
     optimizer = make_optimizer(dataclasses.replace(RECIPE, optimizer=optimizer, layer_decay=0.5), model, 100)
     again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
@@ -161,7 +161,7 @@ def test_an_optimizer_comes_back_from_its_config(optimizer):
     assert make_optimizer(RECIPE, model, 100).rate_scales is None
 
 
-def test_kernels_alone_decay():
+def test_only_kernels_decay():
     model = _model()
     decayed = {variable.path for variable in model.trainable_variables if decays(variable)}
     kept = {variable.path for variable in model.trainable_variables} - decayed
@@ -173,7 +173,7 @@ def test_kernels_alone_decay():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_optimizer_decays_what_it_should(weight_decay, optimizer):
+def test_the_optimizer_decays_only_kernels(weight_decay, optimizer):
     model = _model()
     recipe = dataclasses.replace(RECIPE, optimizer=optimizer, warmup=0.0, weight_decay=weight_decay, decay="constant")
     optimizer = make_optimizer(recipe, model, 100)
@@ -188,7 +188,7 @@ def test_optimizer_decays_what_it_should(weight_decay, optimizer):
 
 
 @pytest.mark.parametrize("clip, norm", [(0, 100.0), (1.5, 1.5)])
-def test_gradient_clip_bounds_the_norm_of_all(clip, norm):
+def test_gradient_clip_bounds_the_global_norm(clip, norm):
     model = _model()
     optimizer = make_optimizer(dataclasses.replace(RECIPE, gradient_clip=clip), model, 100)
     size = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)

@@ -10,8 +10,8 @@ from cvt_keras.training.recipes import RECIPES, SMOKE, Recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_says_its_command(name):
-    assert re.search(rf"^    python train\.py {name}\b", RECIPES[name].description, re.MULTILINE)
+def test_a_recipe_documents_its_command(name):
+    assert re.search(rf"^    cvt-keras train {name}\b", RECIPES[name].description, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_errors_name_argument_and_value(change, parts):
         assert part in str(error.value)
 
 
-def test_a_whole_number_and_a_path_pass(tmp_path):
+def test_an_int_for_a_float_and_a_path_are_accepted(tmp_path):
     recipe = dataclasses.replace(SMOKE, mixup=1, data_dir=tmp_path)
     assert recipe.mixup == 1
     assert recipe.data_dir == str(tmp_path)
@@ -87,12 +87,12 @@ def test_a_whole_number_and_a_path_pass(tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_settings_come_back_from_json(name):
+def test_settings_survive_json(name):
     again = Recipe.from_settings(json.loads(json.dumps(RECIPES[name].settings())))
     assert again == dataclasses.replace(RECIPES[name], description="")
 
 
-def test_a_variant_without_a_name_comes_back_too():
+def test_a_variant_without_a_name_survives_json():
     recipe = dataclasses.replace(SMOKE, variant=Variant((Stage(8, 1, 1),)))
     assert recipe.variant_name == "custom"
     assert dataclasses.replace(SMOKE, variant=VARIANTS["cvt_13"]).variant_name == "cvt_13"
@@ -112,7 +112,7 @@ def test_a_variant_without_a_name_comes_back_too():
         (None, "custom"),
     ],
 )
-def test_without_a_name_the_variant_is_called_as_the_weights(weights, name, tmp_path):
+def test_a_variant_without_a_name_is_named_after_the_weights(weights, name, tmp_path):
     recipe = dataclasses.replace(RECIPES["finetune"], weights=weights)
     assert (recipe.image_size, recipe.variant) == (224, None)
     assert 0 < recipe.layer_decay < 1
@@ -131,13 +131,13 @@ def test_settings_hold_the_whole_variant():
 @pytest.mark.parametrize(
     "settings, part", [([], "dict"), ({"epoch": 3}, "epoch"), ({"variant": {"stages": [{"dim": 8}]}}, "depth")]
 )
-def test_settings_of_no_recipe_are_refused(settings, part):
+def test_invalid_settings_are_refused(settings, part):
     with pytest.raises(RecipeError) as error:
         Recipe.from_settings(settings)
     assert part in error.value.summary
 
 
-def test_reference_is_adam_without_anything():
+def test_reference_is_adam_without_augmentation_and_regularisation():
     reference = RECIPES["reference"]
     assert (reference.variant, reference.optimizer, reference.peak_learning_rate) == ("cvt_13", "adamw", 1e-3)
     assert (reference.batch_size, reference.epochs, reference.decay) == (128, 10, "constant")

@@ -30,7 +30,7 @@ def photos(tmp_path_factory):
 def recipe(photos):
     # At such a low learning rate the epochs soon stop to improve.
     return dataclasses.replace(
-        SMOKE, dataset="folder", data_dir=photos, image_size=16, batch_size=8, epochs=20, peak_learning_rate=1e-7,
+        SMOKE, dataset="folder", data_dir=photos, image_size=16, batch_size=16, epochs=20, peak_learning_rate=1e-7,
         class_weights="auto", early_stopping=1,
     )  # fmt: skip
 

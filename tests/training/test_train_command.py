@@ -15,7 +15,8 @@ from cvt_keras import cli
 from cvt_keras.conversion.layouts import microsoft_weights
 from cvt_keras.errors import DivergedError, OccupiedError, OutOfMemoryError, RunError
 from cvt_keras.signals import Terminated
-from cvt_keras.training import loop
+from cvt_keras.training import loop, plan
+from cvt_keras.training.__main__ import parse
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
         (["finetune", "--weights", "{misfit}"], 1, "misfit.pth all.keras"),
     ],
 )
-def test_weights_that_can_not_be_had_are_told(flags, code, part, tmp_path, capsys):
+def test_weights_that_can_not_be_loaded_end_in_a_short_error(flags, code, part, tmp_path, capsys):
     (tmp_path / "damaged.pth").write_text("hello")
     weights = [weight for weight in microsoft_weights("cvt_13") if "proj_k.bias" not in weight.key]
     torch.save({weight.key: torch.zeros(weight.shape) for weight in weights}, tmp_path / "misfit.pth")
@@ -52,7 +53,7 @@ def test_weights_that_can_not_be_had_are_told(flags, code, part, tmp_path, capsy
         (["--label-smoothing", "1"], ["label_smoothing=1.0", "(--label-smoothing)"]),
     ],
 )
-def test_a_value_that_no_run_can_have_ends_with_2_and_one_line(arguments, parts, capsys):
+def test_an_invalid_value_ends_with_2_and_one_line(arguments, parts, capsys):
     assert cli.main(["train", *arguments]) == 2
     [line] = capsys.readouterr().err.strip().splitlines()
     for part in ("cvt-keras train: ", *parts):
@@ -85,7 +86,7 @@ RESUME = "To resume: cvt-keras train smoke --run-dir 'my runs/one' --resume"
 @pytest.mark.parametrize(
     "raised, code, part",
     [
-        (OSError("no space"), 1, "no space; finished epochs are kept. To resume once that is mended: cvt-keras train smoke"),
+        (OSError("no space"), 1, "no space; finished epochs are kept. Once this is fixed, resume with: cvt-keras train smoke"),
         (DivergedError("the loss is NaN", hint="Lower it"), 1, "the loss is NaN. Lower it"),
         (OutOfMemoryError("too small"), 1, "too small"),
         (RunError("damaged"), 1, "damaged"),
@@ -94,7 +95,7 @@ RESUME = "To resume: cvt-keras train smoke --run-dir 'my runs/one' --resume"
         (Terminated(), 143, RESUME),
     ],
 )
-def test_what_stops_a_run_is_told_in_one_line(raised, code, part, monkeypatch, capsys):
+def test_an_error_or_signal_ends_a_run_with_one_line(raised, code, part, monkeypatch, capsys):
     def stop(recipe, run_dir, resume, name):
         raise raised
 
@@ -105,7 +106,7 @@ def test_what_stops_a_run_is_told_in_one_line(raised, code, part, monkeypatch, c
     assert part in line
 
 
-def test_a_run_that_left_the_test_images_alone_tells_validation(monkeypatch, capsys):
+def test_without_test_images_the_validation_accuracy_is_printed(monkeypatch, capsys):
     report = SimpleNamespace(test=None, validation={"top1": 0.125, "images": 5_000})
     result = SimpleNamespace(report=report, run_dir="runs/x")
     monkeypatch.setattr(loop, "run", lambda recipe, run_dir, resume, name: result)
@@ -117,7 +118,7 @@ def test_a_run_that_left_the_test_images_alone_tells_validation(monkeypatch, cap
     "missing, environment, code, part",
     [("matplotlib", {}, 1, "pip install matplotlib"), ("", {"KERAS_BACKEND": "foo"}, 2, "foo")],
 )
-def test_what_can_not_be_imported_is_told_in_one_line(missing, environment, code, part):
+def test_a_failed_import_ends_with_one_line(missing, environment, code, part):
     code_of_process = "import sys\nsys.modules[sys.argv.pop(1)] = None\nfrom cvt_keras import cli\nsys.exit(cli.main())"
     ended = subprocess.run(
         [sys.executable, "-c", code_of_process, missing, "train", "smoke", "--dataset", "digits"],
@@ -132,8 +133,8 @@ def test_what_can_not_be_imported_is_told_in_one_line(missing, environment, code
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_keeps_its_epochs_and_goes_on(cifar10_dir, tmp_path, number, code, capsys):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+def test_a_stopped_run_keeps_its_epochs_and_prints_the_command_that_resumes_it(cifar10_dir, tmp_path, number, code):
     run_dir = tmp_path / "run"
     flags = ["smoke", "--dataset", "cifar10", "--data-dir", str(cifar10_dir), "--run-dir", str(run_dir)]
     flags += ["--epochs", "3", "--batch-size", "2"]  # an epoch of 128 steps
@@ -141,7 +142,7 @@ def test_a_stopped_run_keeps_its_epochs_and_goes_on(cifar10_dir, tmp_path, numbe
         [sys.executable, str(ROOT / "train.py"), *flags],
         stderr=subprocess.PIPE,
         text=True,
-        # Of a shell in the background, children are born deaf to Ctrl-C.
+        # A shell makes the processes in its background ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not (run_dir / "history.csv").exists() and process.poll() is None:
@@ -149,38 +150,26 @@ def test_a_stopped_run_keeps_its_epochs_and_goes_on(cifar10_dir, tmp_path, numbe
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
-    assert error.strip().splitlines()[-1].endswith(f"To resume: {shlex.join([*process.args, '--resume'])}")
-    # Not at the end of the next epoch.
+    _, _, command = error.strip().splitlines()[-1].partition("To resume: ")
+    assert command == shlex.join([*process.args, "--resume"])
+    # It stopped within the second epoch.
     assert [path.name for path in (run_dir / "checkpoints").glob("epoch-*")] == ["epoch-0001"]
-    kept = (run_dir / "history.csv").read_text()
-    assert not (run_dir / "report.json").exists()
+    assert (run_dir / "history.csv").exists() and not (run_dir / "report.json").exists()
 
-    assert cli.main(["train", *flags, "--resume"]) == 0
-    assert "resuming after epoch 1 of 3" in capsys.readouterr().out
-    assert (run_dir / "history.csv").read_text().startswith(kept)
-    assert json.loads((run_dir / "report.json").read_text())["epochs"] == 3
+    _, arguments = parse(shlex.split(command)[2:])
+    assert plan.settle(arguments.recipe, arguments.run_dir, arguments.resume).resumed
 
 
-def test_the_command_trains_and_says_where(cifar10_dir, tmp_path):
+@pytest.mark.filterwarnings("ignore:Even though the `tf.config")
+def test_the_command_trains_and_prints_accuracy_and_folder(cifar10_dir, tmp_path, eager, capsys):
     run_dir = tmp_path / "run"
-    command = [
-        sys.executable,
-        ROOT / "train.py",
-        "smoke",
-        "--dataset",
-        "cifar10",
-        "--data-dir",
-        cifar10_dir,
-        "--run-dir",
-        run_dir,
-    ]
-    first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
+    argv = ["train", "smoke", "--dataset", "cifar10", "--data-dir", str(cifar10_dir), "--run-dir", str(run_dir)]
+    argv += ["--train-limit", "64", "--epochs", "1"]
+    assert cli.main(argv) == 0
     report = json.loads((run_dir / "report.json").read_text())
-    assert f"{report['test']['top1']:.2%} top-1 on 256 test images" in first.stdout
-    assert str(run_dir) in first.stdout
-    assert "cores" in first.stdout and "float32" in first.stdout and "256 training" in first.stdout
-
-    second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert second.returncode == 2
-    assert str(run_dir) in second.stderr
+    printed = capsys.readouterr().out
+    assert f"{report['test']['top1']:.2%} top-1 on 256 test images" in printed
+    assert str(run_dir) in printed
+    assert "cores" in printed and "float32" in printed and "64 training" in printed
+    assert cli.main(argv) == 2
+    assert str(run_dir) in capsys.readouterr().err
