@@ -1,12 +1,14 @@
-"""Trains each candidate for `cvt_cifar` for one epoch, for the table in docs/results/network.md: python benchmarks/ablation.py --help
+"""Trains each candidate for `cvt_cifar` for one epoch, for docs/results/stem.csv: python benchmarks/ablation.py --help
 
 One seed and one epoch show only differences of several points.
 """
 
 import dataclasses
 import tempfile
+from pathlib import Path
 
 import tyro
+from result_tables import add_rows
 
 from cvt_keras import Stage, Variant
 from cvt_keras.training import RECIPES, run
@@ -44,10 +46,11 @@ class Arguments:
     """Train on the first N images only."""
     only: str = ""
     """Train only the candidates whose names contain this text."""
+    csv: Path | None = None
+    """Also write the results into this CSV file."""
 
 
 def main(arguments):
-    rows = []
     for name, variant in CANDIDATES.items():
         if arguments.only in name:
             recipe = dataclasses.replace(
@@ -63,9 +66,17 @@ def main(arguments):
             )
             with tempfile.TemporaryDirectory() as run_dir:
                 report = run(recipe, run_dir, evaluate_test=False).report
-            rows.append(f"| {name} | {report.macs / 1e6:.1f} M | {report.validation['top1']:.1%} |")
-    print(f"\n{report.device}, {report.versions}, {report.data_note}\n")
-    print("\n".join(["| candidate | MACs | top-1 after one epoch |", "| --- | --- | --- |", *rows]))
+            row = {
+                "candidate": name,
+                "peak_learning_rate": arguments.peak_learning_rate,
+                "train_limit": arguments.train_limit or "",
+                "macs_millions": f"{report.macs / 1e6:.1f}",
+                "top1_percent": f"{report.validation['top1']:.1%}".rstrip("%"),
+            }
+            print(f"{name}: {row['macs_millions']} M MACs, {row['top1_percent']}% top-1 after one epoch", flush=True)
+            if arguments.csv:
+                add_rows(arguments.csv, [row], ("candidate", "peak_learning_rate", "train_limit"))
+    print(f"{report.device}, {report.versions}, {report.data_note}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
+from result_tables import add_rows
 
 from cvt_keras import environment, runs
 from cvt_keras.errors import NoRunError, RunError
@@ -39,6 +40,8 @@ class Arguments:
     """Folders of exported runs. The others are compared with the first."""
     plot: Path | None = None
     """Draw accuracy against size into this .png file."""
+    csv: Path | None = None
+    """Also write the table into this CSV file."""
     times: int = 100
     """Timed runs per file and turn."""
     turns: int = 5
@@ -205,6 +208,21 @@ def pareto(files):
     ]
 
 
+def csv_row(row, first):
+    """Returns a row of the CSV file; points and gzip bytes are relative to the first row."""
+    return {
+        "run": row["run"],
+        "file": row["file"],
+        "top1_percent": f"{100 * row['top1']:.2f}",
+        "points": f"{100 * (row['top1'] - first['top1']):+.2f}",
+        "mb": f"{row['bytes'] / 1e6:.2f}",
+        "gzip_mb": f"{row['gzip'] / 1e6:.2f}",
+        "percent_of_first_gzip": f"{100 * row['gzip'] / first['gzip']:.1f}",
+        "ms": f"{row['milliseconds']:.2f}",
+        "ms_deviation": f"{row['deviation']:.2f}",
+    }
+
+
 def main(argv):
     arguments = tyro.cli(Arguments, prog="python benchmarks/compression.py", args=argv)
     try:
@@ -217,6 +235,8 @@ def main(argv):
     print(f"ms: the median of {arguments.turns} turns, each the median of {arguments.times} runs, ± their standard deviation.")
     print(f"top-1 on {rows[0]['checked']}, by LiteRT.\n")
     print(table(rows))
+    if arguments.csv:
+        add_rows(arguments.csv, [csv_row(row, rows[0]) for row in rows], ("run", "file"))
     if arguments.plot:
         figures.save(trade(rows), arguments.plot)
         print(f"\n{arguments.plot}")

@@ -4,12 +4,15 @@ Parameters and MACs of each variant, and the largest differences from the output
 tests/golden.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
 import keras
 import numpy as np
+import tyro
 from keras import ops
+from result_tables import add_rows
 
 from cvt_keras import VARIANTS, CvT, environment, macs
 from cvt_keras.conversion.checkpoint import load_state_dict
@@ -64,16 +67,29 @@ def _largest(ours, reference):
     return float(np.abs(ops.convert_to_numpy(ours) - reference).max())
 
 
-def main():
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Sizes of the variants, and differences from the golden files."""
+
+    csv: Path | None = None
+    """Also write the differences into this CSV file."""
+
+
+def main(arguments):
     print(f"{environment.cpu()}, {keras.config.backend()} backend, {environment.versions()}\n")
     print("| variant | image | classes | trainable parameters | MACs |\n| --- | --- | --- | --- | --- |")
     for name, side, num_classes, parameters, cost in sizes():
         print(f"| `{name}` | {side}x{side} | {num_classes} | {parameters:,} | {cost / 1e6:,.1f} M |")
     print("\n| golden file | largest absolute difference |\n| --- | --- |")
+    rows = []
     for path in sorted(GOLDEN.glob("*.npz")):
-        largest = ", ".join(f"{name} {value:.1e}" for name, value in differences(path).items())
-        print(f"| `{path.stem}` | {largest} |")
+        largest = {name: f"{value:.1e}" for name, value in differences(path).items()}
+        print(f"| `{path.stem}` | {', '.join(f'{name} {value}' for name, value in largest.items())} |")
+        columns = {name: largest.get(name, "") for name in ("logits", "stage0", "stage1", "stage2", "stage2_cls")}
+        rows.append({"golden_file": path.stem, "backend": keras.config.backend(), **columns, "device": environment.cpu()})
+    if arguments.csv:
+        add_rows(arguments.csv, rows, ("golden_file", "backend"))
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Arguments))
