@@ -110,19 +110,34 @@ def write_photos(folder):
 def start_server(folder, run):
     """Starts the double of TF Serving for a run's SavedModel, on the ports of the real one."""
     double = str(ROOT / "tests" / "export" / "double.py")
-    server = subprocess.Popen(
-        [sys.executable, double, f"{run}/export/saved_model", "8500", "8501"], cwd=folder, stdout=subprocess.PIPE
-    )
-    if not server.stdout.readline():  # its first line says that it answers
-        raise SystemExit(f"the double of TF Serving for {run} ended at its start")
+    output = folder / "server.txt"
+    with output.open("w") as file:
+        server = subprocess.Popen(
+            [sys.executable, double, f"{run}/export/saved_model", "8500", "8501"], cwd=folder, stdout=file
+        )
+    while not output.read_text():  # its first line says that it answers
+        if server.poll() is not None:
+            raise SystemExit(f"the double of TF Serving for {run} ended at its start")
+        time.sleep(0.2)
     return server
 
 
-# `cvt-keras web` serves until Ctrl-C, which ends it with 130.
+def stop_server(server):
+    if server:
+        server.kill()
+        server.wait()
+
+
+# `cvt-keras web` serves until it is stopped: once the page has come, by SIGTERM, which ends it with 143.
 WEB = """
 cvt-keras() {
   if [ "$1" != web ]; then command cvt-keras "$@"; return; fi
-  timeout --preserve-status --signal INT 20 cvt-keras "$@" || [ $? = 130 ]
+  "$(type -P cvt-keras)" "$@" > web.txt &
+  until grep -q http:// web.txt; do kill -0 $!; sleep 1; done
+  cat web.txt
+  curl --fail --silent --show-error --output web.html "$(grep -o 'http://[^ ]*' web.txt)"
+  kill $!
+  wait $! || [ $? = 143 ]
 }
 """
 
@@ -140,8 +155,7 @@ def run(pages, folder):
             if block.reason:
                 not_run.append(block)
                 if served := SERVER.search(block.script):
-                    if server:
-                        server.kill()
+                    stop_server(server)
                     server = start_server(folder, served[1])
                 continue
             is_readme = block.page == "README.md"
@@ -153,12 +167,13 @@ def run(pages, folder):
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"{block.page}:{block.line} ended with {error.returncode}") from error
     finally:
-        if server:
-            server.kill()
+        stop_server(server)
     return not_run
 
 
 def main(chosen):
+    if unknown := set(chosen) - set(PAGES):
+        raise SystemExit(f"no pages to run: {', '.join(sorted(unknown))}. Choose from {', '.join(PAGES)}")
     not_run = []
     for pages in FOLDERS:
         if pages := [page for page in pages if page in (chosen or PAGES)]:

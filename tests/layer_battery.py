@@ -48,13 +48,14 @@ def check_config(case):
     assert keras.saving.deserialize_keras_object(stored).get_config() == config
 
 
-def check_layers(cases, precision, tmp_path):
+def check_layers(cases, precision, tmp_path, compiled=False):
     """Builds the layers of the cases in one model, trains it for a step, calls it, saves it and loads it.
 
     Args:
         cases: a list of `Case`.
         precision: one of PRECISIONS.
         tmp_path: a folder to write to.
+        compiled: train compiled, with XLA, instead of eagerly: that takes much longer than the step itself.
     """
     layers, symbols, outputs = [], [], []
     for cls, arguments, shapes, output_shapes, weights, statistics in cases:
@@ -70,7 +71,7 @@ def check_layers(cases, precision, tmp_path):
     images = [_random(0, shape) for case in cases for shape in case.shapes]
     # No target is a multiple of what a norm gives, so that every weight has a gradient.
     targets = [_random(1, shape) for case in cases for shape in case.output_shapes]
-    _check_training_step(model, layers, images, targets)
+    _check_training_step(model, layers, images, targets, compiled)
     values = model(images)
     for value, target in zip(tree.flatten(values), targets, strict=True):
         assert value.shape == target.shape
@@ -92,10 +93,9 @@ def _check_variables(layer, weights, statistics):
         assert sublayer.dtype_policy.name == layer.dtype_policy.name, sublayer.path
 
 
-def _check_training_step(model, layers, images, targets):
+def _check_training_step(model, layers, images, targets, compiled):
     before = [(variable, ops.convert_to_numpy(variable)) for layer in layers for variable in layer.trainable_variables]
-    # Compiling the graph takes much longer than one eager step.
-    model.compile(keras.optimizers.Adam(0.01), loss="mse", run_eagerly=True)
+    model.compile(keras.optimizers.Adam(0.01), loss="mse", run_eagerly=not compiled, jit_compile=compiled)
     losses = model.train_on_batch(images, targets if len(targets) > 1 else targets[0])
     assert np.all(np.isfinite(losses))
     for variable, value in before:

@@ -158,19 +158,24 @@ def test_no_imported_module_exits():
     assert _exits(ast.parse("def main():\n    sys.exit(1)"))
 
 
-# Without the packages that `pip install keras jax tyro wrapt` does not install: importing them fails.
+# Two processes: in one, importing a package that `pip install keras jax tyro wrapt` does not install fails.
 IMPORTS = """
-import sys
-for name in ("tensorflow", "torch", "sklearn", "matplotlib", "tensorflow_datasets", "jinja2", "requests", "tqdm"):
-    sys.modules[name] = None
+import os, sys
+missing = ("tensorflow", "torch", "sklearn", "matplotlib", "tensorflow_datasets", "jinja2", "requests", "tqdm")
+child = os.fork()
+if not child:
+    for name in missing:
+        sys.modules[name] = None
 import keras
 before = set(sys.modules)
 import cvt_keras
 for name in cvt_keras.__all__:
     getattr(cvt_keras, name)
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-heavy = {"keras_tuner", "tensorflow_model_optimization", "transformers", "tyro", "export"}
-assert not new & heavy, new & heavy
+heavy = {"keras_tuner", "tensorflow_model_optimization", "transformers", "tyro", "export", *missing}
+assert not {name for name in new & heavy if sys.modules[name]}, new & heavy
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 from cvt_keras import CvT
 from cvt_keras.training.optimizers import make_optimizer
 assert CvT.from_variant("cvt_tiny", 10, (16, 16, 3)).count_params()

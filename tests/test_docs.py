@@ -75,9 +75,22 @@ def test_every_guide_is_run_and_few_blocks_are_not():
     assert len([block for page in PAGES for block in blocks(page) if block.reason]) <= 8
 
 
-def test_every_block_is_a_block_of_commands():
-    for page in PAGES:
-        assert len(blocks(page)) == (ROOT / page).read_text().count("```bash\n")
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS])
+def test_no_command_escapes_the_parser(page):
+    assert len(blocks(page)) == (ROOT / page).read_text().count("```bash\n")
+    for block in blocks(page):
+        for line in block.script.replace("\\\n", " ").splitlines():
+            if "cvt-keras " in line and "$" not in line:  # not a loop's
+                assert list(commands(line)), line
+
+
+def test_flags_of_benchmarks_exist():
+    used = re.compile(r"python (benchmarks/\w+\.py)(.*)")
+    for page in [*PAGES, *RESULTS]:
+        for script, arguments in used.findall((ROOT / page).read_text().replace("\\\n", " ")):
+            source = (ROOT / script).read_text()
+            for flag in re.findall(r"--([a-z-]+)", arguments.partition("`")[0]):
+                assert f"    {flag.replace('-', '_')}: " in source or f'"--{flag}"' in source, f"{page}: {script} --{flag}"
 
 
 def test_the_readme_is_short():

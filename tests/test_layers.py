@@ -66,8 +66,8 @@ def test_battery(precision, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.cls.__name__)
-def test_battery_of_each_layer_alone(case, precision, tmp_path):
-    check_layers([case], precision, tmp_path)
+def test_battery_of_each_layer_alone_with_xla(case, precision, tmp_path):
+    check_layers([case], precision, tmp_path, compiled=True)
 
 
 def test_battery_leaves_no_public_layer_out():

@@ -68,13 +68,20 @@ def every_kind():
 
 
 # XLA compiles for seconds: it gets one stage, with a stem, a cls token and drop path.
-_HALF = Variant((Stage(8, 2, 2, drop_path=0.1, cls_token=True),), stem=(4,))
+_ONE_STAGE = Variant((Stage(8, 2, 2, drop_path=0.1, cls_token=True),), stem=(4,))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_model_trains_and_reloads_in_every_precision_in_half_with_xla(precision, every_kind, tmp_path):
-    xla = precision != "float32"
-    model = CvT(_HALF if xla else every_kind, 10, (32, 32, 3), dtype=precision)
+@pytest.mark.parametrize(
+    "precision, xla, variant",
+    [
+        ("float32", False, "every_kind"),
+        ("mixed_bfloat16", True, "one_stage"),
+        ("mixed_float16", True, "one_stage"),
+        *(pytest.param(precision, True, "every_kind", marks=pytest.mark.slow) for precision in PRECISIONS),
+    ],
+)
+def test_the_model_trains_and_reloads(precision, xla, variant, every_kind, tmp_path):
+    model = CvT(every_kind if variant == "every_kind" else _ONE_STAGE, 10, (32, 32, 3), dtype=precision)
     before = [ops.convert_to_numpy(v) for v in model.trainable_variables]
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=xla)
     losses = [model.train_on_batch(_images(4, 32, 32, 3), np.arange(4)) for _ in range(3)]

@@ -18,7 +18,11 @@ def _made_once(request, tmp_path_factory, name):
     done = shared / f"{name}.done"
     with open(shared / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield shared / name, not done.exists()
+        try:
+            yield shared / name, not done.exists()
+        except BaseException:
+            shutil.rmtree(shared / name, ignore_errors=True)  # so that the next worker meets the same error
+            raise
         done.touch()
 
 

@@ -103,8 +103,8 @@ def test_battery(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_battery_of_each_layer_alone(name, tmp_path):
-    check_layers([CASES[name]], "float32", tmp_path)
+def test_battery_of_each_layer_alone_with_xla(name, tmp_path):
+    check_layers([CASES[name]], "float32", tmp_path, compiled=True)
 
 
 def test_fake_quantisation_rounds_to_256_values_and_clips():
