@@ -487,7 +487,7 @@ class DropPath(layers.Layer):
     Kept branches are divided by `1 - rate`, which preserves the mean.
 
     Args:
-        rate: share of the images whose branch is dropped; at least 0 and under 1.
+        rate: share of the images whose branch is dropped; at least 0 and less than 1.
         seed: seed of the draws; `None` picks one at random.
 
     Input shape: any with the batch first, or a list of such tensors, which share one draw per image.
@@ -500,7 +500,7 @@ class DropPath(layers.Layer):
     def __init__(self, rate, seed=None, **kwargs):
         super().__init__(**kwargs)
         if not 0 <= rate < 1:
-            raise ValueError(f"`rate` must be at least 0 and under 1. Received: rate={rate}")
+            raise ValueError(f"`rate` must be at least 0 and less than 1. Received: rate={rate}")
         self.rate = rate
         self.seed = seed
         # At rate 0 there is no generator, so checkpoints hold no state of it.

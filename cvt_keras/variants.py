@@ -71,7 +71,7 @@ class Stage:
                 f"Received: mlp_ratio={self.mlp_ratio}, dim={self.dim}"
             )
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"`drop_path` must be at least 0 and under 1. Received: drop_path={self.drop_path}")
+            raise ValueError(f"`drop_path` must be at least 0 and less than 1. Received: drop_path={self.drop_path}")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"`projection` must be one of {PROJECTIONS}. Received: projection={self.projection!r}")
         if self.projection == "dw_bn" and self.stride_q != 1:

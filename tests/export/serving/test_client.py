@@ -614,7 +614,7 @@ def test_a_server_that_does_not_read_times_out():
 def test_the_deadline_is_sent(server, images):
     with _client(server, "grpc", timeout=7.0) as client:
         client.classify(images[:1])
-    assert 5 < server.asked[0].seconds <= 7
+    assert 5 < server.asked[0].seconds < 7.1  # the clocks of the two sides differ a little
 
 
 @both
