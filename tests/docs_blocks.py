@@ -26,6 +26,7 @@ GUIDES = (
 # Each list runs in a folder of its own, in this order: later guides use the runs of earlier ones.
 FOLDERS = (("README.md",), tuple(f"docs/guides/{name}.md" for name in GUIDES))
 PAGES = tuple(page for pages in FOLDERS for page in pages)
+OUTPUT = re.compile(r"(?:(?!^```)[\s\S])*?^```text\n(?P<output>.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"(?:^<!-- not run in CI: (?P<reason>.+?) -->\n)?^```bash\n(?P<script>.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"\s*(?:[A-Z_]+=\S+ )*(?:cvt-keras|python) ")
 # From a checkout, each command has a second name.
@@ -49,20 +50,43 @@ LEAST_TOP1 = 0.25  # after one epoch of 12,800 images
 SERVER = re.compile(r'^RUN="\$PWD/(\S+)" docker compose', re.MULTILINE)
 
 
+ANSWER = re.compile(r"^(?:cvt-keras classify|.*curl)", re.MULTILINE)
+
+
 class Block(NamedTuple):
     page: str
     line: int
     script: str
     reason: str | None  # why CI does not run it
+    output: str  # what the page shows of its output: the text block after it
 
 
 def blocks(page):
     """The bash blocks of a page, given by its path from the top of the repository."""
     text = (ROOT / page).read_text()
-    return [
-        Block(page, text.count("\n", 0, match.start("script")) + 1, match["script"], match["reason"])
-        for match in BLOCK.finditer(text)
-    ]
+    result = []
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("script")) + 1
+        output = OUTPUT.match(text, match.end())
+        result.append(Block(page, line, match["script"], match["reason"], output["output"] if output else ""))
+    return result
+
+
+def missing_lines(shown, printed):
+    """Returns the lines of a page's output block that a command did not print.
+
+    Numbers may differ, `...` stands for anything, and Keras prints no `Epoch 1/1`.
+    """
+    printed = re.sub(r"[\r\x08]+", "\n", re.sub(r"\x1b\[[0-9;]*m", "", printed))
+    numbers = r"[\d.,]+(?:e[-+]\d+)?"
+    result = []
+    for line in shown.splitlines():
+        if line.startswith("Epoch "):
+            continue
+        parts = [re.escape(part) for part in re.split(rf"\.\.\.|{numbers}|━+", line)]
+        if not re.search(r"^\s*" + ".*?".join(parts).strip() + r"\s*$", printed, re.MULTILINE):
+            result.append(line)
+    return result
 
 
 def commands(script):
@@ -90,7 +114,7 @@ def shortened(script, limit=SHORT["--train-limit"]):
                 code = re.sub(rf"{flag}[ =]\S+", "", code) + f" {flag} {value}"
             line = code + comment
         result.append(line)
-    return "\n".join(result)
+    return "\n".join(result).replace("python -m pytest", "python -m pytest -n 0 tests/test_docs.py")
 
 
 def write_photos(folder):
@@ -162,10 +186,18 @@ def run(pages, folder):
             script = shortened(block.script, **({"limit": README_LIMIT} if is_readme else {}))
             print(f"=== {block.page}:{block.line}\n{script.strip()}", flush=True)
             start = time.monotonic()
-            subprocess.run(["bash", "-euo", "pipefail", "-c", WEB + script], cwd=folder, env=environment, check=True)
+            command = ["bash", "-euo", "pipefail", "-c", f"exec 2>&1\n{WEB}{script}"]
+            printed = ""
+            with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, errors="replace") as process:
+                for line in process.stdout:
+                    printed += line
+                    print(line, end="", flush=True)
             print(f"=== {time.monotonic() - start:.0f} s", flush=True)
-    except subprocess.CalledProcessError as error:
-        raise SystemExit(f"{block.page}:{block.line} ended with {error.returncode}") from error
+            if process.returncode:
+                raise SystemExit(f"{block.page}:{block.line} ended with {process.returncode}")
+            # Which class a network sees after one epoch is open.
+            if not ANSWER.search(block.script) and (missing := missing_lines(block.output, printed)):
+                raise SystemExit("\n  ".join([f"{block.page}:{block.line} shows lines that were not printed:", *missing]))
     finally:
         stop_server(server)
     return not_run

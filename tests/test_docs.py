@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from docs_blocks import PAGES, ROOT, blocks, commands, shortened
+from docs_blocks import PAGES, ROOT, blocks, commands, missing_lines, shortened
 from test_model import PARAMETERS
 
 from cvt_keras import VARIANTS, macs
@@ -104,6 +104,13 @@ def test_trainings_are_cut_short():
         "TFDS_DATA_DIR=x cvt-keras prune runs/a   --run-dir runs/b --epochs 1 --train-limit 256",
     ]
     assert shortened("cvt-keras export runs/a  # all") == "cvt-keras export runs/a  # all"
+
+
+def test_lines_of_an_output_are_compared_but_for_their_numbers():
+    shown = "AMD EPYC, 2 cores\nEpoch 1/30\n...\n84.21% top-1 on 10,000 test images; the run is in runs/a\n"
+    printed = "AMD EPYC, 4 cores\nEpoch 1/1\r\x1b[1m7/7\x1b[0m\n10.0% top-1 on 32 test images; the run is in runs/a\n"
+    assert missing_lines(shown, printed) == []
+    assert missing_lines("the run is in runs/a\n", printed) == ["the run is in runs/a"]
 
 
 def test_links_lead_somewhere():
