@@ -312,7 +312,7 @@ def read_weights(recipe):
                 "`weights` or `variant` is required: weights to start from, or a network to train from random weights. "
                 "Received: weights=None, variant=None",
                 argument="weights",
-                hint="Give --weights SOURCE, or --variant NAME",
+                hint="Use --weights SOURCE or --variant NAME",
             )
         return None
     try:
