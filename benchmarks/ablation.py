@@ -1,4 +1,4 @@
-"""Trains each candidate for `cvt_cifar` for one epoch, for the table in docs/results/network.md: python benchmarks/ablation.py --help
+"""Trains each candidate for `cvt_cifar` for one epoch, as in docs/results/network.md: python benchmarks/ablation.py --help
 
 One seed and one epoch show only differences of several points.
 """

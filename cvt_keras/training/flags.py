@@ -85,7 +85,7 @@ def parse(argv, kind, program, description, recipe_details=True):
         kind,
         prog=f"{program} [RECIPE]",
         description=f"{description} RECIPE sets the defaults of the flags: {', '.join(RECIPES)}. Without RECIPE: {DEFAULT}.\n\n"
-        f"The defaults below are those of `{name}`{about}",
+        f"The defaults below are those of {name}{about}",
         default=kind(**{**required, "recipe": _UncheckedRecipe(**_fields(defaults))}),
         args=flags,
     )

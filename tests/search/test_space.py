@@ -140,7 +140,7 @@ def test_a_space_is_read_from_a_file(tmp_path):
         ('{"stage7_depth": [1, 2]}', "unknown name: stage7_depth"),
         ('{"epochs": [1, 2]}', "unknown name: epochs"),
         ('{"warmup": {"low": 0.3, "high": 0.1}}', "warmup: `low` must be less than `high`. Received: low=0.3, high=0.1"),
-        ('{"warmup": {"low": 0.1, "high": 1.5}}', "warmup: `warmup` must be at least 0 and under 1"),
+        ('{"warmup": {"low": 0.1, "high": 1.5}}', "warmup: `warmup` must be at least 0 and less than 1"),
         ('{"warmup": {"low": 0.0, "high": 0.1, "log": true}}', "`low` must be positive if `log` is true"),
         ('{"warmup": {"low": "a", "high": 0.1}}', "must be finite numbers"),
         ('{"warmup": {"low": 0.0, "high": 0.1, "log": 1}}', "`log` must be true or false"),

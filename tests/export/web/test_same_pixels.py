@@ -220,7 +220,7 @@ def test_the_page_gives_litert_probabilities_on_trainings_pixels(cards, exported
 
 
 def test_a_photo_gets_the_same_probabilities_whichever_way_it_goes(cards, exported, classifier, serving):
-    """Compares `serving_bytes`, the client and the page with training's decoder and Keras. Prints docs/results/exports.md's table."""
+    """Compares `serving_bytes`, the client and the page with training's decoder. Prints docs/results/exports.md's table."""
     names = (exported / "export" / "labels.txt").read_text().splitlines()
     squares = np.stack([images.stretch(images.decode(data), 32) for data in _SCENES.values()])
     expected = dict(zip(_SCENES, tf.nn.softmax(classifier(squares.astype("float32"), training=False)).numpy()))
