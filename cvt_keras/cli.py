@@ -37,7 +37,7 @@ COMMANDS = {
     "prune": Command("cvt_keras.compression.__main__", "Prune a run: set its smallest weights to zero", ("prune",)),
     "cluster": Command("cvt_keras.compression.__main__", "Cluster a run: give each kernel a few distinct values", ("cluster",)),
     "qat": Command("cvt_keras.compression.__main__", "Train a run further for int8 (quantisation-aware training)", ("qat",)),
-    "export": Command("cvt_keras.export.__main__", "Export a run as SavedModel and TFLite, and verify each file"),
+    "export": Command("cvt_keras.export.__main__", "Export a run to SavedModel and TFLite, and verify each file"),
     "convert": Command("cvt_keras.pretrained", "Convert published PyTorch weights to a .keras file"),
     "classify": Command("cvt_keras.export.serving.client", "Classify images with a TF Serving server"),
     "web": Command("cvt_keras.export.web.__main__", "Serve a web page that classifies images in the browser"),
@@ -66,7 +66,7 @@ def main(argv=None):
         print(cvt_keras.__version__)
         return 0
     if argv[0] not in COMMANDS:
-        print(f"cvt-keras: unknown command {argv[0]}. Choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"cvt-keras: `COMMAND` must be one of {', '.join(COMMANDS)}. Received: {argv[0]}", file=sys.stderr)
         return 2
     return run(argv[0], argv[1:])
 
@@ -148,7 +148,7 @@ def _help():
             "",
             *rows,
             "",
-            "cvt-keras COMMAND --help shows the arguments of a command, cvt-keras --version the version.",
+            "Run cvt-keras COMMAND --help for its arguments, or cvt-keras --version.",
         ]
     )
 

@@ -49,12 +49,14 @@ class DifferentRunError(RecipeError):
         super().__init__(
             f"`run_dir` holds a run with other settings: {run_dir}. {self.differences_text}",
             argument="run_dir",
-            hint="Resume it with its own settings, or train in another --run-dir",
+            hint="Resume with the same flags, or train in another --run-dir",
         )
 
     @property
     def differences_text(self):
-        return ", ".join(f"{name} was {stored} and is {received}" for name, (stored, received) in self.differences.items())
+        return "; ".join(
+            f"{name}: {stored} in the run, now {received}" for name, (stored, received) in self.differences.items()
+        )
 
     def __reduce__(self):  # pickle would call the class with the message as its only argument
         return type(self), (self.run_dir, self.differences)
@@ -88,6 +90,10 @@ class UnavailableError(DataError):
 
 class CheckpointError(UserError, ValueError):
     """A checkpoint that can't be read, or does not fit its network. `details` names every wrong key."""
+
+
+class CheckpointFileError(CheckpointError):
+    """A file that is damaged, or holds no checkpoint. The summary is a predicate, to which a caller adds the file's name."""
 
 
 class MissingPackageError(UserError, ImportError):

@@ -151,7 +151,7 @@ class Arguments:
     variant: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """The network, if it can't be read from the checkpoint: cvt_13, cvt_21 or cvt_w24."""
     which: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Which weights to read if the file holds several: ema for the moving average, or a name or prefix in the file."""
+    """Weights to read if the file holds several: ema, or a name or prefix in the file."""
 
 
 def parse(argv):

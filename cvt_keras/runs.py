@@ -38,10 +38,11 @@ def require_run(run_dir, argument="run_dir"):
         NoRunError: if it holds none.
     """
     if not (run_dir / RECIPE).exists():
+        fault = "holds no run" if run_dir.exists() else "does not exist"
         raise NoRunError(
-            f"`{argument}` must be a run folder. Received: {run_dir}",
+            f"`{argument}` must be a run folder. Received: {run_dir}, which {fault}",
             argument=argument,
-            hint="RUN is a folder that cvt-keras train wrote",
+            hint="Use a folder that cvt-keras train, prune, cluster or qat wrote",
         )
 
 

@@ -24,12 +24,12 @@ class Arguments:
     data_dir: str | None = None
     """Folder of the run's data set, if it has moved."""
     verify_images: int | None = None
-    """Verify on the first N test images only."""
+    """Verify on the first N test images only; all by default."""
 
 
 def parse(argv):
     """Parses the command line. Raises an `ArgumentError` for an invalid value."""
-    description = "Write a run as SavedModel and TFLite files, and verify each of them."
+    description = "Export a run to SavedModel and TFLite, and verify each file. Writes to RUN/export."
     arguments = tyro.cli(Arguments, prog="cvt-keras export", description=description, args=argv)
     checked(arguments.formats, arguments.verify_images)
     return arguments

@@ -118,14 +118,14 @@ def shortened(script, limit=SHORT["--train-limit"]):
 
 
 def write_photos(folder):
-    """Writes `photos/apples` and `photos/pears`, 60 made photos each, and cat.jpg."""
+    """Writes `photos/apples` and `photos/pears`, 150 made photos each, and cat.jpg."""
     import numpy as np
     from PIL import Image
 
     random = np.random.default_rng(0)
     for name, colour in (("apples", (190, 40, 40)), ("pears", (110, 180, 60))):
         (folder / "photos" / name).mkdir(parents=True)
-        for i in range(60):
+        for i in range(150):
             pixels = np.clip(np.array(colour) + random.normal(0, 40, (60, 80, 3)), 0, 255).astype("uint8")
             Image.fromarray(pixels).save(folder / "photos" / name / f"{i}.jpg")
     Image.fromarray(pixels).save(folder / "cat.jpg")

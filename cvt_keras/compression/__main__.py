@@ -28,13 +28,13 @@ class Arguments:
     peak_learning_rate: float | None = None
     """Learning rate after the warm-up; defaults to a quarter of the run's."""
     batch_size: int | None = None
-    """Images per training step; defaults to the run's. qat needs more memory than the run did."""
+    """Images per training step; defaults to the run's."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] | None = None
-    """Defaults to auto. qat always trains in float32."""
+    """Defaults to auto."""
     seed: int | None = None
     """Seed of the training; defaults to the run's."""
     data_dir: str | None = None
-    """Folder of the run's data set; defaults to the one that the run read."""
+    """Data set folder; defaults to the run's."""
     train_limit: int | None = None
     """Train on the first N images only; defaults to the run's."""
     validation_limit: int | None = None
@@ -42,11 +42,11 @@ class Arguments:
     test_limit: int | None = None
     """Test on the first N images only; defaults to the run's."""
     skip_broken: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Skip files of a folder that can't be read, and count them in the report; defaults to the run's."""
+    """Skip files of a folder that can't be read, and count them in the report. Always on if the run used it."""
     class_weights: Annotated[str | None, tyro.conf.arg(metavar="auto|none|FILE")] = None
     """The weight of each class in the loss; defaults to the run's."""
     resume: bool = False
-    """Continue the new run after its last finished epoch."""
+    """Resume the new run after its last finished epoch."""
 
     def require(self):
         """Raises a `RecipeError` for wrong options of the method. Nothing to check here."""
@@ -54,30 +54,36 @@ class Arguments:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prune(options.Pruning, Arguments):
-    """Trains a run further and sets its smallest weights to zero. The file keeps its size, but compresses better with gzip."""
+    """Prune a run: train it further and set its smallest weights to zero.
+    The exported file keeps its size, but compresses better with gzip."""
 
     method = "prune"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster(options.Clustering, Arguments):
-    """Trains a run further with few distinct values in each kernel. The file keeps its size, but compresses better with gzip.
-    Zeros of a pruned run stay zero."""
+    """Cluster a run: train it further with few distinct values in each kernel.
+    The exported file keeps its size, but compresses better with gzip. Zeros of a pruned run stay zero."""
 
     method = "cluster"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qat(Arguments):
-    """Trains a run further with the rounding of int8, so that the int8 file loses less accuracy. Zeros of a pruned run stay
-    zero."""
+    """Train a run further with int8 rounding (quantisation-aware training), so that the int8 file loses less accuracy.
+    Zeros of a pruned run stay zero."""
 
     method = "qat"
+
+    batch_size: int | None = None
+    """Images per training step; defaults to the run's. Training needs more memory than the run did."""
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] | None = None
+    """Defaults to float32, the only valid value."""
 
 
 def parse(argv):
     """Reads the method's name and its flags. Raises a `RecipeError` for a wrong value."""
-    arguments = tyro.cli(Prune | Cluster | Qat, prog="cvt-keras", description="Makes a run's network smaller.", args=argv)
+    arguments = tyro.cli(Prune | Cluster | Qat, prog="cvt-keras", description="Make a run's network smaller.", args=argv)
     arguments.require()
     return arguments
 
@@ -96,7 +102,7 @@ def main(argv):
     with cli.resumable(arguments.method, argv[1:]):
         result = compress(method=arguments.method, **dataclasses.asdict(arguments))
     scores = result.report.test
-    print(f"{scores['top1']:.2%} top-1 on {scores['images']} test images; the run is in {result.run_dir}")
+    print(f"{scores['top1']:.2%} top-1 on {scores['images']:,} test images; the run is in {result.run_dir}")
     print(f"To export it: cvt-keras export {shlex.quote(str(result.run_dir))}")
 
 

@@ -24,15 +24,14 @@ class Pruning:
     # The string under a field is the help of its flag in `cvt-keras prune`.
 
     sparsity: float | None = None
-    """Share of zeros in each pruned kernel; defaults to 0.7, or to 0.5 with 2:4."""
+    """Fraction of zeros in each pruned kernel; defaults to 0.7, or to 0.5 with 2:4."""
     pattern: Pattern = "unstructured"
-    """Where zeros may be. unstructured: anywhere; 2:4: two in every four inputs; 4x1: blocks of four inputs, in Dense layers
-    only."""
+    """Sparsity pattern. unstructured: anywhere; 2:4: two zeros in every four inputs; 4x1: blocks of four, Dense layers only."""
     schedule: Schedule | None = None
-    """polynomial: the zeros are added over the first half of the training; constant: all at the first step. Defaults to
-    polynomial. 2:4 adds all at the first step and takes no schedule."""
+    """polynomial: add zeros over the first half of training; constant: all at the first step. Defaults to polynomial.
+    2:4 adds all at the first step and takes no schedule."""
     frequency: int | None = None
-    """Steps between updates with polynomial; by default there are at least 20 updates, or one per step in a short training."""
+    """Steps between updates with polynomial; default: at least 20 updates, or one per step in a short run."""
     layers: LayerFlags = None
     """Layers to prune, such as stage1 or stage1_block0/mlp/fc1; defaults to all but stem, depthwise convolutions and head."""
 
@@ -40,7 +39,7 @@ class Pruning:
         """Raises a `RecipeError` for an option out of range, or options that can't be combined."""
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise RecipeError(
-                f"`sparsity` is the share of zeros and must be between 0 and 1. Received: sparsity={self.sparsity}",
+                f"`sparsity`, the fraction of zeros, must be between 0 and 1. Received: sparsity={self.sparsity}",
                 argument="sparsity",
             )
         for name, value, known in (
@@ -112,5 +111,5 @@ def require_layers(layers):
         raise RecipeError(
             "`layers` must name at least one layer. Received no name",
             argument="layers",
-            hint="Give --layers names such as stage1, or leave it out for the default layers",
+            hint="Use --layers with names such as stage1, or leave it out for the default layers",
         )

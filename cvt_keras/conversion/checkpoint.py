@@ -9,7 +9,7 @@ import numpy as np
 
 from cvt_keras.conversion import configs, layouts, state_dicts
 from cvt_keras.conversion.layouts import LAYOUTS, Weight
-from cvt_keras.errors import ArgumentError, CheckpointError, first_line
+from cvt_keras.errors import ArgumentError, CheckpointError, CheckpointFileError, first_line
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.variants import VARIANTS, Variant, get_variant
 
@@ -126,11 +126,12 @@ class Checkpoint:
         self.state_dict.clear()
 
 
-def read(source, variant=None, which=None):
+def read(source, variant=None, which=None, argument="source"):
     """Reads and checks a checkpoint without building a network.
 
     Args:
         source, variant, which: as in `CvT.from_pretrained`.
+        argument: the name of the caller's argument for `source`, for the error.
 
     Returns:
         A `Checkpoint`.
@@ -146,7 +147,7 @@ def read(source, variant=None, which=None):
     except (ValueError, TypeError) as error:
         raise ArgumentError(str(error), argument="variant") from error
     try:
-        file = state_dicts.locate(source)
+        file = state_dicts.locate(source, argument)
         if file.suffix.lower() == ".keras":
             if which is not None:
                 raise ArgumentError(
@@ -156,7 +157,7 @@ def read(source, variant=None, which=None):
             return _read_keras(file, variant)
         return _read_pytorch(file, variant, which)
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error.summary}", hint=error.hint, details=error.details) from error
+        raise state_dicts.about(source, error) from error
 
 
 def _read_pytorch(file, variant, which):
@@ -204,18 +205,18 @@ def _read_keras(file, variant):
     """Reads a `.keras` file that holds a `CvT` or a classifier around one. The keys are Keras' variable paths."""
     if not zipfile.is_zipfile(file):
         advice = state_dicts.advice(file, otherwise="download or write it again")
-        raise CheckpointError(f"it is damaged or not a .keras file: {advice}")
+        raise CheckpointFileError(f"is damaged or not a .keras file: {advice}")
     try:
         model = keras.saving.load_model(file, compile=False)
     except (MemoryError, PermissionError):
         raise
     except Exception as error:
-        raise CheckpointError(f"it holds no CvT ({first_line(error)})") from error
+        raise CheckpointFileError(f"holds no CvT ({first_line(error)})") from error
     network = network_in(model)
     if network is None:
-        raise CheckpointError("it holds no CvT")
+        raise CheckpointFileError("holds no CvT")
     if hasattr(network, "quantized"):
-        raise CheckpointError("it was trained for quantisation, which must come last: start from the run before it")
+        raise CheckpointFileError("was trained for quantisation, which must come last: start from the run before it")
     if is_quantized(network):
         raise CheckpointError(
             "Keras' `quantize` made its kernels integers, which must come last: start from the model before it"

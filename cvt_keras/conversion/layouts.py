@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cvt_keras.errors import ArgumentError, CheckpointError
+from cvt_keras.errors import ArgumentError, CheckpointError, CheckpointFileError
 from cvt_keras.variants import VARIANTS, get_variant
 
 # PyTorch's axes in Keras' order.
@@ -201,7 +201,7 @@ def layout_name(state_dict):
     name = max(counts, key=counts.get)
     if not counts[name]:
         first_keys = ", ".join(sorted(state_dict)[:3])
-        raise CheckpointError(f"it holds no CvT with a head: no key begins with stage or cvt. Its first keys: {first_keys}")
+        raise CheckpointFileError(f"holds no CvT with a head: no key begins with stage or cvt. Its first keys: {first_keys}")
     return name
 
 

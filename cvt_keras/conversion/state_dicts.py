@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cvt_keras.conversion import torch_files
 from cvt_keras.conversion.torch_files import StandIn, Tensor
-from cvt_keras.errors import ArgumentError, CheckpointError, MissingPackageError, first_line
+from cvt_keras.errors import ArgumentError, CheckpointError, CheckpointFileError, MissingPackageError, first_line
 
 # A source with such a suffix is a file, not a hub id, even if it does not exist. The bytes of a file show its format.
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt", ".tar", ".json")
@@ -23,11 +23,12 @@ INDEX = ".index.json"
 FILES = ("model.safetensors", "pytorch_model.bin", f"model.safetensors{INDEX}", f"pytorch_model.bin{INDEX}")
 
 
-def locate(source):
+def locate(source, argument="source"):
     """Returns the path of a source's weights; downloads a hub id.
 
     Args:
         source: a file, a folder that transformers saved, or a hub id such as `"microsoft/cvt-13"`.
+        argument: the name of the caller's argument, for the error.
 
     Raises:
         ArgumentError: if `source` does not exist.
@@ -36,8 +37,8 @@ def locate(source):
     """
     if not isinstance(source, (str, os.PathLike)) or not str(source):
         raise ArgumentError(
-            f"`source` must be a file, a folder or a hub id such as microsoft/cvt-13. Received: source={source!r}",
-            argument="source",
+            f"`{argument}` must be a file, a folder or a hub id such as microsoft/cvt-13. Received: {argument}={source!r}",
+            argument=argument,
         )
     path = Path(source).expanduser()
     if path.is_file():
@@ -47,11 +48,17 @@ def locate(source):
     hub_id = str(source).rstrip("/")
     if path.suffix in (*SUFFIXES, ".keras") or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", hub_id):
         raise ArgumentError(
-            "`source` must be a file, a folder or a hub id such as microsoft/cvt-13. "
-            f"Received: source={str(source)!r}, which does not exist",
-            argument="source",
+            f"`{argument}` must be a file, a folder or a hub id such as microsoft/cvt-13. "
+            f"Received: {source}, which does not exist",
+            argument=argument,
         )
-    return _download(hub_id)
+    return _download(hub_id, argument)
+
+
+def about(name, error):
+    """Returns a `CheckpointError` with the name of the file or hub id that it is about."""
+    separator = " " if isinstance(error, CheckpointFileError) else ": "
+    return CheckpointError(f"{name}{separator}{error.summary}", hint=error.hint, details=error.details)
 
 
 def _file_in(folder):
@@ -66,9 +73,9 @@ def _file_in(folder):
     raise CheckpointError(f"the folder has none of {', '.join(FILES)}")
 
 
-def _download(hub_id):
+def _download(hub_id, argument):
     """Returns the path of a hub id's weights in the hub's cache; downloads what the cache lacks."""
-    hub = _import_package("huggingface_hub", f"`source` {hub_id!r} is no local file or folder; to look for it on the hub")
+    hub = _import_package("huggingface_hub", f"`{argument}` {hub_id!r} is no local file or folder; to look for it on the hub")
 
     def snapshot(name, cached):
         # Shards are called model-00001-of-00002.safetensors.
@@ -85,8 +92,8 @@ def _download(hub_id):
             break
         except Exception as error:  # raised by the hub, its HTTP library or the system
             if not cached:
-                raise CheckpointError(
-                    f"it is no local file or folder, and can't be downloaded from the hub ({first_line(error)}). Give a file, "
+                raise CheckpointFileError(
+                    f"is no local file or folder, and can't be downloaded from the hub ({first_line(error)}). Give a file, "
                     "or download the repository on a machine with network access"
                 ) from error
     if not file.with_name(PROCESSOR).exists():
@@ -134,14 +141,14 @@ def _read_file(file):
     if start[8:] == b"{" or file.suffix.lower() == ".safetensors":
         return _read_safetensors(file)
     if start.startswith(b"\x89HDF"):
-        raise CheckpointError("it is HDF5, perhaps weights saved by Keras: build the network and call its load_weights(file)")
+        raise CheckpointFileError("is HDF5, perhaps weights saved by Keras: build the network and call its load_weights(file)")
     try:
         return torch_files.load(file)
     except CheckpointError as error:
         if zipfile.is_zipfile(file) and _is_keras(file):
-            raise CheckpointError("it is a Keras file: rename it to end in .keras") from error
+            raise CheckpointFileError("is a Keras file: rename it to end in .keras") from error
         if error.hint is None and (better := advice(file, otherwise=None)):
-            raise CheckpointError(f"it is damaged or not a checkpoint: {better}") from error
+            raise CheckpointFileError(f"is damaged or not a checkpoint: {better}") from error
         raise
 
 
@@ -175,7 +182,7 @@ def _read_shards(index):
         try:
             shard = _read_file(index.with_name(name))
         except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error.summary}", hint=error.hint, details=error.details) from error
+            raise about(name, error) from error
         if not isinstance(shard, Mapping):
             raise CheckpointError(f"{name} holds no state dict: a dict from names to tensors. Received: {type(shard).__name__}")
         listed = {key for key, file_name in weight_map.items() if file_name == name}
@@ -277,8 +284,8 @@ def _select(contents, choices, which, file):
         known = f"be one of {names}" if names != repr(".") else "be left out, as the file holds one network without a name"
         raise ArgumentError(f"`which` must {known}. Received: which={which!r}", argument="which")
     if len(chosen) > 1:
-        raise CheckpointError(
-            "it holds several networks, and `which` must name one",
+        raise CheckpointFileError(
+            "holds several networks, and `which` must name one",
             hint=f"Choose one: cvt-keras convert {file} OUT.keras --which {chosen[0].name}",
             details=[f"{choice.name}: {len(choice.state_dict())} arrays" for choice in chosen],
         )
@@ -293,8 +300,8 @@ def _select(contents, choices, which, file):
             )
     if (strays := choice.strays()) and not choice.is_named_by(which):
         counts = Counter(key.partition(".")[0] for key in strays)
-        raise CheckpointError(
-            f"it holds other arrays beside the network, whose keys begin with {choice.prefix}",
+        raise CheckpointFileError(
+            f"holds other arrays beside the network, whose keys begin with {choice.prefix}",
             hint=f"Read the network alone: cvt-keras convert {file} OUT.keras --which {choice.name}",
             details=[f"unused: {name}, {count} arrays" for name, count in sorted(counts.items())],
         )
@@ -313,11 +320,11 @@ def _require_tensors(contents):
     """Raises CheckpointError, which says what the file holds instead of a state dict."""
     values = [contents, *(contents.values() if isinstance(contents, Mapping) else ())]
     if objects := [value for value in values if isinstance(value, StandIn)]:
-        raise CheckpointError(
-            f"it holds an object of {objects[0].wanted} instead of tensors, which only its own code can open: refused. "
+        raise CheckpointFileError(
+            f"holds an object of {objects[0].wanted} instead of tensors, which only its own code can open: refused. "
             f"{torch_files.SAVE_TENSORS}"
         )
-    raise CheckpointError(f"it holds no state dict: a dict from names to tensors. Received: {type(contents).__name__}")
+    raise CheckpointFileError(f"holds no state dict: a dict from names to tensors. Received: {type(contents).__name__}")
 
 
 def _read_safetensors(file):
@@ -333,7 +340,7 @@ def _read_safetensors(file):
     except (CheckpointError, MemoryError, PermissionError):
         raise
     except Exception as error:
-        raise CheckpointError(f"it is damaged or not a checkpoint ({first_line(error)}): {advice(file)}") from error
+        raise CheckpointFileError(f"is damaged or not a checkpoint ({first_line(error)}): {advice(file)}") from error
 
 
 def advice(file, otherwise="download it again"):
@@ -341,7 +348,7 @@ def advice(file, otherwise="download it again"):
     with open(file, "rb") as opened:
         start = opened.read(64)
     if start.startswith(b"version https://git-lfs"):
-        return "it is a git-lfs pointer to the file: run git lfs pull in the clone"
+        return "it is a Git LFS pointer: run git lfs pull in the clone"
     if start.lstrip()[:1] == b"<":
         return "it is a web page: download the file itself"
     return otherwise

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cvt_keras.errors import CheckpointError, first_line
+from cvt_keras.errors import CheckpointError, CheckpointFileError, first_line
 
 SAVE_TENSORS = "Save the tensors alone: torch.save(model.state_dict(), file)"
 
@@ -102,12 +102,12 @@ class Tensor(_Fixed):
             return self
         sizes = (self.offset, *self.shape, *self.strides)
         if len(self.shape) != len(self.strides) or not all(isinstance(size, int) and size >= 0 for size in sizes):
-            raise CheckpointError(f"it is damaged: a tensor has shape {self.shape} and strides {self.strides}")
+            raise CheckpointFileError(f"is damaged: a tensor has shape {self.shape} and strides {self.strides}")
         last = self.offset + sum((side - 1) * stride for side, stride in zip(self.shape, self.strides))
         if math.prod(self.shape) and last >= self.storage.size:
-            raise CheckpointError(f"it is damaged: a tensor of shape {self.shape} is larger than its storage")
+            raise CheckpointFileError(f"is damaged: a tensor of shape {self.shape} is larger than its storage")
         if self.storage.data is None:
-            raise CheckpointError("it is damaged: it lacks the bytes of a storage")
+            raise CheckpointFileError("is damaged: the bytes of a storage are missing")
         if not math.prod(self.shape):
             return np.empty(self.shape, self.dtype)
         values = self.storage.data.view(self.dtype)[self.offset :]
@@ -136,7 +136,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         top = module.partition(".")[0]
         if top in _ATTACKS or (top in ("builtins", "__builtin__") and name in _ATTACKS_OF_BUILTINS):
-            raise CheckpointError(f"it names {module}.{name}, which would let it run code: refused. {SAVE_TENSORS}")
+            raise CheckpointFileError(f"names {module}.{name}, which would let it run code: refused. {SAVE_TENSORS}")
         if (module, name) not in self._names:
             self._names[module, name] = type(name, (StandIn,), {"wanted": f"{module}.{name}"})
         return self._names[module, name]
@@ -150,7 +150,7 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError("a storage is not described as PyTorch does")
         storage = self._storages.setdefault(key, Storage(_DTYPES.get(name, name), size))
         if view and view[0] is not None:
-            raise CheckpointError(f"it shares storages as PyTorch did before version 0.4: {SAVE_TENSORS}")
+            raise CheckpointFileError(f"shares storages as PyTorch did before version 0.4: {SAVE_TENSORS}")
         return storage
 
 
@@ -199,25 +199,25 @@ def load(file):
         if zipfile.is_zipfile(file):
             return _load_archive(file)
         if tarfile.is_tarfile(file):
-            raise CheckpointError(f"it is in PyTorch's oldest format, which can run code: refused. {SAVE_TENSORS}")
+            raise CheckpointFileError(f"is in PyTorch's oldest format, which can run code: refused. {SAVE_TENSORS}")
         return _load_legacy(file)
     except (CheckpointError, MemoryError, PermissionError):
         raise
     except Exception as error:  # its type depends on where the file is damaged
-        raise CheckpointError(f"it is damaged or not a PyTorch checkpoint ({first_line(error)})") from error
+        raise CheckpointFileError(f"is damaged or not a PyTorch checkpoint ({first_line(error)})") from error
 
 
 def _load_archive(file):
     with zipfile.ZipFile(file) as archive:
         if damaged := archive.testzip():  # compares the checksums of all records
-            raise CheckpointError(f"its record {damaged} is damaged: download it again")
+            raise CheckpointFileError(f"is damaged, in the record {damaged}: download it again")
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if "constants.pkl" in records:
-            raise CheckpointError(f"it is a TorchScript program, which would run: refused. {SAVE_TENSORS}")
+            raise CheckpointFileError(f"is a TorchScript program, which would run: refused. {SAVE_TENSORS}")
         if "data.pkl" not in records:
-            raise CheckpointError("it is an archive, but not PyTorch's: it has no data.pkl")
+            raise CheckpointFileError("is an archive, but not PyTorch's: it has no data.pkl")
         if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
-            raise CheckpointError(f"it was written on a big-endian machine. {SAVE_TENSORS} on another")
+            raise CheckpointFileError(f"was written on a big-endian machine. {SAVE_TENSORS} on another")
         storages = {}
         with archive.open(records["data.pkl"]) as pickled:
             contents = _Unpickler(pickled, storages).load()
@@ -241,17 +241,17 @@ def _load_legacy(file):
     with open(file, "rb") as opened:
         storages = {}
         if _Unpickler(opened, {}).load() != _MAGIC_NUMBER:
-            raise CheckpointError(f"it is a plain pickle, which could run code: refused. {SAVE_TENSORS}")
+            raise CheckpointFileError(f"is a plain pickle, which could run code: refused. {SAVE_TENSORS}")
         _Unpickler(opened, {}).load()  # the version of the format
         system = _Unpickler(opened, {}).load()
         if not system.get("little_endian", True):
-            raise CheckpointError(f"it was written on a big-endian machine. {SAVE_TENSORS} on another")
+            raise CheckpointFileError(f"was written on a big-endian machine. {SAVE_TENSORS} on another")
         contents = _Unpickler(opened, storages).load()
         for key in _Unpickler(opened, {}).load():
             storage = storages[key]
             size = int.from_bytes(opened.read(8), "little")
             if size != storage.size or not isinstance(storage.dtype, np.dtype):
-                raise CheckpointError(f"it is damaged, or holds tensors of {storage.dtype}")
+                raise CheckpointFileError(f"is damaged, or holds tensors of {storage.dtype}")
             _fill(storage, np.frombuffer(opened.read(size * storage.dtype.itemsize), np.uint8))
     return contents
 
@@ -259,5 +259,5 @@ def _load_legacy(file):
 def _fill(storage, data):
     size = storage.size * storage.dtype.itemsize
     if len(data) < size:
-        raise CheckpointError(f"it is damaged: a storage has {len(data)} bytes, not {size}: download it again")
+        raise CheckpointFileError(f"is damaged: a storage has {len(data)} bytes, not {size}: download it again")
     storage.data = data[:size]

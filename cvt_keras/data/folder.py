@@ -41,8 +41,8 @@ _MAX_FILES_IN_WARNING = 3
 _MIN_DIGEST_ROWS = 64  # rows of an image that go into the digest of its pixels, if it has as many
 _HEAD = 64  # first bytes of a file, which tell its format
 _MIN_FILES_FOR_PROGRESS = 200
-_PASS_FOLDER = "Pass --data-dir DIR, where DIR holds a folder of images for each class"
-_LAYOUT = "sort the images into a folder for each class, as in DIR/cat/1.jpg and DIR/dog/2.jpg, and pass --data-dir DIR"
+_PASS_FOLDER = "Use --data-dir DIR, with one folder of images per class"
+_LAYOUT = "use --data-dir DIR with one folder of images per class, as in DIR/cat/1.jpg and DIR/dog/2.jpg"
 BROKEN = "broken: "  # prefix of a key of `Source.left_out`
 _LFS_POINTER, _WEB_PAGE = "a Git LFS pointer, not the image itself", "a web page (HTML), not an image"
 _DENIED = os.strerror(errno.EACCES)
@@ -83,7 +83,8 @@ def load(data_dir, image_size=32, skip_broken=False, record=None):
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         reason = "is not a folder" if root.exists() else "does not exist"
-        raise _error(f"`data_dir` {reason}. Received: data_dir={data_dir}", _PASS_FOLDER)
+        hint = "Unzip it first, and use --data-dir with the new folder" if root.suffix.lower() == ".zip" else _PASS_FOLDER
+        raise _error(f"`data_dir` {reason}. Received: data_dir={data_dir}", hint)
     listing = _list(root)
     pixels = np.empty((len(listing.files), image_size, image_size, 3), "uint8")
     contents = _read_all(listing.files, pixels, image_size)
@@ -398,24 +399,25 @@ def _require_classes(root, train, class_folders, files, imageless=()):
     if class_folders and all(map(_split_named, class_folders)):
         raise _error(
             f"{_shown(root)} has no class folders within {', '.join(sorted(class_folders))}",
-            "Sort the images into a folder for each class, as in DIR/train/cat/1.jpg and DIR/train/dog/2.jpg",
+            "Use one folder of images per class, as in DIR/train/cat/1.jpg and DIR/train/dog/2.jpg",
         )
     if len(class_folders) > 1:
         return
-    summary = f"{_shown(train)} must hold at least two folders of images, one for each class. Found: "
+    summary = f"{'`data_dir`' if train == root else _shown(train)} must hold at least two class folders. Found: "
     summary += ", ".join(class_folders) or "none"
     if n := sum(bool(_IMAGE_NAME.search(file.name)) for file in files):
         summary += f", and {_count(n, 'image', 'images')} outside class folders"
     if imageless:
         summary += f", and folders without images: {', '.join(imageless)}"
+    summary += f". Received: data_dir={_shown(root)}"
     hint = _LAYOUT[0].upper() + _LAYOUT[1:]
     if len(class_folders) == 1 and train == root:
         [only] = class_folders.values()
         inner = _entries(only, Counter(), []).folders
         if splits := _split_folders(only, inner):
-            hint = f"The splits {_names([*splits.values()])} are in {_shown(only)}: pass --data-dir {_shown(only)}"
+            hint = f"The splits {_names([*splits.values()])} are in {_shown(only)}: use --data-dir {_shown(only)}"
         elif len(inner) > 1:
-            hint = f"If {_names(inner)} are the classes, pass --data-dir {_shown(only)}. Otherwise {_LAYOUT}"
+            hint = f"If {_names(inner)} are the classes, use --data-dir {_shown(only)}. Otherwise {_LAYOUT}"
     raise _error(summary, hint)
 
 

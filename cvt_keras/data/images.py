@@ -134,7 +134,7 @@ def read(data, reserve=None):
         if frame is not None:
             image = _mended(data, frame)
         if image is None:
-            raise ImageError("the image is broken: the file is cut off, and too much of the picture is missing")
+            raise ImageError("the image is broken: the file is cut off, and too much of the image is missing")
         bits = data[24] if image.format == "PNG" else 8
         pixels = _rgb(_upright(image), bits)
         return Picture(pixels if first_frame is None else _around_white(pixels, first_frame), frame is not None)

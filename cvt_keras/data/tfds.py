@@ -130,7 +130,7 @@ def _builder(name, title, data_dir):
         raise DataError(
             f"`data_dir` {'is not a folder' if root.exists() else 'does not exist'}. Received: data_dir={data_dir}",
             argument="data_dir",
-            hint=f"Pass TFDS' folder as --data-dir, or omit --data-dir to download {title}",
+            hint=f"Use --data-dir with the tensorflow-datasets folder, or leave it out to download {title}",
         )
     family = re.split("[/:]", name)[0]
     try:

@@ -19,7 +19,7 @@ from cvt_keras.training import flags
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(flags.RecipeFlags, Options):
     search_dir: Path
-    """Folder of the search. The same command resumes it."""
+    """Search folder. Repeat the command to resume."""
     space: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file with the search space, instead of the default: {"warmup": {"low": 0.02, "high": 0.3}, "stage0_depth": [1, 2]}.
     docs/guides/search.md lists the names."""
@@ -29,7 +29,8 @@ class Arguments(flags.RecipeFlags, Options):
 
 def parse(argv):
     """Parses the command line. Raises a `UserError` if flags conflict."""
-    _, arguments = flags.parse(argv, Arguments, "cvt-keras search", "Search for a better recipe with keras-tuner.")
+    description = "Search for a better recipe with keras-tuner."
+    _, arguments = flags.parse(argv, Arguments, "cvt-keras search", description, recipe_details=False)
     Options(**_options(arguments)).require(arguments.recipe)
     return arguments
 

@@ -275,9 +275,9 @@ class Worker(RecipeTuner):
             signal.signal(signal.SIGTERM, previous_handler)
 
     def _require_same(self, chief_settings):
-        if changes := differences(chief_settings, self._settings):
+        if changes := differences(chief_settings, self._settings, "{!r} for the chief, {!r} here"):
             raise RecipeError(
-                f"the chief at {self.address} has a different search: {changes}", hint="Give the worker the chief's settings"
+                f"the chief at {self.address} has a different search: {changes}", hint="Use the chief's flags for the worker"
             )
 
     def on_trial_begin(self, trial):

@@ -31,16 +31,16 @@ class Options:
     max_macs: Annotated[float | None, tyro.conf.arg(metavar="M")] = None
     """Maximum multiply-accumulates (MACs) per image, for example 55e6. Larger networks are not tried."""
     chief: bool = False
-    """Hand out trials to workers; train none here."""
+    """Coordinate workers: hand out trials, train none here."""
     worker: bool = False
     """Train the trials that the chief at --address hands out."""
     address: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")] = "127.0.0.1:7171"
-    """Address that the chief listens on and workers connect to. There is no password: use it in a trusted network."""
+    """Address that the chief listens on and workers connect to. There is no password: use a trusted network."""
     worker_timeout: float = 120.0
-    """Seconds without a heartbeat after which a worker is lost: its trial goes to another worker. The chief stops after as
-    many seconds without any worker."""
+    """Seconds without a heartbeat, at least 15, until a worker's trial goes to another worker.
+    The chief stops after as many seconds without any worker."""
     fresh: bool = False
-    """Delete the search in the folder and start over. Asks first."""
+    """Delete the search in the folder and start over. Asks first, unless --yes is given."""
 
     def require(self, recipe):
         """Checks the options, and that they fit the recipe.
@@ -59,7 +59,7 @@ class Options:
             raise ArgumentError(
                 "`fresh` does not apply to a worker: only the chief has a search to delete. Received: fresh=True, worker=True",
                 argument="fresh",
-                hint="Give --fresh to the chief",
+                hint="Use --fresh for the chief only",
             )
         if self.trials < 1:
             raise ArgumentError(f"`trials` must be at least 1. Received: trials={self.trials}", argument="trials")
@@ -92,18 +92,18 @@ class Options:
             raise RecipeError(
                 f"`compression` must be None for a search. Received: compression={recipe.compression}",
                 argument="compression",
-                hint="Give the --recipe-file of the run before the compression",
+                hint="Use the --recipe-file of the run before the compression",
             )
         if recipe.variant is None and recipe.weights is None:
             raise RecipeError(
                 "a search needs `weights` to start from or a `variant` to train. Received: weights=None, variant=None",
                 argument="weights",
-                hint="Give --weights SOURCE, or --variant NAME",
+                hint="Use --weights SOURCE or --variant NAME",
             )
         if self.max_macs is not None and recipe.weights is not None:
             raise ArgumentError(
                 "`max_macs` can't be combined with `weights`, which fix the network. "
                 f"Received: max_macs={self.max_macs:g}, weights={recipe.weights}",
                 argument="max_macs",
-                hint="Drop --max-macs or --weights",
+                hint="Leave out --max-macs or --weights",
             )

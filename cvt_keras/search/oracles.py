@@ -124,10 +124,10 @@ class _Oracle:
         cost = candidates.macs({name: axis.ends[0] for name, axis in candidates.space.items()} | candidates.smallest)
         if cost is not None and candidates.max_macs is not None and cost > candidates.max_macs:
             raise RecipeError(
-                f"`max_macs` is below the smallest network of the space, which needs {cost:,} MACs per image. "
+                f"`max_macs` is too small: the smallest network of the space needs {cost:,} MACs per image. "
                 f"Received: max_macs={candidates.max_macs:,}",
                 argument="max_macs",
-                hint=f"Give --max-macs {cost} or more",
+                hint=f"Use --max-macs {cost} or more",
             )
         state = self._seed_state
         if self._random_values() is None:
@@ -320,15 +320,19 @@ class Bayesian(_Oracle, keras_tuner.oracles.BayesianOptimizationOracle):
         return sample[int(np.argmin(mean - self.beta * deviation))]
 
 
-def differences(stored, settings):
+def differences(stored, settings, phrase="{!r} in the search, now {!r}"):
     """Lists the differences between the settings of two searches as text; empty if there are none.
 
     The folder of the images does not count, nor the path of weights that were moved.
+
+    Args:
+        stored, settings: dicts of settings.
+        phrase: the text about a value in each.
     """
     changes = []
     for part in ("algorithm", "max_macs"):
         if stored.get(part) != settings.get(part):
-            changes.append(f"{part} was {stored.get(part)} and is {settings.get(part)}")
+            changes.append(f"{part}: {phrase.format(stored.get(part), settings.get(part))}")
     for part in ("data", "recipe", "space"):
         # A field that is missing in the stored recipe is newer than the search: it had its default.
         defaults = Recipe().settings() if part == "recipe" else {}
@@ -337,9 +341,9 @@ def differences(stored, settings):
             before, after = old.get(name, defaults.get(name)), new.get(name, defaults.get(name))
             if name == "data_dir" or before == after or (name == "weights" and same_weights(before, after)):
                 continue
-            change = {"variant": "differs", "class names": "differ"}.get(name) or f"was {before!r} and is {after!r}"
-            changes.append(f"{name} {change}{' in the space' if part == 'space' else ''}")
-    return ", ".join(changes)
+            change = {"variant": " differs", "class names": " differ"}.get(name) or f": {phrase.format(before, after)}"
+            changes.append(f"{'space: ' if part == 'space' else ''}{name}{change}")
+    return "; ".join(changes)
 
 
 def line(oracle, trial):

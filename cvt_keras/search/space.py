@@ -273,6 +273,8 @@ def read(source, recipe):
         return _read(source, recipe, "`space`")
     try:
         axes = runs.read_json(source)
+    except FileNotFoundError as error:
+        raise RecipeError(f"`space` file not found: {source}", argument="space") from error
     except OSError as error:
         raise RecipeError(f"`space` can't be read: {source}: {error.strerror}", argument="space") from error
     except RunError as error:

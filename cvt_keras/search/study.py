@@ -196,7 +196,7 @@ def _require_same(stored, settings, search_dir):
         raise RecipeError(
             f"`search_dir` holds a different search: {search_dir}. {differences}",
             argument="search_dir",
-            hint="Repeat its settings, choose another folder with --search-dir, or start over with --fresh",
+            hint="Resume with the same flags, choose another folder with --search-dir, or start over with --fresh",
         )
 
 

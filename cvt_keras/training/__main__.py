@@ -13,7 +13,7 @@ class Arguments(flags.RecipeFlags):
     run_dir: Path | None = None
     """The run folder to write; defaults to runs/<recipe>-<dataset>-<variant>."""
     resume: bool = False
-    """Resume the run in the run folder after its last finished epoch. Give the same flags as when it was started."""
+    """Resume the run in the run folder after its last finished epoch. Use the same flags as at the start."""
 
 
 def parse(argv):
@@ -30,7 +30,7 @@ def main(argv):
         result = run(arguments.recipe, arguments.run_dir, resume=arguments.resume, name=name)
     split = "test" if result.report.test else "validation"  # a run from Python may have left the test images untouched
     scores = getattr(result.report, split)
-    print(f"{scores['top1']:.2%} top-1 on {scores['images']} {split} images; the run is in {result.run_dir}")
+    print(f"{scores['top1']:.2%} top-1 on {scores['images']:,} {split} images; the run is in {result.run_dir}")
 
 
 if __name__ == "__main__":

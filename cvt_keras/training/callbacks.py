@@ -202,7 +202,7 @@ class Checkpoints(keras.callbacks.Callback):
             raise RunError(f"{newest} is damaged: {reason}", hint="Remove it to start again from epoch 1") from error
         changed = [name for name, value in self.data.items() if data.get(name) != value]
         if changed:
-            differences = ", ".join(f"{name} was {data.get(name)!r} and is {self.data[name]!r}" for name in changed)
+            differences = "; ".join(f"{name}: {data.get(name)!r} in the run, now {self.data[name]!r}" for name in changed)
             if changed == [CLASS_WEIGHTS]:
                 raise RecipeError(
                     f"the run in {self.run_dir} can't be resumed with other class weights: {differences}",

@@ -33,6 +33,8 @@ def read(setting):
         return setting
     try:
         weights = json.loads(Path(setting).expanduser().read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct)
+    except FileNotFoundError as error:
+        raise _error(f"`class_weights` file not found: {setting}") from error
     except OSError as error:
         raise _error(f"`class_weights` must be auto, none or a file. Received: {setting}: {error.strerror}") from error
     except ValueError as error:
@@ -98,7 +100,7 @@ def warnings(class_names, counts, validation_images, weighted, test_counts=None)
     if test_counts is not None:
         messages += _few(class_names, test_counts, FEW_TEST_IMAGES, "test images, too few for a reliable accuracy")
     if validation_images < FEW_VALIDATION_IMAGES:
-        messages.append(f"only {validation_images} validation images, too few to choose the best epoch reliably")
+        messages.append(f"only {validation_images} validation images: the choice of the best epoch is noisy")
     return messages
 
 

@@ -37,7 +37,7 @@ class RecipeFlags(RecipeFile):
     """The settings of the training run, stored in its recipe.json."""
 
 
-def parse(argv, kind, program, description):
+def parse(argv, kind, program, description, recipe_details=True):
     """Reads a command line.
 
     Args:
@@ -45,6 +45,7 @@ def parse(argv, kind, program, description):
         kind: a dataclass that adds the command's own flags to `RecipeFlags`.
         program: the program, such as `"cvt-keras train"`.
         description: what the command does, for --help.
+        recipe_details: whether --help shows the command and the result of the recipe, which are those of cvt-keras train.
 
     Returns:
         The name of the recipe or of its file, and an instance of `kind` with a checked `Recipe`.
@@ -60,9 +61,9 @@ def parse(argv, kind, program, description):
     for previous, word in itertools.pairwise(flags):
         if word in RECIPES and (not previous.startswith("--") or "=" in previous):
             raise RecipeError(
-                f"`RECIPE` must come before the flags. Received: {word} after {previous}",
+                f"`RECIPE` must come before the flags. Received: {word}",
                 argument="RECIPE",
-                hint=f"Write {program} {word} ...",
+                hint=f"Use {program} {word} ...",
             )
     # Read first, as it sets the defaults of the other flags.
     first, _ = tyro.cli(RecipeFile, prog=program, args=flags, return_unknown_args=True, add_help=False)
@@ -76,13 +77,15 @@ def parse(argv, kind, program, description):
             )
         defaults = _read(file)
         name = file.stem if file.name != runs.RECIPE else file.resolve().parent.name  # runs all name it alike
+    about = defaults.description if recipe_details else defaults.description.partition("\n")[0]
+    about = f": {about[0].lower()}{about[1:]}" if about else "."
     # Keep arguments without a default required: tyro takes all defaults from one instance.
     required = {field.name: tyro.MISSING for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
     arguments = tyro.cli(
         kind,
         prog=f"{program} [RECIPE]",
-        description=f"{description} RECIPE sets the defaults of the flags: {', '.join(RECIPES)}. Without it: {DEFAULT}.\n\n"
-        f"The defaults below are those of {name}. {defaults.description}",
+        description=f"{description} RECIPE sets the defaults of the flags: {', '.join(RECIPES)}. Without RECIPE: {DEFAULT}.\n\n"
+        f"The defaults below are those of {name}{about}",
         default=kind(**{**required, "recipe": _UncheckedRecipe(**_fields(defaults))}),
         args=flags,
     )

@@ -295,7 +295,7 @@ def _starting_point(recipe, run_dir, stored):
     if checkpoint is None:
         return recipe, None, Preprocessing()
     recipe = dataclasses.replace(recipe, variant=named(checkpoint.variant))
-    print(f"starting from {recipe.weights}: {recipe.variant_name}, with {checkpoint.variant.activation}", flush=True)
+    print(f"starting from {recipe.weights}: {recipe.variant_name} (activation {checkpoint.variant.activation})", flush=True)
     return recipe, checkpoint, checkpoint.preprocessing
 
 
@@ -312,11 +312,11 @@ def read_weights(recipe):
                 "`weights` or `variant` is required: weights to start from, or a network to train from random weights. "
                 "Received: weights=None, variant=None",
                 argument="weights",
-                hint="Give --weights SOURCE, or --variant NAME",
+                hint="Use --weights SOURCE or --variant NAME",
             )
         return None
     try:
-        checkpoint = checkpoints.read(recipe.weights, recipe.variant)
+        checkpoint = checkpoints.read(recipe.weights, recipe.variant, argument="weights")
     except CheckpointError as error:
         if error.details:
             variant = ["--variant", recipe.variant] if isinstance(recipe.variant, str) else []
@@ -324,9 +324,10 @@ def read_weights(recipe):
             error.hint = f"To see all faults: {command}"
         raise
     except ArgumentError as error:
-        argument = "variant" if error.argument == "variant" else "weights"
-        hint = "The recipe finetune, without --variant, uses the network of the weights" if argument == "variant" else None
-        raise RecipeError(f"`weights` can't be used: {error.summary}", argument=argument, hint=hint) from error
+        if error.argument != "variant":
+            raise RecipeError(error.summary, argument=error.argument, hint=error.hint) from error
+        hint = "The recipe finetune, without --variant, uses the network of the weights"
+        raise RecipeError(f"`weights` can't be used: {error.summary}", argument="variant", hint=hint) from error
     except OSError as error:
         raise CheckpointError(f"{recipe.weights} can't be read: {error}") from error
     if checkpoint.channels != 3:
@@ -349,9 +350,16 @@ def require_fit(recipe, train):
     """
     if not batches_per_epoch(train, recipe):
         raise RecipeError(
-            f"`batch_size` must not exceed the {len(train)} training images. Received: batch_size={recipe.batch_size}",
+            f"`batch_size` must not exceed the {len(train):,} training images. Received: batch_size={recipe.batch_size}",
             argument="batch_size",
             hint=f"Use --batch-size {len(train)} or less",
+        )
+    least = get_variant(recipe.variant).stride
+    if recipe.image_size < least:
+        raise RecipeError(
+            f"`image_size` must be at least {least} for {recipe.variant_name}, the product of its strides. "
+            f"Received: image_size={recipe.image_size}",
+            argument="image_size",
         )
     try:
         get_variant(recipe.variant).grids(recipe.image_size, recipe.image_size)
@@ -368,7 +376,7 @@ def require_fit(recipe, train):
 
 def _show_counts(plan):
     counts = {"training": plan.train, "validation": plan.validation, "test": plan.test}
-    shown = ", ".join(f"{len(split)} {name}" for name, split in counts.items() if split is not None)
+    shown = ", ".join(f"{len(split):,} {name}" for name, split in counts.items() if split is not None)
     note = f" ({plan.source.note})" if plan.source.note else ""
     print(f"{plan.source.name}: {shown} images{note}", flush=True)
 

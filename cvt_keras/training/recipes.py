@@ -45,10 +45,11 @@ class Recipe:
 
     # === Network ===
     variant: Annotated[str | Variant | None, _VARIANT_FLAG] = "cvt_cifar"
-    """The network: cvt_cifar, cvt_cifar_large, cvt_13, cvt_21, cvt_w24, or cvt_tiny for tests. None: that of --weights."""
+    """The network: cvt_cifar, cvt_cifar_large, cvt_13, cvt_21, cvt_w24, or cvt_tiny for tests.
+    None: the network of --weights."""
     weights: str | None = None
-    """Start from the authors' .pth, a folder or file of transformers, a hub id like microsoft/cvt-13, or a .keras file.
-    Mean and std come from it too. The head is new unless the classes are the same."""
+    """Pretrained weights: a .pth of microsoft/CvT, a transformers folder or file, a hub id (microsoft/cvt-13) or a .keras file.
+    Sets mean and std too. The head is new unless the classes match."""
     image_size: int = 32
     """Height and width of the network's input in pixels. Images of another size are resized."""
 
@@ -57,7 +58,7 @@ class Recipe:
     """auto: cifar10 if it is on disk or can be downloaded, otherwise the digits of scikit-learn."""
     data_dir: str | None = None
     """For --dataset folder: your folder of images, with one subfolder per class.
-    For the other data sets: TFDS' folder; defaults to TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    For the other data sets: the tensorflow-datasets folder; defaults to TFDS_DATA_DIR or ~/tensorflow_datasets."""
     train_limit: int | None = None
     """Train on the first N images only."""
     validation_limit: int | None = None
@@ -67,7 +68,8 @@ class Recipe:
     skip_broken: bool = False
     """Skip files of an image folder that can't be read, and count them in the report."""
     class_weights: Annotated[str, tyro.conf.arg(metavar="auto|none|FILE")] = "none"
-    """The weight of each class in the loss. auto: inverse to its number of training images. FILE: JSON, {"class": weight}."""
+    """The weight of each class in the loss. auto: inversely proportional to its number of training images.
+    FILE: JSON, {"class": weight}."""
 
     # === Augmentation ===
     flip: bool = True
@@ -79,24 +81,24 @@ class Recipe:
     rand_augment_magnitude: float = 5.0
     """RandAugment: strength of the operations, 0 to 10."""
     erase: float = 0.0
-    """Random erasing: probability that a box of an image is replaced by noise."""
+    """Random erasing: probability of replacing a box of the image with noise."""
     mixup: float = 0.0
-    """Mixup: alpha of the distribution Beta(alpha, alpha) that weights are drawn from; 0 is off."""
+    """Mixup: alpha of Beta(alpha, alpha), which gives the mixing weight; 0 is off."""
     cutmix: float = 0.0
-    """CutMix: alpha of the distribution Beta(alpha, alpha) that areas are drawn from; 0 is off.
+    """CutMix: alpha of Beta(alpha, alpha), which gives the box area; 0 is off.
     With both mixup and cutmix, each image gets one of the two."""
 
     # === Optimization ===
     epochs: int = 10
     """Passes over the training images."""
     early_stopping: int = 0
-    """Stop after N epochs without improvement; 0 is off. The learning-rate schedule still spans all epochs."""
+    """Stop after N epochs without better validation accuracy; 0 is off. The learning-rate schedule still spans all epochs."""
     freeze: Annotated[str | None, tyro.conf.arg(metavar="backbone|N")] = None
-    """With --weights, for small data sets. backbone: train the head only. N: freeze the first N stages."""
+    """Needs --weights. backbone: train only the head. N: freeze the first N stages."""
     batch_size: int = 128
     """Images per training step."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """muon: Muon for matrices and convolutions, AdamW for the other parameters."""
+    """muon: Muon for matrices and convolutions, AdamW for the other parameters. adamw: AdamW for all parameters."""
     peak_learning_rate: float = 2e-3
     """The learning rate after the warm-up."""
     adamw_ratio: float = 0.5
@@ -104,17 +106,17 @@ class Recipe:
     layer_decay: float = 1.0
     """Layer-wise learning-rate decay: each block's rate as a fraction of the next block's; 1 is off."""
     warmup: float = 0.1
-    """Fraction of the training steps in which the learning rate rises linearly."""
+    """Fraction of steps with linear warm-up."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
-    """The learning rate after the warm-up: falls to 0, linear or cosine, or stays constant."""
+    """After the warm-up, the learning rate falls to 0 (linear, cosine) or stays constant."""
     weight_decay: float = 0.05
     """Decoupled weight decay; applies to kernels only."""
     gradient_clip: float = 1.0
     """Clip the global norm of the gradients to this value; 0 is off."""
     label_smoothing: float = 0.0
-    """Fraction of each label that is spread evenly over all classes."""
+    """Fraction of each label spread evenly over all classes."""
     ema: float = 0.0
-    """Momentum of a moving average of the weights; 0 is off. The average is what is validated and saved.
+    """Decay of the moving average of the weights; 0 is off. The average is validated and saved.
     Batch norm statistics are not averaged."""
 
     # === Machine ===
@@ -190,8 +192,7 @@ class Recipe:
             )
         if self.freeze is not None and self.weights is None:
             raise RecipeError(
-                "`freeze` needs `weights`, as frozen layers would keep their random values. "
-                f"Received: freeze={self.freeze}, weights=None",
+                f"`freeze` needs `weights`: frozen layers would stay random. Received: freeze={self.freeze}, weights=None",
                 argument="freeze",
                 hint="Add --weights, or leave out --freeze",
             )
@@ -287,10 +288,10 @@ def _check_type(name, value, hint):
 
 
 CIFAR10 = Recipe(
-    """Ten epochs on CIFAR-10, the default.
+    """Ten epochs on CIFAR-10.
 
     cvt-keras train cifar10
-    84.2% test top-1 (n=2, both the same to 0.1, JPEG copy), 33 minutes on two cores of an Intel Xeon in float32.
+    84.2% test top-1 (n=2, within 0.1 points, JPEG copy of the data), 33 minutes on two cores of an Intel Xeon in float32.
     """,
 )
 
@@ -316,7 +317,7 @@ REFERENCE = Recipe(
     """The settings of the project that this one reimplements: the paper's CvT-13 at 32x32, Adam, no augmentation.
 
     cvt-keras train reference
-    Two epochs: 53.4% test top-1 (n=1, JPEG copy), about 4 minutes each on two cores of an Intel Xeon in float32.
+    Two epochs: 53.4% test top-1 (n=1, JPEG copy of the data), about 4 minutes each on two cores of an Intel Xeon in float32.
     """,
     variant="cvt_13",
     flip=False,

@@ -247,7 +247,7 @@ class Client:
         server = f"the server at {self.address}"
         tries = f"{self.retries + 1} {'try' if self.retries == 0 else 'tries'}"
         if code == "UNAVAILABLE":
-            return ServingError(f"{server} is not available, {tries}: {text}", hint=f"To start one: {start_command()}")
+            return ServingError(f"{server} is not available after {tries}: {text}", hint=f"Start it with: {start_command()}")
         if code == "DEADLINE_EXCEEDED":
             return ServingError(
                 f"{server} did not answer within {self.timeout:g} s, {tries}",
@@ -521,27 +521,28 @@ def _answers(names, rows, images):
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Image files (JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF), or folders, which are searched at any depth. A file that is not an
-    image or can't be read is named on stderr, and the exit code is then 1. Skipped silently in folders: hidden files, and those
-    that systems leave behind (Thumbs.db, desktop.ini, @eaDir, __MACOSX and the like)."""
+    """Image files or folders, which are searched at any depth.
+    Formats: JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF, and HEIC with pillow-heif.
+    A file that is not an image or can't be read is reported on stderr, with exit code 1.
+    Hidden files and system files in folders (Thumbs.db, desktop.ini, @eaDir, __MACOSX and the like) are skipped."""
     address: str | None = None
     """HOST:PORT of the server; by default localhost:8500, or localhost:8501 with --protocol rest."""
     protocol: Literal["grpc", "rest"] = "grpc"
-    """The protocol of the server's port."""
+    """gRPC or REST."""
     model: str = MODEL
     """The model's name in models.config."""
     version: int | None = None
     """Version of the export; by default the newest."""
     batch: int = 32
-    """Images per request; batching.config allows 256."""
+    """Images per request, at most 256 (batching.config)."""
     timeout: float = 10.0
-    """Seconds for each try of a request."""
+    """Timeout per attempt, in seconds."""
     retries: int = 3
-    """How often to retry if the server is not available or late."""
+    """Retries if the server is unavailable or times out."""
     top: int = 1
     """Classes to print per image, most probable first."""
     labels: Path | None = None
-    """The export's labels.txt. Without it, --top prints classes after the first as numbers."""
+    """The export's labels.txt. Needed for class names beyond the first; otherwise --top prints numbers."""
 
 
 def parse(argv):
@@ -550,7 +551,7 @@ def parse(argv):
     Raises:
         SystemExit: from tyro, for invalid flags and for `--help`.
     """
-    settings = {"prog": "cvt-keras classify", "description": "Ask TF Serving what images show.", "args": argv}
+    settings = {"prog": "cvt-keras classify", "description": "Classify images with a TF Serving server.", "args": argv}
     arguments, rest = tyro.cli(Arguments, **settings, return_unknown_args=True)
     if any(word.startswith("-") for word in rest):
         return tyro.cli(Arguments, **settings)  # exits, and names the unknown flag

@@ -38,12 +38,12 @@ def parse(argv):
 def main(argv):
     arguments = parse(argv)
     run_dir, port = arguments.run, arguments.port
-    runs.require_run(run_dir)
+    runs.require_run(run_dir, argument="run")
     for exists, missing in ((artifacts(run_dir), ".tflite file"), ((run_dir / LABELS).exists(), LABELS)):
         if not exists:
             raise RunError(
-                f"`run_dir` has no {missing}: {run_dir}",
-                argument="run_dir",
+                f"`run` has no {missing}: {run_dir}",
+                argument="run",
                 hint=f"Export it first: cvt-keras export {shlex.quote(str(run_dir))}",
             )
     if missing_files := [name for name in RUNTIME if not (WEB / name).exists()]:

@@ -418,7 +418,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(name, trained, compressed, tm
     for value, expected in zip(_classifier(tmp_path / "run").get_weights(), _classifier(compressed(name)).get_weights()):
         np.testing.assert_allclose(value, expected, atol=1e-4)
     assert cli.main([*command, "--resume", "--epochs", "3"]) == 2
-    assert "epochs was 2 and is 3" in capsys.readouterr().err
+    assert "epochs: 2 in the run, now 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method, precision", [("prune", "auto"), ("cluster", "auto"), ("qat", "float32")])

@@ -542,7 +542,9 @@ def test_folders_without_images_are_named_if_there_are_too_few_classes(photos):
     shutil.rmtree(photos / "dog")
     (photos / "dog").mkdir()
     (photos / "dog" / "1.txt").write_bytes(b"x")
-    assert data_error_of(photos).summary.endswith("one for each class. Found: cat, and folders without images: dog")
+    assert data_error_of(photos).summary.startswith(
+        "`data_dir` must hold at least two class folders. Found: cat, and folders without images: dog. Received: "
+    )
 
 
 # === Other layouts ===
@@ -585,7 +587,7 @@ def test_splits_one_level_down_are_suggested(split_photos, tmp_path, beside):
     if beside:
         (root / "labels").mkdir()
         (root / "labels" / "1.txt").write_bytes(b"x")
-    assert data_error_of(root).hint == f"The splits train, test are in {root}/data: pass --data-dir {root}/data"
+    assert data_error_of(root).hint == f"The splits train, test are in {root}/data: use --data-dir {root}/data"
 
 
 def test_data_dir_is_required():
@@ -604,20 +606,20 @@ def test_fewer_than_two_classes_are_an_error(photos, remove):
     for name in remove.split():
         shutil.rmtree(photos / name)
     error = data_error_of(photos)
-    assert error.summary.startswith(f"{photos} must hold at least two folders of images, one for each class")
+    assert error.summary.startswith("`data_dir` must hold at least two class folders")
     assert ("Found: none" in error.summary) == (remove == "cat dog")
     assert "DIR/cat/1.jpg" in error.hint
 
 
 def test_the_error_for_a_flat_folder_shows_the_layout(photos):
     error = data_error_of(photos / "cat")
-    assert error.summary.endswith("Found: none, and 20 images outside class folders")
+    assert error.summary.endswith(f"Found: none, and 20 images outside class folders. Received: data_dir={photos / 'cat'}")
     assert "DIR/cat/1.jpg" in error.hint
 
 
 def test_classes_one_level_down_are_suggested(photos):
     error = data_error_of(photos.parent)
-    assert error.summary.endswith("Found: photos")
+    assert error.summary.endswith(f"Found: photos. Received: data_dir={photos.parent}")
     assert f"--data-dir {photos}" in error.hint
 
 

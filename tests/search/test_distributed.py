@@ -237,7 +237,7 @@ def test_a_worker_of_another_search_is_refused(make_oracle, make_worker, start_c
     start_chief(make_oracle())
     with pytest.raises(RecipeError) as error:
         make_worker(recipe=dataclasses.replace(SMOKE, seed=7))
-    assert "seed was 0 and is 7" in error.value.summary
+    assert "seed: 0 for the chief, 7 here" in error.value.summary
 
 
 def test_the_trial_of_a_silent_worker_goes_to_another(make_oracle, make_worker, start_chief, client, clock, quick_run, capsys):
@@ -342,7 +342,7 @@ def test_a_worker_whose_disk_has_another_search_ends(make_oracle, make_worker, s
     with pytest.raises(RecipeError) as error:
         make_worker(trials=2).search()
     assert error.value.argument == "search_dir"
-    assert "seed was 9 and is 0" in error.value.summary
+    assert "seed: 9 for the chief, 0 here" in error.value.summary
     assert chief.oracle.trials["0"].status == TrialStatus.RUNNING
 
 

@@ -300,7 +300,7 @@ def test_differences_are_named():
     assert oracles.differences(settings, moved) == ""
     newer = {**settings, "recipe": {**recipe, "early_stopping": 0}}
     assert oracles.differences(settings, newer) == ""  # the default of a field that the stored search lacks
-    assert "early_stopping was 0 and is 3" in oracles.differences(
+    assert "early_stopping: 0 in the search, now 3" in oracles.differences(
         settings, {**newer, "recipe": {**recipe, "early_stopping": 3}}
     )
     changed = {
@@ -311,9 +311,10 @@ def test_differences_are_named():
         "data": {"class names": "a, c", "number of train images": 100},
     }
     assert oracles.differences(settings, changed) == (
-        "max_macs was 1 and is None, class names differ, number of train images was 45000 and is 100, "
-        "dataset was 'cifar10' and is 'folder', seed was 0 and is 1, weights was 'a/model.keras' and is None, "
-        "variant differs, mixup was [0, 1] and is None in the space"
+        "max_macs: 1 in the search, now None; class names differ; number of train images: 45000 in the search, now 100; "
+        "dataset: 'cifar10' in the search, now 'folder'; seed: 0 in the search, now 1; "
+        "weights: 'a/model.keras' in the search, now None; "
+        "variant differs; space: mixup: [0, 1] in the search, now None"
     )
 
 
@@ -326,7 +327,7 @@ def test_weights_may_be_moved_but_not_be_others(tmp_path):
     for path in (here, there):
         path.parent.mkdir()
         path.write_text("")
-    assert "weights was" in oracles.differences(settings, other)
+    assert "weights: " in oracles.differences(settings, other)
     here.unlink()
     assert oracles.differences(settings, other) == ""
 

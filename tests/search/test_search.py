@@ -245,7 +245,7 @@ def test_search_returns_the_best_recipe_and_the_rows(tmp_path, quick_run, no_pic
     with pytest.raises(RecipeError) as error:
         search(recipe, tmp_path / "search", trials=4, space=space)
     assert error.value.argument == "search_dir"
-    assert "algorithm was random and is bayesian" in error.value.summary
+    assert "algorithm: 'random' in the search, now 'bayesian'" in error.value.summary
     assert len(search(recipe, tmp_path / "search", trials=2, space=space, fresh=True).rows) == 2
 
 
@@ -285,9 +285,9 @@ def test_a_search_dir_is_required(capsys):
 @pytest.mark.parametrize(
     "change, part",
     [
-        (["--algorithm", "random"], "algorithm was bayesian and is random"),
-        (["--max-macs", "1e6"], "max_macs was None and is 1000000"),
-        (["--epochs", "3"], "epochs was 2 and is 3"),
+        (["--algorithm", "random"], "algorithm: 'bayesian' in the search, now 'random'"),
+        (["--max-macs", "1e6"], "max_macs: None in the search, now 1000000"),
+        (["--epochs", "3"], "epochs: 2 in the search, now 3"),
         (["--variant", "cvt_cifar"], "variant differs"),
     ],
 )
@@ -382,7 +382,7 @@ def test_a_search_of_version_0_1_is_resumed(tmp_path, space_file, quick_run, no_
     assert len(after) == 3 and [row["val_accuracy"] for row in after[:2]] == [row["val_accuracy"] for row in before]
     # Other differences are still refused.
     assert _search([*words, "--trials", "3", "--epochs", "3"]) == 2
-    assert "epochs was 2 and is 3" in capsys.readouterr().err
+    assert "epochs: 2 in the search, now 3" in capsys.readouterr().err
 
 
 def test_a_space_that_does_not_fit_the_images_is_refused(command, tmp_path, quick_run, capsys):
@@ -420,7 +420,7 @@ def test_epochs_have_an_axis_if_they_differ():
 def test_missing_weights_are_named_before_the_search_is_created(command, tmp_path, quick_run, capsys):
     words = ["finetune", "--weights", "none.keras", "--dataset", "digits", "--search-dir", str(tmp_path / "search")]
     assert _search(words) == 2
-    assert "`weights` can't be used" in capsys.readouterr().err and not (tmp_path / "search").exists()
+    assert "`weights` must be a file" in capsys.readouterr().err and not (tmp_path / "search").exists()
 
 
 def test_the_network_of_weights_is_not_varied(tmp_path, quick_run, no_pictures, monkeypatch):

@@ -209,7 +209,7 @@ def test_a_checkpoint_of_other_data_is_refused(checkpoint, tmp_path, model):
     with pytest.raises(RecipeError) as error:
         _restore(tmp_path, model, data={**DATA, "train images": 9})
     assert error.value.argument == "data_dir"
-    assert "train images was 8 and is 9" in error.value.summary
+    assert "train images: 8 in the run, now 9" in error.value.summary
 
 
 @pytest.mark.parametrize("name", ["state.npz", "best.npz", "state.json"])

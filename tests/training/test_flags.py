@@ -88,8 +88,8 @@ def test_every_field_has_a_flag():
 
 def test_help_shows_the_recipe_and_plain_defaults(capsys):
     for argv, parts in (
-        (["smoke"], ["cvt-keras train smoke", "(default: cvt_tiny)", "those of smoke."]),
-        (["finetune"], ["(default: None)", "those of finetune."]),
+        (["smoke"], ["cvt-keras train smoke", "(default: cvt_tiny)", "those of smoke: a few steps"]),
+        (["finetune"], ["(default: None)", "those of finetune: fine-tunes"]),
     ):
         with pytest.raises(SystemExit) as stop:
             parse([*argv, "--help"])

@@ -363,7 +363,7 @@ def test_fine_tuning_starts_from_the_weights(short, weights, tmp_path, capsys):
     assert (report.variant, report.image_size) == ("cvt_tiny", [48, 48])
     assert report.recipe["weights"] == weights
     printed = capsys.readouterr().out
-    assert f"starting from {weights}: cvt_tiny, with quick_gelu" in printed
+    assert f"starting from {weights}: cvt_tiny (activation quick_gelu)" in printed
     assert "head: new" in printed
     assert report.recipe["variant"] == to_dict(VARIANTS["cvt_tiny"])
     assert report.macs == macs("cvt_tiny", (48, 48, 3), 10)

@@ -151,7 +151,7 @@ def test_a_run_is_resumed_with_its_own_settings_only(finished, recipe):
     with pytest.raises(DifferentRunError) as error:
         run(dataclasses.replace(recipe, epochs=3, seed=1), run_dir, resume=True)
     assert error.value.differences == {"epochs": ("2", "3"), "seed": ("0", "1")}
-    assert str(error.value).endswith("epochs was 2 and is 3, seed was 0 and is 1")
+    assert str(error.value).endswith("epochs: 2 in the run, now 3; seed: 0 in the run, now 1")
     copied = pickle.loads(pickle.dumps(error.value))
     assert (copied.differences, copied.run_dir, copied.argument) == (error.value.differences, run_dir, "run_dir")
 
@@ -196,7 +196,7 @@ def test_a_run_is_resumed_with_its_own_images_only(short, tmp_path, capsys):
     with pytest.raises(RecipeError) as error:
         run(folder, tmp_path / "run", resume=True)
     assert error.value.argument == "data_dir"
-    assert f"number of train images was {report.train_images} and is {report.train_images - 1}" in error.value.summary
+    assert f"number of train images: {report.train_images} in the run, now {report.train_images - 1}" in error.value.summary
     shutil.copytree(tmp_path / "photos", tmp_path / "others")
     with pytest.raises(DifferentRunError) as error:
         run(dataclasses.replace(folder, data_dir=tmp_path / "others"), tmp_path / "run", resume=True)

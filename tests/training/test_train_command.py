@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent.parent
     [
         (["finetune"], 2, "--weights SOURCE"),
         (["finetune", "--weights", "nowhere.pth"], 2, "nowhere.pth"),
-        (["finetune", "--weights", "{damaged}"], 1, "damaged.pth: it is damaged"),
-        (["cifar10", "--weights", "{damaged}"], 1, "damaged.pth: it is damaged"),
+        (["finetune", "--weights", "{damaged}"], 1, "damaged.pth is damaged"),
+        (["cifar10", "--weights", "{damaged}"], 1, "damaged.pth is damaged"),
         (["finetune", "--weights", "{misfit}"], 1, "missing: stage0.blocks.0.attn.proj_k.bias"),
         (["finetune", "--weights", "{misfit}"], 1, "misfit.pth all.keras"),
     ],
@@ -111,7 +111,7 @@ def test_without_test_images_the_validation_accuracy_is_printed(monkeypatch, cap
     result = SimpleNamespace(report=report, run_dir="runs/x")
     monkeypatch.setattr(loop, "run", lambda recipe, run_dir, resume, name: result)
     assert cli.main(["train", "smoke"]) == 0
-    assert "12.50% top-1 on 5000 validation images; the run is in runs/x" in capsys.readouterr().out
+    assert "12.50% top-1 on 5,000 validation images; the run is in runs/x" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -528,7 +528,7 @@ def test_retries_end(protocol, folder, server, capsys):
     assert _main(server, protocol, folder, "--retries", 1) == 1
     assert len(server.asked) == 2
     [line] = capsys.readouterr().err.splitlines()
-    reason = "is not available, 2 tries: The batch scheduling queue"
+    reason = "is not available after 2 tries: The batch scheduling queue"
     assert line.startswith(f"cvt-keras classify: the server at {_address(server, protocol)} {reason}")
 
 
@@ -623,7 +623,7 @@ def test_a_missing_server(protocol, folder, capsys):
     assert cli.main(["classify", str(folder), "--protocol", protocol, "--address", address, "--retries", "1"]) == 1
     out, err = capsys.readouterr()
     [line] = err.strip().splitlines()
-    assert f"the server at {address} is not available, 2 tries: " in line and "docker compose -f" in line and not out
+    assert f"the server at {address} is not available after 2 tries: " in line and "docker compose -f" in line and not out
 
 
 @both
@@ -658,7 +658,7 @@ def test_a_model_without_a_loaded_version(protocol, version, images, server):
         ([(200, b"\xff\xfe\xff")], "failed with an answer that is not TF Serving's"),
         ([(200, b"{}")], "failed with an answer that is not TF Serving's"),
         ([(200, b'{"model_version_status": [{}]}')], "failed with an answer that is not TF Serving's"),
-        ([(503, b"busy")], "is not available, 2 tries: busy"),
+        ([(503, b"busy")], "is not available after 2 tries: busy"),
         ([(503, b"busy"), (200, b'{"model_version_status": []}')], "has not loaded any version of cvt"),
         ([(500, b'{"error": "broken"}')], "failed with HTTP 500: broken"),
         ([(404, b'{"error": "Could not find"}')], "does not have the model cvt. "),

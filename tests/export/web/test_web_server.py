@@ -157,18 +157,18 @@ def installed(monkeypatch):
 @pytest.mark.parametrize(
     "damage, flags, code, part",
     [
-        (shutil.rmtree, [], 2, "`run_dir` must be a run folder"),
+        (shutil.rmtree, [], 2, "`run` must be a run folder"),
         (
             lambda run_dir: shutil.rmtree(run_dir / "export"),
             [],
             1,
-            "`run_dir` has no .tflite file: {run_dir}. Export it first: cvt-keras export {run_dir}",
+            "`run` has no .tflite file: {run_dir}. Export it first: cvt-keras export {run_dir}",
         ),
         (
             lambda run_dir: (run_dir / "export/labels.txt").unlink(),
             [],
             1,
-            "`run_dir` has no export/labels.txt: {run_dir}. Export it first: ",
+            "`run` has no export/labels.txt: {run_dir}. Export it first: ",
         ),
         (lambda run_dir: None, ["--port", "65536"], 2, "`port` must be within 0 and 65535. Received: port=65536"),
         (lambda run_dir: None, ["--port", "-1"], 2, "`port` must be within 0 and 65535. Received: port=-1"),
