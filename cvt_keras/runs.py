@@ -62,7 +62,7 @@ def require_finished(run_dir, argument="run_dir"):
         raise RunError(
             f"the run in {run_dir} is not finished: {missing[0]} is missing",
             argument=argument,
-            hint="Finish it with cvt-keras train --resume",
+            hint="Resume it with the command that started it, and --resume",
         )
 
 
@@ -97,8 +97,9 @@ def require_writable(folder, argument="run_dir"):
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = f"No permission to write to {nearest}" if nearest.is_dir() else f"{nearest} is a file"
         raise RunError(
-            f"`{argument}` can't be written: {folder}. No permission to write to {nearest}",
+            f"`{argument}` can't be written: {folder}. {reason}",
             argument=argument,
             hint=f"Choose another folder with --{argument.replace('_', '-')}",
         )

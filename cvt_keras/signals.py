@@ -66,4 +66,4 @@ class Held:
             self.answer()
         self._received = number
         with contextlib.suppress(OSError):  # Ctrl-C also ends the program at the other end of a pipe
-            os.write(2, f"\nstopping after {self.until}; press Ctrl-C again to stop at once\n".encode())
+            os.write(2, f"\nstopping after {self.until}; a second signal (Ctrl-C) stops at once\n".encode())

@@ -20,7 +20,7 @@ def test_a_signal_waits_for_the_end_of_the_block(heard, number, capfd):
         signal.raise_signal(number)
         assert not heard
     assert heard == [number]
-    assert "stopping after this file; press Ctrl-C again to stop at once" in capfd.readouterr().err
+    assert "stopping after this file; a second signal (Ctrl-C) stops at once" in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt):  # the previous handler is back
         signal.raise_signal(number)
 

@@ -33,7 +33,7 @@ class WeightClustering(Compressor):
 
     refused: ClassVar = {
         "cluster": "start from the run that it was made from",
-        "qat": "its quantisation ranges are fixed. Cluster first, the run that it was made from",
+        "qat": "its ranges are fixed. Cluster the run that it was made from, then run qat",
     }
 
     def __init__(

@@ -39,7 +39,7 @@ class Pruning:
         """Raises a `RecipeError` for an option out of range, or options that can't be combined."""
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise RecipeError(
-                f"`sparsity`, the fraction of zeros, must be between 0 and 1. Received: sparsity={self.sparsity}",
+                f"`sparsity`, the fraction of zeros, must be more than 0 and less than 1. Received: sparsity={self.sparsity}",
                 argument="sparsity",
             )
         for name, value, known in (

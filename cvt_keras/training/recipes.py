@@ -23,7 +23,7 @@ COMPRESSIONS = ("prune", "cluster", "qat")
 _VARIANT_FLAG = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
     metavar="NAME",
-    instance_from_str=lambda words: words[0],
+    instance_from_str=lambda words: None if words[0] == "None" else words[0],
     is_instance=lambda value: value is None or isinstance(value, (str, Variant)),
     str_from_instance=lambda value: [str(value)],
 )

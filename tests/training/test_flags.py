@@ -41,6 +41,11 @@ def test_fine_tuning_leaves_the_network_to_the_weights():
     assert parse(["finetune", "--variant", "cvt_21"])[1].recipe.variant == "cvt_21"
 
 
+def test_variant_none_on_the_command_line_is_none():
+    _, arguments = parse(["cifar10", "--variant", "None", "--weights", "a.pth"])
+    assert arguments.recipe.variant is None
+
+
 def test_every_field_has_a_flag():
     flags = {
         "--variant": ("variant", "cvt_13"),
