@@ -102,8 +102,11 @@ def _read(file):
     except OSError as error:
         raise RecipeError(f"`recipe_file` can't be read: {file}: {error.strerror}", argument="recipe_file") from error
     except RunError as error:  # which names the file
-        raise RecipeError(f"`recipe_file` must be a recipe in JSON, such as the recipe.json of a run. {error.summary}", argument="recipe_file") from error
+        raise RecipeError(
+            f"`recipe_file` must be a recipe in JSON, like recipe.json. {error.summary}", argument="recipe_file"
+        ) from error
     except RecipeError as error:
         raise RecipeError(
-            f"`recipe_file` must be a recipe in JSON, such as the recipe.json of a run. Received: {file}: {error.summary}", argument="recipe_file"
+            f"`recipe_file` must be a recipe in JSON, like recipe.json. Received: {file}: {error.summary}",
+            argument="recipe_file",
         ) from error
