@@ -173,7 +173,7 @@ def run(pages, folder):
         if path.name not in (".git", "runs", "photos"):
             (folder / path.name).symlink_to(path)
     write_photos(folder)
-    not_run, server = [], None
+    not_run, stale, server = [], [], None
     try:
         for block in (block for page in pages for block in blocks(page)):
             if block.reason:
@@ -197,9 +197,11 @@ def run(pages, folder):
                 raise SystemExit(f"{block.page}:{block.line} ended with {process.returncode}")
             # Which class a network sees after one epoch is open.
             if not ANSWER.search(block.script) and (missing := missing_lines(block.output, printed)):
-                raise SystemExit("\n  ".join([f"{block.page}:{block.line} shows lines that were not printed:", *missing]))
+                stale += [f"{block.page}:{block.line}: {line}" for line in missing]
     finally:
         stop_server(server)
+    if stale:
+        raise SystemExit("\n  ".join(["Lines that the pages show and the commands did not print:", *stale]))
     return not_run
 
 
