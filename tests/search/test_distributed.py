@@ -342,7 +342,7 @@ def test_a_worker_whose_disk_has_another_search_ends(make_oracle, make_worker, s
     with pytest.raises(RecipeError) as error:
         make_worker(trials=2).search()
     assert error.value.argument == "search_dir"
-    assert "seed: 9 for the chief, 0 here" in error.value.summary
+    assert "seed: 9 in the run, now 0" in error.value.summary
     assert chief.oracle.trials["0"].status == TrialStatus.RUNNING
 
 
