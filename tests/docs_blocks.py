@@ -118,7 +118,7 @@ def shortened(script, limit=SHORT["--train-limit"]):
 
 
 def write_photos(folder):
-    """Writes `photos/apples` and `photos/pears`, 150 made photos each, and cat.jpg."""
+    """Writes `photos/apples` and `photos/pears`, 150 made photos each, cat.jpg and apple.jpg."""
     import numpy as np
     from PIL import Image
 
@@ -128,7 +128,8 @@ def write_photos(folder):
         for i in range(150):
             pixels = np.clip(np.array(colour) + random.normal(0, 40, (60, 80, 3)), 0, 255).astype("uint8")
             Image.fromarray(pixels).save(folder / "photos" / name / f"{i}.jpg")
-    Image.fromarray(pixels).save(folder / "cat.jpg")
+    for name in ("cat", "apple"):
+        Image.fromarray(pixels).save(folder / f"{name}.jpg")
 
 
 def start_server(folder, run):

@@ -21,7 +21,7 @@ class Arguments(flags.RecipeFlags, Options):
     search_dir: Path
     """Search folder. Repeat the command to resume."""
     space: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """JSON file with the search space, instead of the default: {"warmup": {"low": 0.02, "high": 0.3}, "stage0_depth": [1, 2]}.
+    """JSON file that replaces the default space, such as {"warmup": {"low": 0.02, "high": 0.3}, "stage0_depth": [1, 2]}.
     docs/guides/search.md lists the names."""
     yes: bool = False
     """Do not ask before --fresh deletes the search."""
