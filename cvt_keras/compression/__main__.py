@@ -30,7 +30,7 @@ class Arguments:
     batch_size: int | None = None
     """Images per training step; defaults to the run's."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] | None = None
-    """Defaults to auto."""
+    """Precision of the training; defaults to auto, as in train."""
     seed: int | None = None
     """Seed of the training; defaults to the run's."""
     data_dir: str | None = None
@@ -78,7 +78,7 @@ class Qat(Arguments):
     batch_size: int | None = None
     """Images per training step; defaults to the run's. Training needs more memory than the run did."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] | None = None
-    """Defaults to float32, the only valid value."""
+    """Must be float32, the default."""
 
 
 def parse(argv):

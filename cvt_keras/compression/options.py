@@ -26,7 +26,8 @@ class Pruning:
     sparsity: float | None = None
     """Fraction of zeros in each pruned kernel; defaults to 0.7, or to 0.5 with 2:4."""
     pattern: Pattern = "unstructured"
-    """Sparsity pattern. unstructured: anywhere; 2:4: two zeros in every four inputs; 4x1: blocks of four, Dense layers only."""
+    """Sparsity pattern. unstructured: anywhere; 2:4: two zeros in every four weights along the inputs.
+    4x1: blocks of four inputs of one output, Dense layers only."""
     schedule: Schedule | None = None
     """polynomial: add zeros over the first half of training; constant: all at the first step. Defaults to polynomial.
     2:4 adds all at the first step and takes no schedule."""

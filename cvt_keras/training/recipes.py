@@ -49,7 +49,7 @@ class Recipe:
     None: the network of --weights."""
     weights: str | None = None
     """Pretrained weights: a .pth of microsoft/CvT, a transformers folder or file, a hub id (microsoft/cvt-13) or a .keras file.
-    Sets mean and std too. The head is new unless the classes match."""
+    Sets the input's mean and std too. The head is new unless the classes match."""
     image_size: int = 32
     """Height and width of the network's input in pixels. Images of another size are resized."""
 
