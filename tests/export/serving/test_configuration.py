@@ -81,7 +81,7 @@ def test_the_clients_help_names_the_largest_batch(capsys):
     with pytest.raises(SystemExit):
         client.main(["--help"])
     text = " ".join(re.findall(r"[^\s│]+", capsys.readouterr().out))
-    assert f"Images per request; batching.config allows {_batching()['max_batch_size']}." in text
+    assert f"Images per request, at most {_batching()['max_batch_size']} (batching.config)." in text
 
 
 def test_the_image_has_tensorflows_minor_version(service):
