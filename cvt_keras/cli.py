@@ -86,7 +86,11 @@ def run(name, argv):
         if (error.name or "").partition(".")[0] == "cvt_keras":
             hint = "In a checkout, run pip install -r requirements.txt or pip install -e ."
             return _fail(name, f"{error}. {hint}", 1)
-        return _fail(name, f"{error}. Install the missing package: in a checkout, pip install -r requirements.txt", 1)
+        return _fail(
+            name,
+            f"{error}. Install the missing package: pip install -r requirements.txt in a checkout, else the extra train",
+            1,
+        )
     except (MemoryError, OSError) as error:
         return _fail(name, str(error) or type(error).__name__, 1)
     except KeyboardInterrupt as stop:

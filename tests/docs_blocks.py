@@ -3,8 +3,8 @@
     python tests/docs_blocks.py [PAGE ...]
 
 runs them in a new folder with the checkout's files and some photos. A double takes the place of TF Serving.
-`--epochs` and `--train-limit` are replaced, so that each training takes seconds. A block runs unless the line above it is
-`<!-- not run in CI: REASON -->`.
+`--epochs` and `--train-limit` are replaced, so that each training takes seconds, and `python -m pytest` runs one file. A
+block runs unless the line above it is `<!-- not run in CI: REASON -->`. What it prints is compared with the page.
 """
 
 import json
@@ -50,6 +50,7 @@ LEAST_TOP1 = 0.25  # after one epoch of 12,800 images
 SERVER = re.compile(r'^RUN="\$PWD/(\S+)" docker compose', re.MULTILINE)
 
 
+DEVICE = re.compile(r", (?:float32|mixed_\w+), XLA (?:on|off)$")
 ANSWER = re.compile(r"^(?:cvt-keras classify|.*curl)", re.MULTILINE)
 
 
@@ -75,16 +76,19 @@ def blocks(page):
 def missing_lines(shown, printed):
     """Returns the lines of a page's output block that a command did not print.
 
-    Numbers may differ, `...` stands for anything, and Keras prints no `Epoch 1/1`.
+    Numbers may differ, and so may the device. `...` and progress bars stand for anything, and Keras prints no `Epoch 1/1`.
     """
     printed = re.sub(r"[\r\x08]+", "\n", re.sub(r"\x1b\[[0-9;]*m", "", printed))
-    numbers = r"[\d.,]+(?:e[-+]\d+)?"
+    number = r"\d(?:[\d.,]*\d)?(?:e[-+]\d+)?"
     result = []
     for line in shown.splitlines():
-        if line.startswith("Epoch "):
+        if line.startswith("Epoch ") or DEVICE.search(line):
             continue
-        parts = [re.escape(part) for part in re.split(rf"\.\.\.|{numbers}|━+", line)]
-        if not re.search(r"^\s*" + ".*?".join(parts).strip() + r"\s*$", printed, re.MULTILINE):
+        pattern = ""
+        for part in re.split(rf"(\.\.\.|━+|{number})", line.strip()):
+            is_number = re.fullmatch(number, part)
+            pattern += number if is_number else ".*" if re.fullmatch(r"\.\.\.|━+", part) else re.escape(part)
+        if not re.search(rf"^\s*{pattern}\s*$", printed, re.MULTILINE):
             result.append(line)
     return result
 
@@ -157,7 +161,8 @@ def stop_server(server):
 WEB = """
 cvt-keras() {
   if [ "$1" != web ]; then command cvt-keras "$@"; return; fi
-  "$(type -P cvt-keras)" "$@" > web.txt &
+  "$(type -P cvt-keras)" "$@" > web.txt 2>&1 &
+  trap 'kill $! 2> /dev/null || true' EXIT
   until grep -q http:// web.txt; do kill -0 $!; sleep 1; done
   cat web.txt
   curl --fail --silent --show-error --output web.html "$(grep -o 'http://[^ ]*' web.txt)"
@@ -168,7 +173,7 @@ cvt-keras() {
 
 
 def run(pages, folder):
-    """Runs the blocks of `pages` in `folder`, and returns the blocks that it did not run."""
+    """Runs the blocks of `pages` in `folder`. Returns the blocks that were not run, and the stale lines of the pages."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for path in ROOT.iterdir():
         if path.name not in (".git", "runs", "photos"):
@@ -201,23 +206,25 @@ def run(pages, folder):
                 stale += [f"{block.page}:{block.line}: {line}" for line in missing]
     finally:
         stop_server(server)
-    if stale:
-        raise SystemExit("\n  ".join(["Lines that the pages show and the commands did not print:", *stale]))
-    return not_run
+    return not_run, stale
 
 
 def main(chosen):
     if unknown := set(chosen) - set(PAGES):
         raise SystemExit(f"no pages to run: {', '.join(sorted(unknown))}. Choose from {', '.join(PAGES)}")
-    not_run = []
+    not_run, stale = [], []
     for pages in FOLDERS:
         if pages := [page for page in pages if page in (chosen or PAGES)]:
             with tempfile.TemporaryDirectory() as folder:
-                not_run += run(pages, Path(folder))
+                more_not_run, more_stale = run(pages, Path(folder))
+                not_run += more_not_run
+                stale += more_stale
                 if "README.md" in pages:
                     top1 = json.loads((Path(folder) / README_RUN / "report.json").read_text())["test"]["top1"]
                     assert top1 >= LEAST_TOP1, f"the README's run ended at {top1:.2%}; {LEAST_TOP1:.0%} is the least"
     print("Not run:", *(f"{block.page}:{block.line}: {block.reason}" for block in not_run), sep="\n  ")
+    if stale:
+        raise SystemExit("\n  ".join(["Lines that the pages show and the commands did not print:", *stale]))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def _raise(error):
         (
             ImportError("No foo"),
             1,
-            "No foo. Install the missing package: in a checkout, pip install -r requirements.txt",
+            "No foo. Install the missing package: pip install -r requirements.txt in a checkout, else the extra train",
         ),
         (OSError(28, "No space left"), 1, "[Errno 28] No space left"),
         (MemoryError(), 1, "MemoryError"),

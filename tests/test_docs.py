@@ -86,6 +86,7 @@ def test_no_command_escapes_the_parser(page):
 
 def test_flags_of_benchmarks_exist():
     used = re.compile(r"python (benchmarks/\w+\.py)(.*)")
+    assert used.search((ROOT / "docs" / "results" / "speed.md").read_text())
     for page in [*PAGES, *RESULTS]:
         for script, arguments in used.findall((ROOT / page).read_text().replace("\\\n", " ")):
             source = (ROOT / script).read_text()
@@ -104,13 +105,17 @@ def test_trainings_are_cut_short():
         "TFDS_DATA_DIR=x cvt-keras prune runs/a   --run-dir runs/b --epochs 1 --train-limit 256",
     ]
     assert shortened("cvt-keras export runs/a  # all") == "cvt-keras export runs/a  # all"
+    installation = "python3.11 -m venv .venv && .venv/bin/pip install -r requirements-dev.txt && .venv/bin/python -m pytest"
+    assert shortened(installation) == "python -m pytest -n 0 tests/test_docs.py"
 
 
 def test_lines_of_an_output_are_compared_but_for_their_numbers():
-    shown = "AMD EPYC, 2 cores\nEpoch 1/30\n...\n84.21% top-1 on 10,000 test images; the run is in runs/a\n"
-    printed = "AMD EPYC, 4 cores\nEpoch 1/1\r\x1b[1m7/7\x1b[0m\n10.0% top-1 on 32 test images; the run is in runs/a\n"
+    shown = "AMD EPYC, 2 cores, float32, XLA off\nEpoch 1/30\n...\n84.21% top-1 on 10,000 test images; the run is in runs/a\n"
+    printed = "Intel Xeon, 4 cores, float32, XLA off\nEpoch 1/1\r\x1b[1m7/7\x1b[0m\n10.0% top-1 on 32 test images; the run is in runs/a\n"
     assert missing_lines(shown, printed) == []
-    assert missing_lines("the run is in runs/a\n", printed) == ["the run is in runs/a"]
+    for line in ("the run is in runs/a", "1% top-1, on 32 test images; the run is in runs/a", "1% top-1 on 32 pictures."):
+        assert missing_lines(line, printed) == [line]
+    assert missing_lines("val_accuracy: 0.5 - ...", "5/5 ━━━ - val_accuracy: 0.1 - loss: 3") == ["val_accuracy: 0.5 - ..."]
 
 
 def test_links_lead_somewhere():

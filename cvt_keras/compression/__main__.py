@@ -78,7 +78,7 @@ class Qat(Arguments):
     batch_size: int | None = None
     """Images per training step; defaults to the run's. Training needs more memory than the run did."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] | None = None
-    """Must be float32, the default."""
+    """float32, the default; auto only on a device where it means float32."""
 
 
 def parse(argv):

@@ -58,7 +58,7 @@ def load(data_dir, image_size=32, skip_broken=False, record=None):
     bytes decide whether it is held out, not the run's seed, so adding, removing or renaming files moves no other image. See
     `split.hold_out`.
 
-    The format of a file is told by its bytes, not by its name. Images in folders within a class belong to that class. No two
+    The bytes of a file decide its format, not its name. Images in folders within a class belong to that class. No two
     splits share pixels: a validation image with the pixels of a training image is left out, and so is a test image with the
     pixels of a training or validation image.
 
@@ -83,7 +83,8 @@ def load(data_dir, image_size=32, skip_broken=False, record=None):
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         reason = "is not a folder" if root.exists() else "does not exist"
-        hint = "Unzip it first, and use --data-dir with the new folder" if root.suffix.lower() == ".zip" else _PASS_FOLDER
+        is_zip = root.exists() and root.suffix.lower() == ".zip"
+        hint = "Unzip it first, and use --data-dir with the new folder" if is_zip else _PASS_FOLDER
         raise _error(f"`data_dir` {reason}. Received: data_dir={data_dir}", hint)
     listing = _list(root)
     pixels = np.empty((len(listing.files), image_size, image_size, 3), "uint8")

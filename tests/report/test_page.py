@@ -228,8 +228,8 @@ def test_exports_say_whether_the_held_out_images_were_verified(run_dir):
 
     assert "held-out" not in text().lower()
     assert "The held-out images are verified" in text(held_out="verified")
-    told = text(held_out="held-out images not verified", held_out_note="2 images are <new>.")
-    assert "Held-out images not verified. 2 images are <new>." in told
+    page = text(held_out="held-out images not verified", held_out_note="2 images are <new>.")
+    assert "Held-out images not verified. 2 images are <new>." in page
 
 
 def test_exports_are_on_the_page_if_there_are_any(run_dir):
