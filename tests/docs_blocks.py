@@ -161,6 +161,7 @@ def stop_server(server):
 WEB = """
 cvt-keras() {
   if [ "$1" != web ]; then command cvt-keras "$@"; return; fi
+  : > web.txt  # not what an earlier page left
   "$(type -P cvt-keras)" "$@" > web.txt 2>&1 &
   trap 'kill $! 2> /dev/null || true' EXIT
   until grep -q http:// web.txt; do kill -0 $!; sleep 1; done
