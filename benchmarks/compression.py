@@ -121,18 +121,31 @@ def time_files(rows, times, turns):
         row["deviation"] = statistics.pstdev(medians[id(row)])
 
 
-def table(rows):
-    """Returns a Markdown table that compares each file with the first."""
-    first = rows[0]
+def csv_row(row, first):
+    """Returns a row of the CSV file, as text; points and gzip bytes are relative to the first file."""
+    return {
+        "run": row["run"],
+        "file": row["file"],
+        "top1_percent": f"{100 * row['top1']:.2f}",
+        "points": f"{100 * (row['top1'] - first['top1']):+.2f}",
+        "mb": f"{row['bytes'] / 1e6:.2f}",
+        "gzip_mb": f"{row['gzip'] / 1e6:.2f}",
+        "percent_of_first_gzip": f"{100 * row['gzip'] / first['gzip']:.1f}",
+        "ms": f"{row['milliseconds']:.2f}",
+        "ms_deviation": f"{row['deviation']:.2f}",
+    }
+
+
+def table(csv_rows):
+    """Returns the rows of the CSV file as a Markdown table."""
     lines = [
         "| run | file | top-1 | points | MB | gzip MB | gzip, relative | ms |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in rows:
+    for row in csv_rows:
         lines.append(
-            f"| {row['run']} | `{row['file']}` | {row['top1']:.2%} | {100 * (row['top1'] - first['top1']):+.2f} "
-            f"| {row['bytes'] / 1e6:.2f} | {row['gzip'] / 1e6:.2f} | {row['gzip'] / first['gzip']:.1%} "
-            f"| {row['milliseconds']:.2f} ± {row['deviation']:.2f} |"
+            f"| {row['run']} | `{row['file']}` | {row['top1_percent']}% | {row['points']} | {row['mb']} | {row['gzip_mb']} "
+            f"| {row['percent_of_first_gzip']}% | {row['ms']} ± {row['ms_deviation']} |"
         )
     return "\n".join(lines)
 
@@ -208,21 +221,6 @@ def pareto(files):
     ]
 
 
-def csv_row(row, first):
-    """Returns a row of the CSV file; points and gzip bytes are relative to the first row."""
-    return {
-        "run": row["run"],
-        "file": row["file"],
-        "top1_percent": f"{100 * row['top1']:.2f}",
-        "points": f"{100 * (row['top1'] - first['top1']):+.2f}",
-        "mb": f"{row['bytes'] / 1e6:.2f}",
-        "gzip_mb": f"{row['gzip'] / 1e6:.2f}",
-        "percent_of_first_gzip": f"{100 * row['gzip'] / first['gzip']:.1f}",
-        "ms": f"{row['milliseconds']:.2f}",
-        "ms_deviation": f"{row['deviation']:.2f}",
-    }
-
-
 def main(argv):
     arguments = tyro.cli(Arguments, prog="python benchmarks/compression.py", args=argv)
     try:
@@ -234,9 +232,11 @@ def main(argv):
     print(f"{environment.cpu()}, one thread; {versions}.")
     print(f"ms: the median of {arguments.turns} turns, each the median of {arguments.times} runs, ± their standard deviation.")
     print(f"top-1 on {rows[0]['checked']}, by LiteRT.\n")
-    print(table(rows))
+    csv_rows = [csv_row(row, rows[0]) for row in rows]
+    print(table(csv_rows))
     if arguments.csv:
-        add_rows(arguments.csv, [csv_row(row, rows[0]) for row in rows], ("run", "file"))
+        arguments.csv.unlink(missing_ok=True)  # its rows may be relative to another first file
+        add_rows(arguments.csv, csv_rows, ("run", "file"))
     if arguments.plot:
         figures.save(trade(rows), arguments.plot)
         print(f"\n{arguments.plot}")
