@@ -85,17 +85,21 @@ def missing_lines(shown, printed):
         if line.startswith("Epoch ") or DEVICE.search(line):
             continue
         pattern = ""
-        for part in re.split(rf"(\.\.\.|━+|{number})", line.strip()):
-            is_number = re.fullmatch(number, part)
-            pattern += number if is_number else ".*" if re.fullmatch(r"\.\.\.|━+", part) else re.escape(part)
+        for literal, open_part, varying in re.findall(rf"(.*?)(?:(\.\.\.|━+)|({number})|$)", line.strip()):
+            pattern += re.escape(literal) + (".*" if open_part else number if varying else "")
         if not re.search(rf"^\s*{pattern}\s*$", printed, re.MULTILINE):
             result.append(line)
     return result
 
 
+def lines(script):
+    """The lines of a script without its installation, those that a backslash continues joined."""
+    return INSTALLATION.sub("", script).replace("\\\n", " ").splitlines()
+
+
 def commands(script):
     """Yields the `cvt-keras` command lines in a script as lists of words after `cvt-keras`."""
-    for line in INSTALLATION.sub("", script).replace("\\\n", " ").splitlines():
+    for line in lines(script):
         if not COMMAND.match(line):
             continue
         words = shlex.split(line, comments=True)
@@ -109,7 +113,7 @@ def commands(script):
 def shortened(script, limit=SHORT["--train-limit"]):
     """The script with each training cut short, by other values of its own flags or by added ones."""
     result = []
-    for line in INSTALLATION.sub("", script).replace("\\\n", " ").splitlines():
+    for line in lines(script):
         for words in commands(line):
             if words[0] not in TRAINING or "--help" in words:
                 continue

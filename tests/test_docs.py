@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from docs_blocks import PAGES, ROOT, blocks, commands, missing_lines, shortened
+from docs_blocks import PAGES, ROOT, blocks, commands, lines, missing_lines, shortened
 from test_model import PARAMETERS
 
 from cvt_keras import VARIANTS, macs
@@ -79,7 +79,7 @@ def test_every_guide_is_run_and_few_blocks_are_not():
 def test_no_command_escapes_the_parser(page):
     assert len(blocks(page)) == (ROOT / page).read_text().count("```bash\n")
     for block in blocks(page):
-        for line in block.script.replace("\\\n", " ").splitlines():
+        for line in lines(block.script):
             if "cvt-keras " in line and "$" not in line:  # not a loop's
                 assert list(commands(line)), line
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from addresses import unused_address
 from keras_tuner.engine.trial import TrialStatus
 from keras_tuner.src import protos
 from small_search import SMOKE
@@ -84,9 +85,7 @@ class _Chief(threading.Thread):
 
 @pytest.fixture
 def address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    return unused_address()
 
 
 @pytest.fixture

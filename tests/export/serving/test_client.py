@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from addresses import unused_address
 from photos import REENCODED, exif, odd_photos, photos, png, with_chunk, with_header
 
 from cvt_keras import cli, preprocessing_of
@@ -67,13 +68,6 @@ def _address(server, protocol):
 
 def _main(server, protocol, *flags):
     return cli.main(["classify", *map(str, flags), "--protocol", protocol, "--address", _address(server, protocol)])
-
-
-def _unused_address():
-    """An address where nothing listens."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{bound.getsockname()[1]}"
 
 
 @pytest.fixture
@@ -244,7 +238,7 @@ def test_rest_connects_to_an_ipv6_address(peer):
 
 @both
 def test_proxies_are_not_used(protocol, server, monkeypatch):
-    monkeypatch.setenv("http_proxy", f"http://{_unused_address()}")
+    monkeypatch.setenv("http_proxy", f"http://{unused_address()}")
     for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     with _client(server, protocol, retries=0) as client:
@@ -500,7 +494,7 @@ def test_a_bad_gateway_is_retried(peer):
 
 
 def test_grpc_reconnects_soon_after_a_server_starts():
-    address = _unused_address()
+    address = unused_address()
     with Client(address, "grpc", retries=0) as client:
         started = time.monotonic()
         while time.monotonic() < started + 3:  # by then gRPC's own pause between connections would be 2.5 s
@@ -537,7 +531,7 @@ def test_pauses_grow_to_a_limit(monkeypatch):
     monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
     monkeypatch.setattr(module, "BACKOFF", 1.0)
-    with Client(_unused_address(), "rest", retries=6) as client, pytest.raises(ServingError):
+    with Client(unused_address(), "rest", retries=6) as client, pytest.raises(ServingError):
         client.versions()
     assert pauses == [1.5, 3.0, 6.0, 12.0, 15.0, 15.0]
 
@@ -619,7 +613,7 @@ def test_the_deadline_is_sent(server, images):
 
 @both
 def test_a_missing_server(protocol, folder, capsys):
-    address = _unused_address()
+    address = unused_address()
     assert cli.main(["classify", str(folder), "--protocol", protocol, "--address", address, "--retries", "1"]) == 1
     out, err = capsys.readouterr()
     [line] = err.strip().splitlines()
