@@ -121,6 +121,18 @@ def test_a_signature_that_disagrees_counts_as_a_difference(wrong, tmp_path, monk
     np.testing.assert_allclose(answers["probabilities"], [[0.25, 0.75]] * 5, atol=1e-6)
 
 
+def test_the_farthest_answer_of_the_signatures_counts():
+    nan, default = np.nan, np.array([[0.75, 0.25]] * 5)
+    near = np.array([[0.75 + 2e-5, 0.25 - 2e-5]] * 5)  # a smaller difference must not hide a larger one
+    far = np.array([[0.25, 0.75], [0.75, 0.25], [nan, nan], [0.75, 0.25], [0.25, 0.75]])
+    default[4] = nan
+    expected = [far[0], near[1], far[2], near[3], default[4]]
+    np.testing.assert_array_equal(verify._farthest(default, far, near), expected)
+    np.testing.assert_array_equal(verify._farthest(default, near, far), expected)
+    same = np.array([[0.75, 0.25]])
+    np.testing.assert_array_equal(verify._farthest(same, same + 1e-6, same), same)
+
+
 @pytest.mark.parametrize("side, parts", [(32, [500, 500, 1]), (320, [5] * 200 + [1]), (1000, [1] * 1001)])
 def test_batches_shrink_as_images_grow(side, parts):
     images = np.broadcast_to(np.uint8(0), (1001, side, side, 3))
