@@ -1,6 +1,6 @@
 """The command `cvt-keras`: the table of its commands, and their exit codes.
 
-The module of a command has `parse(argv)`, which returns the checked arguments, and `main(argv)`, which does the work or raises.
+A command's module has `parse(argv)`, which reads and checks the arguments, and `main(argv)`, which does the work or raises.
 It is imported when its command is called. To keep `--help` fast it imports Keras and TensorFlow after parsing the flags.
 
 Exit codes:

@@ -81,7 +81,7 @@ def require_vacant(run_dir):
             argument="run_dir",
             hint="Resume it with --resume, or choose another folder with --run-dir",
         )
-    if run_dir.exists() and not all(is_aside(path) for path in run_dir.iterdir()):
+    if run_dir.exists() and not all(is_unfinished(path) for path in run_dir.iterdir()):
         raise OccupiedError(f"`run_dir` is not empty and holds no run: {run_dir}", argument="run_dir", hint=another)
 
 
@@ -135,7 +135,7 @@ def lock(folder):
 def sweep(run_dir):
     """Removes the unfinished files of a training that was killed. Leaves `EXPORT` alone, where an export may be running."""
     for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / PLOTS):
-        remove_asides(folder)
+        remove_unfinished(folder)
 
 
 @contextlib.contextmanager
@@ -172,7 +172,7 @@ def scratch(folder):
 
     Also removes the unfinished files of processes that were killed, so the caller must hold the lock of `folder`.
     """
-    remove_asides(folder)
+    remove_unfinished(folder)
     temporary = _unfinished(folder / "scratch")
     try:
         temporary.mkdir()
@@ -193,13 +193,13 @@ def _unfinished(path):
     return path.with_name(f".{os.getpid()}-{path.name}")
 
 
-def remove_asides(folder):
+def remove_unfinished(folder):
     """Removes the files and folders that killed processes left unfinished in a folder. Does not search its subfolders."""
-    for path in filter(is_aside, folder.glob(".*")):
+    for path in filter(is_unfinished, folder.glob(".*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def is_aside(path):
+def is_unfinished(path):
     """Whether this is the temporary path of a file or folder that is being written."""
     return re.match(r"\.\d+-", path.name) is not None
 

@@ -315,7 +315,7 @@ def _require_link_targets(links):
         raise DataError(
             lines[0] if len(lines) == 1 else f"{len(lines)} links in {_shown(links[0].parent)} are broken",
             argument="data_dir",
-            hint=f"{_RESTORE}, or remove {'the link' if len(lines) == 1 else 'them'}",
+            hint=f"{_RESTORE}, or remove {'the link' if len(lines) == 1 else 'the links'}",
             details=lines if len(lines) > 1 else [],
         )
 

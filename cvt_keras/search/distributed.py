@@ -172,8 +172,8 @@ def lead(oracle, address, patience, refresh):
                 ended = len(oracle.end_order)
                 refresh()
             now = time.monotonic()
-            for tuner_id, seconds in list(servicer.last_heard.items()):
-                if now - seconds > patience:
+            for tuner_id, heard in list(servicer.last_heard.items()):
+                if now - heard > patience:
                     del servicer.last_heard[tuner_id]
                     if trial_id := oracle.take_back(tuner_id):
                         print(f"no heartbeat of a worker for {patience:g} s: its trial {trial_id} goes to another", flush=True)

@@ -30,7 +30,7 @@ def require_usable(search_dir):
         runs.require_writable(search_dir, "search_dir")
     except RunError as error:
         raise ArgumentError(error.summary, argument=error.argument, hint=error.hint) from error
-    if search_dir.exists() and not holds_search(search_dir) and not all(map(runs.is_aside, search_dir.iterdir())):
+    if search_dir.exists() and not holds_search(search_dir) and not all(map(runs.is_unfinished, search_dir.iterdir())):
         raise OccupiedError(f"`search_dir` contains files, but no search: {search_dir}", argument="search_dir", hint=hint)
 
 

@@ -104,7 +104,7 @@ class _Oracle:
         if not (folder / "oracle.json").exists():
             return
         for part in (folder, *folder.glob("trial_*")):
-            runs.remove_asides(part)
+            runs.remove_unfinished(part)
         try:
             self.reload()
         except (KeyError, OSError, TypeError, ValueError, RunError) as error:
@@ -323,7 +323,7 @@ class Bayesian(_Oracle, keras_tuner.oracles.BayesianOptimizationOracle):
 def differences(stored, settings, phrase="{!r} in the search, now {!r}"):
     """Lists the differences between the settings of two searches as text; empty if there are none.
 
-    The folder of the images does not count, nor the path of weights that were moved.
+    The folder of the images does not count, nor the path of weights that were moved, nor whether broken files are skipped.
 
     Args:
         stored, settings: dicts of settings.
@@ -339,7 +339,7 @@ def differences(stored, settings, phrase="{!r} in the search, now {!r}"):
         old, new = stored[part], settings[part]
         for name in old | new:
             before, after = old.get(name, defaults.get(name)), new.get(name, defaults.get(name))
-            if name == "data_dir" or before == after or (name == "weights" and same_weights(before, after)):
+            if name in ("data_dir", "skip_broken") or before == after or (name == "weights" and same_weights(before, after)):
                 continue
             change = {"variant": " differs", "class names": " differ"}.get(name) or f": {phrase.format(before, after)}"
             changes.append(f"{'space: ' if part == 'space' else ''}{name}{change}")

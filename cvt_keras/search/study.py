@@ -205,7 +205,7 @@ def _clear(search_dir):
     for name in (*results.FILES, folder.TRIALS, folder.ORACLE, folder.SEARCH):
         if (path := search_dir / name).exists():
             path.rename(search_dir / f".{os.getpid()}-{name}")
-    runs.remove_asides(search_dir)
+    runs.remove_unfinished(search_dir)
 
 
 def _run_trials(oracle, settings, search_dir, options):

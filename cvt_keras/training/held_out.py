@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from cvt_keras import runs
-from cvt_keras.data.record import SPLITS, ImageRecord
+from cvt_keras.data.record import ImageRecord
+from cvt_keras.data.split import SPLITS
 from cvt_keras.data.verified import NOT_VERIFIED
 from cvt_keras.errors import DataError, RunError
 
@@ -41,13 +42,13 @@ def settle(source, run_dir=None, weights=None, class_names=None):
         return settled, ImageRecord.of_source(settled).after(earlier), _differences(comparison, earlier_dir)
     unknown = None
     if earlier_dir:
-        unknown = f"{earlier_dir} has no {runs.IMAGES}"
+        unknown = f"{earlier_dir} has no {runs.IMAGES}, so this run gets none either"
     elif _may_have_seen(source, origin, class_names if origin == weights else None):
-        unknown = f"there is no {runs.IMAGES} beside {origin}"
+        unknown = f"the training images of {origin} are not recorded, so this run gets no {runs.IMAGES}"
     if unknown is None:
         return source, ImageRecord.of_source(source), []
     # A record would claim that no test image was trained on.
-    return source, None, [f"{NOT_VERIFIED}: {unknown}, so this run gets none either"]
+    return source, None, [f"{NOT_VERIFIED}: {unknown}"]
 
 
 def _require_images(source, run_dir):

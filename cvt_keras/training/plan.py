@@ -354,15 +354,15 @@ def require_fit(recipe, train):
             argument="batch_size",
             hint=f"Use --batch-size {len(train)} or less",
         )
-    least = get_variant(recipe.variant).stride
-    if recipe.image_size < least:
+    variant = get_variant(recipe.variant)
+    if recipe.image_size < variant.stride:
         raise RecipeError(
-            f"`image_size` must be at least {least} for {recipe.variant_name}, the product of its strides. "
+            f"`image_size` must be at least {variant.stride} for {recipe.variant_name}, the product of its strides. "
             f"Received: image_size={recipe.image_size}",
             argument="image_size",
         )
     try:
-        get_variant(recipe.variant).grids(recipe.image_size, recipe.image_size)
+        variant.grids(recipe.image_size, recipe.image_size)
     except ValueError as error:
         raise RecipeError(f"`image_size` is too small for {recipe.variant_name}: {error}", argument="image_size") from error
     if recipe.crop_padding >= recipe.image_size:

@@ -66,7 +66,7 @@ class StoredRun:
         # `Checkpoints.restore` compares the weights in the file.
         if _same_path(stored["class_weights"], received["class_weights"]):
             names = [name for name in names if name != "class_weights"]
-        # A file that broke after the start may be skipped: `Checkpoints.restore` compares the images.
+        # A broken file that the run did not have may be skipped: `Checkpoints.restore` compares the images.
         names = [name for name in names if name != "skip_broken"]
         if same_weights(stored["weights"], received["weights"]):
             names = [name for name in names if name != "weights"]

@@ -549,6 +549,7 @@ def parse(argv):
     """Parses the command line.
 
     Raises:
+        ArgumentError: for a number that is too small.
         SystemExit: from tyro, for invalid flags and for `--help`.
     """
     settings = {"prog": "cvt-keras classify", "description": "Classify images with a TF Serving server.", "args": argv}
@@ -556,7 +557,11 @@ def parse(argv):
     if any(word.startswith("-") for word in rest):
         return tyro.cli(Arguments, **settings)  # exits, and names the unknown flag
     # With images on both sides of a flag, tyro takes those before it, and `rest` has those after it.
-    return dataclasses.replace(arguments, images=(*arguments.images, *map(Path, rest)))
+    arguments = dataclasses.replace(arguments, images=(*arguments.images, *map(Path, rest)))
+    for name in ("batch", "top"):
+        if (value := getattr(arguments, name)) < 1:
+            raise _argument_error(name, "be at least 1", value)
+    return arguments
 
 
 def _files(paths):
@@ -630,9 +635,6 @@ def _is_file(stream):
 def main(argv):
     arguments = parse(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may have characters that stdout can't encode
-    for name in ("batch", "top"):
-        if (value := getattr(arguments, name)) < 1:
-            raise _argument_error(name, "be at least 1", value)
     files = list(_files(arguments.images))
     labels = _labels(arguments.labels) if arguments.labels else None
     if arguments.protocol == "grpc":

@@ -97,7 +97,7 @@ def test_a_link_to_weights_leads_to_their_run(run_dir, tmp_path):
 
 def test_weights_that_were_copied_away_from_their_run_are_not_verified(tmp_path):
     weights = str(tmp_path / "copy.keras")
-    warning = f"held-out images not verified: there is no images.csv beside {weights}, so this run gets none either"
+    warning = f"held-out images not verified: the training images of {weights} are not recorded, so this run gets no images.csv"
     assert held_out.settle(SOURCE, weights=weights, class_names=("a", "b")) == (SOURCE, None, [warning])
     assert held_out.settle(SOURCE, tmp_path, weights) == (SOURCE, None, [warning])  # resumed, and the file is gone
     assert held_out.settle(SOURCE, weights=weights, class_names=("a", "c"))[1] is None  # trained on one class of it
