@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 
 import tyro
-from result_tables import add_rows
 
 from cvt_keras import Stage, Variant
 from cvt_keras.training import RECIPES, run
+from result_tables import add_rows
 
 
 def candidate(stem, dims, depths, mlp_ratios=(2.0, 2.0, 2.0), stride_kv=2):
@@ -71,7 +71,7 @@ def main(arguments):
                 "peak_learning_rate": arguments.peak_learning_rate,
                 "train_limit": arguments.train_limit or "",
                 "macs_millions": f"{report.macs / 1e6:.1f}",
-                "top1_percent": f"{report.validation['top1']:.1%}".rstrip("%"),
+                "top1_percent": f"{100 * report.validation['top1']:.1f}",
             }
             print(f"{name}: {row['macs_millions']} M MACs, {row['top1_percent']}% top-1 after one epoch", flush=True)
             if arguments.csv:

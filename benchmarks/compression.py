@@ -21,11 +21,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
-from result_tables import add_rows
 
 from cvt_keras import environment, runs
 from cvt_keras.errors import NoRunError, RunError
 from cvt_keras.report import figures
+from result_tables import write_rows
 
 WARM_UP = 20
 PACKAGES = ("ai-edge-litert", "tensorflow", "keras", "tensorflow-model-optimization")
@@ -235,8 +235,7 @@ def main(argv):
     csv_rows = [csv_row(row, rows[0]) for row in rows]
     print(table(csv_rows))
     if arguments.csv:
-        arguments.csv.unlink(missing_ok=True)  # its rows may be relative to another first file
-        add_rows(arguments.csv, csv_rows, ("run", "file"))
+        write_rows(arguments.csv, csv_rows)  # stored rows may be relative to another first file
     if arguments.plot:
         figures.save(trade(rows), arguments.plot)
         print(f"\n{arguments.plot}")

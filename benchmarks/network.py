@@ -12,12 +12,12 @@ import keras
 import numpy as np
 import tyro
 from keras import ops
-from result_tables import add_rows
 
 from cvt_keras import VARIANTS, CvT, environment, macs
 from cvt_keras.conversion.checkpoint import load_state_dict
 from cvt_keras.conversion.configs import variant_from_microsoft, variant_from_transformers
 from cvt_keras.conversion.layouts import microsoft_weights, transformers_weights
+from result_tables import add_rows
 
 ROOT = Path(__file__).parent.parent
 # Image side and classes that each network was published with; the others are for CIFAR-10.
@@ -85,7 +85,8 @@ def main(arguments):
     for path in sorted(GOLDEN.glob("*.npz")):
         largest = {name: f"{value:.1e}" for name, value in differences(path).items()}
         print(f"| `{path.stem}` | {', '.join(f'{name} {value}' for name, value in largest.items())} |")
-        columns = {name: largest.get(name, "") for name in ("logits", "stage0", "stage1", "stage2", "stage2_cls")}
+        columns = {name: largest.pop(name, "") for name in ("logits", "stage0", "stage1", "stage2", "stage2_cls")}
+        assert not largest, f"no column for {', '.join(largest)}"
         rows.append({"golden_file": path.stem, "backend": keras.config.backend(), **columns, "device": environment.cpu()})
     if arguments.csv:
         add_rows(arguments.csv, rows, ("golden_file", "backend"))

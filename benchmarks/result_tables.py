@@ -1,4 +1,4 @@
-"""Writes the CSV files of docs/results, for all benchmarks alike."""
+"""Writes CSV files of docs/results."""
 
 import csv
 
@@ -14,18 +14,29 @@ def add_rows(path, rows, key):
     Raises:
         ValueError: if the file has other columns.
     """
-    columns = list(rows[0])
     rows = [{name: str(value) for name, value in row.items()} for row in rows]
-    stored = []
-    if path.exists():
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            stored = list(reader)
-        if reader.fieldnames != columns:
-            raise ValueError(f"{path} has the columns {reader.fieldnames}, not {columns}. Choose another file")
     new = {tuple(row[name] for name in key): row for row in rows}
-    result = [new.pop(tuple(row[name] for name in key), row) for row in stored] + list(new.values())
+    kept = [new.pop(tuple(row[name] for name in key), row) for row in _stored(path, rows)]
+    write_rows(path, kept + list(new.values()))
+
+
+def write_rows(path, rows):
+    """Writes a CSV file of the rows, which are dicts with the same keys. Raises a ValueError if it has other columns."""
+    _stored(path, rows)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(result)
+        writer.writerows(rows)
+
+
+def _stored(path, rows):
+    """Returns the rows of the file, which must have the columns of `rows`."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        stored = list(reader)
+    columns = list(rows[0])
+    if reader.fieldnames != columns:
+        raise ValueError(f"{path} has the columns {reader.fieldnames}, not {columns}. Choose another file")
+    return stored

@@ -4,9 +4,9 @@ import csv
 from pathlib import Path
 
 import pytest
-from result_tables import add_rows
 
 from benchmarks import ablation, compression
+from result_tables import add_rows
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
