@@ -26,7 +26,7 @@ GUIDES = (
 # Each list runs in a folder of its own, in this order: later guides use the runs of earlier ones.
 FOLDERS = (("README.md",), tuple(f"docs/guides/{name}.md" for name in GUIDES))
 PAGES = tuple(page for pages in FOLDERS for page in pages)
-OUTPUT = re.compile(r"(?:(?!^```)[\s\S])*?^```text\n(?P<output>.*?)^```$", re.MULTILINE | re.DOTALL)
+OUTPUT = re.compile(r"(?:(?!^```).)*?^```text\n(?P<output>.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"(?:^<!-- not run in CI: (?P<reason>.+?) -->\n)?^```bash\n(?P<script>.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"\s*(?:[A-Z_]+=\S+ )*(?:cvt-keras|python) ")
 # From a checkout, each command has a second name.
@@ -42,14 +42,12 @@ PROGRAMS = {
 INSTALLATION = re.compile(r"python3\.11 -m venv \.venv && \.venv/bin/pip install -r \S+ && \.venv/bin/")
 # What the trainings are cut to: enough for every command after them, and the README's enough to learn something.
 TRAINING = ("train", "search", "prune", "cluster", "qat")
-SHORT = {"--epochs": "1", "--train-limit": "256"}
-README_LIMIT = "12800"
+EPOCHS, LIMIT, README_LIMIT = "1", "256", "12800"
 README_RUN = "runs/cifar10-cifar10-cvt_cifar"
 LEAST_TOP1 = 0.25  # after one epoch of 12,800 images
 # A block that starts a server names the run that it serves. The double takes its place.
 SERVER = re.compile(r'^RUN="\$PWD/(\S+)" docker compose', re.MULTILINE)
-
-
+# Not compared with the pages: the device's line, and the class that a network sees after one epoch.
 DEVICE = re.compile(r", (?:float32|mixed_\w+), XLA (?:on|off)$")
 ANSWER = re.compile(r"^(?:cvt-keras classify|.*curl)", re.MULTILINE)
 
@@ -110,7 +108,7 @@ def commands(script):
                 yield [*name, *words[len(program) :]]
 
 
-def shortened(script, limit=SHORT["--train-limit"]):
+def shortened(script, limit=LIMIT):
     """The script with each training cut short, by other values of its own flags or by added ones."""
     result = []
     for line in lines(script):
@@ -118,7 +116,7 @@ def shortened(script, limit=SHORT["--train-limit"]):
             if words[0] not in TRAINING or "--help" in words:
                 continue
             code, comment = (*re.split(r"(?=\s+#)", line, maxsplit=1), "")[:2]
-            for flag, value in {**SHORT, "--train-limit": limit}.items():
+            for flag, value in (("--epochs", EPOCHS), ("--train-limit", limit)):
                 code = re.sub(rf"{flag}[ =]\S+", "", code) + f" {flag} {value}"
             line = code + comment
         result.append(line)
@@ -193,8 +191,7 @@ def run(pages, folder):
                     stop_server(server)
                     server = start_server(folder, served[1])
                 continue
-            is_readme = block.page == "README.md"
-            script = shortened(block.script, **({"limit": README_LIMIT} if is_readme else {}))
+            script = shortened(block.script, README_LIMIT if block.page == "README.md" else LIMIT)
             print(f"=== {block.page}:{block.line}\n{script.strip()}", flush=True)
             start = time.monotonic()
             command = ["bash", "-euo", "pipefail", "-c", f"exec 2>&1\n{WEB}{script}"]

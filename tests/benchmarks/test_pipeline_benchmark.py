@@ -1,22 +1,14 @@
 import json
 
 import pytest
-import tensorflow as tf
+from eager import eagerly
 
 from benchmarks.pipeline import Arguments, main
 
 
-@pytest.fixture
-def eager():
-    """Tracing the training step takes ten times as long as running it twice."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
-
-
-@pytest.mark.filterwarnings("ignore:Even though the:UserWarning")  # tf.data is not eager
-def test_the_benchmark_prints_both_rates_and_their_ratio(eager, capsys):
-    main(Arguments(recipe="smoke", num_images=32, steps=1, turns=2))
+def test_the_benchmark_prints_both_rates_and_their_ratio(capsys):
+    with eagerly():  # tracing the training step takes ten times as long as running it twice
+        main(Arguments(recipe="smoke", num_images=32, steps=1, turns=2))
     result = json.loads(capsys.readouterr().out)
     assert result["ratio"] == pytest.approx(
         result["pipeline_images_per_second"] / result["training_images_per_second"], rel=0.01

@@ -56,7 +56,7 @@ def exported(compressed):
     from cvt_keras import cli
 
     run_dir = compressed("prune-qat")
-    formats = ["float32", "dynamic_int8", "int8"]
+    formats = ["saved_model", "float32", "float16", "dynamic_int8", "int8"]
     assert cli.main(["export", str(run_dir), "--formats", *formats, "--verify-images", "100"]) == 0
     return run_dir / "export" / "tflite"
 

@@ -132,9 +132,11 @@ def test_lost_zeros_are_an_error(trained):
     kernel = trained.network.get_layer("cvt").get_layer("stage0_block0").fc1.conv.kernel
     value = np.asarray(kernel).copy()
     kernel.assign(np.ones(kernel.shape))
-    with pytest.raises(RunError) as failure:
-        trained.training.check(trained.network)
-    kernel.assign(value)
+    try:
+        with pytest.raises(RunError) as failure:
+            trained.training.check(trained.network)
+    finally:
+        kernel.assign(value)
     assert "stage0_block0/fc1" in failure.value.summary
 
 
@@ -142,9 +144,11 @@ def test_a_range_of_nan_is_an_error(trained):
     maximum = trained.network.get_layer("cvt").get_layer("norm").quantizers["inverse"].maximum
     value = np.asarray(maximum).copy()
     maximum.assign(np.nan)
-    with pytest.raises(RunError) as failure:
-        trained.training.check(trained.network)
-    maximum.assign(value)
+    try:
+        with pytest.raises(RunError) as failure:
+            trained.training.check(trained.network)
+    finally:
+        maximum.assign(value)
     assert failure.value.argument == "peak_learning_rate"
     assert "norm/inverse_quantizer" in failure.value.summary
 

@@ -1,15 +1,13 @@
 import faulthandler
 import shutil
-import struct
 import subprocess
-import zlib
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from photos import PHOTO, REENCODED, encoded, photos
+from photos import PHOTO, REENCODED, encoded, photos, png, with_header
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from tensorflow_serving.apis import prediction_log_pb2
@@ -76,14 +74,6 @@ def test_photos_of_every_kind_match_training(loaded, classifier):
     assert max(largest.values()) < 1e-5, f"largest differences of a probability: {largest}"
 
 
-def _png_with_header(width, height):
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-
-
 def test_bad_bytes_fail_one_request_and_not_the_next(loaded, test_images):
     serve, good = loaded.signatures["serving_bytes"], encoded(test_images[0][0])
     bad_files = (
@@ -91,9 +81,9 @@ def test_bad_bytes_fail_one_request_and_not_the_next(loaded, test_images):
         b"hello",
         b"\xff\xd8\xff",
         b"\x89PNG\r\n\x1a\n",
-        _png_with_header(100, 100),
-        _png_with_header(50_000, 50_000),
-        _png_with_header(2**32 - 1, 2**32 - 1),
+        with_header(png(8, 2), 100, 100),
+        with_header(png(8, 2), 50_000, 50_000),
+        with_header(png(8, 2), 2**32 - 1, 2**32 - 1),
         encoded(np.zeros((9, 9, 3), "uint8"), "GIF"),
         encoded(np.zeros((9, 9, 3), "uint8"), "BMP"),
         encoded(np.zeros((99, 99, 3), "uint8"))[:60],

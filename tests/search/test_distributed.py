@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 DEADLINE = 60.0  # seconds, far more than any step takes; only a failing test waits so long
 PATIENCE = 10.0  # seconds of the chief's clock
 RETRIES = {**distributed.RETRIES, "initialBackoff": "0.05s", "maxBackoff": "0.1s"}
+NO_CHIEF_SECONDS = distributed.NO_CHIEF_SECONDS  # before `quick` replaces it
 
 
 def _wait_until(condition):
@@ -186,12 +187,21 @@ def _statuses(oracle):
     return [trial.status for trial in oracle.trials.values()]
 
 
-def test_workers_finish_what_a_chief_hands_out(make_oracle, make_worker, start_chief, quick_run):
+def test_workers_finish_what_a_chief_hands_out(make_oracle, make_worker, start_chief, quick_run, monkeypatch):
     chief = start_chief(make_oracle(trials=5))
+    run = tuner.run
+
+    def run_after_the_page(*args, **kwargs):
+        """Lets the chief refresh its page after the first trial."""
+        if len(quick_run) == 1:
+            _wait_until(lambda: chief.refreshed)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(tuner, "run", run_after_the_page)
     make_worker(trials=5).search()
     assert chief.end().error is None
     assert _statuses(chief.oracle) == [TrialStatus.COMPLETED] * 5
-    assert len(quick_run) == 5 and chief.refreshed >= 1
+    assert len(quick_run) == 5 and chief.refreshed >= 2
     assert all(len(oracles.curve(trial)) == 2 for trial in chief.oracle.trials.values())
 
 
@@ -225,6 +235,7 @@ def test_an_address_in_use_is_refused(make_oracle, address):
 
 
 def test_a_worker_without_a_chief_ends(make_worker, address, monkeypatch):
+    assert NO_CHIEF_SECONDS < 45  # a minute, with its start
     monkeypatch.setattr(distributed, "NO_CHIEF_SECONDS", 0.2)
     with pytest.raises(DistributedError) as error:
         make_worker()

@@ -1,11 +1,10 @@
-import contextlib
 import dataclasses
 import functools
 import shutil
 
 import numpy as np
 import pytest
-import tensorflow as tf
+from eager import eagerly
 
 from cvt_keras import CvT
 from cvt_keras.data import tfds
@@ -34,27 +33,17 @@ def read_cifar10():
     return functools.lru_cache(tfds.cifar10)
 
 
-@contextlib.contextmanager
-def _eagerly(value):
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(value)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)
-
-
 @pytest.fixture(scope="module")
 def eager():
     """Runs Keras' steps without tracing them. A run of a few steps then takes a third of the time."""
-    with _eagerly(True):
+    with eagerly(True):
         yield
 
 
 @pytest.fixture(scope="session")
 def result(recipe, tmp_path_factory):
     """The `RunResult` of a run of `recipe`, traced as for a user."""
-    with _eagerly(False):
+    with eagerly(False):
         return run(recipe, tmp_path_factory.mktemp("runs") / "run")
 
 
@@ -67,7 +56,7 @@ def finished(result):
 @pytest.fixture(scope="session")
 def untested_result(short, tmp_path_factory):
     """The `RunResult` of a run of `short` without test images, to be read only."""
-    with _eagerly(True):
+    with eagerly(True):
         return run(short, tmp_path_factory.mktemp("runs") / "untested", evaluate_test=False)
 
 

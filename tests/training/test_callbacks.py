@@ -16,7 +16,7 @@ from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import SMOKE
 
-pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
+pytestmark = pytest.mark.usefixtures("eager")
 DATA = {"note": "", "train images": 8}
 
 

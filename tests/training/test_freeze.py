@@ -13,7 +13,7 @@ from cvt_keras.training.recipes import SMOKE
 VARIANT = Variant((Stage(dim=8, depth=1, heads=1), Stage(dim=8, depth=1, heads=1, cls_token=True)), stem=(8,))
 
 
-pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

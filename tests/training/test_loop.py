@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from eager import eagerly
 
 from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, preprocessing_of, runs
 from cvt_keras.data import sources, tfds
@@ -27,7 +28,7 @@ from cvt_keras.variants import macs, to_dict
 
 ROOT = Path(__file__).parent.parent.parent
 # The fixture `result` and the process that is killed are traced, as for a user; so is the step with XLA.
-pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 def run(*args, **kwargs):
@@ -159,12 +160,8 @@ def test_mixed_precision_with_and_without_xla_saves_a_float32_model(short, preci
     # Only here are these two traced.
     traced = {"layer_decay": 0.5, "label_smoothing": 0.1} if xla == "on" else {}
     mixed = dataclasses.replace(short, precision=precision, xla=xla, variant=variant, validation_limit=64, **traced)
-    if xla == "on":  # XLA compiles traced steps only
-        tf.config.run_functions_eagerly(False)
-    try:
+    with eagerly(xla != "on"):  # XLA compiles traced steps only
         report = run(mixed, tmp_path / "run", evaluate_test=False)
-    finally:
-        tf.config.run_functions_eagerly(True)
     assert report.recipe["precision"] == precision
     [trained] = fitted
     assert trained.jit_compile == (xla == "on")

@@ -24,7 +24,7 @@ from cvt_keras.training import loop, plan
 from cvt_keras.training.plan import resolve
 from cvt_keras.training.recipes import SMOKE
 
-pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 def run(*args, **kwargs):

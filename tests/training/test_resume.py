@@ -23,7 +23,7 @@ from cvt_keras.training.plan import settle
 from cvt_keras.training.recipes import SMOKE
 from cvt_keras.training.resume import StoredRun, newer_fields, same_weights, without_newer_fields
 
-pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 def run(*args, **kwargs):

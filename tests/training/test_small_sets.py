@@ -14,7 +14,7 @@ from cvt_keras.model import cvt_of
 from cvt_keras.training import run
 from cvt_keras.training.recipes import SMOKE
 
-pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:Even though the `tf.config")]
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,6 @@ def test_a_stopped_run_keeps_its_epochs_and_prints_the_command_that_resumes_it(c
     assert plan.settle(arguments.recipe, arguments.run_dir, arguments.resume).resumed
 
 
-@pytest.mark.filterwarnings("ignore:Even though the `tf.config")
 def test_the_command_trains_and_prints_accuracy_and_folder(cifar10_dir, tmp_path, eager, capsys):
     run_dir = tmp_path / "run"
     argv = ["train", "smoke", "--dataset", "cifar10", "--data-dir", str(cifar10_dir), "--run-dir", str(run_dir)]

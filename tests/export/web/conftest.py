@@ -126,6 +126,7 @@ def page(shared_page, server):
     from playwright.sync_api import expect
 
     page = shared_page
+    page.errors.clear()
     page.set_viewport_size({"width": 1280, "height": 720})
     if page.locator("#clear").is_visible():
         page.locator("#clear").click()
