@@ -13,7 +13,15 @@ from keras import layers
 
 from cvt_keras.conversion import checkpoint as checkpoints
 from cvt_keras.errors import ArgumentError
-from cvt_keras.layers import NORM_EPSILON, ConvStem, ConvTokenEmbedding, CvTBlock, PixelNormalization, linear_initializer
+from cvt_keras.layers import (
+    ConvStem,
+    ConvTokenEmbedding,
+    CvTBlock,
+    PixelNormalization,
+    Whitening,
+    linear_initializer,
+    make_norm,
+)
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.variants import Variant, get_variant, is_integer, to_dict
 
@@ -65,13 +73,15 @@ class CvT(keras.Model):
         # === Functional Model ===
         images = keras.Input(tuple(input_shape), name="images")
         x = images
+        if variant.whitening:
+            x = Whitening(variant.whitening, variant.activation, dtype=dtype, name="whitening")(x)
         for i, dim in enumerate(variant.stem):
             x = ConvStem(dim, activation=variant.activation, dtype=dtype, name=f"stem{i}")(x)
         cls_token = None
         for i, stage in enumerate(variant.stages):
-            x, cls_token = _stage(x, stage, variant.activation, dtype, name=f"stage{i}")
+            x, cls_token = _stage(x, stage, variant, dtype, name=f"stage{i}")
 
-        norm = layers.LayerNormalization(epsilon=NORM_EPSILON, dtype=dtype, name="norm")
+        norm = make_norm(variant.norm, dtype, "norm")
         if cls_token is None:
             x = layers.GlobalAveragePooling2D(data_format="channels_last", dtype=dtype, name="pool")(norm(x))
         else:
@@ -259,22 +269,41 @@ def _quantize_again(model, quantized):
         gc.unfreeze()
 
 
-def _stage(x, stage, activation, dtype, name):
+def _stage(x, stage, variant, dtype, name):
     """Applies a stage to a grid of tokens. Returns its grid, and its cls token or `None`."""
     embed = ConvTokenEmbedding(
-        stage.dim, stage.kernel_size, stage.stride, stage.padding, stage.cls_token, dtype=dtype, name=f"{name}_embed"
+        stage.dim,
+        stage.kernel_size,
+        stage.stride,
+        stage.padding,
+        stage.cls_token,
+        stage.pool,
+        variant.norm,
+        variant.activation,
+        variant.identity_init,
+        dtype=dtype,
+        name=f"{name}_embed",
     )
     x = embed(x)
+    for j in range(stage.residual_convs):
+        grid, *cls_token = x if stage.cls_token else [x]
+        conv = ConvStem(stage.dim, activation=variant.activation, dtype=dtype, name=f"{name}_conv{j}")
+        grid = layers.Add(dtype=dtype.name, name=f"{name}_sum{j}")([grid, conv(grid)])
+        x = [grid, *cls_token] if stage.cls_token else grid
     for j, rate in enumerate(stage.drop_path_rates):
         block = CvTBlock(
             stage.dim,
             stage.heads,
             stage.mlp_dim,
             rate,
-            activation,
+            variant.activation,
             stage.projection,
             stage.qkv_bias,
             stage.stride_kv,
+            variant.norm,
+            variant.attention_scale,
+            stage.mlp_conv,
+            variant.identity_init,
             dtype=dtype,
             name=f"{name}_block{j}",
         )

@@ -13,6 +13,8 @@ from typing import Any
 PROJECTION_KERNEL_SIZE = 3  # the paper's s in section 3.2; every published network uses 3
 PROJECTIONS = ("dw_bn", "avg", "linear")
 ACTIVATIONS = ("quick_gelu", "gelu")
+NORMS = ("layer", "batch")
+ATTENTION_SCALES = ("dim", "head")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Stage:
             its output to its input; `"avg"` and `"linear"` do not project the query and ignore it.
         stride_kv: stride of the key's and value's projections; 2 squeezes them to a quarter. `"linear"` ignores it.
         cls_token: whether the stage has a learned token beside its grid. The head reads the last stage's.
+        pool: whether the token embedding downsamples by max-pooling: its convolution has stride 1, and max-pooling, norm and
+            activation follow. `stride` is then the side of the pooling window. Not in the paper; its embedding has a strided
+            convolution and no activation.
+        residual_convs: number of 3x3 convolutions with BatchNorm, activation and a shortcut, between embedding and blocks.
+            Not in the paper.
+        mlp_conv: whether the MLP has a residual depthwise 3x3 convolution before its activation. Not in the paper.
 
     Raises:
         ValueError: for an invalid value; the message names it.
@@ -53,6 +61,9 @@ class Stage:
     stride_q: int = 1
     stride_kv: int = 2
     cls_token: bool = False
+    pool: bool = False
+    residual_convs: int = 0
+    mlp_conv: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "kernel_size", "stride", "stride_q", "stride_kv"):
@@ -74,6 +85,14 @@ class Stage:
             raise ValueError(f"`drop_path` must be at least 0 and less than 1. Received: drop_path={self.drop_path}")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"`projection` must be one of {PROJECTIONS}. Received: projection={self.projection!r}")
+        if not is_integer(self.residual_convs) or self.residual_convs < 0:
+            raise ValueError(
+                f"`residual_convs` must be an integer, at least 0. Received: residual_convs={self.residual_convs!r}"
+            )
+        for name in ("pool", "mlp_conv"):
+            _require_bool(name, getattr(self, name))
+        if self.pool and self.stride < 2:
+            raise ValueError(f"`pool` needs a `stride` of at least 2. Received: pool=True, stride={self.stride}")
         if self.projection == "dw_bn" and self.stride_q != 1:
             raise ValueError(
                 f"`stride_q` must be 1, because a block adds its output to its input. Received: stride_q={self.stride_q}"
@@ -99,6 +118,13 @@ class Variant:
         activation: activation of the MLPs: `"quick_gelu"`, as in the authors' weights, or `"gelu"` (exact).
         stem: widths of 3x3 convolutions with BatchNorm and activation, at full resolution, before the first stage.
             Empty in the paper's networks.
+        whitening: side of the kernel of a `Whitening` layer before everything else; 0 for none, as in the paper.
+        norm: the norm of embeddings, blocks and head: `"layer"`, as in the paper, or `"batch"`.
+        attention_scale: whose width scales the attention scores: `"dim"`, that of all heads together, as in the authors' code,
+            or `"head"`, that of one head.
+        identity_init: whether the convolutions of embeddings and projections start near the identity. The first filters of an
+            embedding then pass one input channel each, and a projection's centre weights are larger by 1. It changes only
+            the weights that training starts from.
 
     Raises:
         ValueError: for an invalid value; the message names it.
@@ -107,6 +133,10 @@ class Variant:
     stages: tuple[Stage, ...]
     activation: str = "quick_gelu"
     stem: tuple[int, ...] = ()
+    whitening: int = 0
+    norm: str = "layer"
+    attention_scale: str = "dim"
+    identity_init: bool = False
 
     def __post_init__(self) -> None:
         for name in ("stages", "stem"):
@@ -117,8 +147,13 @@ class Variant:
         object.__setattr__(self, "stem", tuple(self.stem))
         if not self.stages:
             raise ValueError("`stages` must hold at least one `Stage`. Received: stages=()")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"`activation` must be one of {ACTIVATIONS}. Received: activation={self.activation!r}")
+        choices = {"activation": ACTIVATIONS, "norm": NORMS, "attention_scale": ATTENTION_SCALES}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {known}. Received: {name}={getattr(self, name)!r}")
+        if not is_integer(self.whitening) or self.whitening < 0:
+            raise ValueError(f"`whitening` must be an integer, at least 0. Received: whitening={self.whitening!r}")
+        _require_bool("identity_init", self.identity_init)
         if not all(is_integer(width) and width > 0 for width in self.stem):
             raise ValueError(f"`stem` must hold positive integers. Received: stem={self.stem}")
 
@@ -144,12 +179,13 @@ class Variant:
                 f"`input_shape` must be at least {self.stride}x{self.stride}, the product of the stages' strides. "
                 f"Received: {height}x{width}"
             )
-        grids = [(height, width)]
+        # A whitening kernel of 0 and one of 1 both keep every position.
+        grids = [tuple(_convolved(side, max(1, self.whitening), 1, 0) for side in (height, width))]
         for i, stage in enumerate(self.stages):
-            rows, columns = (_convolved(side, stage.kernel_size, stage.stride, stage.padding) for side in grids[-1])
+            rows, columns = (_embedded(side, stage) for side in grids[-1])
             if min(rows, columns) < 1:
                 raise ValueError(
-                    f"`input_shape` is too small for the {stage.kernel_size}x{stage.kernel_size} kernel of stage {i}. "
+                    f"`input_shape` is too small: it leaves stage {i} without a token. "
                     f"Received: {height}x{width}"
                 )
             grids.append((rows, columns))
@@ -180,6 +216,18 @@ def _convolved(side, kernel_size, stride, padding):
     return (side + 2 * padding - kernel_size) // stride + 1
 
 
+def _embedded(side, stage):
+    """Tokens along a side after the token embedding of `stage`."""
+    if stage.pool:
+        return _convolved(side, stage.kernel_size, 1, stage.padding) // stage.stride
+    return _convolved(side, stage.kernel_size, stage.stride, stage.padding)
+
+
+def _require_bool(name, value):
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+
+
 def _paper(dims, heads, depths, drop_path):
     """Builds a network of the paper. The three differ only in sizes (table 1; `experiments/imagenet/cvt/*.yaml`)."""
     sizes = zip(dims, heads, depths, (7, 3, 3), (4, 2, 2), (2, 1, 1), (0.0, 0.0, drop_path), (False, False, True))
@@ -195,24 +243,31 @@ VARIANTS: dict[str, Variant] = {
     "cvt_13": _paper((64, 192, 384), (1, 3, 6), (1, 2, 10), drop_path=0.1),
     "cvt_21": _paper((64, 192, 384), (1, 3, 6), (1, 4, 16), drop_path=0.1),
     "cvt_w24": _paper((192, 768, 1024), (3, 12, 16), (2, 2, 20), drop_path=0.3),
+    # docs/results/recipe.md has the experiments behind each choice.
     "cvt_cifar": Variant(
         (
-            Stage(dim=64, depth=1, heads=1, mlp_ratio=2.0),
-            Stage(dim=128, depth=2, heads=2, mlp_ratio=2.0),
-            Stage(dim=256, depth=1, heads=4, mlp_ratio=2.0),
+            Stage(dim=48, depth=1, heads=2, mlp_ratio=1.0, stride_kv=4, pool=True, mlp_conv=True),
+            Stage(dim=128, depth=1, heads=4, mlp_ratio=2.0, pool=True, residual_convs=1, mlp_conv=True),
+            Stage(dim=256, depth=2, heads=8, mlp_ratio=1.0, pool=True, mlp_conv=True),
         ),
         activation="gelu",
-        stem=(32, 32),
+        whitening=2,
+        norm="batch",
+        attention_scale="head",
+        identity_init=True,
     ),
-    # The same geometry with the paper's MLPs, wider and deeper, for a GPU.
+    # The same form, wider and deeper, for a GPU.
     "cvt_cifar_large": Variant(
         (
-            Stage(dim=96, depth=2, heads=2),
-            Stage(dim=192, depth=5, heads=3, drop_path=0.05),
-            Stage(dim=384, depth=4, heads=6, drop_path=0.1),
+            Stage(dim=96, depth=1, heads=4, mlp_ratio=1.0, stride_kv=4, pool=True, mlp_conv=True),
+            Stage(dim=256, depth=3, heads=8, mlp_ratio=2.0, drop_path=0.05, pool=True, residual_convs=1, mlp_conv=True),
+            Stage(dim=512, depth=6, heads=16, mlp_ratio=2.0, drop_path=0.1, pool=True, mlp_conv=True),
         ),
         activation="gelu",
-        stem=(48, 48),
+        whitening=2,
+        norm="batch",
+        attention_scale="head",
+        identity_init=True,
     ),
     # For tests: every part of the paper's networks at the smallest size.
     "cvt_tiny": Variant(
@@ -256,8 +311,8 @@ def to_dict(variant: Variant) -> dict[str, Any]:
 def macs(variant: Variant | str | Mapping[str, Any], input_shape: Sequence[int], num_classes: int) -> int:
     """Counts the multiply-accumulates of a forward pass of one image.
 
-    It counts convolutions, linear projections, the two matrix products of attention, and the head. Like the authors' own
-    count, it leaves out normalisation, activations, softmax and pooling.
+    It counts convolutions, whitening included, linear projections, the two matrix products of attention, and the head. Like
+    the authors' own count, it leaves out normalisation, activations, softmax and pooling.
 
     Args:
         variant: a name, a `Variant` or its dict.
@@ -272,14 +327,24 @@ def macs(variant: Variant | str | Mapping[str, Any], input_shape: Sequence[int],
         raise ValueError(f"`input_shape` must be (height, width, channels), all known. Received: {tuple(input_shape)}")
     height, width, channels = input_shape
     total = 0
+    grids = variant.grids(height, width)
+    if variant.whitening:
+        height, width = (_convolved(side, variant.whitening, 1, 0) for side in (height, width))
+        patch = variant.whitening**2 * channels
+        channels = 2 * patch
+        total += height * width * patch * channels
     for dim in variant.stem:
         total += height * width * 9 * channels * dim
         channels = dim
-    for stage, grid in zip(variant.stages, variant.grids(height, width)):
+    for stage, grid in zip(variant.stages, grids):
         tokens = math.prod(grid)
-        total += tokens * stage.kernel_size**2 * channels * stage.dim
+        rows, columns = (_convolved(side, stage.kernel_size, 1, stage.padding) for side in (height, width))
+        positions = rows * columns if stage.pool else tokens
+        total += positions * stage.kernel_size**2 * channels * stage.dim
+        total += stage.residual_convs * tokens * 9 * stage.dim**2
         total += stage.depth * _block_macs(stage, grid)
         channels = stage.dim
+        height, width = grid
     return total + channels * num_classes
 
 
@@ -296,6 +361,8 @@ def _block_macs(stage, grid):
     linear = 2 * (queries + keys) * stage.dim**2  # query and output, key and value
     attention = 2 * queries * keys * stage.dim
     mlp = 2 * queries * stage.dim * stage.mlp_dim
+    if stage.mlp_conv:
+        mlp += math.prod(grid) * 9 * stage.mlp_dim
     return convolution + linear + attention + mlp
 
 

@@ -281,5 +281,7 @@ def _resolve_variant(stored, requested):
 
 
 def _shape_of(variant):
-    """The variant without activation and drop path."""
-    return Variant(tuple(dataclasses.replace(stage, drop_path=0.0) for stage in variant.stages), stem=variant.stem)
+    """The variant without what its weights don't depend on: activation, drop path and the weights it starts from."""
+    stages = tuple(dataclasses.replace(stage, drop_path=0.0) for stage in variant.stages)
+    defaults = {name: getattr(Variant(stages), name) for name in ("activation", "identity_init")}
+    return dataclasses.replace(variant, stages=stages, **defaults)

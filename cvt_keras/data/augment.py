@@ -12,10 +12,13 @@ MAX_MAGNITUDE = 10  # RandAugment's scale in its paper: 0..10
 _GREY = 128.0  # fills the area that a moved image uncovers
 
 
-def flip(images, seed):
-    """Mirrors each image left to right with probability 0.5."""
-    mirrored = tf.random.stateless_uniform((tf.shape(images)[0], 1, 1, 1), seed) < 0.5
-    return tf.where(mirrored, tf.reverse(images, axis=[2]), images)
+def flip(images, mirrored):
+    """Mirrors the chosen images left to right.
+
+    Args:
+        mirrored: bool `(batch,)`, whether to mirror each.
+    """
+    return tf.where(mirrored[:, None, None, None], tf.reverse(images, axis=[2]), images)
 
 
 def crop(images, seed, padding):

@@ -16,8 +16,11 @@ _NUM_KEYS = 16  # leaves room for more; changing it would change every draw
 def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=None):
     """Augmented batches of the epochs `first_epoch` to `recipe.epochs - 1`. An incomplete last batch of an epoch is dropped.
 
-    The order depends only on (seed, epoch), and the augmentation only on (seed, step, index in the batch). So a resumed run
-    that starts at `first_epoch` gets the same batches as an uninterrupted one.
+    Whether an image is mirrored alternates from epoch to epoch, and is random in the first. So two epochs show each image both
+    ways (Keller Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498, section 3.6).
+
+    The order depends only on (seed, epoch), mirroring on (seed, epoch, image), and other augmentation on (seed, step, index in
+    the batch). So a resumed run that starts at `first_epoch` gets the same batches as an uninterrupted one.
 
     Args:
         split: a `Split`.
@@ -41,6 +44,9 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
     def key(draw, position):
         return tf.stack([tf.constant(recipe.seed * _NUM_KEYS + draw, tf.int64), position])
 
+    with tf.device("CPU:0"):
+        mirrored_first = tf.random.stateless_uniform((len(split),), key(_FLIP, tf.constant(0, tf.int64))) < 0.5
+
     def epoch_batches(epoch):
         order = tf.random.experimental.stateless_shuffle(tf.range(len(split)), key(_ORDER, epoch))
         batches = tf.data.Dataset.from_tensor_slices(order).batch(recipe.batch_size, drop_remainder=True)
@@ -51,7 +57,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
         pixels, targets = tf.gather(images, indices), tf.one_hot(tf.gather(labels, indices), num_classes)
         pixels = stretch(pixels, recipe.image_size)
         if recipe.flip:
-            pixels = augment.flip(pixels, key(_FLIP, step))
+            pixels = augment.flip(pixels, tf.gather(mirrored_first, indices) ^ (step // steps % 2 == 1))
         if recipe.crop_padding:
             pixels = augment.crop(pixels, key(_CROP, step), recipe.crop_padding)
         pixels = tf.cast(pixels, tf.float32)

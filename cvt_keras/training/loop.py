@@ -12,7 +12,7 @@ import tensorflow as tf
 from cvt_keras import environment, runs
 from cvt_keras.data.pipeline import evaluation_batches, training_batches
 from cvt_keras.errors import OutOfMemoryError, RecipeError
-from cvt_keras.model import build_classifier
+from cvt_keras.model import build_classifier, cvt_of
 from cvt_keras.report import figures, metrics, page
 from cvt_keras.training.callbacks import (
     CLASS_WEIGHTS,
@@ -30,6 +30,8 @@ from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.plan import RunResult, settle, warn
 from cvt_keras.training.recipes import Recipe
 from cvt_keras.variants import macs
+
+WHITENING_IMAGES = 5_000  # enough for the covariance of small patches
 
 
 def run(
@@ -100,6 +102,8 @@ def fit(plan):
     stopwatch, best = Stopwatch(), BestWeights(compressor.first_epoch)
     checkpoints = Checkpoints(run_dir, _data(plan), stopwatch, best, compressor.variables)
     checkpoints.restore(classifier)
+    if not checkpoints.history and plan.checkpoint is None:
+        _adapt_whitening(classifier, plan)
     # The checkpoint shows that the images are the same. Writes the record if a kill or an older version left none.
     _write_record(plan)
     finished = len(checkpoints.history)
@@ -131,6 +135,16 @@ def fit(plan):
             ],
         )
     return best, checkpoints.history
+
+
+def _adapt_whitening(classifier, plan):
+    """Sets the kernel of the whitening layer, if the network has one, from the first training images."""
+    network = cvt_of(classifier)
+    if not network.variant.whitening:
+        return
+    normalize = classifier.get_layer("normalization")
+    batches = evaluation_batches(plan.train.limit(WHITENING_IMAGES), plan.num_classes, plan.recipe.image_size)
+    network.get_layer("whitening").adapt(normalize(images) for images, _ in batches)
 
 
 def _write_record(plan):

@@ -61,7 +61,7 @@ def rate_scales(variables, decay):
     """Layer-wise decay of the learning rate: layers near the image learn slower (arXiv 2106.08254, section 3).
 
     The head and its norm have the full rate. Each block has `decay` times the rate of the next one. The embedding of a stage
-    counts with its first block, and the stem comes before all blocks.
+    and its residual convolutions count with its first block; whitening and stem come before all blocks.
 
     Args:
         variables: the variables of a `CvT`.
@@ -77,9 +77,9 @@ def rate_scales(variables, decay):
 
 def _depth(path):
     """(stage, block) of a variable: lower is nearer to the image."""
-    if block := re.search(r"(?:^|/)stage(\d+)_(?:embed|block(\d+))/", path):
+    if block := re.search(r"(?:^|/)stage(\d+)_(?:embed|conv\d+|block(\d+))/", path):
         return int(block[1]), int(block[2] or 0)
-    return (-1, 0) if re.search(r"(?:^|/)stem\d+/", path) else (math.inf, 0)
+    return (-1, 0) if re.search(r"(?:^|/)(?:whitening|stem\d+)/", path) else (math.inf, 0)
 
 
 class _ScaledRates:
@@ -148,7 +148,7 @@ def make_optimizer(recipe, model, steps):
 
     Args:
         recipe: a `Recipe`; `optimizer`, `peak_learning_rate`, `adamw_ratio`, `layer_decay`, `warmup`, `decay`, `weight_decay`,
-            `gradient_clip` and `ema` are used.
+            `adamw_weight_decay`, `gradient_clip` and `ema` are used.
         model: a built model.
         steps: number of steps of the whole training.
 
@@ -164,8 +164,9 @@ def make_optimizer(recipe, model, steps):
         "rate_scales": rate_scales(model.trainable_variables, recipe.layer_decay) if recipe.layer_decay < 1 else None,
     }
     if recipe.optimizer == "muon":
+        adamw_decay = recipe.weight_decay if recipe.adamw_weight_decay is None else recipe.adamw_weight_decay
         optimizer = Muon(
-            **settings, adam_weight_decay=recipe.weight_decay, adam_lr_ratio=recipe.adamw_ratio, exclude_layers=["(^|/)head/"]
+            **settings, adam_weight_decay=adamw_decay, adam_lr_ratio=recipe.adamw_ratio, exclude_layers=["(^|/)head/"]
         )
     else:
         optimizer = AdamW(**settings)
