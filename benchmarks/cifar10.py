@@ -18,16 +18,16 @@ from keras import layers
 
 from cvt_keras import Preprocessing, build_classifier, environment, macs
 from cvt_keras.data import sources
-from cvt_keras.data.pipeline import evaluation_batches, training_batches
+from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
 from cvt_keras.data.split import Split
 from cvt_keras.layers import ConvTokenEmbedding, PixelNormalization, Whitening
 from cvt_keras.report.metrics import evaluate
-from cvt_keras.training import RECIPES
+from cvt_keras.training import RECIPES, run
 from cvt_keras.training.callbacks import BestWeights
 from cvt_keras.training.loop import WHITENING_IMAGES
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.plan import resolve
-from cvt_keras.variants import get_variant
+from cvt_keras.variants import get_variant, named
 from result_tables import add_rows
 
 CNN = "cnn"
@@ -47,7 +47,7 @@ def _with_cls_token(variant):
     return dataclasses.replace(variant, stages=(*first, dataclasses.replace(last, cls_token=True)))
 
 
-ABLATIONS = {
+CHANGES = {
     "": lambda variant: variant,
     "linear projection": lambda variant: _stages(variant, projection="linear"),
     "full keys and values": lambda variant: _stages(variant, stride_kv=1),
@@ -86,58 +86,63 @@ def cnn(preprocessing, side):
     return keras.Model(pixels, logits, name="classifier"), cost + x.shape[-1] * classes
 
 
-def build(arguments, recipe, source):
-    """Returns a classifier of raw pixels, and its MACs."""
-    side = recipe.image_size
-    if arguments.network == CNN:
-        return cnn(Preprocessing(source.mean, source.std, source.class_names), side)
-    variant = ABLATIONS[arguments.change](get_variant(recipe.variant))
-    classifier = build_classifier(variant, mean=source.mean, std=source.std, class_names=source.class_names)
-    return classifier, macs(variant, (side, side, 3), len(source.class_names))
-
-
 # === Training ===
 
 
-def train(classifier, recipe, train_split, validation):
-    """Trains as `cvt_keras.training.run` does. Returns seconds per epoch, and the training accuracy of each epoch.
+def fit(network, recipe, source):
+    """Trains what `cvt_keras.training.run` does not, in the same way: a CNN, or on images without validation.
 
     Args:
-        validation: a `Split`; the classifier then has the weights of its best epoch. `None` keeps those of the last.
+        network: `"cnn"`, or `"recipe"` for that of the recipe.
+        recipe: a `Recipe`.
+        source: a `Source`. Without validation images, the weights of the last epoch stay; else those of the best.
+
+    Returns:
+        The classifier, its MACs, seconds per epoch (the median), and the training accuracy of the last epoch, in 0..1.
     """
-    classes = classifier.output_shape[-1]
-    steps = len(train_split) // recipe.batch_size
+    keras.utils.set_random_seed(recipe.seed)
+    names, side = source.class_names, recipe.image_size
+    if network == CNN:
+        classifier, multiplies = cnn(Preprocessing(source.mean, source.std, names), side)
+    else:
+        classifier = build_classifier(recipe.variant, mean=source.mean, std=source.std, class_names=names)
+        multiplies = macs(recipe.variant, (side, side, 3), len(names))
+    train = source.train.limit(recipe.train_limit)
+    adapt_whitening(classifier, train, recipe)
+    steps = batches_per_epoch(train, recipe)
     classifier.compile(
         make_optimizer(recipe, classifier, steps * recipe.epochs),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
         metrics=["accuracy"],
         jit_compile=recipe.xla == "on",
     )
-    best, seconds = BestWeights(), []
+    best, starts, seconds = BestWeights(), [], []
     clock = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda epoch, logs: seconds.append(time.perf_counter()),
-        on_epoch_end=lambda epoch, logs: seconds.append(time.perf_counter() - seconds.pop()),
+        on_epoch_begin=lambda epoch, logs: starts.append(time.perf_counter()),
+        on_test_begin=lambda logs: seconds.append(time.perf_counter() - starts[-1]),
+        on_epoch_end=lambda epoch, logs: seconds.append(time.perf_counter() - starts[-1]),
     )
+    validates = len(source.validation) > 0
     history = classifier.fit(
-        training_batches(train_split, classes, recipe),
+        training_batches(train, len(names), recipe),
         epochs=recipe.epochs,
         steps_per_epoch=steps,
         shuffle=False,
-        validation_data=evaluation_batches(validation, classes, recipe.image_size) if validation else None,
-        callbacks=[best, clock] if validation else [clock],
+        validation_data=evaluation_batches(source.validation, len(names), side) if validates else None,
+        callbacks=[best, clock] if validates else [clock],
         verbose=2,
     ).history
-    if validation:
+    if validates:
         classifier.set_weights(best.weights)
-    return float(np.median(seconds)), history["accuracy"]
+        seconds = seconds[::2]  # until the validation begins
+    return classifier, multiplies, float(np.median(seconds)), history["accuracy"][-1]
 
 
 def adapt_whitening(classifier, split, recipe):
-    """Sets the kernel of the whitening layer, if there is one, as a run does."""
-    found = [layer for layer in classifier._flatten_layers() if isinstance(layer, Whitening)]
-    normalize = classifier.get_layer("normalization")
-    for layer in found:
-        layer.adapt(normalize(images) for images, _ in evaluation_batches(split.limit(WHITENING_IMAGES), 10, recipe.image_size))
+    """Sets the kernel of the whitening layer, as a run does."""
+    layer = next(layer for layer in classifier._flatten_layers() if isinstance(layer, Whitening))
+    batches = evaluation_batches(split.limit(WHITENING_IMAGES), 10, recipe.image_size)
+    layer.adapt(classifier.get_layer("normalization")(images) for images, _ in batches)
 
 
 def logits_of(classifier, split, mirrored=False):
@@ -166,15 +171,15 @@ class Arguments:
     network: Literal["recipe", "cnn"] = "recipe"
     """The recipe's network, or a plain CNN."""
     change: str = ""
-    """What to change in the recipe's network: one of the ablations in this file."""
+    """What to change in the recipe's network: a key of CHANGES."""
     epochs: int | None = None
     """Instead of the recipe's."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """A run for each."""
     peak_learning_rate: float | None = None
     """Instead of the recipe's."""
     weight_decay: float | None = None
     """Instead of the recipe's."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A run for each."""
     all_images: bool = False
     """Train on the 5,000 validation images too, and keep the last epoch."""
     validation_only: bool = False
@@ -183,65 +188,70 @@ class Arguments:
     """Train on the first N images only."""
     data_dir: str | None = None
     """TFDS' folder; defaults to TFDS_DATA_DIR, or else ~/tensorflow_datasets."""
+    runs: Path = Path("runs")
+    """Where the run folders go."""
     csv: Path | None = None
     """Write the results into this CSV file, and skip the runs that it has."""
-    models: Path | None = None
-    """Save each trained classifier in this folder."""
 
 
 def main(arguments):
-    if arguments.change not in ABLATIONS:
-        raise ValueError(f"`change` must be one of {', '.join(ABLATIONS)}. Received: change={arguments.change!r}")
-    recipe = dataclasses.replace(RECIPES[arguments.recipe], dataset="cifar10", data_dir=arguments.data_dir)
+    if arguments.change not in CHANGES:
+        raise ValueError(f"`change` must be one of {', '.join(CHANGES)}. Received: change={arguments.change!r}")
+    recipe = dataclasses.replace(
+        RECIPES[arguments.recipe], dataset="cifar10", data_dir=arguments.data_dir, train_limit=arguments.train_limit
+    )
     for name in ("epochs", "peak_learning_rate", "weight_decay"):
         if (value := getattr(arguments, name)) is not None:
             recipe = dataclasses.replace(recipe, **{name: value})
-    recipe = resolve(recipe)
+    recipe = resolve(dataclasses.replace(recipe, variant=named(CHANGES[arguments.change](get_variant(recipe.variant)))))
     source = sources.load("cifar10", recipe.data_dir, recipe.image_size)
-    train_split, validation = source.train.limit(arguments.train_limit), source.validation
     if arguments.all_images:
-        parts = train_split, validation
-        train_split = Split(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels")))
-        validation = None
+        source = with_all_images(source)
     for seed in arguments.seeds:
         row = {
-            "network": CNN if arguments.network == CNN else recipe.variant_name,
+            "network": CNN if arguments.network == CNN else RECIPES[arguments.recipe].variant_name,
             "change": arguments.change,
             "recipe": arguments.recipe,
             "epochs": recipe.epochs,
             "peak_learning_rate": recipe.peak_learning_rate,
             "weight_decay": recipe.weight_decay,
-            "train_images": len(train_split),
+            "train_images": len(source.train.limit(recipe.train_limit)),
             "seed": seed,
         }
+        name = "-".join(str(value) for value in row.values() if value != "").replace(" ", "_")
         if is_stored(arguments.csv, row):
-            print(f"{describe(row)}: in {arguments.csv} already", flush=True)
+            print(f"{name}: in {arguments.csv} already", flush=True)
             continue
-        row |= run_once(arguments, dataclasses.replace(recipe, seed=seed), source, train_split, validation)
-        row |= {"device": environment.device(), "data": source.note}
-        print(f"{describe(row)}: {row['test_percent'] or row['validation_percent']}%", flush=True)
+        row |= run_once(arguments, dataclasses.replace(recipe, seed=seed), source, arguments.runs / name)
+        print(f"{name}: {row['test_percent'] or row['validation_percent']}%", flush=True)
         if arguments.csv:
             add_rows(arguments.csv, [row], KEY)
     print(f"{environment.device()}, {environment.versions()}, {source.note}")
 
 
-def run_once(arguments, recipe, source, train_split, validation):
+def run_once(arguments, recipe, source, run_dir):
     """Trains and measures once. Returns the measured columns of the CSV file."""
-    keras.utils.set_random_seed(recipe.seed)
-    classifier, multiplies = build(arguments, recipe, source)
-    adapt_whitening(classifier, train_split, recipe)
-    seconds, accuracies = train(classifier, recipe, train_split, validation)
-    if arguments.models:
-        arguments.models.mkdir(parents=True, exist_ok=True)
-        network = arguments.network if arguments.network == CNN else recipe.variant_name
-        classifier.save(arguments.models / f"{network}-{arguments.recipe}-{recipe.epochs}-seed{recipe.seed}.keras")
-    row = {"macs_millions": f"{multiplies / 1e6:.1f}", "training_percent": _percent(accuracies[-1])}
-    splits = {"validation": validation, "test": None if arguments.validation_only else source.test}
+    if arguments.network == CNN or arguments.all_images:
+        classifier, multiplies, seconds, accuracy = fit(arguments.network, recipe, source)
+    else:
+        result = run(recipe, run_dir, resume=True, evaluate_test=not arguments.validation_only)
+        classifier = keras.saving.load_model(run_dir / "model.keras", compile=False)
+        multiplies, accuracy = result.report.macs, result.history[-1]["accuracy"]
+        seconds = float(np.median([epoch["train_seconds"] for epoch in result.history]))
+    row = {"macs_millions": f"{multiplies / 1e6:.1f}", "training_percent": _percent(accuracy)}
+    splits = {"validation": source.validation, "test": source.test.limit(0 if arguments.validation_only else None)}
     for name, split in splits.items():
-        top1, cross_entropy, mirrored = measure(classifier, split) if split else (None, None, None)
+        top1, cross_entropy, mirrored = measure(classifier, split) if len(split) else (None, None, None)
         row |= {f"{name}_percent": _percent(top1), f"{name}_mirrored_percent": _percent(mirrored)}
         row |= {f"{name}_cross_entropy": "" if cross_entropy is None else f"{cross_entropy:.4f}"}
-    return {**row, "seconds_per_epoch": f"{seconds:.0f}"}
+    return {**row, "seconds_per_epoch": f"{seconds:.0f}", "device": environment.device(), "data": source.note}
+
+
+def with_all_images(source):
+    """The source with its validation images among the training images."""
+    parts = source.train, source.validation
+    joined = Split(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels")))
+    return dataclasses.replace(source, train=joined, validation=source.validation.limit(0))
 
 
 def is_stored(path, row):
@@ -249,11 +259,6 @@ def is_stored(path, row):
         return False
     with path.open(newline="") as file:
         return any(all(stored[name] == str(row[name]) for name in KEY) for stored in csv.DictReader(file))
-
-
-def describe(row):
-    change = f", {row['change']}" if row["change"] else ""
-    return f"{row['network']}{change}, {row['epochs']} epochs of {row['recipe']}, seed {row['seed']}"
 
 
 def _percent(share):
