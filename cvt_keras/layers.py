@@ -1,4 +1,4 @@
-"""The paper's layers (arXiv 2103.15808, sections 3.1 and 3.2), on `keras.ops` alone.
+"""The layers of the paper (arXiv 2103.15808, sections 3.1 and 3.2), and those of the CIFAR networks, on `keras.ops` alone.
 
 Tokens always form a grid, `(batch, height, width, channels)`: the convolutions need it, and it supports images that are not
 square. A cls token is a tensor of its own, because the paper's convolutions never touch it.

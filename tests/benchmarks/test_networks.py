@@ -108,6 +108,18 @@ def test_it_is_the_projects_network(variant, network, images):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+def test_cvt_cifar_is_c12():
+    network = networks.NETWORKS["c12"]
+    model = CvT("cvt_cifar", 10, (32, 32, 3))
+    listed = networks.weights_of(network)
+    assert listed.macs == macs("cvt_cifar", (32, 32, 3), 10)
+    assert len(listed.listed) == len(model.trainable_variables)
+    for name, variable in _variables(model, network).items():
+        assert np.prod(variable.shape) == np.prod(listed.listed[name].shape), name
+    for ours, theirs in zip(model.variant.stages, network.stages, strict=True):
+        assert (ours.heads, ours.stride_kv) == (theirs.heads, theirs.stride_kv)
+
+
 def test_the_whitening_kernel_is_the_projects_but_for_signs_and_order():
     images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3)).cumsum(axis=2).astype("uint8")
     kernel = networks.whitening_kernel(networks.whitening_axes(images), WHITENING_EPSILON)[:, 11::-1]
