@@ -92,7 +92,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run trains; the defaults are those of the recipe `cifar10`.
+    """How a run trains; the defaults are those of the recipe `cifar10` before these experiments.
 
     Args:
         batch_size: images per training step.
@@ -973,7 +973,7 @@ _C10 = Stage(48, 1, 2, 1, 4), Stage(128, 2, 4), Stage(256, 2, 8)
 _CONV_MLP = Stage(128, 1, 4, 1, mlp="conv"), Stage(256, 1, 8, 1, embed="conv_act", mlp="conv")
 _pooled = functools.partial(Network, norm="batch")
 NETWORKS = {
-    "cvt_cifar": Network(
+    "cvt_cifar": Network(  # before these experiments; it is `c12` now
         (Stage(64, 1, 1, embed="conv"), Stage(128, 2, 2, embed="conv"), Stage(256, 1, 4, embed="conv")), stem=(32, 32)
     ),
     "cnn": Network(whiten="valid", widths=(64, 128, 128)),

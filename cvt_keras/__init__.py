@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         CvTBlock,
         DropPath,
         PixelNormalization,
+        Whitening,
     )
     from cvt_keras.model import CvT, build_classifier, preprocessing_of
     from cvt_keras.preprocessing import Preprocessing
@@ -42,6 +43,7 @@ __all__ = [
     "Preprocessing",
     "Stage",
     "Variant",
+    "Whitening",
     "build_classifier",
     "macs",
     "preprocessing_of",
@@ -53,7 +55,7 @@ if not TYPE_CHECKING:  # with `__getattr__` a type checker would accept any name
         {
             "layers": (
                 *("AverageProjection", "ConvAttention", "ConvProjection", "ConvStem", "ConvTokenEmbedding"),
-                *("CvTBlock", "DropPath", "MLP", "PixelNormalization"),
+                *("CvTBlock", "DropPath", "MLP", "PixelNormalization", "Whitening"),
             ),
             "model": ("CvT", "build_classifier", "preprocessing_of"),
             "preprocessing": ("Preprocessing",),

@@ -1,4 +1,4 @@
-"""The paper's layers (arXiv 2103.15808, sections 3.1 and 3.2), on `keras.ops` alone.
+"""The layers of the paper (arXiv 2103.15808, sections 3.1 and 3.2), and those of the CIFAR networks, on `keras.ops` alone.
 
 Tokens always form a grid, `(batch, height, width, channels)`: the convolutions need it, and it supports images that are not
 square. A cls token is a tensor of its own, because the paper's convolutions never touch it.
@@ -41,16 +41,17 @@ def _depthwise_initializer(kernel_size):
 
 
 class _NearIdentity(keras.initializers.Initializer):
-    """Makes the kernel of `initializer` pass its input through.
+    """Changes the kernel that `initializer` draws, so that the convolution passes its input through.
 
     Args:
-        initializer: an initializer.
-        depthwise: adds 1 to the centre of each depthwise kernel `(height, width, channels, 1)`. Otherwise the first filters
-            of a kernel `(height, width, in, out)` become copies of one input channel each, and the rest stay as they are.
+        initializer: an initializer, or its config.
+        depthwise: whether the kernel is depthwise, `(height, width, channels, 1)`. Its centre weights become larger by 1. In
+            another kernel, `(height, width, in, out)`, each of the first filters passes one input channel, and the rest stay as
+            they are.
     """
 
     def __init__(self, initializer, depthwise=False):
-        self.initializer = initializer
+        self.initializer = keras.initializers.get(initializer)
         self.depthwise = depthwise
 
     def __call__(self, shape, dtype=None):
@@ -60,10 +61,9 @@ class _NearIdentity(keras.initializers.Initializer):
         if self.depthwise:
             identity[height // 2, width // 2] = 1
             return drawn + ops.cast(identity, drawn.dtype)
-        same = np.arange(min(inputs, outputs))
-        identity[height // 2, width // 2, same, same] = 1
-        random = np.arange(outputs) >= len(same)
-        return drawn * ops.cast(random, drawn.dtype) + ops.cast(identity, drawn.dtype)
+        passing = np.arange(min(inputs, outputs))
+        identity[height // 2, width // 2, passing, passing] = 1
+        return ops.where(np.arange(outputs) < inputs, ops.cast(identity, drawn.dtype), drawn)
 
     def get_config(self):
         initializer = keras.saving.serialize_keras_object(self.initializer)
@@ -142,9 +142,9 @@ class Whitening(layers.Layer):
     these filters. Neighbouring pixels are much alike, so without whitening most of the input is brightness. It is not in the
     paper; see Keller Jordan, "94% on CIFAR-10 in 3.29 seconds" (arXiv 2404.00498, section 3.2).
 
-    `adapt` sets the kernel from images. Until then, it is fixed for images in general: the axes are the cosines of the discrete
-    cosine transform over rows, columns and channels, and the deviations are those of a model in which neighbouring pixels
-    correlate by 0.95 and the channels of a pixel by 0.9.
+    `adapt` computes the kernel from images: the axes in the order of falling variance, each with a positive largest component.
+    Until then, the kernel is one for images in general: its axes are those of the discrete cosine transform over rows, columns
+    and channels, and its variances assume that neighbouring pixels correlate by 0.95 and the channels of a pixel by 0.9.
 
     Args:
         kernel_size: side of a patch, in pixels.
@@ -185,21 +185,24 @@ class Whitening(layers.Layer):
         self.bias = self.add_weight(shape=(filters,), initializer="zeros", name="bias")
 
     def adapt(self, images):
-        """Sets the kernel from images.
+        """Computes the kernel from images, whose mean should be near 0.
 
         Args:
             images: normalised floats `(batch, height, width, channels)`, or an iterable of such batches. A few thousand
                 images are enough.
 
         Raises:
-            ValueError: if there are no images.
+            ValueError: for images of another shape, or if there are none.
         """
         batches = [images] if hasattr(images, "shape") else images
         moments, count = 0.0, 0
         for batch in batches:
-            patches = _patches(ops.convert_to_numpy(batch).astype("float64"), self.kernel_size)
             if not self.built:
                 self.build(batch.shape)
+            channels = self.kernel.shape[2]
+            if len(batch.shape) != 4 or batch.shape[-1] != channels:
+                raise ValueError(f"`images` must be (batch, height, width, {channels}). Received: shape {tuple(batch.shape)}")
+            patches = _patches(ops.convert_to_numpy(batch).astype("float64"), self.kernel_size)
             moments = moments + patches.T @ patches
             count += len(patches)
         if not count:
@@ -207,7 +210,7 @@ class Whitening(layers.Layer):
         variances, axes = np.linalg.eigh(moments / count)
         order = np.argsort(-variances)
         axes = axes[:, order]
-        # An axis has no sign of its own: its largest component becomes positive.
+        # An axis has no sign of its own.
         axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(len(axes))])
         self.kernel.assign(_whitening_kernel(variances[order], axes).reshape(self.kernel.shape))
 
@@ -316,8 +319,8 @@ class ConvStem(layers.Layer):
 class ConvTokenEmbedding(layers.Layer):
     """Opens a stage: a strided convolution makes tokens that overlap, then LayerNorm (paper, section 3.1).
 
-    With `pool`, a convolution at stride 1, max-pooling, norm and activation do. That is the tokenizer of CCT (Hassani et al.,
-    arXiv 2104.05704), with a norm.
+    With `pool`, the convolution has stride 1, and max-pooling, norm and activation follow, similar to the tokenizer of CCT
+    (Hassani et al., arXiv 2104.05704).
 
     Args:
         dim: width of a token.
@@ -328,11 +331,15 @@ class ConvTokenEmbedding(layers.Layer):
         pool: whether to downsample by max-pooling.
         norm_type: `"layer"` or `"batch"`.
         activation: `"quick_gelu"` or `"gelu"`; used with `pool` only.
-        identity_init: whether the first filters start by passing one input channel each.
+        identity_init: whether each of the first filters starts by passing one input channel.
 
     Input shape: `(batch, height, width, channels)`, an image or the tokens of the stage before.
     Output shape: `(batch, new_height, new_width, dim)`, each side `(side + 2 * padding - kernel_size) // stride + 1`,
-        or with `pool` `(side + 2 * padding - kernel_size + 1) // stride`. With `cls_token` a pair: the grid and `(batch, 1, dim)`.
+        or with `pool` `(side + 2 * padding - kernel_size + 1) // stride`. With `cls_token` a pair: the grid and
+        `(batch, 1, dim)`.
+
+    Raises:
+        ValueError: for an unknown `norm_type` or `activation`.
     """
 
     def __init__(
@@ -431,7 +438,7 @@ class ConvProjection(layers.Layer):
     Args:
         kernel_size: side of the square kernel, in tokens; odd.
         stride: 1 for queries, 2 for squeezed keys and values.
-        identity_init: whether the centre weights start larger by 1, so that tokens pass through.
+        identity_init: whether the initial centre weights are larger by 1, so that tokens pass through.
 
     Input shape: `(batch, height, width, channels)`.
     Output shape: `(batch, ceil(height / stride), ceil(width / stride), channels)`.
@@ -542,7 +549,7 @@ class ConvAttention(layers.Layer):
         kernel_size: side of the projections' kernel, in tokens; odd.
         stride_q: stride of the query's projection.
         stride_kv: stride of the key's and value's projections.
-        attention_scale: whose width scales the scores, by the inverse of its root: `"dim"`, that of all heads together, or
+        attention_scale: scores are divided by the square root of a width: `"dim"`, that of all heads together, or
             `"head"`, that of one head.
         identity_init: see `ConvProjection`.
 
@@ -667,13 +674,13 @@ class MLP(layers.Layer):
         dim: width of a token, in and out.
         activation: `"quick_gelu"`, `x * sigmoid(1.702 x)`, or `"gelu"`, the exact one.
         conv: whether a depthwise 3x3 convolution with a shortcut comes before the activation, so that each token sees its
-            neighbours (as in CeiT, Yuan et al., arXiv 2103.11816). It applies to grids only: a cls token skips it.
+            neighbours (similar to CeiT, Yuan et al., arXiv 2103.11816). A cls token skips it.
 
-    Input shape: `(batch, height, width, dim)`, or `(..., dim)` without `conv` or for a cls token.
+    Input shape: `(batch, height, width, dim)`, or a cls token `(batch, 1, dim)`. With `conv`, the first call needs a grid.
     Output shape: the same.
 
     Raises:
-        ValueError: for an unknown `activation`.
+        ValueError: for an unknown `activation`, or if the tokens have other than `dim` channels.
     """
 
     def __init__(self, hidden_dim, dim, activation="quick_gelu", conv=False, **kwargs):
@@ -702,6 +709,8 @@ class MLP(layers.Layer):
     def build(self, input_shape):
         if input_shape[-1] != self.dim:
             raise ValueError(f"Tokens must have `dim` channels. Received: shape {input_shape}, dim={self.dim}")
+        if self.conv and len(input_shape) != 4:
+            raise ValueError(f"With `conv`, tokens must be a grid. Received: shape {input_shape}")
         hidden_shape = (*input_shape[:-1], self.hidden_dim)
         self.fc1.build(input_shape)
         if self.conv:

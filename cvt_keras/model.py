@@ -45,7 +45,7 @@ class CvT(keras.Model):
         compute dtype.
 
     Raises:
-        ValueError: for an unknown variant, an image smaller than the product of the strides, or invalid `preprocessing`.
+        ValueError: for an unknown variant, an image smaller than `Variant.min_side`, or invalid `preprocessing`.
 
     Example:
 
@@ -278,18 +278,18 @@ def _stage(x, stage, variant, dtype, name):
         stage.padding,
         stage.cls_token,
         stage.pool,
-        variant.norm,
-        variant.activation,
-        variant.identity_init,
+        norm_type=variant.norm,
+        activation=variant.activation,
+        identity_init=variant.identity_init,
         dtype=dtype,
         name=f"{name}_embed",
     )
     x = embed(x)
+    grid, cls_token = x if stage.cls_token else (x, None)
     for j in range(stage.residual_convs):
-        grid, *cls_token = x if stage.cls_token else [x]
         conv = ConvStem(stage.dim, activation=variant.activation, dtype=dtype, name=f"{name}_conv{j}")
         grid = layers.Add(dtype=dtype.name, name=f"{name}_sum{j}")([grid, conv(grid)])
-        x = [grid, *cls_token] if stage.cls_token else grid
+    x = (grid, cls_token) if stage.cls_token else grid
     for j, rate in enumerate(stage.drop_path_rates):
         block = CvTBlock(
             stage.dim,
@@ -300,10 +300,10 @@ def _stage(x, stage, variant, dtype, name):
             stage.projection,
             stage.qkv_bias,
             stage.stride_kv,
-            variant.norm,
-            variant.attention_scale,
-            stage.mlp_conv,
-            variant.identity_init,
+            norm_type=variant.norm,
+            attention_scale=variant.attention_scale,
+            mlp_conv=stage.mlp_conv,
+            identity_init=variant.identity_init,
             dtype=dtype,
             name=f"{name}_block{j}",
         )
@@ -323,7 +323,7 @@ def _check_sizes(variant, num_classes, input_shape):
             f"Received: input_shape={tuple(input_shape) if isinstance(input_shape, list) else input_shape}"
         )
     # `call` checks a side that is None here.
-    height, width = (variant.stride if side is None else side for side in input_shape[:2])
+    height, width = (variant.min_side if side is None else side for side in input_shape[:2])
     variant.grids(height, width)
 
 

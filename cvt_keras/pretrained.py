@@ -57,10 +57,8 @@ def to_torch_state_dict(
         raise ArgumentError("`model` must have float kernels. Received: one that Keras' `quantize` changed", argument="model")
     if layout == "transformers":
         layouts.require_transformers(model.variant, "model")
-    elif model.variant.stem:
-        raise ArgumentError(
-            f"`model` must have no stem, as the authors' code has none. Received: stem={model.variant.stem}", argument="model"
-        )
+    else:
+        layouts.require_microsoft(model.variant, "model")
     activation = LAYOUTS[layout].activation
     if model.variant.activation != activation:
         warnings.warn(

@@ -38,11 +38,11 @@ class Stage:
         stride_kv: stride of the key's and value's projections; 2 squeezes them to a quarter. `"linear"` ignores it.
         cls_token: whether the stage has a learned token beside its grid. The head reads the last stage's.
         pool: whether the token embedding downsamples by max-pooling: its convolution has stride 1, and max-pooling, norm and
-            activation follow. `stride` is then the side of the pooling window. Not in the paper; its embedding has a strided
+            activation follow. `stride` is then the side of the pooling window. Not in the paper, whose embedding has a strided
             convolution and no activation.
-        residual_convs: number of 3x3 convolutions with BatchNorm, activation and a shortcut, between embedding and blocks.
-            Not in the paper.
-        mlp_conv: whether the MLP has a residual depthwise 3x3 convolution before its activation. Not in the paper.
+        residual_convs: number of 3x3 convolutions with BatchNorm, activation and a shortcut, between embedding and blocks; 0 in
+            the paper.
+        mlp_conv: whether the MLPs have a depthwise 3x3 convolution with a shortcut before their activation. Not in the paper.
 
     Raises:
         ValueError: for an invalid value; the message names it.
@@ -115,16 +115,17 @@ class Variant:
 
     Args:
         stages: `Stage` records (or their dicts), in order.
-        activation: activation of the MLPs: `"quick_gelu"`, as in the authors' weights, or `"gelu"` (exact).
+        activation: `"quick_gelu"`, as in the authors' weights, or `"gelu"` (exact). The paper's networks have one in their MLPs
+            only; the other parts with an activation use the same.
         stem: widths of 3x3 convolutions with BatchNorm and activation, at full resolution, before the first stage.
             Empty in the paper's networks.
-        whitening: side of the kernel of a `Whitening` layer before everything else; 0 for none, as in the paper.
+        whitening: kernel size of a `Whitening` layer before everything else; 0 for none, as in the paper.
         norm: the norm of embeddings, blocks and head: `"layer"`, as in the paper, or `"batch"`.
-        attention_scale: whose width scales the attention scores: `"dim"`, that of all heads together, as in the authors' code,
-            or `"head"`, that of one head.
-        identity_init: whether the convolutions of embeddings and projections start near the identity. The first filters of an
-            embedding then pass one input channel each, and a projection's centre weights are larger by 1. It changes only
-            the weights that training starts from.
+        attention_scale: attention scores are divided by the square root of a width: `"dim"`, that of all heads together, as in
+            the authors' code, or `"head"`, that of one head.
+        identity_init: whether the convolutions of embeddings and projections start near the identity: the first filters of an
+            embedding pass one input channel each, and a projection's centre weights are larger by 1. It changes the initial
+            weights only.
 
     Raises:
         ValueError: for an invalid value; the message names it.
@@ -162,6 +163,22 @@ class Variant:
         """The product of the stages' strides: pixels per token of the last stage, along each side."""
         return math.prod(stage.stride for stage in self.stages)
 
+    @property
+    def min_side(self) -> int:
+        """The smallest height and width of an image, in pixels.
+
+        At least `stride`, because a token of the last stage would see mostly padding otherwise, and large enough to leave a
+        token in every stage.
+        """
+        side = 1
+        for stage in reversed(self.stages):
+            if stage.pool:
+                side = stage.stride * side + stage.kernel_size - 1 - 2 * stage.padding
+            else:
+                side = stage.stride * (side - 1) + stage.kernel_size - 2 * stage.padding
+            side = max(1, side)
+        return max(self.stride, side + max(0, self.whitening - 1))
+
     def grids(self, height: int, width: int) -> list[tuple[int, int]]:
         """Returns the number of tokens along height and width after each stage.
 
@@ -172,24 +189,18 @@ class Variant:
             A list of `(height, width)`, one for each stage.
 
         Raises:
-            ValueError: if the image is smaller than the product of the strides, where a token would see mostly padding.
+            ValueError: if a side is smaller than `min_side`.
         """
-        if min(height, width) < self.stride:
+        if min(height, width) < self.min_side:
             raise ValueError(
-                f"`input_shape` must be at least {self.stride}x{self.stride}, the product of the stages' strides. "
-                f"Received: {height}x{width}"
+                f"`input_shape` must be at least {self.min_side}x{self.min_side} for this network. Received: {height}x{width}"
             )
-        # A whitening kernel of 0 and one of 1 both keep every position.
-        grids = [tuple(_convolved(side, max(1, self.whitening), 1, 0) for side in (height, width))]
-        for i, stage in enumerate(self.stages):
-            rows, columns = (_embedded(side, stage) for side in grids[-1])
-            if min(rows, columns) < 1:
-                raise ValueError(
-                    f"`input_shape` is too small: it leaves stage {i} without a token. "
-                    f"Received: {height}x{width}"
-                )
-            grids.append((rows, columns))
-        return grids[1:]
+        height, width = _whitened(height, self), _whitened(width, self)
+        grids = []
+        for stage in self.stages:
+            height, width = _embedded(height, stage), _embedded(width, stage)
+            grids.append((height, width))
+        return grids
 
 
 def _record(cls, value, place):
@@ -214,6 +225,11 @@ def is_integer(value):
 
 def _convolved(side, kernel_size, stride, padding):
     return (side + 2 * padding - kernel_size) // stride + 1
+
+
+def _whitened(side, variant):
+    """Pixels along a side after whitening, which has no padding."""
+    return _convolved(side, variant.whitening, 1, 0) if variant.whitening else side
 
 
 def _embedded(side, stage):
@@ -329,7 +345,7 @@ def macs(variant: Variant | str | Mapping[str, Any], input_shape: Sequence[int],
     total = 0
     grids = variant.grids(height, width)
     if variant.whitening:
-        height, width = (_convolved(side, variant.whitening, 1, 0) for side in (height, width))
+        height, width = _whitened(height, variant), _whitened(width, variant)
         patch = variant.whitening**2 * channels
         channels = 2 * patch
         total += height * width * patch * channels
@@ -338,8 +354,8 @@ def macs(variant: Variant | str | Mapping[str, Any], input_shape: Sequence[int],
         channels = dim
     for stage, grid in zip(variant.stages, grids):
         tokens = math.prod(grid)
-        rows, columns = (_convolved(side, stage.kernel_size, 1, stage.padding) for side in (height, width))
-        positions = rows * columns if stage.pool else tokens
+        stride = 1 if stage.pool else stage.stride
+        positions = math.prod(_convolved(side, stage.kernel_size, stride, stage.padding) for side in (height, width))
         total += positions * stage.kernel_size**2 * channels * stage.dim
         total += stage.residual_convs * tokens * 9 * stage.dim**2
         total += stage.depth * _block_macs(stage, grid)

@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 import inspect
 import json
@@ -30,16 +31,35 @@ CASES = [
         49 * 3 * 6 + 6 + 12 + 6,
         0,
     ),
+    Case(
+        layers.ConvTokenEmbedding,
+        {"dim": 6, "cls_token": True, "pool": True, "norm_type": "batch", "activation": "quick_gelu", "identity_init": True},
+        [GRID],
+        [(2, 2, 4, 6), (2, 1, 6)],
+        9 * 16 * 6 + 12 + 6,
+        12,
+    ),
+    Case(layers.Whitening, {"kernel_size": 3, "activation": "quick_gelu"}, [(2, 5, 8, 2)], [(2, 3, 6, 36)], 36, 18 * 36),
     Case(layers.ConvProjection, {}, [GRID], [GRID], 9 * 16 + 32, 32),
     Case(layers.ConvProjection, {"kernel_size": 5, "stride": 2}, [GRID], [(2, 3, 4, 16)], 25 * 16 + 32, 32),
+    Case(layers.ConvProjection, {"identity_init": True}, [GRID], [GRID], 9 * 16 + 32, 32),
     Case(layers.AverageProjection, {}, [GRID], [(2, 3, 5, 16)], 0, 0),
     Case(layers.ConvAttention, {"dim": 16, "heads": 4}, [GRID], [GRID], QKV + LINEAR, 96),
+    Case(
+        layers.ConvAttention,
+        {"dim": 16, "heads": 4, "attention_scale": "head", "identity_init": True},
+        [GRID],
+        [GRID],
+        QKV + LINEAR,
+        96,
+    ),
     Case(layers.ConvAttention, {"dim": 16, "heads": 2, "stride_q": 2}, [GRID, CLS], [(2, 3, 4, 16), CLS], QKV + LINEAR, 96),
     Case(layers.ConvAttention, {"dim": 16, "heads": 1, "projection": "avg", "stride_q": 2}, [GRID], [GRID], LINEAR, 0),
     Case(layers.ConvAttention, {"dim": 16, "heads": 1, "projection": "linear"}, [GRID, CLS], [GRID, CLS], LINEAR, 0),
     Case(layers.ConvAttention, {"dim": 16, "heads": 1, "qkv_bias": False}, [GRID], [GRID], QKV + LINEAR - 48, 96),
     Case(layers.MLP, {"hidden_dim": 32, "dim": 16}, [GRID], [GRID], MLP, 0),
     Case(layers.MLP, {"hidden_dim": 32, "dim": 16, "activation": "gelu"}, [CLS], [CLS], MLP, 0),
+    Case(layers.MLP, {"hidden_dim": 32, "dim": 16, "conv": True}, [GRID], [GRID], MLP + 9 * 32, 0),
     Case(layers.DropPath, {"rate": 0.5, "seed": 1}, [GRID], [GRID], 0, 0),
     Case(layers.CvTBlock, {"dim": 16, "heads": 4, "mlp_dim": 32}, [GRID], [GRID], BLOCK, 96),
     Case(
@@ -49,6 +69,17 @@ CASES = [
         [GRID, CLS],
         BLOCK,
         96,
+    ),
+    Case(
+        layers.CvTBlock,
+        {
+            **{"dim": 16, "heads": 4, "mlp_dim": 32, "norm_type": "batch", "attention_scale": "head"},
+            **{"mlp_conv": True, "identity_init": True},
+        },
+        [GRID, CLS],
+        [GRID, CLS],
+        BLOCK + 9 * 32,
+        96 + 2 * 2 * 16,
     ),
 ]
 
@@ -135,6 +166,50 @@ def test_initial_depthwise_kernels_count_their_own_window_as_fan_in(kernel_size)
     _check_uniform(ops.convert_to_numpy(projection.depthwise.kernel), 1 / kernel_size)
 
 
+def test_initial_depthwise_kernel_of_an_mlp_is_that_of_a_projection():
+    mlp = layers.MLP(128, 8, conv=True)
+    mlp.build((None, 8, 8, 8))
+    _check_uniform(ops.convert_to_numpy(mlp.depthwise.kernel), 1 / 3)
+
+
+def _built(make, shape):
+    """A layer with and without `identity_init`, from the same seed."""
+    pair = []
+    for identity_init in (True, False):
+        keras.utils.set_random_seed(0)
+        layer = make(identity_init=identity_init)
+        layer.build(shape)
+        pair.append(layer)
+    return pair
+
+
+@pytest.mark.parametrize("channels, dim", [(3, 8), (8, 3)])
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_the_first_filters_of_an_identity_like_embedding_pass_a_channel_each(channels, dim, kernel_size):
+    make = functools.partial(layers.ConvTokenEmbedding, dim, kernel_size, stride=1, padding=kernel_size // 2)
+    layer, random = (ops.convert_to_numpy(part.proj.kernel) for part in _built(make, (None, 8, 8, channels)))
+    images = np.random.default_rng(0).normal(size=(1, 8, 8, channels)).astype("float32")
+    passed = min(channels, dim)
+    outputs = ops.convert_to_numpy(ops.conv(images, layer, 1, "same", data_format="channels_last"))
+    np.testing.assert_allclose(outputs[..., :passed], images[..., :passed], atol=1e-6)
+    np.testing.assert_array_equal(layer[..., passed:], random[..., passed:])
+
+
+def test_the_centre_of_an_identity_like_projection_is_larger_by_one():
+    layer, random = _built(functools.partial(layers.ConvProjection, 5), (None, 8, 8, 6))
+    difference = ops.convert_to_numpy(layer.depthwise.kernel) - ops.convert_to_numpy(random.depthwise.kernel)
+    expected = np.zeros((5, 5, 6, 1))
+    expected[2, 2] = 1
+    np.testing.assert_allclose(difference, expected, atol=1e-6)
+
+
+def test_an_identity_like_block_changes_its_projections_only():
+    block, random = _built(functools.partial(layers.CvTBlock, 16, 2, 32, mlp_conv=True), GRID)
+    kernels = _kernels(random)
+    changed = {path for path, value in _kernels(block).items() if not np.array_equal(value, kernels[path])}
+    assert changed == {f"attention/conv_{name}/depthwise/kernel" for name in "qkv"}
+
+
 def test_initial_linear_kernels_and_cls_token_deviate_by_002():
     block = layers.CvTBlock(192, 3, 384)
     block.build((None, 8, 8, 192))
@@ -189,7 +264,7 @@ def test_average_projection_is_pytorch_average_pooling_in_ceil_mode(side, kernel
 
 
 def _attention_by_hand(layer, tokens):
-    """The paper's formula for one image without convolutions: softmax(q k' / sqrt(dim)) v."""
+    """The formula for one image without convolutions: softmax(q k' / sqrt(width)) v. In the paper, `width` is `dim`."""
     x = tokens.reshape(-1, layer.dim).astype("float64")
     q, k, v = (
         x @ ops.convert_to_numpy(linear.kernel) + ops.convert_to_numpy(linear.bias)
@@ -199,14 +274,15 @@ def _attention_by_hand(layer, tokens):
     heads = []
     for head in range(layer.heads):
         part = slice(head * width, (head + 1) * width)
-        scores = np.exp(q[:, part] @ k[:, part].T / layer.dim**0.5)
+        scores = np.exp(q[:, part] @ k[:, part].T / {"dim": layer.dim, "head": width}[layer.attention_scale] ** 0.5)
         heads.append(scores / scores.sum(axis=1, keepdims=True) @ v[:, part])
     out = np.concatenate(heads, axis=1) @ ops.convert_to_numpy(layer.proj.kernel) + ops.convert_to_numpy(layer.proj.bias)
     return out.reshape(tokens.shape)
 
 
-def test_attention_scales_by_the_whole_width():
-    layer = layers.ConvAttention(16, 4, projection="linear")
+@pytest.mark.parametrize("attention_scale", ["dim", "head"])
+def test_attention_scales_by_the_whole_width_or_a_heads(attention_scale):
+    layer = layers.ConvAttention(16, 4, projection="linear", attention_scale=attention_scale)
     tokens = np.random.default_rng(0).normal(size=(3, 4, 16)).astype("float32")
     layer.build((None, 3, 4, 16))
     # Larger kernels, as the initial ones give an almost flat softmax, whatever the scale.
@@ -272,6 +348,147 @@ def test_activations_are_the_named_ones():
     np.testing.assert_allclose(outputs["gelu"], exact, atol=1e-6)
 
 
+def test_the_convolution_of_an_mlp_has_a_shortcut_and_skips_the_cls_token():
+    layer = layers.MLP(16, 16, "gelu", conv=True)
+    layer.build(GRID)
+    for linear in (layer.fc1, layer.fc2):
+        linear.kernel.assign(np.eye(16))
+    shift = np.zeros((3, 3, 16, 1))
+    shift[1, 0] = 1  # each token receives its left neighbour
+    layer.depthwise.kernel.assign(shift)
+    grid = np.random.default_rng(0).normal(size=GRID).astype("float32")
+    left = np.pad(grid, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
+    for tokens, expected in ((grid, grid + left), (grid[:, :1, 0], grid[:, :1, 0])):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(layer(tokens)), ops.convert_to_numpy(ops.gelu(expected, approximate=False)), atol=1e-6
+        )
+
+
+def test_a_pooling_embedding_pools_before_norm_and_activation():
+    layer = layers.ConvTokenEmbedding(3, stride=2, pool=True, norm_type="batch", identity_init=True)
+    images = np.random.default_rng(0).normal(size=(2, 7, 6, 3)).astype("float32")  # the seventh row fills no window
+    layer.build(images.shape)
+    layer.norm.moving_mean.assign([1.0, 2.0, 3.0])
+    largest = images[:, :6].reshape(2, 3, 2, 3, 2, 3).max(axis=(2, 4))
+    expected = ops.gelu((largest - [1, 2, 3]) / (1 + 1e-5) ** 0.5, approximate=False)
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(images)), ops.convert_to_numpy(expected), atol=1e-5)
+
+
+def test_a_batch_norm_takes_its_statistics_from_grid_and_cls_token():
+    random = np.random.default_rng(0)
+    tokens, cls_token = random.normal(size=GRID).astype("float32"), random.normal(1, size=CLS).astype("float32")
+    block = layers.CvTBlock(16, 4, 16, norm_type="batch")
+    block(tokens, cls_token, training=True)
+    both = np.concatenate([tokens.reshape(2, -1, 16), cls_token], axis=1)
+    np.testing.assert_allclose(ops.convert_to_numpy(block.norm1.moving_mean), 0.1 * both.mean(axis=(0, 1)), atol=1e-5)
+    assert ops.convert_to_numpy(block.norm2.moving_mean).any()
+
+
+def test_an_embedding_passes_training_to_its_batch_norm():
+    layer = layers.ConvTokenEmbedding(4, norm_type="batch")
+    layer(np.ones(GRID, "float32"))
+    assert not ops.convert_to_numpy(layer.norm.moving_mean).any()
+    layer(np.ones(GRID, "float32"), training=True)
+    assert ops.convert_to_numpy(layer.norm.moving_mean).any()
+
+
+# === Whitening ===
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """Images whose neighbouring pixels and channels are correlated, with variances far above the constant of whitening."""
+    noise = np.random.default_rng(0).normal(size=(60, 9, 10, 3))
+    return (30 * (noise.cumsum(axis=1) + noise.cumsum(axis=2) + noise.sum(axis=-1, keepdims=True))).astype("float32")
+
+
+def _responses(layer, images):
+    """The outputs of a whitening layer before bias and activation, (number of patches, filters)."""
+    outputs = ops.conv(images, layer.kernel, 1, data_format="channels_last")
+    return ops.convert_to_numpy(outputs).reshape(-1, outputs.shape[-1])
+
+
+def test_whitened_patches_are_uncorrelated_and_of_unit_variance(photos):
+    layer = layers.Whitening()
+    layer.adapt(photos)
+    responses = _responses(layer, photos)
+    np.testing.assert_array_equal(responses[:, 12:], -responses[:, :12])
+    axes = responses[:, :12]
+    np.testing.assert_allclose(axes.T @ axes / len(axes), np.eye(12), atol=1e-3)
+    layer.bias.assign(np.arange(24))
+    expected = ops.gelu(responses + np.arange(24, dtype="float32"), approximate=False)
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(photos)).reshape(-1, 24), ops.convert_to_numpy(expected), atol=1e-4)
+
+
+def test_a_variance_of_the_constants_size_is_not_whitened_in_full():
+    images = np.array([10, 1, 0.1]) * np.random.default_rng(0).normal(size=(50, 20, 20, 3))
+    layer = layers.Whitening(1)
+    layer.adapt(images)
+    variances = np.mean(_responses(layer, images.astype("float32")) ** 2, axis=0)
+    np.testing.assert_allclose(variances[:3], [1, 1 / 1.01, 0.5], atol=0.02)
+
+
+def test_the_whitening_kernel_depends_on_the_images_only(photos):
+    kernels = []
+    random = np.random.default_rng(0)
+    for images in (photos, photos, random.permutation(photos), [photos[40:], photos[:40]], iter(np.split(photos, 3))):
+        layer = layers.Whitening()
+        layer.adapt(np.ones((1, 4, 4, 3)))  # which the next call forgets
+        layer.adapt(images)
+        kernels.append(ops.convert_to_numpy(layer.kernel))
+    for kernel in kernels[1:]:
+        np.testing.assert_allclose(kernel, kernels[0], atol=1e-6)
+    axes = kernels[0].reshape(12, 24)[:, :12]
+    assert (np.diff(np.linalg.norm(axes, axis=0)) > 0).all()  # falling variance
+    assert (axes[np.abs(axes).argmax(axis=0), range(12)] > 0).all()
+
+
+def test_before_adapt_the_whitening_kernel_is_that_of_typical_images():
+    layer = layers.Whitening()
+    layer.build((None, 8, 8, 3))
+    kernel = ops.convert_to_numpy(layer.kernel).reshape(12, 24)
+    np.testing.assert_array_equal(kernel[:, 12:], -kernel[:, :12])
+    axes = kernel[:, :12].astype("float64")
+    rows, columns, channels = (part.ravel() for part in np.indices((2, 2, 3)))
+    neighbours = 0.95 ** (np.abs(rows[:, None] - rows) + np.abs(columns[:, None] - columns))
+    covariance = neighbours * np.where(channels[:, None] == channels, 1, 0.9)
+    lengths = np.linalg.norm(axes, axis=0)
+    np.testing.assert_allclose(axes.T @ axes, np.diag(lengths**2), atol=1e-5)  # orthogonal
+    variances = 1 / lengths**2 - layers.WHITENING_EPSILON
+    np.testing.assert_allclose(axes.T @ covariance @ axes, np.diag(variances * lengths**2), atol=1e-5)
+    # The first is brightness: the mean of all 12 values.
+    np.testing.assert_allclose(axes[:, 0], 12**-0.5 / (1.95**2 * 2.8 + 0.01) ** 0.5, rtol=1e-5)
+
+
+def test_the_whitening_kernel_is_never_trained():
+    layer = layers.Whitening()
+    layer.build((None, 8, 8, 3))
+    for trainable in (False, True):
+        layer.trainable = trainable
+        assert [variable.name for variable in layer.trainable_variables] == ["bias"][: int(trainable)]
+
+
+@pytest.mark.parametrize(
+    "images, part",
+    [
+        ([], "at least one image"),
+        (np.zeros((0, 8, 8, 3)), "at least one image"),
+        (np.zeros((2, 8, 8, 4)), r"\(batch, height, width, 3\).*\(2, 8, 8, 4\)"),
+        ([np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 3))], r"\(8, 8, 3\)"),
+    ],
+)
+def test_whitening_refuses_other_images(images, part):
+    layer = layers.Whitening()
+    layer.build((None, 8, 8, 3))
+    before = ops.convert_to_numpy(layer.kernel)
+    with pytest.raises(ValueError, match=f"`images` must .*{part}"):
+        layer.adapt(images)
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer.kernel), before)
+
+
+# === Stochastic depth, training, errors ===
+
+
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
     layer = layers.DropPath(0.3, seed=1)
     x = np.ones((4000, 2, 3), "float32")
@@ -327,6 +544,13 @@ def test_layers_ignore_a_channels_first_default():
         (lambda: layers.AverageProjection(2), ["kernel_size=2", "odd"]),
         (lambda: layers.ConvStem(8, kernel_size=2), ["kernel_size=2", "odd"]),
         (lambda: layers.ConvStem(8, activation="relu"), ["`activation`", "'relu'"]),
+        (lambda: layers.Whitening(0), ["kernel_size=0"]),
+        (lambda: layers.Whitening(activation="relu"), ["`activation`", "'relu'"]),
+        (lambda: layers.ConvTokenEmbedding(8, norm_type="group"), ["`norm_type`", "'group'"]),
+        (lambda: layers.ConvTokenEmbedding(8, activation="relu"), ["`activation`", "'relu'"]),
+        (lambda: layers.ConvAttention(8, 1, attention_scale="width"), ["`attention_scale`", "'width'"]),
+        (lambda: layers.CvTBlock(8, 1, 8, norm_type="group"), ["`norm_type`", "'group'"]),
+        (lambda: layers.MLP(8, 8, conv=True).build((None, 1, 8)), ["`conv`", "grid", "(None, 1, 8)"]),
         (lambda: layers.MLP(8, 8, activation="relu"), ["`activation`", "gelu", "'relu'"]),
         (lambda: layers.DropPath(1.0), ["rate=1.0"]),
         (lambda: layers.ConvAttention(64, 4).build((None, 8, 8, 32)), ["dim=64", "32"]),

@@ -1,5 +1,7 @@
+import collections
 import gc
 import json
+import math
 
 import keras
 import numpy as np
@@ -8,20 +10,24 @@ from keras import ops
 from layer_battery import PRECISIONS
 
 import cvt_keras
-from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, preprocessing_of
+from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, macs, preprocessing_of
 from cvt_keras.conversion.layouts import microsoft_weights
 from cvt_keras.errors import ArgumentError, CheckpointError
 from cvt_keras.pretrained import to_torch_state_dict
 
 TINY = VARIANTS["cvt_tiny"]
 
+# Every part that the paper's networks lack, at the smallest size, around a cls token.
+_NEW_PARTS = {"whitening": 2, "norm": "batch", "attention_scale": "head", "identity_init": True}
+NEW = Variant((Stage(8, 1, 2, drop_path=0.1, cls_token=True, pool=True, residual_convs=2, mlp_conv=True),), **_NEW_PARTS)
+
 # Trainable values at 1000 and at 10 classes; the paper's were read off the authors' code.
 PARAMETERS = {
     "cvt_13": (19_997_480, 19_616_330),
     "cvt_21": (31_622_696, 31_241_546),
     "cvt_w24": (277_196_392, 276_181_642),
-    "cvt_cifar": (1_500_680, 1_246_250),
-    "cvt_cifar_large": (10_915_480, 10_534_330),
+    "cvt_cifar": (1_735_072, 1_480_642),
+    "cvt_cifar_large": (16_981_824, 16_473_954),
     "cvt_tiny": (24_856, 8_026),
 }
 
@@ -56,18 +62,80 @@ def test_parameters_of_the_largest_network():
         assert sum(int(np.prod(weight.shape)) for weight in weights if ".running_" not in weight.key) == expected
 
 
+# === What makes it a CvT ===
+
+
+def _layer_macs(model, monkeypatch):
+    """Counts the multiply-accumulates of each layer of a model in a forward pass of one image, by kernels and output shapes."""
+    counted = collections.Counter()
+
+    def count(layer, call):
+        def counting_call(*args, **kwargs):
+            outputs = call(*args, **kwargs)
+            counted[layer.path] += math.prod(outputs.shape[1:-1]) * int(np.prod(layer.kernel.shape))
+            return outputs
+
+        return counting_call
+
+    for layer in model._flatten_layers():
+        if hasattr(layer, "kernel"):
+            layer.call = count(layer, layer.call)
+    matmul = ops.matmul
+
+    def counting_matmul(a, b):  # only attention calls it by this name
+        counted["_block attention"] += math.prod(a.shape) * b.shape[-1]
+        return matmul(a, b)
+
+    monkeypatch.setattr(ops, "matmul", counting_matmul)
+    model(np.zeros((1, *model.input_shape[1:]), "float32"))
+    return counted
+
+
+@pytest.mark.parametrize(
+    "variant, shape",
+    [
+        ("cvt_tiny", (32, 32, 3)),
+        ("cvt_cifar", (33, 46, 4)),
+        (NEW, (9, 12, 3)),
+        (Variant((Stage(8, 2, 1, kernel_size=7, stride=4, padding=2, projection="avg"),), stem=(4, 6)), (30, 27, 3)),
+    ],
+)
+def test_macs_are_those_of_the_layers(variant, shape, monkeypatch):
+    counted = _layer_macs(CvT(variant, 10, shape), monkeypatch)
+    assert sum(counted.values()) == macs(variant, shape, 10)
+
+
+@pytest.mark.parametrize("name, budget, share", [("cvt_cifar", 60e6, 0.24), ("cvt_cifar_large", 350e6, 0.53)])
+def test_the_cifar_networks_are_cvts_within_their_budget(name, budget, share, monkeypatch):
+    """docs/network.md gives this rule."""
+    model = CvT(name, 10, (32, 32, 3))
+    for i, stage in enumerate(model.variant.stages):
+        assert isinstance(model.get_layer(f"stage{i}_embed").proj, keras.layers.Conv2D)
+        assert stage.depth >= 1 and stage.projection == "dw_bn"
+        for part in "qkv":
+            conv = getattr(model.get_layer(f"stage{i}_block0").attention, f"conv_{part}")
+            assert isinstance(conv, cvt_keras.ConvProjection)
+    counted = _layer_macs(model, monkeypatch)
+    in_blocks = sum(count for path, count in counted.items() if "_block" in path) / sum(counted.values())
+    assert in_blocks == pytest.approx(share, abs=0.01) and in_blocks >= 0.2
+    assert sum(counted.values()) <= budget
+
+
+# === Training, saving, sizes ===
+
+
 @pytest.fixture(scope="module")
 def every_kind():
     """A network with each kind of layer."""
     stages = (
-        Stage(8, 1, 1, projection="avg", drop_path=0.1),
-        Stage(8, 2, 1, projection="linear", drop_path=0.1, cls_token=True),
-        Stage(8, 1, 2, qkv_bias=False),
+        Stage(8, 1, 1, projection="avg", drop_path=0.1, pool=True),
+        Stage(8, 2, 1, projection="linear", drop_path=0.1, cls_token=True, residual_convs=1),
+        Stage(8, 1, 2, qkv_bias=False, mlp_conv=True),
     )
-    return Variant(stages, stem=(4,))
+    return Variant(stages, stem=(4,), **_NEW_PARTS)
 
 
-# XLA compiles for seconds: it gets one stage, with a stem, a cls token and drop path.
+# XLA compiles for seconds: it gets one stage, with a stem, a cls token and drop path, or with every new part.
 _ONE_STAGE = Variant((Stage(8, 2, 2, drop_path=0.1, cls_token=True),), stem=(4,))
 
 
@@ -76,12 +144,15 @@ _ONE_STAGE = Variant((Stage(8, 2, 2, drop_path=0.1, cls_token=True),), stem=(4,)
     [
         ("float32", False, "every_kind"),
         ("mixed_bfloat16", True, "one_stage"),
-        ("mixed_float16", True, "one_stage"),
+        ("mixed_float16", True, "new_parts"),
         *(pytest.param(precision, True, "every_kind", marks=pytest.mark.slow) for precision in PRECISIONS),
     ],
 )
 def test_the_model_trains_and_reloads(precision, xla, variant, every_kind, tmp_path):
-    model = CvT(every_kind if variant == "every_kind" else _ONE_STAGE, 10, (32, 32, 3), dtype=precision)
+    variants = {"every_kind": every_kind, "one_stage": _ONE_STAGE, "new_parts": NEW}
+    model = CvT(variants[variant], 10, (32, 32, 3), dtype=precision)
+    if model.variant.whitening:
+        model.get_layer("whitening").adapt(_images(4, 32, 32, 3).cumsum(axis=1))  # the file must hold this kernel
     before = [ops.convert_to_numpy(v) for v in model.trainable_variables]
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=xla)
     losses = [model.train_on_batch(_images(4, 32, 32, 3), np.arange(4)) for _ in range(3)]
@@ -102,17 +173,29 @@ def test_the_model_trains_and_reloads(precision, xla, variant, every_kind, tmp_p
     np.testing.assert_array_equal(*(ops.convert_to_numpy(net(x)) for net in (model, reloaded)))
 
 
-@pytest.mark.parametrize("projection, cls_token", [("dw_bn", True), ("avg", False), ("linear", True)])
-def test_height_and_width_may_be_unknown_and_differ(projection, cls_token):
-    stages = (Stage(8, 1, 1, projection=projection), Stage(16, 1, 2, projection=projection, cls_token=cls_token))
-    model = CvT(Variant(stages), 5, (None, None, 3))
-    for size in ((4, 4), (17, 40)):
+def _two_stages(projection, cls_token):
+    return Variant((Stage(8, 1, 1, projection=projection), Stage(16, 1, 2, projection=projection, cls_token=cls_token)))
+
+
+@pytest.mark.parametrize(
+    "variant, sizes",
+    [
+        *((_two_stages(*arguments), ((4, 4), (17, 40))) for arguments in (("dw_bn", True), ("avg", False), ("linear", True))),
+        (NEW, ((3, 3), (17, 40))),
+        ("cvt_cifar", ((9, 9), (33, 46))),
+    ],
+)
+def test_height_and_width_may_be_unknown_and_differ(variant, sizes):
+    model = CvT(variant, 5, (None, None, 3))
+    for size in sizes:
         x = _images(2, *size, 3)
-        fixed = CvT(model.variant, 5, (*size, 3))
+        fixed = CvT(variant, 5, (*size, 3))
         fixed.set_weights(model.get_weights())
         logits = ops.convert_to_numpy(model(x))
         assert logits.shape == (2, 5)
         np.testing.assert_allclose(logits, ops.convert_to_numpy(fixed(x)), atol=1e-5)
+        for tokens, grid in zip(model.features(x).values(), model.variant.grids(*size), strict=True):
+            assert keras.tree.flatten(tokens)[0].shape[1:3] == grid
     model.compile(jit_compile=False)
     np.testing.assert_allclose(logits, model.predict(x, verbose=0), atol=1e-5)
 
@@ -210,12 +293,26 @@ def test_frozen_layers_stay_frozen(tmp_path):
     assert not any(path.startswith("stage0_embed") for path in trainable)
 
 
-def test_a_model_of_any_size_refuses_an_image_under_its_strides():
-    network = CvT.from_variant("cvt_tiny", 10, (None, None, 3))
+@pytest.mark.parametrize("variant, side", [(TINY, 4), (NEW, 3)])
+def test_a_model_of_any_size_refuses_an_image_that_is_too_small(variant, side):
+    network = CvT(variant, 10, (None, None, 3))
     for call in (network, build_classifier(network), network.features):
-        call(_images(1, 4, 24, 3))
-        with pytest.raises(ValueError, match=r"4x4.*3x24"):
-            call(_images(1, 3, 24, 3))
+        call(_images(1, side, 24, 3))
+        with pytest.raises(ValueError, match=rf"{side}x{side}.*{side - 1}x24"):
+            call(_images(1, side - 1, 24, 3))
+
+
+def test_the_whitening_kernel_stays_fixed(tmp_path):
+    model = CvT(NEW, 10, (16, 16, 3))
+    assert "whitening/bias" in {variable.path for variable in model.trainable_variables}
+    for trainable in (False, True):
+        model.trainable = trainable
+        assert "whitening/kernel" not in {variable.path for variable in model.trainable_variables}
+    before = ops.convert_to_numpy(model.get_layer("whitening").kernel)
+    model.compile(keras.optimizers.SGD(1.0), "mse", run_eagerly=True)
+    model.train_on_batch(_images(4, 16, 16, 3), np.ones((4, 10)))
+    np.testing.assert_array_equal(ops.convert_to_numpy(model.get_layer("whitening").kernel), before)
+    assert ops.convert_to_numpy(model.get_layer("whitening").bias).any()
 
 
 def _expected_start(path, shape):
@@ -272,6 +369,7 @@ def test_the_variant_sets_every_layer():
     stages = (
         Stage(8, 2, 2, kernel_size=5, stride=3, padding=2, mlp_ratio=3.0, drop_path=0.2, qkv_bias=False, stride_kv=1),
         Stage(12, 1, 3, projection="avg", cls_token=True),
+        Stage(16, 2, 4, pool=True, residual_convs=2, mlp_conv=True),
     )
     model = CvT(Variant(stages, activation="gelu", stem=(4, 6)), 5, (32, 32, 3))
     stem = model.get_layer("stem1")
@@ -284,6 +382,32 @@ def test_the_variant_sets_every_layer():
     assert model.get_layer("stage0_block0").drop_path_rate == 0
     assert model.get_layer("stage1_embed").cls_token
     assert model.get_layer("stage1_block0").projection == "avg"
+    assert [model.get_layer(f"stage{i}_embed").pool for i in range(3)] == [False, False, True]
+    assert [model.get_layer(f"stage{i}_block0").mlp_conv for i in range(3)] == [False, False, True]
+    conv = model.get_layer("stage2_conv1")
+    assert (conv.dim, conv.activation) == (16, "gelu")
+    fields = ("norm_type", "attention_scale", "identity_init")
+    for changes in ({}, {"activation": "quick_gelu", **_NEW_PARTS}):
+        variant = Variant(stages[2:], **changes)
+        network = CvT(variant, 5, (16, 16, 3))
+        embed, block, norm = (network.get_layer(name) for name in ("stage0_embed", "stage0_block1", "norm"))
+        expected = tuple(getattr(variant, name.removesuffix("_type")) for name in fields)
+        assert tuple(getattr(block, name) for name in fields) == expected
+        assert (embed.norm_type, embed.identity_init, embed.activation) == (expected[0], expected[2], variant.activation)
+        assert isinstance(norm, keras.layers.BatchNormalization) == (variant.norm == "batch")
+    whitening = network.get_layer("whitening")
+    assert (whitening.kernel_size, whitening.activation) == (2, "quick_gelu")
+    assert network.layers[1] is whitening
+
+
+def test_residual_convolutions_have_shortcuts():
+    model = CvT(Variant((Stage(8, 1, 1, residual_convs=2),)), 5, (16, 16, 3))
+    x = model.get_layer("stage0_embed").output
+    for j in range(2):
+        x = x + model.get_layer(f"stage0_conv{j}")(x)
+    by_hand = keras.Model(model.input, model.get_layer("stage0_block0")(x))
+    images = _images(2, 16, 16, 3)
+    np.testing.assert_allclose(*map(ops.convert_to_numpy, (by_hand(images), model.features(images)["stage0"])), atol=1e-6)
 
 
 def test_config_is_json_and_takes_a_variant_in_every_form():
@@ -407,9 +531,9 @@ def test_preprocessing_of_a_classifier_from_version_0_1(tmp_path):
     assert same.preprocessing == Preprocessing((0.1,) * 3, (0.2,) * 3, ("a", "b"), (32, 32))
 
 
-@pytest.mark.parametrize("cls_token", [False, True])
-def test_without_a_head_the_output_is_the_heads_input(cls_token, tmp_path):
-    variant = Variant((Stage(8, 1, 1), Stage(16, 1, 2, cls_token=cls_token)))
+@pytest.mark.parametrize("cls_token, parts", [(False, {}), (True, {}), (False, _NEW_PARTS), (True, _NEW_PARTS)])
+def test_without_a_head_the_output_is_the_heads_input(cls_token, parts, tmp_path):
+    variant = Variant((Stage(8, 1, 1), Stage(16, 1, 2, cls_token=cls_token)), **parts)
     model = CvT(variant, 10, (16, 24, 3))
     headless = CvT(variant, 0, (16, 24, 3), dtype="float32")
     headless.set_weights(model.get_weights()[:-2])

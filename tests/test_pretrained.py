@@ -197,7 +197,7 @@ def test_the_state_dict_has_the_authors_keys():
     assert set(to_torch_state_dict(model)) == set(state_dict)
 
 
-def test_an_activation_that_the_other_code_lacks_is_warned_about_and_a_stem_refused():
+def test_an_activation_that_the_other_code_lacks_is_warned_about_and_other_parts_refused():
     model = CvT("cvt_tiny", 5, (16, 16, 3))
     with pytest.warns(UserWarning, match="uses quick_gelu, but code for the layout 'transformers' always uses gelu"):
         to_torch_state_dict(model, "transformers")
@@ -208,7 +208,17 @@ def test_an_activation_that_the_other_code_lacks_is_warned_about_and_a_stem_refu
     for layout in LAYOUTS:
         with pytest.raises(ArgumentError) as error:
             to_torch_state_dict(CvT("cvt_cifar", 5, (32, 32, 3)), layout)
-        assert error.value.argument == "model" and "no stem" in str(error.value)
+        assert error.value.argument == "model"
+        for part in (
+            "whitening=2",
+            "norm='batch'",
+            "attention_scale='head'",
+            "pool=True in stage 2",
+            "residual_convs=1 in stage 1",
+        ):
+            assert f"Received: {part}" in str(error.value)
+    changed = CvT(dataclasses.replace(VARIANTS["cvt_tiny"], identity_init=True), 5, (16, 16, 3))
+    assert to_torch_state_dict(changed).keys() == to_torch_state_dict(model).keys()
 
 
 def _stage(**change):

@@ -35,6 +35,18 @@ def test_macs_by_hand():
     assert macs(variant, (8, 12, 3), 5) == stem + embedding + 2 * (convolutions + linear + attention + mlp) + 8 * 5
 
 
+def test_macs_by_hand_of_parts_that_the_paper_lacks():
+    stage = Stage(dim=8, depth=1, heads=2, mlp_ratio=2.0, pool=True, residual_convs=2, mlp_conv=True)
+    whitening = 8 * 12 * (4 * 3) * (2 * 4 * 3)
+    embedding = 8 * 12 * 9 * 24 * 8  # before pooling
+    residual_convs = 2 * (4 * 6 * 9 * 8 * 8)
+    mlp_conv = 4 * 6 * 9 * 16
+    plain = macs(Variant((dataclasses.replace(stage, pool=False, residual_convs=0, mlp_conv=False),)), (8, 12, 24), 5)
+    plain -= 4 * 6 * 9 * 24 * 8
+    expected = whitening + embedding + residual_convs + mlp_conv + plain
+    assert macs(Variant((stage,), whitening=2), (9, 13, 3), 5) == expected
+
+
 def test_macs_of_the_ablations():
     def cost(projection):
         return macs(Variant((Stage(dim=8, depth=1, heads=1, projection=projection),)), (16, 16, 3), 5)
@@ -68,6 +80,31 @@ def test_grids_follow_the_paper():
     assert CVT_13.stride == 16
 
 
+def test_grids_after_whitening_and_pooling():
+    # 33x40 pixels, 32x39 after whitening; pooling drops an odd last row or column, a strided convolution does not.
+    stages = (Stage(8, 1, 1, pool=True), Stage(8, 1, 1), Stage(8, 1, 1, pool=True))
+    assert Variant(stages, whitening=2).grids(33, 40) == [(16, 19), (8, 10), (4, 5)]
+
+
+@pytest.mark.parametrize(
+    "variant, side",
+    [
+        ("cvt_13", 16),
+        ("cvt_tiny", 4),
+        ("cvt_cifar", 9),
+        (Variant((Stage(8, 1, 1, kernel_size=7, stride=1, padding=0),)), 7),
+        (Variant((Stage(8, 1, 1, kernel_size=3, stride=2, padding=0, pool=True), Stage(8, 1, 1)), whitening=3), 6),
+        (Variant((Stage(8, 1, 1, kernel_size=2, stride=1, padding=1),)), 1),
+    ],
+)
+def test_the_smallest_side_leaves_tokens_in_every_stage(variant, side):
+    variant = get_variant(variant)
+    assert variant.min_side == side
+    assert min(map(min, variant.grids(side, side + 1))) >= 1
+    with pytest.raises(ValueError, match=f"`input_shape` must be at least {side}x{side} .*Received: {side}x{side - 1}"):
+        variant.grids(side, side - 1)
+
+
 def test_drop_path_rises_linearly_within_a_stage():
     rates = VARIANTS["cvt_13"].stages[2].drop_path_rates
     assert rates == pytest.approx([0.1 * i / 9 for i in range(10)])
@@ -94,9 +131,19 @@ def test_a_variant_survives_json():
         (lambda: Stage(64, 1, 1, drop_path=1.0), ["drop_path=1.0"]),
         (lambda: Stage(64, 1, 1, projection="conv"), ["`projection`", "dw_bn", "avg", "linear", "'conv'"]),
         (lambda: Stage(64, 1, 1, stride_q=2), ["stride_q=2"]),
+        (lambda: Stage(64, 1, 1, pool=1), ["`pool`", "True or False", "pool=1"]),
+        (lambda: Stage(64, 1, 1, stride=1, pool=True), ["`pool`", "stride=1"]),
+        (lambda: Stage(64, 1, 1, residual_convs=-1), ["residual_convs=-1"]),
+        (lambda: Stage(64, 1, 1, residual_convs=True), ["residual_convs=True"]),
+        (lambda: Stage(64, 1, 1, mlp_conv="dw"), ["`mlp_conv`", "'dw'"]),
         (lambda: Variant(()), ["`stages`"]),
         (lambda: Variant((Stage(8, 1, 1),), activation="relu"), ["quick_gelu", "'relu'"]),
         (lambda: Variant((Stage(8, 1, 1),), stem=(0,)), ["stem=(0,)"]),
+        (lambda: Variant((Stage(8, 1, 1),), whitening=-1), ["whitening=-1"]),
+        (lambda: Variant((Stage(8, 1, 1),), whitening=True), ["whitening=True"]),
+        (lambda: Variant((Stage(8, 1, 1),), norm="group"), ["`norm`", "layer", "batch", "'group'"]),
+        (lambda: Variant((Stage(8, 1, 1),), attention_scale="width"), ["`attention_scale`", "dim", "head", "'width'"]),
+        (lambda: Variant((Stage(8, 1, 1),), identity_init=None), ["`identity_init`", "identity_init=None"]),
         (lambda: Variant(({"dim": 8, "depth": 1, "head": 1},)), ["head", "heads", "stage 0"]),
         (lambda: get_variant("cvt_14"), ["'cvt_14'", *VARIANTS]),
         (lambda: get_variant({"stages": [], "width": 1}), ["width", "activation"]),

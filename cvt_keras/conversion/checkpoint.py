@@ -256,32 +256,34 @@ def preprocessing_in(model):
 
 
 def _resolve_variant(stored, requested):
-    """Returns the variant to build: the checkpoint's, or `requested` if it differs only in activation and drop path.
+    """Returns the variant to build: the checkpoint's, or `requested` if the same weights fit it.
 
-    The activation is always the checkpoint's, because its weights were trained with it.
+    Such a variant may differ in activation, drop path and initial weights. The activation is always the checkpoint's, because
+    its weights were trained with it.
 
     Raises:
         ArgumentError: if `requested` is another network.
     """
     if requested is None:
         return stored
-    if _shape_of(requested) != _shape_of(stored):
-        pairs = zip(_shape_of(stored).stages, _shape_of(requested).stages)
-        differences = [
-            f"{field} of stage {i} is {getattr(theirs, field)}, not {getattr(ours, field)}"
-            for i, (theirs, ours) in enumerate(pairs)
-            for field in vars(theirs)
-            if getattr(theirs, field) != getattr(ours, field)
-        ]
-        raise ArgumentError(
-            f"`variant` is not the checkpoint's network: {'; '.join(differences) or 'stages or stem differ'}",
-            argument="variant",
-        )
+    ours, theirs = _without_training(requested), _without_training(stored)
+    if ours != theirs:
+        differences = _differences(ours, theirs)
+        if len(ours.stages) != len(theirs.stages):
+            differences.append(f"it has {len(theirs.stages)} stages, not {len(ours.stages)}")
+        for i, stages in enumerate(zip(ours.stages, theirs.stages)):
+            differences += _differences(*stages, f" of stage {i}")
+        raise ArgumentError(f"`variant` is not the checkpoint's network: {'; '.join(differences)}", argument="variant")
     return dataclasses.replace(requested, activation=stored.activation)
 
 
-def _shape_of(variant):
-    """The variant without what its weights don't depend on: activation, drop path and the weights it starts from."""
+def _differences(ours, theirs, place=""):
+    """Returns the fields in which two `Variant`s or two `Stage`s differ, except `stages`."""
+    names = [name for name in vars(theirs) if name != "stages" and getattr(ours, name) != getattr(theirs, name)]
+    return [f"{name}{place} is {getattr(theirs, name)}, not {getattr(ours, name)}" for name in names]
+
+
+def _without_training(variant):
+    """The variant without what its weights do not depend on: activation, drop path and initial weights."""
     stages = tuple(dataclasses.replace(stage, drop_path=0.0) for stage in variant.stages)
-    defaults = {name: getattr(Variant(stages), name) for name in ("activation", "identity_init")}
-    return dataclasses.replace(variant, stages=stages, **defaults)
+    return dataclasses.replace(variant, stages=stages, activation="gelu", identity_init=False)

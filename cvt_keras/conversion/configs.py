@@ -206,7 +206,7 @@ def published_preprocessing(variant, channels, name):
     match = re.search(r"(?:^|[-_.])(\d{2,4})x(\d{2,4})(?:$|[-_.])", name)
     widest = variant.stages[-1].dim == VARIANTS["cvt_w24"].stages[-1].dim
     size = [384 if widest else 224] * 2
-    if match and min(int(side) for side in match.groups()) >= variant.stride:  # smaller numbers mean something else
+    if match and min(int(side) for side in match.groups()) >= variant.min_side:  # smaller numbers mean something else
         size = [int(side) for side in match.groups()]
     mean, std = (list(IMAGENET_MEAN), list(IMAGENET_STD)) if channels == 3 else (None, None)
     return Preprocessing(mean, std, image_size=size)

@@ -46,11 +46,11 @@ def microsoft_weights(variant, num_classes=1000, channels=3):
         A list with a `Weight` for every weight of the network, including BatchNorm's statistics.
 
     Raises:
-        ValueError: for a variant with a stem, which the authors' code lacks.
+        ValueError: for a variant with parts that the authors' code lacks, such as a stem.
     """
     variant = get_variant(variant)
-    if variant.stem:
-        raise ValueError(f"The authors' code has no stem. Received: a variant with stem={variant.stem}")
+    if faults := _extensions(variant, "the authors' code"):
+        raise ValueError(faults[0])
     weights = []
     for i, stage in enumerate(variant.stages):
         if stage.cls_token:
@@ -80,8 +80,8 @@ def transformers_weights(variant, num_classes=1000, channels=3):
     Args, returns: as `microsoft_weights`.
 
     Raises:
-        ValueError: for a variant that transformers can't build or run: with a stem, with another projection than `"dw_bn"`,
-            without a cls token in the last stage, or with one in a stage of another width.
+        ValueError: for a variant that transformers can't build or run: with parts that it lacks, such as a stem, with another
+            projection than `"dw_bn"`, without a cls token in the last stage, or with one in a stage of another width.
     """
     variant = get_variant(variant)
     if faults := _without_weights(variant):
@@ -129,10 +129,22 @@ LAYOUTS = {
 }
 
 
+def _extensions(variant, code):
+    """Returns the fields of a network that only CvT-Keras has and that differ from the paper's, one line each."""
+    parts = [(variant, ("stem", "whitening", "norm", "attention_scale"), "")]
+    parts += [(stage, ("pool", "residual_convs", "mlp_conv"), f" in stage {i}") for i, stage in enumerate(variant.stages)]
+    return [
+        f"{code} has only {name}={getattr(type(part), name)!r}. Received: {name}={getattr(part, name)!r}{place}"
+        for part, names, place in parts
+        for name in names
+        if getattr(part, name) != getattr(type(part), name)
+    ]
+
+
 def _without_weights(variant):
     """Returns the reasons why transformers has no weights for a network, one line each."""
     last = variant.stages[-1]
-    faults = [f"transformers has no stem. Received: a variant with stem={variant.stem}"] if variant.stem else []
+    faults = _extensions(variant, "transformers")
     if not last.cls_token:
         faults.append("transformers classifies by a cls token. Received: a variant with cls_token=False in its last stage")
     for i, stage in enumerate(variant.stages):
@@ -143,6 +155,14 @@ def _without_weights(variant):
                 f"transformers' cls token is as wide as the last stage. Received: one of width {stage.dim} in stage {i}"
             )
     return faults
+
+
+def require_microsoft(variant, argument):
+    """Raises ArgumentError, with every reason, unless the authors' code can build the network."""
+    if faults := _extensions(variant, "the authors' code"):
+        raise ArgumentError(
+            f"`{argument}` must be a network that the authors' code can build", argument=argument, details=faults
+        )
 
 
 def require_transformers(variant, argument):

@@ -12,11 +12,18 @@ from benchmarks import networks
 from benchmarks.networks import Network, Settings
 from cvt_keras import CvT, Stage, Variant, macs
 from cvt_keras.data import tfds
+from cvt_keras.layers import WHITENING_EPSILON, Whitening
 from cvt_keras.training import Recipe
 from cvt_keras.training.optimizers import make_optimizer
 
 VARIANT = Variant((Stage(8, 1, 2, mlp_ratio=2.0),), activation="gelu", stem=(4,))
 NETWORK = Network((networks.Stage(8, 1, 2, embed="conv"),), stem=(4,))
+# As small as that, with each part of `c12`.
+_FIRST, _SECOND = (Stage(8 * i, i, 2, mlp_ratio=1.0, pool=True, residual_convs=i, mlp_conv=True, stride_kv=i) for i in (1, 2))
+_C12 = {"activation": "gelu", "whitening": 2, "norm": "batch", "attention_scale": "head"}
+C12_VARIANT = Variant((_FIRST, _SECOND), **_C12)
+C12_STAGES = tuple(networks.Stage(8 * i, i, 2, mlp_ratio=1.0, stride_kv=i, local=i, mlp="local") for i in (1, 2))
+C12_NETWORK = Network(C12_STAGES, whiten="valid", norm="batch")
 STEPS = 5
 
 
@@ -29,7 +36,11 @@ def programs_that_compile_quickly():
 
 
 def _path(name):
-    """The path in `CvT` of a weight of `NETWORK`."""
+    """The path in `CvT` of a weight of a `Network`."""
+    name = re.sub(r"^whiten/", "whitening/", name)
+    name = re.sub(r"^(stage\d)/token$", r"\1_embed/cls_token", name)
+    name = re.sub(r"^(stage\d)/local(\d)/", r"\1_conv\2/", name)
+    name = re.sub(r"/local/kernel", "/mlp/depthwise/kernel", name)
     name = re.sub(r"^(stage\d)/(embed|block\d)/", r"\1_\2/", name)
     name = re.sub(r"/(conv_.)/kernel", r"/attention/\1/depthwise/kernel", name)
     name = re.sub(r"/norm_(.)/", r"/attention/conv_\1/norm/", name)
@@ -48,16 +59,16 @@ def images():
     return np.random.default_rng(0).normal(size=(6, 32, 32, 3)).astype("float32")
 
 
-def _variables(model):
+def _variables(model, network=NETWORK):
     variables = {variable.path.removeprefix("cvt/"): variable for variable in model.trainable_variables}
-    return {name: variables[_path(name)] for name in networks.weights_of(NETWORK).listed}
+    return {name: variables[_path(name)] for name in networks.weights_of(network).listed}
 
 
-def _weights(model):
-    listed = networks.weights_of(NETWORK).listed
+def _weights(model, network=NETWORK):
+    listed = networks.weights_of(network).listed
     return {
         name: np.array(keras.ops.convert_to_numpy(variable)).reshape(listed[name].shape)
-        for name, variable in _variables(model).items()
+        for name, variable in _variables(model, network).items()
     }
 
 
@@ -65,15 +76,58 @@ def _hyper(**settings):
     return networks.hyper_of(Settings(**settings), 0, STEPS, np.zeros((12, 24), "float32"))
 
 
-def test_it_is_the_projects_network(model, images):
-    listed = networks.weights_of(NETWORK)
+@pytest.mark.parametrize(
+    "variant, network",
+    [
+        (VARIANT, NETWORK),
+        (C12_VARIANT, C12_NETWORK),
+        (
+            dataclasses.replace(C12_VARIANT, stages=(_FIRST, dataclasses.replace(_SECOND, cls_token=True))),
+            dataclasses.replace(C12_NETWORK, class_token=True),
+        ),
+    ],
+    ids=["paper", "c12", "c12 with class token"],
+)
+def test_it_is_the_projects_network(variant, network, images):
+    keras.utils.set_random_seed(0)
+    model = CvT(variant, 10, (32, 32, 3))
+    listed = networks.weights_of(network)
     assert len(listed.listed) == len(model.trainable_variables)
-    assert listed.macs == macs(VARIANT, (32, 32, 3), 10)
-    state = networks.initial_state(NETWORK, Settings(), 0)
-    tracer = networks.Tracer(_weights(model), state["statistics"], _hyper(), jax.random.key(0))
-    logits = networks.apply(NETWORK, tracer, jnp.asarray(images))
+    assert listed.macs == macs(variant, (32, 32, 3), 10)
+    hyper = _hyper(head_scale=variant.attention_scale == "head")
+    if variant.whitening:
+        hyper["whitening"] = keras.ops.convert_to_numpy(model.get_layer("whitening").kernel).reshape(12, 24)
+    state = networks.initial_state(network, Settings(), 0)
+    # Larger than the initial weights, for which attention is almost the same at every scale.
+    weights = {name: 2 * value for name, value in _weights(model, network).items()}
+    for name, variable in _variables(model, network).items():
+        variable.assign(weights[name].reshape(variable.shape))
+    tracer = networks.Tracer(weights, state["statistics"], hyper, jax.random.key(0))
+    logits = networks.apply(network, tracer, jnp.asarray(images))
     expected = keras.ops.convert_to_numpy(model(images, training=True))
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_cvt_cifar_is_c12():
+    network = networks.NETWORKS["c12"]
+    model = CvT("cvt_cifar", 10, (32, 32, 3))
+    listed = networks.weights_of(network)
+    assert listed.macs == macs("cvt_cifar", (32, 32, 3), 10)
+    assert len(listed.listed) == len(model.trainable_variables)
+    for name, variable in _variables(model, network).items():
+        assert np.prod(variable.shape) == np.prod(listed.listed[name].shape), name
+    for ours, theirs in zip(model.variant.stages, network.stages, strict=True):
+        assert (ours.heads, ours.stride_kv) == (theirs.heads, theirs.stride_kv)
+
+
+def test_the_whitening_kernel_is_the_projects_but_for_signs_and_order():
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3)).cumsum(axis=2).astype("uint8")
+    kernel = networks.whitening_kernel(networks.whitening_axes(images), WHITENING_EPSILON)[:, 11::-1]
+    layer = Whitening()
+    layer.adapt(networks.normalized(images))
+    np.testing.assert_allclose(
+        np.abs(keras.ops.convert_to_numpy(layer.kernel).reshape(12, 24)[:, :12]), np.abs(kernel), atol=1e-4
+    )
 
 
 def test_it_takes_the_steps_of_the_projects_muon(model, images):

@@ -229,6 +229,22 @@ def test_the_activation_follows_the_weights_whatever_the_variant_says(tmp_path):
     assert "heads of stage 0 is 1, not 2" in error.value.summary
 
 
+def test_a_keras_file_takes_another_start_but_no_other_network(tmp_path):
+    stage = Stage(8, 1, 1, mlp_conv=True)
+    CvT(Variant((stage,), norm="batch"), 5, (16, 16, 3)).save(tmp_path / "model.keras")
+    same = Variant((dataclasses.replace(stage, drop_path=0.1),), norm="batch", identity_init=True)
+    assert checkpoint.read(tmp_path / "model.keras", same).variant == same
+    for variant, differences in (
+        (Variant((stage,), stem=(4,), whitening=2), "stem is (), not (4,); whitening is 0, not 2; norm is batch, not layer"),
+        (Variant((stage,), norm="batch", attention_scale="head"), "attention_scale is dim, not head"),
+        (Variant((dataclasses.replace(stage, mlp_conv=False),), norm="batch"), "mlp_conv of stage 0 is True, not False"),
+        (Variant((stage, stage), norm="batch"), "it has 1 stages, not 2"),
+    ):
+        with pytest.raises(ArgumentError) as error:
+            checkpoint.read(tmp_path / "model.keras", variant)
+        assert error.value.summary.endswith(f"`variant` is not the checkpoint's network: {differences}")
+
+
 # === Refusals ===
 
 
@@ -378,7 +394,7 @@ def test_a_network_that_the_shapes_do_not_determine_needs_the_variant(tmp_path):
     "arguments, part",
     [
         ({"variant": "cvt_14"}, "'cvt_14'"),
-        ({"variant": "cvt_cifar"}, "stem"),
+        ({"variant": "cvt_cifar"}, "whitening=2"),
         ({"variant": "cvt_tiny"}, "missing: "),
         ({"input_shape": (64, 64, 1)}, "3 channels"),
         ({"input_shape": 224}, "input_shape=224"),

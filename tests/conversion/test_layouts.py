@@ -1,11 +1,14 @@
+import dataclasses
+
 import pytest
 import torch
 from checkpoint_files import config_of, weights_of
 from transformers import CvtConfig, CvtForImageClassification
 
-from cvt_keras import CvT, Stage, Variant
+from cvt_keras import VARIANTS, CvT, Stage, Variant
 from cvt_keras.conversion import checkpoint, layouts
 from cvt_keras.conversion.layouts import LAYOUTS, microsoft_weights, transformers_weights
+from cvt_keras.errors import ArgumentError
 
 
 @pytest.mark.parametrize("name", ["cvt_13", "cvt_21", "cvt_w24"])
@@ -52,8 +55,6 @@ def test_the_map_covers_the_papers_ablations(projection):
 @pytest.mark.parametrize(
     "layout, variant, part",
     [
-        ("microsoft", "cvt_cifar", "stem=(32,"),
-        ("transformers", "cvt_cifar", "stem=(32,"),
         ("transformers", Variant((Stage(8, 1, 1, projection="avg", cls_token=True),)), "projection='avg'"),
         ("transformers", Variant((Stage(8, 1, 1, cls_token=True), Stage(16, 1, 1, cls_token=True))), "stage 0"),
         ("transformers", Variant((Stage(8, 1, 1), Stage(16, 1, 1))), "cls_token=False in its last stage"),
@@ -63,6 +64,44 @@ def test_a_network_that_a_layout_lacks_is_refused(layout, variant, part):
     with pytest.raises(ValueError) as error:
         LAYOUTS[layout].weights(variant)
     assert part in str(error.value)
+
+
+# Each field that only this project has, with a value that the others lack.
+EXTENSIONS = {"stem": (32, 32), "whitening": 2, "norm": "batch", "attention_scale": "head"}
+STAGE_EXTENSIONS = {"pool": True, "residual_convs": 1, "mlp_conv": True}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name, value", [*EXTENSIONS.items(), *STAGE_EXTENSIONS.items()])
+def test_a_field_that_both_layouts_lack_is_refused(layout, name, value):
+    in_stage = name in STAGE_EXTENSIONS
+    stages = (Stage(8, 1, 2), Stage(8, 2, 2, cls_token=True, **({name: value} if in_stage else {})))
+    variant = Variant(stages, **({} if in_stage else {name: value}))
+    expected = f"Received: {name}={value!r}" + (" in stage 1" if in_stage else "")
+    with pytest.raises(ValueError) as error:
+        LAYOUTS[layout].weights(variant)
+    assert str(error.value).endswith(expected)
+    require = {"microsoft": layouts.require_microsoft, "transformers": layouts.require_transformers}[layout]
+    with pytest.raises(ArgumentError) as error:
+        require(variant, "model")
+    assert error.value.argument == "model"
+    [detail] = error.value.details
+    assert detail.endswith(expected)
+
+
+def test_every_field_has_its_place_in_the_layouts_or_is_refused():
+    """The others leave the shapes and the meaning of the weights alone, or both layouts know them."""
+    training = {"activation", "identity_init", "drop_path"}
+    sizes = {"stages", "dim", "depth", "heads", "kernel_size", "stride", "padding", "mlp_ratio"}
+    known = sizes | {"projection", "qkv_bias", "stride_q", "stride_kv", "cls_token"}
+    fields = {field.name for record in (Variant, Stage) for field in dataclasses.fields(record)}
+    assert fields == training | known | EXTENSIONS.keys() | STAGE_EXTENSIONS.keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_initial_weights_are_no_matter_of_the_layouts(layout):
+    variant = dataclasses.replace(VARIANTS["cvt_tiny"], identity_init=True)
+    assert LAYOUTS[layout].weights(variant) == LAYOUTS[layout].weights("cvt_tiny")
 
 
 @pytest.mark.parametrize("name", ["cvt_13", "cvt_21", "cvt_w24"])
