@@ -38,7 +38,9 @@ def test_each_name_changes_only_its_setting(recipe, name):
     changed = apply(recipe, {name: value})
     before, after = recipe.settings(), changed.settings()
     assert [field for field in after if after[field] != before[field]] == [field if (field := name) in after else "variant"]
-    stages = list(zip(get_variant(recipe.variant).stages, get_variant(changed.variant).stages))
+    own_variant, variant = get_variant(recipe.variant), get_variant(changed.variant)
+    assert dataclasses.replace(variant, stages=own_variant.stages) == own_variant  # whitening and norm are not varied
+    stages = list(zip(own_variant.stages, variant.stages))
     if name == "drop_path":
         assert [stage.drop_path for _, stage in stages] == [0.0, value / 2, value]
     elif name == "mlp_ratio":
