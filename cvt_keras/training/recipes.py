@@ -73,7 +73,7 @@ class Recipe:
 
     # === Augmentation ===
     flip: bool = True
-    """Mirror images left to right: in the first epoch each at random, then in every second epoch.
+    """Mirror each image left to right in every second epoch; a random half begins mirrored.
     Always off for data sets of digits or letters."""
     crop_padding: int = 4
     """Random crops: pad each side by N reflected pixels, then crop to the original size; 0 is off."""

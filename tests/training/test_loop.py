@@ -281,7 +281,7 @@ if not os.path.exists(run_dir):
     loop.Stopwatch = Killer
 stages = (Stage(8, 2, 1, kernel_size=7, stride=4, padding=2, drop_path=0.5), Stage(16, 1, 2, cls_token=True))
 recipe = Recipe(
-    variant=Variant(stages, "gelu"), dataset="cifar10", data_dir=data_dir, train_limit=64, validation_limit=32,
+    variant=Variant(stages, "gelu", whitening=2), dataset="cifar10", data_dir=data_dir, train_limit=64, validation_limit=32,
     test_limit=32, epochs=3, batch_size=32, ema=0.9, label_smoothing=0.1, mixup=0.2, seed=7,
 )
 run(recipe, run_dir, resume=True)
