@@ -35,17 +35,15 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
         `weights` is float32 `(batch,)`: images that mixup or CutMix blended get the mean of their two weights, in the shares
         of their labels. Keras divides the sum of the weighted losses by the number of images, not by the sum of weights.
     """
-    with tf.device("CPU:0"):  # tf.data runs there, also beside a GPU
-        images, labels = tf.constant(split.images), tf.constant(split.labels)
-    steps = batches_per_epoch(split, recipe)
-
-    weights = None if class_weights is None else np.array(class_weights, "float32")
 
     def key(draw, position):
         return tf.stack([tf.constant(recipe.seed * _NUM_KEYS + draw, tf.int64), position])
 
-    with tf.device("CPU:0"):
+    with tf.device("CPU:0"):  # tf.data runs there, also beside a GPU
+        images, labels = tf.constant(split.images), tf.constant(split.labels)
         mirrored_first = tf.random.stateless_uniform((len(split),), key(_FLIP, tf.constant(0, tf.int64))) < 0.5
+    steps = batches_per_epoch(split, recipe)
+    weights = None if class_weights is None else np.array(class_weights, "float32")
 
     def epoch_batches(epoch):
         order = tf.random.experimental.stateless_shuffle(tf.range(len(split)), key(_ORDER, epoch))
@@ -57,7 +55,8 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
         pixels, targets = tf.gather(images, indices), tf.one_hot(tf.gather(labels, indices), num_classes)
         pixels = stretch(pixels, recipe.image_size)
         if recipe.flip:
-            pixels = augment.flip(pixels, tf.gather(mirrored_first, indices) ^ (step // steps % 2 == 1))
+            every_second_epoch = step // steps % 2 == 1
+            pixels = augment.flip(pixels, tf.gather(mirrored_first, indices) ^ every_second_epoch)
         if recipe.crop_padding:
             pixels = augment.crop(pixels, key(_CROP, step), recipe.crop_padding)
         pixels = tf.cast(pixels, tf.float32)

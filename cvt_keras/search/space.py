@@ -2,7 +2,7 @@
 
 A search space is a dict of name -> `Range` or `Choice`. A name is a field of `Recipe` that holds a number or one of a few
 words, or a setting of the network: `mlp_ratio` and `drop_path` for all stages, and `stage0_depth`, `stage0_dim`,
-`stage0_kernel_size`, `stage0_stride` for each stage.
+`stage0_kernel_size`, `stage0_stride`, `stage0_mlp_ratio` for each stage.
 """
 
 import dataclasses
@@ -135,7 +135,7 @@ RATES = 4.0  # learning rates from a quarter of the recipe's own to four times i
 # Wide enough that a good recipe is well inside, narrow enough that most candidates learn. Widened to the recipe's own values.
 RECIPE_SPACE = {
     "decay": Choice(("linear", "cosine")),
-    "weight_decay": Range(1e-3, 0.2, log=True),
+    "weight_decay": Range(1e-2, 2.0, log=True),
     "warmup": Range(0.02, 0.3),
     "label_smoothing": Range(0.0, 0.2),
     "rand_augment": Choice((0, 1, 2)),
@@ -149,12 +149,14 @@ DROP_PATH = Range(0.0, 0.3)
 MLP_RATIOS = (1.0, 2.0, 3.0, 4.0)
 WIDTHS = (0.5, 0.75, 1.0, 1.25, 1.5)  # times the stage's own width
 KERNEL_SIZES = (3, 5, 7)
+STAGE_FIELDS = ("depth", "dim", "kernel_size", "stride", "mlp_ratio")
 
 
 def space_of(recipe):
     """The default search space around a recipe.
 
-    With `weights` it has no names of the network, whose shape the weights fix.
+    With `weights` it has no names of the network, whose shape the weights fix. The stride of a stage that pools is not varied:
+    a stride of 1 would leave nothing to pool.
 
     Returns:
         A dict of name -> `Range` or `Choice`.
@@ -166,13 +168,18 @@ def space_of(recipe):
     if recipe.weights is not None:
         return {**space, "layer_decay": _around(LAYER_DECAY, recipe.layer_decay)}
     stages = get_variant(recipe.variant).stages
-    space["mlp_ratio"] = Choice((*MLP_RATIOS, *(stage.mlp_ratio for stage in stages)))
+    one_ratio = len({stage.mlp_ratio for stage in stages}) == 1
+    if one_ratio:
+        space["mlp_ratio"] = Choice((*MLP_RATIOS, stages[0].mlp_ratio))
     space["drop_path"] = _around(DROP_PATH, stages[-1].drop_path)
     for i, stage in enumerate(stages):
         space[f"stage{i}_depth"] = Choice(tuple(max(1, stage.depth + more) for more in (-1, 0, 1, 2)))
         space[f"stage{i}_dim"] = Choice((stage.dim, *(_even(stage.dim * width) for width in WIDTHS)))
         space[f"stage{i}_kernel_size"] = Choice((*KERNEL_SIZES, stage.kernel_size))
-        space[f"stage{i}_stride"] = Choice((max(1, stage.stride // 2), stage.stride) if stage.stride > 1 else (1, 2))
+        if not stage.pool:
+            space[f"stage{i}_stride"] = Choice((max(1, stage.stride // 2), stage.stride) if stage.stride > 1 else (1, 2))
+        if not one_ratio:
+            space[f"stage{i}_mlp_ratio"] = Choice((*MLP_RATIOS, stage.mlp_ratio))
     return space
 
 
@@ -242,8 +249,8 @@ def network(recipe, values):
                 change["heads"] = _heads(change["dim"], stage.dim / stage.heads)
             if change.get("kernel_size", stage.kernel_size) != stage.kernel_size:
                 change["padding"] = change["kernel_size"] // 2
-            if "mlp_ratio" in values:
-                change["mlp_ratio"] = float(values["mlp_ratio"])
+            if (ratio := change.get("mlp_ratio", values.get("mlp_ratio"))) is not None:
+                change["mlp_ratio"] = float(ratio)
             if values.get("drop_path", variant.stages[-1].drop_path) != variant.stages[-1].drop_path:
                 last = len(variant.stages) - 1
                 change["drop_path"] = values["drop_path"] * (i / last if last else 1)
@@ -285,7 +292,7 @@ def read(source, recipe):
 def _read(axes, recipe, label):
     if not isinstance(axes, dict) or not axes:
         raise RecipeError(f"{label} must map at least one name to its values. Received: {axes!r}", argument="space")
-    known = (*space_of(recipe), *_number_fields(), *_word_fields())
+    known = (*space_of(recipe), *_network_names(recipe), *_number_fields(), *_word_fields())
     space = {}
     for name, axis in axes.items():
         if name not in known:
@@ -357,10 +364,10 @@ def shown(value):
 
 
 def _number_fields():
-    """Fields of a recipe that are numbers, as name -> default, except those that a search must not vary."""
+    """Fields of a recipe that are numbers, as name -> type, except those that a search must not vary."""
     fixed = ("image_size", "epochs", "seed")
-    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
-    return {name: default for name, default in defaults.items() if _is_number(default) and name not in fixed}
+    kinds = {int: int, float: float, float | None: float}
+    return {name: kinds[hint] for name, hint in get_type_hints(Recipe).items() if hint in kinds and name not in fixed}
 
 
 def _word_fields():
@@ -381,23 +388,34 @@ def _around(axis, own):
 
 
 def _is_whole(name):
-    return _stage_field(name) is not None or isinstance(_number_fields().get(name), int)
+    if stage_field := _stage_field(name):
+        return stage_field[1] != "mlp_ratio"
+    return _number_fields().get(name) is int
 
 
 def _is_of_network(name):
     return name in ("mlp_ratio", "drop_path") or _stage_field(name) is not None
 
 
+def _network_names(recipe):
+    """The names of all settings of the network, or none if `weights` fix it."""
+    if recipe.weights is not None:
+        return ()
+    stages = range(len(get_variant(recipe.variant).stages))
+    return ("mlp_ratio", "drop_path", *(f"stage{i}_{field}" for i in stages for field in STAGE_FIELDS))
+
+
 def _stage_field(name):
     """`stage1_depth` -> (1, "depth"); `None` for any other name."""
-    match = re.fullmatch(r"stage(\d+)_(depth|dim|kernel_size|stride)", name)
+    match = re.fullmatch(rf"stage(\d+)_({'|'.join(STAGE_FIELDS)})", name)
     return (int(match[1]), match[2]) if match else None
 
 
 def _heads(dim, width):
     """The number of heads that divides `dim` into widths nearest to `width`; the larger number on a tie."""
-    divisors = [heads for heads in range(1, dim + 1) if dim % heads == 0]
-    return min(divisors, key=lambda heads: (abs(math.log(dim / heads / width)), -heads))
+    divisors = [heads for heads in range(1, int(dim) + 1) if dim % heads == 0]
+    # `Stage` refuses a width without divisors, such as 0 or 1.5.
+    return min(divisors, key=lambda heads: (abs(math.log(dim / heads / width)), -heads), default=1)
 
 
 def _even(dim):

@@ -35,7 +35,7 @@ def freeze(network, what):
     Args:
         network: a `CvT`.
         what: `"backbone"` for all layers except the Dense layer `head`, or the number of stages to freeze. A stage includes its
-            embedding; the stem is frozen too.
+            embedding and residual convolutions; whitening and stem are frozen too.
     """
     for layer in network.layers:
         if layer.name != "head" if what == BACKBONE else _comes_before(layer.name, int(what)):
@@ -48,4 +48,4 @@ def freeze(network, what):
 def _comes_before(name, stages):
     """Whether a layer lies before the stage of this index."""
     stage = re.match(r"stage(\d+)(?:_|$)", name)
-    return int(stage[1]) < stages if stage else name.startswith("stem")
+    return int(stage[1]) < stages if stage else name.startswith(("whitening", "stem"))

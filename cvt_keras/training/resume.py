@@ -1,6 +1,7 @@
 """Reads the run in a run folder, and checks whether a recipe can resume it."""
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,15 @@ class StoredRun:
             names = ["weights", *(name for name in names if name not in ("weights", "variant"))]
         if names:
             differences = {name: (_as_text(stored.get(name)), _as_text(received.get(name))) for name in names}
-            raise DifferentRunError(self.run_dir, differences)
+            if "variant" in names and isinstance(stored["variant"], Variant) and received["variant"]:
+                parts = _different_parts(stored["variant"], get_variant(received["variant"]))
+                differences["variant"] = (f"a network with other {', '.join(parts)}", differences["variant"][1])
+            error = DifferentRunError(self.run_dir, differences)
+            if recipe.compression is None:
+                flags = ["--recipe-file", self.run_dir / runs.RECIPE, "--run-dir", self.run_dir, "--resume"]
+                command = shlex.join(["cvt-keras", "train", *map(str, flags)])
+                error.hint = f"To resume with the run's own settings: {command}. Or train in another --run-dir"
+            raise error
 
 
 def read_stored_run(run_dir):
@@ -125,6 +134,11 @@ def same_weights(stored, received):
 
 def _as_text(value):
     return "a Variant without a name" if isinstance(value, Variant) else repr(value)
+
+
+def _different_parts(variant, other):
+    """The names of the fields in which two variants differ."""
+    return [name for name, value in vars(variant).items() if value != getattr(other, name)]
 
 
 def _same_path(*paths):

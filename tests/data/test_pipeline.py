@@ -103,6 +103,27 @@ def test_augmentation_depends_only_on_seed_epoch_and_batch(split, change):
     assert not np.array_equal(first[0], plain[0])
 
 
+def _mirrored(split, **change):
+    """Whether each image is mirrored in each epoch: bool `(epochs, images)`."""
+    recipe = dataclasses.replace(PLAIN, **{"epochs": 3, "batch_size": 20, "flip": True, **change})
+    known = {image.tobytes(): (i, False) for i, image in enumerate(split.images)}
+    known |= {image[:, ::-1].tobytes(): (i, True) for i, image in enumerate(split.images)}
+    batches = list(training_batches(split, 10, recipe).as_numpy_iterator())
+    shown = np.concatenate([images for images, _ in batches]).astype(np.uint8).reshape(recipe.epochs, len(split), 8, 8, 3)
+    return np.array([[mirror for _, mirror in sorted(known[image.tobytes()] for image in epoch)] for epoch in shown])
+
+
+def test_each_image_is_mirrored_in_every_second_epoch(split):
+    first, second, third = _mirrored(split)
+    assert 0.35 < np.mean(first) < 0.65
+    np.testing.assert_array_equal(second, ~first)
+    np.testing.assert_array_equal(third, first)
+    np.testing.assert_array_equal(_mirrored(split, batch_size=50), [first, second, third])
+    other = _mirrored(split, seed=1)[0]
+    assert 0.35 < np.mean(other) < 0.65 and 0.3 < np.mean(other != first) < 0.7
+    assert not _mirrored(split, flip=False).any()
+
+
 def test_each_batch_of_each_epoch_has_draws_of_its_own(split):
     # 100 copies of one image, so that only the draws differ.
     copies = Split(np.repeat(split.images[:1], 100, axis=0), split.labels)

@@ -10,6 +10,7 @@ import pytest
 from keras_tuner.engine.trial import TrialStatus
 from small_search import SPACE
 
+from cvt_keras import Stage, Variant
 from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.search import oracles, results
 from cvt_keras.search.space import Choice, Range
@@ -184,7 +185,8 @@ def test_a_budget_that_few_candidates_meet_is_met(algorithm, make_oracle):
 
 def test_a_candidate_shrinks_until_it_is_within_the_budget(make_oracle):
     space = {"mlp_ratio": Range(1.0, 4.0), "stage1_depth": Choice((1, 2, 9)), "stage0_stride": Choice((1, 2)), **SPACE}
-    recipe = dataclasses.replace(RECIPES["smoke"], variant="cvt_cifar")
+    stages = tuple(Stage(dim, 1, dim // 64, mlp_ratio=2.0) for dim in (64, 128, 256))
+    recipe = dataclasses.replace(RECIPES["smoke"], variant=Variant(stages, stem=(32, 32)))
     candidates = make_oracle(max_macs=50_000_000, recipe=recipe, space=space).candidates
     large = {
         "mlp_ratio": 4.0,

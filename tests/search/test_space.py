@@ -10,6 +10,13 @@ from cvt_keras.training import RECIPES
 from cvt_keras.variants import VARIANTS, get_variant
 
 CIFAR10 = RECIPES["cifar10"]
+# Its stages have one MLP ratio and strided embeddings, unlike those of `cvt_cifar`.
+STRIDED = dataclasses.replace(CIFAR10, variant=Variant(tuple(Stage(dim, 2, dim // 64) for dim in (64, 128, 256))))
+
+
+def _first_stages(recipe):
+    """Names of a recipe's space, those of stages 0 and 2 left out."""
+    return [name for name in space_of(recipe) if not name.startswith("stage") or name[5] == "1"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -21,15 +28,19 @@ def test_the_own_values_of_a_recipe_give_the_recipe_back(name):
     assert apply(recipe, values).settings() == recipe.settings()
 
 
-@pytest.mark.parametrize("name", [name for name in space_of(CIFAR10) if not name.startswith("stage") or name[5] == "1"])
-def test_each_name_changes_only_its_setting(name):
-    where = space_of(CIFAR10)[name]
-    own = values_of(CIFAR10, {name: where})[name]
+@pytest.mark.parametrize(
+    ("recipe", "name"), [(recipe, name) for recipe in (CIFAR10, STRIDED) for name in _first_stages(recipe)]
+)
+def test_each_name_changes_only_its_setting(recipe, name):
+    where = space_of(recipe)[name]
+    own = values_of(recipe, {name: where})[name]
     value = where.ends[0] if own == where.ends[1] else where.ends[1]
-    changed = apply(CIFAR10, {name: value})
-    before, after = CIFAR10.settings(), changed.settings()
+    changed = apply(recipe, {name: value})
+    before, after = recipe.settings(), changed.settings()
     assert [field for field in after if after[field] != before[field]] == [field if (field := name) in after else "variant"]
-    stages = list(zip(get_variant(CIFAR10.variant).stages, get_variant(changed.variant).stages))
+    own_variant, variant = get_variant(recipe.variant), get_variant(changed.variant)
+    assert dataclasses.replace(variant, stages=own_variant.stages) == own_variant  # whitening and norm are not varied
+    stages = list(zip(own_variant.stages, variant.stages))
     if name == "drop_path":
         assert [stage.drop_path for _, stage in stages] == [0.0, value / 2, value]
     elif name == "mlp_ratio":
@@ -38,11 +49,48 @@ def test_each_name_changes_only_its_setting(name):
         field = name.removeprefix("stage1_")
         expected = {field: value}
         if field == "dim":
-            expected["heads"] = 3  # 64 wide, as before: 192 / 3
+            expected["heads"] = 6 if recipe is CIFAR10 else 3  # 192 / heads: 32 or 64 wide, as before
         elif field == "kernel_size":
             expected["padding"] = value // 2
         assert stages[1][1] == dataclasses.replace(stages[1][0], **expected)
         assert stages[0][0] == stages[0][1] and stages[2][0] == stages[2][1]
+
+
+def test_a_stage_that_pools_keeps_its_stride_unless_a_space_names_it():
+    assert not [name for name in space_of(CIFAR10) if name.endswith("_stride")]
+    assert "stage1_stride" in space_of(STRIDED)
+    assert get_variant(apply(CIFAR10, {"stage1_stride": 4}).variant).stages[1].stride == 4
+    assert read({"stage1_stride": [2, 4]}, CIFAR10) == {"stage1_stride": Choice((2, 4))}
+    with pytest.raises(RecipeError, match="stage1_stride: `pool` needs a `stride` of at least 2"):
+        read({"stage1_stride": [1, 2]}, CIFAR10)
+
+
+def test_mlp_ratios_vary_by_stage_if_they_differ():
+    assert [name for name in space_of(CIFAR10) if name.endswith("mlp_ratio")] == [f"stage{i}_mlp_ratio" for i in range(3)]
+    assert [name for name in space_of(STRIDED) if name.endswith("mlp_ratio")] == ["mlp_ratio"]
+    for recipe in (CIFAR10, STRIDED):
+        assert read({"stage1_mlp_ratio": {"low": 1, "high": 2.5}}, recipe)
+        stages = get_variant(apply(recipe, {"mlp_ratio": 3, "stage1_mlp_ratio": 2.5}).variant).stages
+        assert [stage.mlp_ratio for stage in stages] == [3.0, 2.5, 3.0]
+
+
+def test_heads_of_the_default_network_keep_about_their_width():
+    for i, width in enumerate((24, 32, 32)):
+        for dim in space_of(CIFAR10)[f"stage{i}_dim"].values:
+            stage = get_variant(apply(CIFAR10, {f"stage{i}_dim": dim}).variant).stages[i]
+            assert 2 / 3 < dim / stage.heads / width < 1.5
+
+
+def test_a_kernel_of_another_size_keeps_the_grid_of_a_stage_that_pools():
+    variant = get_variant(CIFAR10.variant)
+    for size in (3, 5, 7):
+        changed = get_variant(apply(CIFAR10, {f"stage{i}_kernel_size": size for i in range(3)}).variant)
+        assert changed.grids(32, 32) == variant.grids(32, 32)
+
+
+def test_the_weight_decay_of_adamw_may_vary():
+    assert apply(CIFAR10, {"adamw_weight_decay": 0.02}).adamw_weight_decay == 0.02
+    assert read({"adamw_weight_decay": {"low": 0.01, "high": 0.1, "log": True}}, CIFAR10)
 
 
 def test_the_number_of_heads_divides_a_new_width():
@@ -158,7 +206,10 @@ def test_a_space_is_read_from_a_file(tmp_path):
         ('{"batch_size": [32, 64.5, 128]}', "`batch_size` must be int"),
         ('{"stage0_dim": [32, 64.0]}', "`dim` must be a positive integer"),
         ('{"warmup": {"low": 0, "high": 1' + "0" * 400 + "}}", "must be finite numbers"),
+        ('{"stage0_dim": [0, 32]}', "`dim` must be a positive integer"),
         ('{"stage0_depth": [0, 1]}', "`depth` must be a positive integer"),
+        ('{"train_limit": [100, 200]}', "unknown name: train_limit"),
+        ('{"adamw_weight_decay": [-0.1, 0.1]}', "adamw_weight_decay: `adamw_weight_decay` must be a finite number"),
     ],
 )
 def test_an_invalid_space_is_refused_in_one_line(text, part, tmp_path):

@@ -72,6 +72,7 @@ def test_every_field_has_a_flag():
         "--cutmix": ("cutmix", 0.25),
         "--optimizer": ("optimizer", "adamw"),
         "--adamw-ratio": ("adamw_ratio", 0.25),
+        "--adamw-weight-decay": ("adamw_weight_decay", 0.25),
         "--decay": ("decay", "cosine"),
         "--label-smoothing": ("label_smoothing", 0.25),
         "--ema": ("ema", 0.25),

@@ -10,7 +10,15 @@ from cvt_keras.training import freeze
 from cvt_keras.training.optimizers import make_optimizer
 from cvt_keras.training.recipes import SMOKE
 
-VARIANT = Variant((Stage(dim=8, depth=1, heads=1), Stage(dim=8, depth=1, heads=1, cls_token=True)), stem=(8,))
+VARIANT = Variant(
+    (
+        Stage(dim=8, depth=1, heads=1, residual_convs=1),
+        Stage(dim=8, depth=1, heads=1, pool=True, residual_convs=1, mlp_conv=True),
+    ),
+    stem=(8,),
+    whitening=1,
+    norm="batch",
+)
 
 
 pytestmark = pytest.mark.usefixtures("eager")

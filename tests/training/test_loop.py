@@ -22,8 +22,10 @@ from cvt_keras.errors import (
     OutOfMemoryError,
     RecipeError,
 )
+from cvt_keras.layers import Whitening
 from cvt_keras.report import metrics
-from cvt_keras.training import loop
+from cvt_keras.training import loop, plan
+from cvt_keras.training.compressor import Compressor
 from cvt_keras.variants import macs, to_dict
 
 ROOT = Path(__file__).parent.parent.parent
@@ -279,7 +281,7 @@ if not os.path.exists(run_dir):
     loop.Stopwatch = Killer
 stages = (Stage(8, 2, 1, kernel_size=7, stride=4, padding=2, drop_path=0.5), Stage(16, 1, 2, cls_token=True))
 recipe = Recipe(
-    variant=Variant(stages, "gelu"), dataset="cifar10", data_dir=data_dir, train_limit=64, validation_limit=32,
+    variant=Variant(stages, "gelu", whitening=2), dataset="cifar10", data_dir=data_dir, train_limit=64, validation_limit=32,
     test_limit=32, epochs=3, batch_size=32, ema=0.9, label_smoothing=0.1, mixup=0.2, seed=7,
 )
 run(recipe, run_dir, resume=True)
@@ -335,6 +337,105 @@ def test_an_error_before_the_first_step_leaves_no_folder(short, tmp_path, monkey
     with pytest.raises(RecipeError):
         run(short, tmp_path / "mine")
     assert (tmp_path / "mine").is_dir()
+
+
+# === Whitening ===
+
+
+@pytest.fixture(scope="module")
+def whitened(short):
+    """A recipe of a small network with a whitening layer."""
+    stage = Stage(8, 1, 1, stride=4, pool=True, residual_convs=1, mlp_conv=True)
+    variant = Variant((stage,), "gelu", whitening=2, norm="batch", attention_scale="head", identity_init=True)
+    return dataclasses.replace(short, variant=variant, ema=0.9, weight_decay=1.0)
+
+
+@pytest.fixture(scope="module")
+def whitened_dir(whitened, tmp_path_factory):
+    """The folder of a run of `whitened`, to be read only."""
+    return loop.run(whitened, tmp_path_factory.mktemp("runs") / "whitened", evaluate_test=False).run_dir
+
+
+def _kernel(classifier):
+    return np.array(classifier.get_layer("cvt").get_layer("whitening").kernel)
+
+
+def _saved_kernel(run_dir):
+    return _kernel(keras.saving.load_model(run_dir / "model.keras"))
+
+
+@pytest.fixture
+def first_kernel(monkeypatch):
+    """A function that returns the whitening kernel with which a run would start to train."""
+
+    def kernel_of(recipe, run_dir, **kwargs):
+        started = []
+        monkeypatch.setattr(keras.Model, "fit", lambda self, *args, **kwargs: started.append(_kernel(self)))
+        settled = plan.settle(recipe, run_dir, **kwargs)
+        run_dir.mkdir(exist_ok=True)
+        loop.fit(settled)
+        [kernel] = started
+        return kernel
+
+    return kernel_of
+
+
+def test_the_whitening_kernel_comes_from_the_first_training_images(whitened, first_kernel, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "WHITENING_IMAGES", 40)
+    source = tfds.cifar10(whitened.data_dir)
+    expected = Whitening(2)
+    expected.adapt(((source.train.images[:40] / 255.0 - source.mean) / source.std).astype("float32"))
+    kernel = first_kernel(whitened, tmp_path / "run")
+    np.testing.assert_allclose(kernel, expected.kernel, atol=1e-4)
+    # Precision and seed don't change it.
+    other = dataclasses.replace(whitened, precision="mixed_bfloat16", seed=1)
+    np.testing.assert_array_equal(first_kernel(other, tmp_path / "other"), kernel)
+
+
+def test_training_does_not_change_the_whitening_kernel(whitened, first_kernel, whitened_dir, tmp_path):
+    kernel = first_kernel(whitened, tmp_path / "run")
+    np.testing.assert_array_equal(_saved_kernel(whitened_dir), kernel)
+    bias = keras.saving.load_model(whitened_dir / "model.keras").get_layer("cvt").get_layer("whitening").bias
+    assert np.all(np.array(bias) != 0)
+
+
+def test_the_whitening_kernel_is_no_parameter_and_has_no_part_in_the_optimizer(whitened_dir):
+    model = keras.saving.load_model(whitened_dir / "model.keras")
+    assert [variable.name for variable in model.get_layer("cvt").get_layer("whitening").trainable_variables] == ["bias"]
+    report = json.loads((whitened_dir / "report.json").read_text())
+    assert report["parameters"] == sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+    with np.load(whitened_dir / "checkpoints" / "epoch-0001" / "state.npz") as state:
+        kernels = {name: value for name, value in state.items() if value.shape == (2, 2, 3, 24)}
+    assert [name[5:] for name in kernels] == ["kernel"]  # no momentum, no moving average
+    np.testing.assert_array_equal(*kernels.values(), _kernel(model))
+
+
+def test_a_resumed_run_adapts_the_whitening_again_only_without_a_finished_epoch(
+    whitened, whitened_dir, first_kernel, tmp_path, monkeypatch
+):
+    kernel = _saved_kernel(whitened_dir)
+    unfinished = shutil.copytree(whitened_dir, tmp_path / "run")
+    (unfinished / "model.keras").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Whitening, "adapt", None)
+        run(whitened, unfinished, resume=True, evaluate_test=False)
+    np.testing.assert_array_equal(_saved_kernel(unfinished), kernel)
+    shutil.rmtree(unfinished / "checkpoints")
+    (unfinished / "model.keras").unlink()
+    np.testing.assert_array_equal(first_kernel(whitened, unfinished, resume=True), kernel)
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["fine-tuned", "compressed"])
+def test_weights_keep_their_whitening_kernel(whitened, whitened_dir, first_kernel, tmp_path, monkeypatch, compressed):
+    monkeypatch.setattr(Whitening, "adapt", None)
+    # On other images, from which another kernel would come.
+    recipe = dataclasses.replace(whitened, weights=str(whitened_dir / "model.keras"), variant=None, train_limit=32)
+    compressor = Compressor({"method": "prune"}) if compressed else None
+    kernel = first_kernel(recipe, tmp_path / "run", compressor=compressor)
+    np.testing.assert_array_equal(kernel, _saved_kernel(whitened_dir))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # a resume without a finished epoch reads the weights again
+    kernel = first_kernel(recipe, tmp_path / "run", compressor=compressor, resume=True)
+    np.testing.assert_array_equal(kernel, _saved_kernel(whitened_dir))
 
 
 # === Starting from weights ===

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 
-from cvt_keras import CvT
+from cvt_keras import CvT, Stage, Variant
 from cvt_keras.training.optimizers import Muon, decays, learning_rate, make_optimizer, rate_scales
 from cvt_keras.training.recipes import SMOKE
 
@@ -104,10 +104,13 @@ def test_ema_averages_the_weights(optimizer):
 
 
 def test_layers_near_the_image_learn_slower():
-    paths = ["stem0/conv/kernel", "cvt/stage0_embed/proj/kernel", "stage0_block0/norm1/gamma", "stage1_embed/cls_token"]
-    paths += ["stage1_block0/mlp/fc1/kernel", "stage1_block1/mlp/fc1/kernel", "norm/gamma", "head/kernel"]
-    scales = rate_scales([SimpleNamespace(path=path) for path in paths], 0.5)
-    assert scales == [1 / 16, 1 / 8, 1 / 8, 1 / 4, 1 / 4, 1 / 2, 1.0, 1.0]
+    expected = {
+        **{"whitening/bias": 1 / 16, "stem0/conv/kernel": 1 / 16},
+        **{"cvt/stage0_embed/proj/kernel": 1 / 8, "stage0_conv1/conv/kernel": 1 / 8, "stage0_block0/norm1/gamma": 1 / 8},
+        **{"stage1_embed/cls_token": 1 / 4, "stage1_conv0/norm/gamma": 1 / 4, "stage1_block0/mlp/fc1/kernel": 1 / 4},
+        **{"stage1_block1/mlp/fc1/kernel": 1 / 2, "norm/gamma": 1.0, "head/kernel": 1.0},
+    }
+    assert rate_scales([SimpleNamespace(path=path) for path in expected], 0.5) == [*expected.values()]
     # In CvT-13: ten blocks, two, one.
     variables = CvT.from_variant("cvt_13", 10, (None, None, 3)).trainable_variables
     scales = dict(zip((v.path for v in variables), rate_scales(variables, 0.5)))
@@ -185,6 +188,34 @@ def test_the_optimizer_decays_only_kernels(weight_decay, optimizer):
     for variable in variables:
         expected = 1 - 1e-2 * weight_decay if decays(variable) else 1.0
         np.testing.assert_allclose(np.asarray(variable), expected, rtol=1e-5)
+
+
+def _kept(recipe, variant="cvt_tiny"):
+    """What a step without gradients keeps of each variable, all of which start at 1."""
+    model = CvT.from_variant(variant, 10, (16, 16, 3))
+    variables = model.trainable_variables
+    optimizer = make_optimizer(dataclasses.replace(recipe, warmup=0.0, decay="constant"), model, 100)
+    for variable in variables:
+        variable.assign(np.ones(variable.shape))
+    optimizer.apply([np.zeros(variable.shape, "float32") for variable in variables], variables)
+    return {variable.path: float(np.asarray(variable).flat[0]) for variable in variables}
+
+
+def test_adamw_weight_decay_applies_to_the_head_and_depthwise_kernels():
+    stage = Stage(8, 1, 1, pool=True, residual_convs=1, mlp_conv=True)
+    kept = _kept(dataclasses.replace(MUON, adamw_weight_decay=2.0), Variant((stage,), whitening=2))
+    adamw, muon = pytest.approx(1 - 1e-2 * 2.0), pytest.approx(1 - 1e-2 * 0.5)
+    for name in ("head", "stage0_block0/attention/conv_q/depthwise", "stage0_block0/mlp/depthwise"):
+        assert kept[f"{name}/kernel"] == adamw, name
+    for name in ("stage0_embed/proj", "stage0_conv0/conv", "stage0_block0/attention/proj_q", "stage0_block0/mlp/fc1"):
+        assert kept[f"{name}/kernel"] == muon, name
+    assert {value for path, value in kept.items() if not path.endswith("/kernel")} == {1.0}
+    assert "whitening/bias" in kept and "whitening/kernel" not in kept
+
+
+def test_adamw_weight_decay_defaults_to_weight_decay_and_is_for_muon_only():
+    assert _kept(MUON) == _kept(dataclasses.replace(MUON, adamw_weight_decay=0.5))
+    assert _kept(RECIPE) == _kept(dataclasses.replace(RECIPE, adamw_weight_decay=2.0))
 
 
 @pytest.mark.parametrize("clip, norm", [(0, 100.0), (1.5, 1.5)])

@@ -31,6 +31,9 @@ def test_a_recipe_documents_its_command(name):
         ({"crop_padding": -4}, ["crop_padding=-4"]),
         ({"peak_learning_rate": -1e-3}, ["peak_learning_rate=-0.001"]),
         ({"weight_decay": float("nan")}, ["weight_decay=nan"]),
+        ({"adamw_weight_decay": -0.1}, ["`adamw_weight_decay`", "adamw_weight_decay=-0.1"]),
+        ({"adamw_weight_decay": float("inf")}, ["adamw_weight_decay=inf"]),
+        ({"adamw_weight_decay": "0.1"}, ["`adamw_weight_decay` must be float or None"]),
         ({"gradient_clip": -1.0}, ["gradient_clip=-1.0"]),
         ({"warmup": 1.0}, ["warmup=1.0"]),
         ({"image_size": 0}, ["image_size=0"]),
@@ -90,6 +93,18 @@ def test_an_int_for_a_float_and_a_path_are_accepted(tmp_path):
 def test_settings_survive_json(name):
     again = Recipe.from_settings(json.loads(json.dumps(RECIPES[name].settings())))
     assert again == dataclasses.replace(RECIPES[name], description="")
+
+
+def test_settings_of_an_older_version_get_the_defaults_of_newer_fields():
+    """The content of a recipe.json of version 0.4, with `cvt_cifar` as it was then, at a smaller width."""
+    stage = {"dim": 8, "depth": 1, "heads": 1, "kernel_size": 3, "stride": 2, "padding": 1, "mlp_ratio": 2.0, "drop_path": 0.0}
+    stage |= {"projection": "dw_bn", "qkv_bias": True, "stride_q": 1, "stride_kv": 2, "cls_token": False}
+    settings = {**SMOKE.settings(), "variant": {"stages": [stage], "activation": "gelu", "stem": [32, 32]}}
+    del settings["adamw_weight_decay"]
+    recipe = Recipe.from_settings(settings)
+    assert recipe.adamw_weight_decay is None
+    assert recipe.variant == Variant((Stage(8, 1, 1, mlp_ratio=2.0),), "gelu", (32, 32))
+    assert recipe.variant_name == "custom"
 
 
 def test_a_variant_without_a_name_survives_json():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cvt_keras import preprocessing_of, runs
+from cvt_keras import VARIANTS, preprocessing_of, runs
 from cvt_keras.data import sources
 from cvt_keras.data.record import ImageRecord
 from cvt_keras.errors import (
@@ -18,7 +18,8 @@ from cvt_keras.errors import (
     RecipeError,
     RunError,
 )
-from cvt_keras.training import loop
+from cvt_keras.training import flags, loop
+from cvt_keras.training.__main__ import Arguments
 from cvt_keras.training.plan import settle
 from cvt_keras.training.recipes import SMOKE
 from cvt_keras.training.resume import StoredRun, newer_fields, same_weights, without_newer_fields
@@ -154,6 +155,19 @@ def test_a_run_is_resumed_with_its_own_settings_only(finished, recipe):
     assert str(error.value).endswith("epochs: 2 in the run, now 3; seed: 0 in the run, now 1")
     copied = pickle.loads(pickle.dumps(error.value))
     assert (copied.differences, copied.run_dir, copied.argument) == (error.value.differences, run_dir, "run_dir")
+
+
+def test_a_run_of_another_network_names_its_parts_and_the_command_that_resumes_it(tmp_path):
+    network = dataclasses.replace(VARIANTS["cvt_tiny"], stem=(32, 32), whitening=2)
+    stored = StoredRun(tmp_path, dataclasses.replace(SMOKE, variant=network), newer_fields=())
+    with pytest.raises(DifferentRunError) as error:
+        stored.require_same(SMOKE)
+    assert error.value.differences == {"variant": ("a network with other stem, whitening", "'cvt_tiny'")}
+    command = f"cvt-keras train --recipe-file {tmp_path}/recipe.json --run-dir {tmp_path} --resume"
+    assert command in error.value.hint
+    runs.write_json(tmp_path / "recipe.json", stored.recipe.settings())
+    _, arguments = flags.parse(command.split()[2:], Arguments, "cvt-keras train", "Train a network.")
+    stored.require_same(arguments.recipe)
 
 
 def test_fields_that_an_older_version_did_not_have_get_their_defaults(capsys):
