@@ -19,7 +19,8 @@ def kernels(classifier, layers=None):
         layers: paths in the network, such as `"stage1_block0/mlp/fc1"`, or their beginnings, such as `"stage1"`; or a predicate
             that takes a path and returns whether to choose its kernel. `None` means every convolution and Dense layer but the
             first layer (the stem, or the first token embedding without a stem), the depthwise convolutions, and the head:
-            these have few weights, and losing one costs much accuracy. Norms and biases are never chosen.
+            these have few weights, and losing one costs much accuracy. Norms, biases and the fixed kernel of whitening are
+            never chosen.
 
     Returns:
         A dict of path, without the name `kernel` -> `keras.Variable`, in the network's order.

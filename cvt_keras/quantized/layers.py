@@ -1,9 +1,10 @@
 """Fake-quantised layers of an 8-bit network, as in the `model.keras` of a quantisation-aware run.
 
 Each layer represents an integer operation of a TFLite file. It rounds kernels and outputs to the 256 values that they have in
-the file (fake quantisation, Jacob et al., arXiv 1712.05877), and BatchNorm is folded into the convolution before it. Biases,
-which have 32 bits in the file, and the scale and shift of a LayerNorm, which have 8, are not rounded. With `quantized=False`
-the layers are the same folded network in floats. They need Keras only, so that the file opens like any other.
+the file (fake quantisation, Jacob et al., arXiv 1712.05877). BatchNorm is folded into a convolution next to it where that is
+exact, and is a scale and a shift per channel elsewhere. Biases, which have 32 bits in the file, and the scale and shift of a
+norm are not rounded. With `quantized=False` the layers are the same folded network in floats. They need Keras only, so that the
+file opens like any other.
 """
 
 import keras
@@ -200,25 +201,74 @@ class QuantizedLayerNorm(layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedBatchNorm(layers.Layer):
+    """BatchNorm at inference: a scale and a shift per channel, as a depthwise 1x1 convolution with a rounded output.
+
+    The scale is not rounded: a kernel of one weight per channel is exact in 8 bits.
+
+    Args:
+        quantized: whether to round.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: the same.
+    """
+
+    def __init__(self, quantized=True, **kwargs):
+        super().__init__(**kwargs)
+        self.quantized = quantized
+        self.output_quantizer = fake_quantize(quantized, "output_quantizer", self.dtype_policy)
+
+    def build(self, input_shape):
+        # Not the names of a convolution: weight decay, pruning and counts of zeros apply to kernels.
+        self.gamma = self.add_weight(shape=(input_shape[-1],), initializer="ones", name="gamma")
+        self.beta = self.add_weight(shape=(input_shape[-1],), initializer="zeros", name="beta")
+        self.output_quantizer.build(input_shape)
+
+    def call(self, x):
+        kernel = ops.reshape(self.gamma, (1, 1, -1, 1))
+        x = ops.depthwise_conv(x, kernel, 1, padding="valid", data_format="channels_last")
+        return self.output_quantizer(x + self.beta)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "quantized": self.quantized}
+
+
+def quantized_norm(kind, quantized, dtype, name, **kwargs):
+    """Returns a `QuantizedLayerNorm` or `QuantizedBatchNorm`.
+
+    Args:
+        kind: `"layer"` or `"batch"`.
+        quantized, dtype, name, kwargs: of the layer.
+    """
+    cls = {"layer": QuantizedLayerNorm, "batch": QuantizedBatchNorm}[kind]
+    return cls(quantized, dtype=dtype, name=name, **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedActivation(layers.Layer):
     """GELU with a rounded output.
 
     Args:
         activation: `"quick_gelu"` or `"gelu"`.
         quantized: whether to round.
+        rounds_output: see `QuantizedConv`.
 
     Input shape: any.
     Output shape: the same.
     """
 
-    def __init__(self, activation, quantized=True, **kwargs):
+    def __init__(self, activation, quantized=True, rounds_output=True, **kwargs):
         super().__init__(**kwargs)
         self.activation = activation
         self.quantized = quantized
+        self.rounds_output = rounds_output
         if activation == "quick_gelu":
             self.steepened_quantizer = fake_quantize(quantized, "steepened_quantizer", self.dtype_policy)
             self.sigmoid_quantizer = fake_quantize(quantized, "sigmoid_quantizer", self.dtype_policy, limits=PROBABILITIES)
-        self.output_quantizer = fake_quantize(quantized, "output_quantizer", self.dtype_policy)
+        self.output_quantizer = fake_quantize(quantized and rounds_output, "output_quantizer", self.dtype_policy)
 
     def build(self, input_shape):
         if self.activation == "quick_gelu":
@@ -236,7 +286,60 @@ class QuantizedActivation(layers.Layer):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), "activation": self.activation, "quantized": self.quantized}
+        return {
+            **super().get_config(),
+            "activation": self.activation,
+            "quantized": self.quantized,
+            "rounds_output": self.rounds_output,
+        }
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedWhitening(layers.Layer):
+    """`Whitening` in 8 bits: a convolution with a fixed kernel and a trained bias, then an activation.
+
+    Args:
+        kernel_size, activation: as in `Whitening`.
+        quantized: see `QuantizedConv`.
+
+    Input shape: `(batch, height, width, channels)`, normalised images.
+    Output shape: `(batch, height - kernel_size + 1, width - kernel_size + 1, 2 * kernel_size**2 * channels)`.
+    """
+
+    def __init__(self, kernel_size=2, activation="gelu", quantized=True, **kwargs):
+        super().__init__(**kwargs)
+        self.kernel_size = kernel_size
+        self.activation = activation
+        self.quantized = quantized
+        self.kernel_quantizer = fake_quantize(quantized, "kernel_quantizer", self.dtype_policy, axis=3)
+        self.output_quantizer = fake_quantize(quantized, "output_quantizer", self.dtype_policy)
+        self.activate = QuantizedActivation(activation, quantized, dtype=self.dtype_policy, name="activate")
+
+    def build(self, input_shape):
+        output_shape = self.compute_output_shape(input_shape)
+        side, channels, filters = self.kernel_size, input_shape[-1], output_shape[-1]
+        self.kernel = self.add_weight(shape=(side, side, channels, filters), trainable=False, name="kernel")
+        self.bias = self.add_weight(shape=(filters,), initializer="zeros", name="bias")
+        self.kernel_quantizer.build(self.kernel.shape)
+        self.output_quantizer.build(output_shape)
+        self.activate.build(output_shape)
+
+    def call(self, images):
+        x = ops.conv(images, self.kernel_quantizer(self.kernel), 1, padding="valid", data_format="channels_last")
+        return self.activate(self.output_quantizer(x + self.bias))
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        sides = (None if side is None else side - self.kernel_size + 1 for side in (height, width))
+        return (batch, *sides, 2 * self.kernel_size**2 * channels)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "kernel_size": self.kernel_size,
+            "activation": self.activation,
+            "quantized": self.quantized,
+        }
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
@@ -313,49 +416,109 @@ def _sequence(grid):
     return ops.reshape(grid, (-1, height * width, 1, channels))
 
 
+def split_cls_token(sequence, grid):
+    """Splits what `QuantizedConcatenation` joined.
+
+    Args:
+        sequence: `(batch, 1 + height * width, 1, dim)`.
+        grid: `(height, width)`.
+
+    Returns:
+        The cls token `(batch, 1, 1, dim)` and the tokens `(batch, height, width, dim)`.
+    """
+    return sequence[:, :1], ops.reshape(sequence[:, 1:], (-1, *grid, sequence.shape[-1]))
+
+
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedTokenEmbedding(layers.Layer):
     """`ConvTokenEmbedding` in 8 bits.
 
+    BatchNorm is folded into the convolution, but not with `pool`: a negative scale would turn the maximum into the minimum.
+
     Args:
-        dim, kernel_size, stride, padding, cls_token: as in `ConvTokenEmbedding`.
+        dim, kernel_size, stride, padding, cls_token, pool, norm_type, activation: as in `ConvTokenEmbedding`.
         quantized: see `QuantizedConv`.
 
     Input shape: `(batch, height, width, channels)`.
     Output shape: `(batch, new_height, new_width, dim)`; with `cls_token` `(batch, 1 + new_height * new_width, 1, dim)`.
     """
 
-    def __init__(self, dim, kernel_size=3, stride=2, padding=1, cls_token=False, quantized=True, **kwargs):
+    def __init__(
+        self,
+        dim,
+        kernel_size=3,
+        stride=2,
+        padding=1,
+        cls_token=False,
+        pool=False,
+        norm_type="layer",
+        activation="gelu",
+        quantized=True,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.dim = dim
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding = padding
         self.cls_token = cls_token
+        self.pool = pool
+        self.norm_type = norm_type
+        self.activation = activation
         self.quantized = quantized
-        self.proj = QuantizedConv(dim, kernel_size, stride, padding, quantized, dtype=self.dtype_policy, name="proj")
-        self.norm = QuantizedLayerNorm(quantized, rounds_output=not cls_token, dtype=self.dtype_policy, name="norm")
+        self.folded = norm_type == "batch" and not pool
+        self.proj = QuantizedConv(
+            dim,
+            kernel_size,
+            1 if pool else stride,
+            padding,
+            quantized,
+            rounds_output=not (self.folded and cls_token),
+            dtype=self.dtype_policy,
+            name="proj",
+        )
+        if pool:
+            self.max_pool = layers.MaxPooling2D(stride, data_format="channels_last", dtype=self.dtype_policy, name="max_pool")
+            self.activate = QuantizedActivation(
+                activation, quantized, rounds_output=not cls_token, dtype=self.dtype_policy, name="activate"
+            )
+        if norm_type == "layer":
+            rounds_output = pool or not cls_token
+            self.norm = QuantizedLayerNorm(quantized, rounds_output, dtype=self.dtype_policy, name="norm")
+        elif pool:
+            self.norm = QuantizedBatchNorm(quantized, dtype=self.dtype_policy, name="norm")
         if cls_token:
             self.join = QuantizedConcatenation(quantized, dtype=self.dtype_policy, name="join")
 
     def build(self, input_shape):
         self.proj.build(input_shape)
-        grid = self.proj.compute_output_shape(input_shape)
-        self.norm.build(grid)
+        grid = self._grid_shape(input_shape)
+        if not self.folded:
+            self.norm.build(grid)
+        if self.pool:
+            self.activate.build(grid)
         if self.cls_token:
             self.cls_token_weight = self.add_weight(shape=(1, 1, self.dim), name="cls_token")
             self.join.build((None, 1, 1, self.dim), grid)
 
     def call(self, images):
-        tokens = self.norm(self.proj(images))
+        tokens = self.proj(images)
+        if self.pool:
+            tokens = self.activate(self.norm(self.max_pool(tokens)))
+        elif not self.folded:
+            tokens = self.norm(tokens)
         if not self.cls_token:
             return tokens
         cls_token = ops.expand_dims(self.cls_token_weight, 1)
         return self.join(ops.tile(cls_token, (ops.shape(tokens)[0], 1, 1, 1)), tokens)  # (1, 1, 1, dim) -> (B, 1, 1, dim)
 
     def compute_output_shape(self, input_shape):
-        grid = self.proj.compute_output_shape(input_shape)
+        grid = self._grid_shape(input_shape)
         return self.join.compute_output_shape(None, grid) if self.cls_token else grid
+
+    def _grid_shape(self, input_shape):
+        grid = self.proj.compute_output_shape(input_shape)
+        return self.max_pool.compute_output_shape(grid) if self.pool else grid
 
     def get_config(self):
         return {
@@ -365,6 +528,9 @@ class QuantizedTokenEmbedding(layers.Layer):
             "stride": self.stride,
             "padding": self.padding,
             "cls_token": self.cls_token,
+            "pool": self.pool,
+            "norm_type": self.norm_type,
+            "activation": self.activation,
             "quantized": self.quantized,
         }
 
@@ -376,7 +542,7 @@ class QuantizedAttention(layers.Layer):
     The linear projections are 1x1 convolutions: TFLite keeps a Dense on three axes in floats.
 
     Args:
-        dim, heads, projection, stride_kv: as in `ConvAttention`; `projection` is `"dw_bn"` or `"linear"`.
+        dim, heads, projection, stride_kv, attention_scale: as in `ConvAttention`; `projection` is `"dw_bn"` or `"linear"`.
         grid: `(height, width)` of the tokens after a cls token; `None` without a cls token.
         quantized: see `QuantizedConv`.
 
@@ -384,12 +550,13 @@ class QuantizedAttention(layers.Layer):
     Output shape: the same.
     """
 
-    def __init__(self, dim, heads, projection="dw_bn", stride_kv=2, grid=None, quantized=True, **kwargs):
+    def __init__(self, dim, heads, projection="dw_bn", stride_kv=2, attention_scale="dim", grid=None, quantized=True, **kwargs):
         super().__init__(**kwargs)
         self.dim = dim
         self.heads = heads
         self.projection = projection
         self.stride_kv = stride_kv
+        self.attention_scale = attention_scale
         self.grid = grid
         self.quantized = quantized
         self.conv_q, self.conv_k, self.conv_v = (
@@ -399,9 +566,10 @@ class QuantizedAttention(layers.Layer):
             self.join_q, self.join_k, self.join_v = (
                 QuantizedConcatenation(quantized, dtype=self.dtype_policy, name=f"join_{name}") for name in "qkv"
             )
+        width = dim if attention_scale == "dim" else dim // heads
         self.proj_q, self.proj_k, self.proj_v = (
             QuantizedConv(dim, quantized=quantized, rounds_output=not grid, scale=scale, dtype=self.dtype_policy, name=name)
-            for name, scale in (("proj_q", dim**-0.5), ("proj_k", 1.0), ("proj_v", 1.0))
+            for name, scale in (("proj_q", width**-0.5), ("proj_k", 1.0), ("proj_v", 1.0))
         )
         self.proj = QuantizedConv(dim, quantized=quantized, dtype=self.dtype_policy, name="proj")
         self.scores_quantizer = fake_quantize(quantized, "scores_quantizer", self.dtype_policy)
@@ -429,7 +597,7 @@ class QuantizedAttention(layers.Layer):
     def call(self, tokens):
         shape = (-1, *ops.shape(tokens)[1:])
         if self.grid:
-            cls_token, tokens = tokens[:, :1], ops.reshape(tokens[:, 1:], (-1, *self.grid, self.dim))
+            cls_token, tokens = split_cls_token(tokens, self.grid)
         q, k, v = self.proj_q(self.conv_q(tokens)), self.proj_k(self.conv_k(tokens)), self.proj_v(self.conv_v(tokens))
         if self.grid:
             q, k, v = (
@@ -462,6 +630,7 @@ class QuantizedAttention(layers.Layer):
             "heads": self.heads,
             "projection": self.projection,
             "stride_kv": self.stride_kv,
+            "attention_scale": self.attention_scale,
             "grid": self.grid,
             "quantized": self.quantized,
         }
@@ -469,10 +638,14 @@ class QuantizedAttention(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class QuantizedBlock(layers.Layer):
-    """`CvTBlock` in 8 bits.
+    """`CvTBlock` in 8 bits. The kernel of `mlp_conv` includes its shortcut.
+
+    BatchNorm as the second norm is folded into `fc1`. The first is not: the convolutions after it pad with zeros, which would
+    have to become other numbers.
 
     Args:
-        dim, heads, mlp_dim, drop_path_rate, activation, projection, stride_kv: as in `CvTBlock`.
+        dim, heads, mlp_dim, drop_path_rate, activation, projection, stride_kv, norm_type, attention_scale, mlp_conv: as in
+            `CvTBlock`.
         grid: see `QuantizedAttention`.
         quantized: see `QuantizedConv`.
 
@@ -489,6 +662,9 @@ class QuantizedBlock(layers.Layer):
         activation="quick_gelu",
         projection="dw_bn",
         stride_kv=2,
+        norm_type="layer",
+        attention_scale="dim",
+        mlp_conv=False,
         grid=None,
         quantized=True,
         **kwargs,
@@ -501,30 +677,62 @@ class QuantizedBlock(layers.Layer):
         self.activation = activation
         self.projection = projection
         self.stride_kv = stride_kv
+        self.norm_type = norm_type
+        self.attention_scale = attention_scale
+        self.mlp_conv = mlp_conv
         self.grid = grid
         self.quantized = quantized
-        self.norm1 = QuantizedLayerNorm(quantized, dtype=self.dtype_policy, name="norm1")
+        self.norm1 = quantized_norm(norm_type, quantized, self.dtype_policy, "norm1")
         self.attention = QuantizedAttention(
-            dim, heads, projection, stride_kv, grid, quantized, dtype=self.dtype_policy, name="attention"
+            dim, heads, projection, stride_kv, attention_scale, grid, quantized, dtype=self.dtype_policy, name="attention"
         )
         self.sum1_quantizer = fake_quantize(quantized, "sum1_quantizer", self.dtype_policy)
         self.drop_path = DropPath(drop_path_rate, dtype=self.dtype_policy, name="drop_path")
-        self.norm2 = QuantizedLayerNorm(quantized, dtype=self.dtype_policy, name="norm2")
+        if norm_type == "layer":
+            self.norm2 = QuantizedLayerNorm(quantized, dtype=self.dtype_policy, name="norm2")
         self.fc1 = QuantizedConv(mlp_dim, quantized=quantized, dtype=self.dtype_policy, name="fc1")
+        if mlp_conv:
+            self.depthwise = QuantizedConv(
+                None,
+                PROJECTION_KERNEL_SIZE,
+                padding=PROJECTION_KERNEL_SIZE // 2,
+                quantized=quantized,
+                rounds_output=not grid,
+                dtype=self.dtype_policy,
+                name="depthwise",
+            )
+            if grid:
+                self.join = QuantizedConcatenation(quantized, dtype=self.dtype_policy, name="join")
         self.activate = QuantizedActivation(activation, quantized, dtype=self.dtype_policy, name="activate")
         self.fc2 = QuantizedConv(dim, quantized=quantized, dtype=self.dtype_policy, name="fc2")
         self.sum2_quantizer = fake_quantize(quantized, "sum2_quantizer", self.dtype_policy)
 
     def build(self, tokens_shape):
-        for layer in (self.norm1, self.attention, self.sum1_quantizer, self.norm2, self.fc1, self.sum2_quantizer):
+        for layer in (self.norm1, self.attention, self.sum1_quantizer, self.fc1, self.sum2_quantizer):
             layer.build(tokens_shape)
+        if self.norm_type == "layer":
+            self.norm2.build(tokens_shape)
         hidden = (*tokens_shape[:-1], self.mlp_dim)
+        if self.mlp_conv:
+            grid = (None, *self.grid, self.mlp_dim) if self.grid else hidden
+            self.depthwise.build(grid)
+            if self.grid:
+                self.join.build((None, 1, 1, self.mlp_dim), grid)
         self.activate.build(hidden)
         self.fc2.build(hidden)
 
     def call(self, x):
         x = self.sum1_quantizer(x + self.drop_path(self.attention(self.norm1(x))))
-        return self.sum2_quantizer(x + self.drop_path(self.fc2(self.activate(self.fc1(self.norm2(x))))))
+        hidden = self.fc1(self.norm2(x) if self.norm_type == "layer" else x)
+        if self.mlp_conv:
+            hidden = self._convolved(hidden)
+        return self.sum2_quantizer(x + self.drop_path(self.fc2(self.activate(hidden))))
+
+    def _convolved(self, hidden):
+        if not self.grid:
+            return self.depthwise(hidden)
+        cls_token, tokens = split_cls_token(hidden, self.grid)
+        return self.join(cls_token, self.depthwise(tokens))
 
     def compute_output_shape(self, tokens_shape):
         return tokens_shape
@@ -539,6 +747,9 @@ class QuantizedBlock(layers.Layer):
             "activation": self.activation,
             "projection": self.projection,
             "stride_kv": self.stride_kv,
+            "norm_type": self.norm_type,
+            "attention_scale": self.attention_scale,
+            "mlp_conv": self.mlp_conv,
             "grid": self.grid,
             "quantized": self.quantized,
         }

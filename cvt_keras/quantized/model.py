@@ -3,17 +3,20 @@
 import keras
 from keras import layers, ops
 
-from cvt_keras.layers import ConvStem, ConvTokenEmbedding, CvTBlock
+from cvt_keras.layers import ConvStem, ConvTokenEmbedding, CvTBlock, Whitening
 from cvt_keras.model import cvt_of, preprocessing_of
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.quantized.layers import (
     PIXELS,
     QuantizedBlock,
+    QuantizedConcatenation,
     QuantizedConv,
-    QuantizedLayerNorm,
     QuantizedStem,
     QuantizedTokenEmbedding,
+    QuantizedWhitening,
     fake_quantize,
+    quantized_norm,
+    split_cls_token,
 )
 from cvt_keras.variants import get_variant, to_dict
 
@@ -49,37 +52,15 @@ class QuantizedCvT(keras.Model):
         normalization = QuantizedConv(None, quantized=quantized, dtype=dtype, name="normalization")
         normalization.trainable = False
         x = normalization(x)
+        if variant.whitening:
+            x = QuantizedWhitening(variant.whitening, variant.activation, quantized, dtype=dtype, name="whitening")(x)
         for i, dim in enumerate(variant.stem):
             x = QuantizedStem(dim, variant.activation, quantized, dtype=dtype, name=f"stem{i}")(x)
         for i, (stage, grid) in enumerate(zip(variant.stages, variant.grids(*input_shape[:2]))):
-            x = QuantizedTokenEmbedding(
-                stage.dim,
-                stage.kernel_size,
-                stage.stride,
-                stage.padding,
-                stage.cls_token,
-                quantized,
-                dtype=dtype,
-                name=f"stage{i}_embed",
-            )(x)
-            for j, rate in enumerate(stage.drop_path_rates):
-                x = QuantizedBlock(
-                    stage.dim,
-                    stage.heads,
-                    stage.mlp_dim,
-                    rate,
-                    variant.activation,
-                    stage.projection,
-                    stage.stride_kv,
-                    grid if stage.cls_token else None,
-                    quantized,
-                    dtype=dtype,
-                    name=f"stage{i}_block{j}",
-                )(x)
-            x = layers.Identity(dtype=dtype.name, name=f"stage{i}")(x)
+            x = _stage(x, stage, grid, variant, quantized, dtype, name=f"stage{i}")
             if stage.cls_token:
-                cls_token, x = x[:, :1], ops.reshape(x[:, 1:], (-1, *grid, stage.dim))  # (B, 1 + H*W, 1, C) -> (B, H, W, C)
-        norm = QuantizedLayerNorm(quantized, dtype=dtype, name="norm")
+                cls_token, x = split_cls_token(x, grid)
+        norm = quantized_norm(variant.norm, quantized, dtype, "norm")
         if not stage.cls_token:
             x = layers.GlobalAveragePooling2D(data_format="channels_last", keepdims=True, dtype=dtype, name="pool")(norm(x))
             x = fake_quantize(quantized, "pool_quantizer", dtype)(x)  # (B, 1, 1, C)
@@ -108,6 +89,56 @@ class QuantizedCvT(keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         return cls(**config)
+
+
+def _stage(x, stage, grid, variant, quantized, dtype, name):
+    """Applies a stage to a grid of tokens. Returns its grid, or with a cls token the sequence of both."""
+    x = QuantizedTokenEmbedding(
+        stage.dim,
+        stage.kernel_size,
+        stage.stride,
+        stage.padding,
+        stage.cls_token,
+        stage.pool,
+        variant.norm,
+        variant.activation,
+        quantized,
+        dtype=dtype,
+        name=f"{name}_embed",
+    )(x)
+    if stage.residual_convs:
+        x = _residual_convs(x, stage, grid, variant, quantized, dtype, name)
+    for j, rate in enumerate(stage.drop_path_rates):
+        x = QuantizedBlock(
+            stage.dim,
+            stage.heads,
+            stage.mlp_dim,
+            rate,
+            variant.activation,
+            stage.projection,
+            stage.stride_kv,
+            variant.norm,
+            variant.attention_scale,
+            stage.mlp_conv,
+            grid if stage.cls_token else None,
+            quantized,
+            dtype=dtype,
+            name=f"{name}_block{j}",
+        )(x)
+    return layers.Identity(dtype=dtype.name, name=name)(x)
+
+
+def _residual_convs(x, stage, grid, variant, quantized, dtype, name):
+    if stage.cls_token:
+        cls_token, x = split_cls_token(x, grid)
+    for j in range(stage.residual_convs):
+        conv = QuantizedStem(stage.dim, variant.activation, quantized, dtype=dtype, name=f"{name}_conv{j}")
+        x = layers.Add(dtype=dtype.name, name=f"{name}_sum{j}")([x, conv(x)])
+        if j + 1 < stage.residual_convs or not stage.cls_token:  # the concatenation rounds the last sum
+            x = fake_quantize(quantized, f"{name}_sum{j}_quantizer", dtype)(x)
+    if stage.cls_token:
+        x = QuantizedConcatenation(quantized, dtype=dtype, name=f"{name}_join")(cls_token, x)
+    return x
 
 
 # === Conversion ===
@@ -168,17 +199,30 @@ def _set(conv, kernel, bias):
     conv.conv.bias.assign(bias)
 
 
+def _scale_and_shift(norm):
+    """What BatchNorm multiplies by and adds at inference, per channel."""
+    scale = norm.gamma / ops.sqrt(norm.moving_variance + norm.epsilon)
+    return scale, norm.beta - norm.moving_mean * scale
+
+
 def _fold(conv, norm, kernel, axis):
     """Folds BatchNorm, as at inference, into the convolution before it."""
-    scale = norm.gamma / ops.sqrt(norm.moving_variance + norm.epsilon)
+    scale, shift = _scale_and_shift(norm)
     shape = [1] * len(kernel.shape)
     shape[axis] = -1
-    _set(conv, kernel * ops.reshape(scale, shape), norm.beta - norm.moving_mean * scale)
+    _set(conv, kernel * ops.reshape(scale, shape), shift)
 
 
 def _fold_norm(norm, converted):
-    converted.gamma.assign(norm.gamma)
-    converted.beta.assign(norm.beta)
+    is_batch_norm = isinstance(norm, layers.BatchNormalization)
+    gamma, beta = _scale_and_shift(norm) if is_batch_norm else (norm.gamma, norm.beta)
+    converted.gamma.assign(gamma)
+    converted.beta.assign(beta)
+
+
+def _fold_whitening(whitening, converted):
+    converted.kernel.assign(whitening.kernel)
+    converted.bias.assign(whitening.bias)
 
 
 def _fold_stem(stem, converted):
@@ -186,19 +230,22 @@ def _fold_stem(stem, converted):
 
 
 def _fold_embedding(embedding, converted):
-    _set(converted.proj, embedding.proj.kernel, embedding.proj.bias)
-    _fold_norm(embedding.norm, converted.norm)
+    if converted.folded:
+        _fold(converted.proj, embedding.norm, embedding.proj.kernel, axis=3)
+    else:
+        _fold_dense(embedding.proj, converted.proj)
+        _fold_norm(embedding.norm, converted.norm)
     if embedding.cls_token:
         converted.cls_token_weight.assign(embedding.cls_token_weight)
 
 
-def _fold_dense(dense, converted):
-    _set(converted, dense.kernel, dense.bias if dense.use_bias else ops.zeros(dense.units))
+def _fold_dense(layer, converted):
+    """Copies a Dense or Conv2D layer, with a bias of 0 if it has none."""
+    _set(converted, layer.kernel, layer.bias if layer.use_bias else ops.zeros(layer.kernel.shape[-1]))
 
 
 def _fold_block(block, converted):
     _fold_norm(block.norm1, converted.norm1)
-    _fold_norm(block.norm2, converted.norm2)
     attention = block.attention
     for name in ("conv_q", "conv_k", "conv_v"):
         if attention.projection == "dw_bn":
@@ -206,14 +253,30 @@ def _fold_block(block, converted):
             _fold(getattr(converted.attention, name), projection.norm, projection.depthwise.kernel, axis=2)
     for name in ("proj_q", "proj_k", "proj_v", "proj"):
         _fold_dense(getattr(attention, name), getattr(converted.attention, name))
-    _fold_dense(block.mlp.fc1, converted.fc1)
-    _fold_dense(block.mlp.fc2, converted.fc2)
+    _fold_mlp(block, converted)
+
+
+def _fold_mlp(block, converted):
+    mlp = block.mlp
+    if block.norm_type == "layer":
+        _fold_norm(block.norm2, converted.norm2)
+        _fold_dense(mlp.fc1, converted.fc1)
+    else:
+        scale, shift = _scale_and_shift(block.norm2)
+        _set(converted.fc1, mlp.fc1.kernel * ops.reshape(scale, (-1, 1)), mlp.fc1.bias + ops.matmul(shift, mlp.fc1.kernel))
+    if block.mlp_conv:
+        kernel = ops.convert_to_numpy(mlp.depthwise.kernel).copy()
+        kernel[kernel.shape[0] // 2, kernel.shape[1] // 2] += 1  # the shortcut
+        _set(converted.depthwise, kernel, ops.zeros(block.mlp_dim))
+    _fold_dense(mlp.fc2, converted.fc2)
 
 
 _FOLDS = {
+    Whitening: _fold_whitening,
     ConvStem: _fold_stem,
     ConvTokenEmbedding: _fold_embedding,
     CvTBlock: _fold_block,
     layers.LayerNormalization: _fold_norm,
+    layers.BatchNormalization: _fold_norm,
     layers.Dense: _fold_dense,
 }

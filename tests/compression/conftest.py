@@ -5,12 +5,13 @@ import pytest
 
 @pytest.fixture(scope="session")
 def trained(cifar10_dir, tmp_path_factory):
-    """The folder of a short run on the made images. Its network has every kind of layer, from a stem to a cls token."""
+    """The folder of a short run on the made images. Its network has every kind of layer, from whitening to a cls token."""
     from cvt_keras import Stage, Variant
     from cvt_keras.training import RECIPES, run
 
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    variant = Variant((Stage(dim=24, depth=1, heads=2, mlp_ratio=2.0, cls_token=True),), activation="gelu", stem=(8,))
+    stage = Stage(dim=24, depth=1, heads=2, mlp_ratio=2.0, cls_token=True, pool=True, residual_convs=1, mlp_conv=True)
+    variant = Variant((stage,), activation="gelu", stem=(8,), whitening=1)
     recipe = dataclasses.replace(
         RECIPES["smoke"], variant=variant, dataset="cifar10", data_dir=str(cifar10_dir), epochs=4, flip=False,
         train_limit=512, validation_limit=64, test_limit=100, peak_learning_rate=1e-2,

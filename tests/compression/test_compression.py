@@ -167,8 +167,8 @@ def test_every_convolution_of_the_int8_file_is_quantised_per_channel(exported):
     tensors = {tensor["index"]: tensor for tensor in interpreter.get_tensor_details()}
     operations = interpreter._get_ops_details()
     convolutions = [op for op in operations if op["op_name"] in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")]
-    # The block's three depthwise and six Dense layers, normalisation, stem, embedding and head.
-    assert len(convolutions) >= 9 + 4
+    # The block's four depthwise and six Dense layers, normalisation, whitening, stem, embedding, residual convolution and head.
+    assert len(convolutions) >= 10 + 6
     for operation in convolutions:
         image, kernel = (tensors[index] for index in operation["inputs"][:2])
         axis = 3 if operation["op_name"] == "DEPTHWISE_CONV_2D" else 0
@@ -227,6 +227,14 @@ def test_float_files_of_a_quantised_run_have_no_rounding(exported):
 
 def _operations(file):
     return {operation["op_name"] for operation in _interpreter(file.read_bytes())._get_ops_details()}
+
+
+@pytest.mark.parametrize("name", ["prune", "prune-cluster", "prune-qat"])
+def test_no_compression_changes_the_whitening_kernel(name, trained, compressed):
+    before, after = (
+        _classifier(run_dir).get_layer("cvt").get_layer("whitening").kernel for run_dir in (trained, compressed(name))
+    )
+    np.testing.assert_array_equal(after, before)
 
 
 # === What is refused ===

@@ -4,7 +4,7 @@ import shlex
 import numpy as np
 import pytest
 
-from cvt_keras import build_classifier
+from cvt_keras import Stage, Variant, build_classifier
 from cvt_keras.compression.kernels import describe, kernels, share_of_zeros
 from cvt_keras.errors import RecipeError
 
@@ -14,18 +14,31 @@ def cvt_cifar():
     return build_classifier("cvt_cifar", 10, (32, 32, 3))
 
 
-def test_stem_depthwise_convolutions_and_head_are_left_out(cvt_cifar):
+def test_the_first_convolution_depthwise_convolutions_and_head_are_left_out(cvt_cifar):
     chosen = kernels(cvt_cifar)
     assert len(chosen) == 27
-    assert {"stage0_embed/proj", "stage2_block0/mlp/fc2", "stage1_block1/attention/proj_q"} <= set(chosen)
-    assert not [path for path in chosen if "stem" in path or "depthwise" in path or "head" in path]
+    assert {"stage1_embed/proj", "stage1_conv0/conv", "stage2_block1/mlp/fc2", "stage1_block0/attention/proj_q"} <= set(chosen)
+    assert not [path for path in chosen if path == "stage0_embed/proj" or "depthwise" in path or "head" in path]
     assert all(kernel.name == "kernel" for kernel in chosen.values())
-    assert chosen["stage0_embed/proj"].shape == (3, 3, 32, 64)
+    assert chosen["stage1_embed/proj"].shape == (3, 3, 48, 128)
 
 
-def test_without_a_stem_the_first_embedding_is_left_out(classifier):
-    assert "stage0_embed/proj" not in kernels(classifier)
-    assert "stage1_embed/proj" in kernels(classifier)
+def test_with_a_stem_the_first_embedding_is_chosen():
+    variant = Variant((Stage(dim=8, depth=1, heads=1),), stem=(4, 4))
+    classifier = build_classifier(variant, 10, (32, 32, 3))
+    chosen = kernels(classifier)
+    assert "stage0_embed/proj" in chosen and not [path for path in chosen if "stem" in path]
+    assert list(kernels(classifier, ["stem1/conv", "head"])) == ["stem1/conv", "head"]
+
+
+def test_the_fixed_kernel_of_whitening_is_never_chosen(cvt_cifar):
+    network = cvt_cifar.get_layer("cvt")
+    assert network.get_layer("whitening").kernel.name == "kernel"
+    network.trainable = False
+    network.trainable = True
+    assert not [path for path in kernels(cvt_cifar, lambda path: True) if "whitening" in path]
+    with pytest.raises(RecipeError):
+        kernels(cvt_cifar, ["whitening"])
 
 
 def test_a_second_network_in_the_process_has_the_same_paths(classifier):
@@ -36,9 +49,9 @@ def test_a_second_network_in_the_process_has_the_same_paths(classifier):
     "names, number",
     [
         (["stage2_block0/mlp/fc1"], 1),
-        (["stem1/conv", "head"], 2),
-        (["stage0"], 10),  # with its depthwise convolutions, as they match the name
-        (["stage0", "stage0_embed"], 10),
+        (["stage1_conv0", "head"], 2),
+        (["stage0"], 11),  # with its depthwise convolutions, as they match the name
+        (["stage0", "stage0_embed"], 11),
     ],
 )
 def test_layers_can_be_named(names, number, cvt_cifar):

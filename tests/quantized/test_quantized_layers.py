@@ -6,19 +6,21 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from layer_battery import Case, check_config, check_layers
 
 from cvt_keras import Stage, Variant, build_classifier, preprocessing_of
-from cvt_keras.compression.quantization import QuantizationAwareTraining
+from cvt_keras.compression.quantization import QuantizationAwareTraining, _kernels
 from cvt_keras.export import tflite
 from cvt_keras.quantized import layers
 from cvt_keras.quantized.layers import (
     FakeQuantize,
     QuantizedActivation,
     QuantizedAttention,
+    QuantizedBatchNorm,
     QuantizedBlock,
     QuantizedConcatenation,
     QuantizedConv,
     QuantizedLayerNorm,
     QuantizedStem,
     QuantizedTokenEmbedding,
+    QuantizedWhitening,
 )
 from cvt_keras.quantized.model import float_form, quantize, quantized_cvt_of
 
@@ -41,8 +43,20 @@ LAYERS = {
     "open conv": (QuantizedConv, {"filters": 2, "rounds_output": False}, [(2, 8, 8, 4)], [(2, 8, 8, 2)], [8, 2], [2, 2]),
     "norm": (QuantizedLayerNorm, {}, [(2, 4, 4, 8)], [(2, 4, 4, 8)], [8, 8], [1] * 18),
     "open norm": (QuantizedLayerNorm, {"rounds_output": False}, [(2, 4, 4, 8)], [(2, 4, 4, 8)], [8, 8], [1] * 16),
+    "batch norm": (QuantizedBatchNorm, {}, [(2, 4, 4, 8)], [(2, 4, 4, 8)], [8, 8], [1, 1]),
     "gelu": (QuantizedActivation, {"activation": "gelu"}, [(2, 6)], [(2, 6)], [], [1, 1]),
+    "open gelu": (QuantizedActivation, {"activation": "gelu", "rounds_output": False}, [(2, 6)], [(2, 6)], [], []),
     "quick gelu": (QuantizedActivation, {"activation": "quick_gelu"}, [(2, 6)], [(2, 6)], [], [1] * 4),
+    # The kernel is no trained weight.
+    "whitening": (QuantizedWhitening, {}, [(2, 8, 8, 3)], [(2, 7, 7, 24)], [24], [288, 24, 24] + [1] * 4),
+    "whitening in floats": (
+        QuantizedWhitening,
+        {"kernel_size": 1, "activation": "quick_gelu", "quantized": False},
+        [(2, 8, 8, 3)],
+        [(2, 8, 8, 6)],
+        [6],
+        [18],
+    ),
     "stem": (QuantizedStem, {"dim": 5}, [(2, 8, 8, 3)], [(2, 8, 8, 5)], [135, 5], [5, 5, 1, 1, 1, 1]),
     "concatenation": (QuantizedConcatenation, {}, [(2, 1, 1, 3), (2, 4, 4, 3)], [(2, 17, 1, 3)], [], [1, 1]),
     "embedding": (QuantizedTokenEmbedding, {"dim": 8}, [(2, 8, 8, 3)], [(2, 4, 4, 8)], [216, 8, 8, 8], [8, 8] + [1] * 20),
@@ -53,6 +67,30 @@ LAYERS = {
         [(2, 17, 1, 8)],
         [216, 8, 8, 8, 8],
         [8, 8] + [1] * 18 + [1, 1],
+    ),
+    "embedding with batch norm": (
+        QuantizedTokenEmbedding,
+        {"dim": 8, "norm_type": "batch"},
+        [(2, 8, 8, 3)],
+        [(2, 4, 4, 8)],
+        [216, 8],
+        [8, 8, 1, 1],
+    ),
+    "pooled embedding with batch norm": (
+        QuantizedTokenEmbedding,
+        {"dim": 8, "stride": 3, "padding": 0, "pool": True, "norm_type": "batch", "activation": "quick_gelu"},
+        [(2, 8, 8, 3)],
+        [(2, 2, 2, 8)],
+        [216, 8, 8, 8],
+        [8, 8] + [1] * 8,
+    ),
+    "pooled embedding with cls token": (
+        QuantizedTokenEmbedding,
+        {"dim": 8, "cls_token": True, "pool": True},
+        [(2, 8, 8, 3)],
+        [(2, 17, 1, 8)],
+        [216, 8, 8, 8, 8],
+        [8, 8] + [1] * 22,
     ),
     "attention": (
         QuantizedAttention,
@@ -85,6 +123,23 @@ LAYERS = {
         [(2, 4, 4, 8)],
         [8] * 4 + [72, 8] * 3 + [64, 8] * 4 + [128, 16, 128, 8],
         [1] * 36 + [8, 8, 1, 1] * 7 + [1] * 4 + [16, 16, 1, 1, 8, 8, 1, 1] + [1] * 8,
+    ),
+    "block with batch norm, convolution and cls token": (
+        QuantizedBlock,
+        {
+            "dim": 8,
+            "heads": 2,
+            "mlp_dim": 16,
+            "norm_type": "batch",
+            "attention_scale": "head",
+            "mlp_conv": True,
+            "grid": [4, 4],
+        },
+        [(2, 17, 1, 8)],
+        [(2, 17, 1, 8)],
+        [8] * 2 + [72, 8] * 3 + [64, 8] * 4 + [128, 16, 144, 16, 128, 8],
+        # Limits of norm1, attention, fc1, depthwise without an output, its concatenation, fc2, activation and two sums
+        [1, 1] + [8, 8, 1, 1] * 4 + [8, 8] * 3 + [1] * 10 + [16, 16, 1, 1] + [16, 16] + [1, 1] + [8, 8, 1, 1] + [1] * 8,
     ),
 }
 
@@ -154,15 +209,53 @@ def test_the_observer_is_called_in_training_only():
 
 
 def _trained_classifier(variant, **kwargs):
-    """A classifier whose statistics, norms and biases differ from their initial values."""
+    """A classifier whose weights and statistics are so large that each counts, with negative scales among its norms'."""
     classifier = build_classifier(variant, 10, (32, 32, 3), mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.3], **kwargs)
     random = np.random.default_rng(0)
     for variable in classifier.weights:
         if variable.name in ("gamma", "beta", "bias", "moving_mean", "moving_variance"):
             variable.assign(np.asarray(variable) + random.uniform(0.1, 0.5, variable.shape))
+        if variable.name == "gamma":
+            variable.assign(np.asarray(variable) * random.choice([-1, 1], variable.shape))
+        if variable.name == "cls_token" or (variable.name == "kernel" and len(variable.shape) == 2):
+            variable.assign(random.normal(size=variable.shape, scale=0.5 * variable.shape[0] ** -0.5))
     return classifier
 
 
+# A pooled and a strided stage, with every field that is not in the paper.
+FIELDS = {"heads": 2, "depth": 1, "mlp_conv": True}
+NOT_IN_THE_PAPER = {
+    "batch norm": Variant(
+        (
+            Stage(dim=8, mlp_ratio=1.0, stride_kv=4, pool=True, residual_convs=1, **FIELDS),
+            Stage(dim=12, **FIELDS),
+        ),
+        "gelu",
+        whitening=2,
+        norm="batch",
+        attention_scale="head",
+    ),
+    "batch norm, cls tokens": Variant(
+        (
+            Stage(dim=8, cls_token=True, residual_convs=2, **FIELDS),
+            Stage(dim=8, cls_token=True, pool=True, residual_convs=1, **FIELDS),
+        ),
+        "gelu",
+        whitening=2,
+        norm="batch",
+        attention_scale="head",
+    ),
+    "layer norm, cls token before the last stage": Variant(
+        (
+            Stage(dim=8, cls_token=True, pool=True, residual_convs=1, **FIELDS),
+            Stage(dim=8, **FIELDS),
+        ),
+        "quick_gelu",
+        stem=(6,),
+        whitening=1,
+        attention_scale="head",
+    ),
+}
 VARIANTS = {
     "stem, pooled head": Variant((Stage(dim=8, depth=1, heads=1), Stage(dim=8, depth=1, heads=2)), "gelu", stem=(4, 4)),
     "cvt_tiny": "cvt_tiny",  # with a cls token
@@ -172,6 +265,7 @@ VARIANTS = {
     "cls token before the last stage": Variant(
         (Stage(dim=8, depth=1, heads=1, cls_token=True), Stage(dim=8, depth=1, heads=1))
     ),
+    **NOT_IN_THE_PAPER,
 }
 
 
@@ -180,7 +274,9 @@ def test_the_folded_network_is_the_same_function(variant):
     classifier = _trained_classifier(VARIANTS[variant])
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype("float32")
     folded = float_form(quantize(classifier))
-    np.testing.assert_allclose(folded(images), classifier(images), atol=1e-5)
+    logits = np.asarray(classifier(images))
+    assert np.ptp(logits, axis=0).max() > 0.01  # the images count
+    np.testing.assert_allclose(folded(images), logits, rtol=1e-5, atol=1e-5)
     assert not [layer for layer in folded._flatten_layers() if isinstance(layer, FakeQuantize)]
     assert not [layer for layer in folded._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
 
@@ -234,6 +330,7 @@ def test_the_scores_scale_is_in_the_querys_projection():
     attention = QuantizedAttention(16, 2)
     attention.build((None, 4, 4, 16))
     assert (attention.proj_q.scale, attention.proj_k.scale) == (0.25, 1.0)
+    assert QuantizedAttention(16, 4, attention_scale="head").proj_q.scale == 0.5
     np.testing.assert_allclose(attention.proj_q.kernel, 0.25 * np.asarray(attention.proj_q.conv.kernel))
     layer = QuantizedConv(3, quantized=False, scale=0.5)
     x = np.random.default_rng(0).normal(size=(1, 2, 2, 4)).astype("float32")
@@ -243,28 +340,82 @@ def test_the_scores_scale_is_in_the_querys_projection():
     np.testing.assert_allclose(layer(x), expected, atol=1e-6)
 
 
+def _calibrated(classifier, images):
+    """The fake-quantised form of a classifier, with the ranges of these images, and what trained it."""
+    training = QuantizationAwareTraining()
+    network = training.wrap(classifier)
+    training.start(network, tf.data.Dataset.from_tensors((images, np.zeros((len(images), 10)))), 1, 1)
+    return network, training
+
+
 @pytest.mark.parametrize(
     "variant",
     [
-        Variant((Stage(dim=8, depth=1, heads=1, cls_token=True), Stage(dim=8, depth=1, heads=2)), activation="quick_gelu"),
         Variant((Stage(dim=8, depth=1, heads=1, projection="linear"), Stage(dim=8, depth=1, heads=2, cls_token=True))),
+        *NOT_IN_THE_PAPER.values(),
     ],
-    ids=["quick gelu, cls token before the last stage, pooled head", "linear projection, cls token at the end"],
+    ids=["linear projection, cls token at the end", *NOT_IN_THE_PAPER],
 )
-def test_the_whole_network_becomes_integers(variant):
+def test_the_whole_network_becomes_integers(variant, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3)).astype("float32")
-    training = QuantizationAwareTraining()
-    made = training.wrap(_trained_classifier(variant))
-    training.start(made, tf.data.Dataset.from_tensors((images, np.zeros((32, 10)))), 1, 1)
+    network, _ = _calibrated(_trained_classifier(variant), images)
     interpreter = Interpreter(
-        model_content=tflite.convert(made, [str(i) for i in range(10)], "int8"),
+        model_content=tflite.convert(network, [str(i) for i in range(10)], "int8"),
         experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
     )
     interpreter.allocate_tensors()
     assert {tensor["dtype"] for tensor in interpreter.get_tensor_details()} <= {np.uint8, np.int8, np.int32, np.int64}
     [pixels], [output] = interpreter.get_input_details(), interpreter.get_output_details()
-    for image, expected in zip(images[:4], keras.ops.softmax(made(images[:4]))):
+    for image, expected in zip(images[:4], keras.ops.softmax(network(images[:4]))):
         interpreter.set_tensor(pixels["index"], image[None].astype("uint8"))
         interpreter.invoke()
         probabilities = interpreter.get_tensor(output["index"])[0] / 256
         np.testing.assert_allclose(probabilities, expected, atol=0.02)
+    network.save(tmp_path / "model.keras")
+    reloaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(reloaded(images[:4]), network(images[:4]))
+
+
+def test_training_leaves_the_whitening_kernel_as_it_is():
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype("float32")
+    network, training = _calibrated(_trained_classifier(NOT_IN_THE_PAPER["batch norm"]), images)
+    network.trainable = False
+    network.trainable = True
+    whitening = quantized_cvt_of(network).get_layer("whitening")
+    before = {variable.path: np.asarray(variable) for variable in (whitening.kernel, whitening.bias)}
+    limits = np.asarray(whitening.kernel_quantizer.maximum)
+    network.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True), run_eagerly=True)
+    network.fit(images, np.eye(10, dtype="float32")[:8], batch_size=8, verbose=0, callbacks=[training])
+    np.testing.assert_array_equal(whitening.kernel, before[whitening.kernel.path])
+    np.testing.assert_array_equal(whitening.kernel_quantizer.maximum, limits)
+    assert np.all(np.asarray(whitening.bias) != before[whitening.bias.path])
+    # Whitening and norms are not among the kernels whose zeros are counted and kept.
+    kernels = _kernels(network)
+    assert "stage0_conv0/conv" in kernels
+    assert not [path for path in kernels if set(path.split("/")) & {"whitening", "norm", "norm1"}]
+    assert "whitening/kernel_quantizer" in training.check(network)["ranges"]
+
+
+def test_a_batch_norm_scales_and_shifts_each_channel_and_trains_both():
+    layer = QuantizedBatchNorm()
+    layer.build((None, 2, 2, 3))
+    layer.gamma.assign([-0.3, 1e-3, 7.0])
+    layer.beta.assign([0.1, 0.2, 0.3])
+    layer.output_quantizer.minimum.assign(-30.0)
+    layer.output_quantizer.maximum.assign(30.0)
+    x = np.random.default_rng(0).normal(size=(2, 2, 2, 3)).astype("float32")
+    with tf.GradientTape() as tape:
+        y = layer(x)
+    np.testing.assert_allclose(y, x * [-0.3, 1e-3, 7.0] + [0.1, 0.2, 0.3], atol=60 / 255 / 2 + 1e-3)
+    gamma, beta = tape.gradient(y, [layer.gamma.value, layer.beta.value])
+    np.testing.assert_allclose(gamma, x.sum(axis=(0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(beta, [8, 8, 8])
+
+
+@pytest.mark.parametrize("name", ["embedding", "attention", "block", "gelu"])
+def test_a_config_of_an_older_file_loads(name):
+    case = CASES[name]
+    config = case.cls(**case.arguments).get_config()
+    new = {"pool", "norm_type", "attention_scale", "mlp_conv", "rounds_output"}
+    new |= {"activation"} if name == "embedding" else set()
+    assert case.cls.from_config({key: value for key, value in config.items() if key not in new}).get_config() == config
