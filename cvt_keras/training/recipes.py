@@ -293,7 +293,7 @@ CIFAR10 = Recipe(
     """Ten epochs on CIFAR-10.
 
     cvt-keras train cifar10
-    84.2% test top-1 (n=2, within 0.1 points, JPEG copy of the data), 33 minutes on two cores of an Intel Xeon in float32.
+    RESULT10
     """,
     crop_padding=3,
     peak_learning_rate=4.5e-3,

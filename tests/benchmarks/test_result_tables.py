@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablation, compression
+from benchmarks import cifar10, compression
 from result_tables import add_rows
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -37,5 +37,9 @@ def test_the_stored_compression_results_have_the_columns_of_the_script():
     assert compression.csv_row({**row, "top1": 0.475, "gzip": 0.5}, row)["points"] == "-2.50"
 
 
-def test_the_stored_candidates_are_those_of_the_script():
-    assert {row["candidate"] for row in _stored(RESULTS / "stem.csv")} == set(ablation.CANDIDATES)
+def test_the_stored_runs_on_cifar10_are_recognised_by_the_script():
+    path = RESULTS / "cifar10.csv"
+    rows = _stored(path)
+    assert all(cifar10.is_stored(path, {name: row[name] for name in cifar10.KEY}) for row in rows)
+    assert not cifar10.is_stored(path, {**rows[0], "seed": 99})
+    assert {row["change"] for row in rows} <= set(cifar10.CHANGES)
