@@ -17,6 +17,7 @@ from cvt_keras.errors import MissingPackageError, RecipeError, RunError
 from cvt_keras.search import space as spaces
 from cvt_keras.training.recipes import Recipe
 from cvt_keras.training.resume import same_weights
+from cvt_keras.variants import get_variant
 
 try:
     import keras_tuner
@@ -341,9 +342,19 @@ def differences(stored, settings, phrase="{!r} in the search, now {!r}"):
             before, after = old.get(name, defaults.get(name)), new.get(name, defaults.get(name))
             if name in ("data_dir", "skip_broken") or before == after or (name == "weights" and same_weights(before, after)):
                 continue
+            if name == "variant" and _same_variant(before, after):
+                continue
             change = {"variant": " differs", "class names": " differ"}.get(name) or f": {phrase.format(before, after)}"
             changes.append(f"{'space: ' if part == 'space' else ''}{name}{change}")
     return "; ".join(changes)
+
+
+def _same_variant(stored, received):
+    """Whether these are the same network, also if an older version wrote fewer fields of it."""
+    try:
+        return get_variant(stored) == get_variant(received)
+    except (ValueError, TypeError):
+        return False
 
 
 def line(oracle, trial):

@@ -15,6 +15,7 @@ from cvt_keras.errors import RecipeError, RunError
 from cvt_keras.search import oracles, results
 from cvt_keras.search.space import Choice, Range
 from cvt_keras.training import RECIPES
+from cvt_keras.variants import get_variant, to_dict
 
 
 def _finish(oracle, trial, score=0.5, status=TrialStatus.COMPLETED):
@@ -305,6 +306,10 @@ def test_differences_are_named():
     assert "early_stopping: 0 in the search, now 3" in oracles.differences(
         settings, {**newer, "recipe": {**recipe, "early_stopping": 3}}
     )
+    older = to_dict(Variant((Stage(8, 1, 1),)))
+    del older["whitening"], older["stages"][0]["pool"]
+    older, newer = ({**settings, "recipe": {**recipe, "variant": variant}} for variant in (older, to_dict(get_variant(older))))
+    assert oracles.differences(older, newer) == ""
     changed = {
         **settings,
         "recipe": {**recipe, "dataset": "folder", "seed": 1, "weights": None, "variant": {"stem": [8]}},
