@@ -355,16 +355,12 @@ def require_fit(recipe, train):
             hint=f"Use --batch-size {len(train)} or less",
         )
     variant = get_variant(recipe.variant)
-    if recipe.image_size < variant.stride:
+    if recipe.image_size < variant.min_side:
         raise RecipeError(
-            f"`image_size` must be at least {variant.stride} for {recipe.variant_name}, the product of its strides. "
+            f"`image_size` must be at least {variant.min_side} for {recipe.variant_name}. "
             f"Received: image_size={recipe.image_size}",
             argument="image_size",
         )
-    try:
-        variant.grids(recipe.image_size, recipe.image_size)
-    except ValueError as error:
-        raise RecipeError(f"`image_size` is too small for {recipe.variant_name}: {error}", argument="image_size") from error
     if recipe.crop_padding >= recipe.image_size:
         raise RecipeError(
             f"`crop_padding` must be less than `image_size`. "
