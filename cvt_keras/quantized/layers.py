@@ -58,9 +58,13 @@ class FakeQuantize(layers.Layer):
     def call(self, x, training=False):
         if training and self.observer is not None:
             return self.observer(x, self.minimum, self.maximum)
-        return keras.quantizers.fake_quant_with_min_max_vars(
-            x, self.minimum, self.maximum, narrow_range=self.axis is not None, axis=self.axis
+        if self.axis is None:
+            return keras.quantizers.fake_quant_with_min_max_vars(x, self.minimum, self.maximum)
+        # On JAX, Keras takes the ranges for those of the last axis whatever `axis` is.
+        x = keras.quantizers.fake_quant_with_min_max_vars(
+            ops.swapaxes(x, self.axis, -1), self.minimum, self.maximum, narrow_range=True, axis=len(x.shape) - 1
         )
+        return ops.swapaxes(x, self.axis, -1)
 
     def compute_output_shape(self, input_shape):
         return input_shape

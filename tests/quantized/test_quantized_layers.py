@@ -187,6 +187,16 @@ def test_kernels_are_symmetric_and_each_channel_has_its_own_steps():
     np.testing.assert_allclose(np.abs(steps).max(axis=(0, 1, 3)), 127, rtol=1e-5)
 
 
+def test_kernels_are_rounded_alike_on_jax(monkeypatch):
+    layer = FakeQuantize(axis=2)
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 1)).astype("float32")
+    layer.build(kernel.shape)
+    expected = layer(kernel)
+    # Keras' own rounding, instead of TensorFlow's.
+    monkeypatch.setattr("keras.src.backend.backend", lambda: "jax")
+    np.testing.assert_allclose(layer(kernel), expected, atol=1e-6)
+
+
 def test_the_gradient_goes_through_and_ends_at_the_limits():
     layer = FakeQuantize(limits=(0.0, 1.0))
     x = tf.constant([-1.0, 0.3, 0.6, 2.0])
