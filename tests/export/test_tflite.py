@@ -52,11 +52,10 @@ def test_an_int8_file_has_no_float_tensor(interpreters):
     assert "f" in {np.dtype(tensor["dtype"]).kind for tensor in interpreters["dynamic_int8"].get_tensor_details()}
 
 
-def _floats(stage, activation, tmp_path):
+def _floats(stage, activation, tmp_path, **kwargs):
     """The float tensors in the int8 file of a small network, with their reasons."""
-    variant = Variant(
-        stages=(Stage(dim=16, depth=1, heads=1, kernel_size=3, stride=2, padding=1), stage), activation=activation
-    )
+    first = Stage(dim=16, depth=1, heads=1, kernel_size=3, stride=2, padding=1)
+    variant = Variant(stages=(first, stage), activation=activation, **kwargs)
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype="uint8")
     file = tmp_path / "int8.tflite"
     file.write_bytes(tflite.convert(build_classifier(variant, 2, (16, 16, 3)), ["a", "b"], "int8", images))
@@ -70,6 +69,12 @@ def _floats(stage, activation, tmp_path):
 def test_the_papers_layers_leave_no_float_tensor(activation, tmp_path):
     stage = Stage(dim=32, depth=1, heads=2, kernel_size=3, stride=2, padding=1, drop_path=0.1, cls_token=True)
     assert _floats(stage, activation, tmp_path) == {}
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_the_layers_of_cvt_cifar_leave_no_float_tensor(norm, tmp_path):
+    stage = Stage(dim=32, depth=1, heads=2, stride_kv=4, cls_token=norm == "layer", pool=True, residual_convs=1, mlp_conv=True)
+    assert _floats(stage, "gelu", tmp_path, whitening=2, norm=norm, attention_scale="head") == {}
 
 
 def test_float_tensors_have_a_reason(tmp_path):
