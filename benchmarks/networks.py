@@ -973,7 +973,7 @@ _C10 = Stage(48, 1, 2, 1, 4), Stage(128, 2, 4), Stage(256, 2, 8)
 _CONV_MLP = Stage(128, 1, 4, 1, mlp="conv"), Stage(256, 1, 8, 1, embed="conv_act", mlp="conv")
 _pooled = functools.partial(Network, norm="batch")
 NETWORKS = {
-    "cvt_cifar": Network(  # before these experiments; it is `c12` now
+    "first": Network(  # `cvt_cifar` before these experiments; it is `c12` now
         (Stage(64, 1, 1, embed="conv"), Stage(128, 2, 2, embed="conv"), Stage(256, 1, 4, embed="conv")), stem=(32, 32)
     ),
     "cnn": Network(whiten="valid", widths=(64, 128, 128)),
@@ -1054,8 +1054,8 @@ def _experiments():
     def add(name, network, settings, **changes):
         experiments[name] = Experiment(name, (NETWORKS | ABLATIONS)[network], replace(settings, **changes))
 
-    add("cvt_cifar, its recipe", "cvt_cifar", Settings())
-    add("cvt_cifar, R", "cvt_cifar", R, head_scale=False)
+    add("first, its recipe", "first", Settings())
+    add("first, R", "first", R, head_scale=False)
     for crop in (2, 3, 4):
         add(f"cnn, crop {crop}", "cnn", R, max_pool=True, crop_padding=crop)
     add("cnn, alternating flip", "cnn", R, max_pool=True, alternating_flip=True)

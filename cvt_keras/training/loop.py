@@ -12,7 +12,7 @@ import tensorflow as tf
 from cvt_keras import environment, runs
 from cvt_keras.data.pipeline import evaluation_batches, training_batches
 from cvt_keras.errors import OutOfMemoryError, RecipeError
-from cvt_keras.model import build_classifier, cvt_of
+from cvt_keras.model import build_classifier
 from cvt_keras.report import figures, metrics, page
 from cvt_keras.training.callbacks import (
     CLASS_WEIGHTS,
@@ -103,7 +103,7 @@ def fit(plan):
     checkpoints = Checkpoints(run_dir, _data(plan), stopwatch, best, compressor.variables)
     checkpoints.restore(classifier)
     if not checkpoints.history and plan.checkpoint is None:
-        _adapt_whitening(classifier, plan)
+        adapt_whitening(classifier, plan.train, recipe.image_size)
     # The checkpoint shows that the images are the same. Writes the record if a kill or an older version left none.
     _write_record(plan)
     finished = len(checkpoints.history)
@@ -137,14 +137,20 @@ def fit(plan):
     return best, checkpoints.history
 
 
-def _adapt_whitening(classifier, plan):
-    """Sets the kernel of the whitening layer, if the network has one, from the first training images."""
-    network = cvt_of(classifier)
-    if not network.variant.whitening:
+def adapt_whitening(classifier, split, image_size):
+    """Sets the kernel of the whitening layer, if the classifier has one.
+
+    Args:
+        classifier: a classifier of raw pixels, with the layer `normalization`.
+        split: the training images, a `Split`; the first 5,000 are used.
+        image_size: height and width of the network's input in pixels.
+    """
+    whitening = next((layer for layer in classifier._flatten_layers() if layer.name == "whitening"), None)
+    if whitening is None:
         return
     normalize = classifier.get_layer("normalization")
-    batches = evaluation_batches(plan.train.limit(WHITENING_IMAGES), plan.num_classes, plan.recipe.image_size)
-    network.get_layer("whitening").adapt(normalize(images) for images, _ in batches)
+    batches = evaluation_batches(split.limit(WHITENING_IMAGES), classifier.output_shape[-1], image_size)
+    whitening.adapt(normalize(images) for images, _ in batches)
 
 
 def _write_record(plan):

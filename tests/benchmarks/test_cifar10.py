@@ -1,16 +1,21 @@
 import csv
-from types import SimpleNamespace
+import dataclasses
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from eager import eagerly
 
 from benchmarks import cifar10
 from cvt_keras import VARIANTS, Preprocessing, Stage, Variant, macs
-from cvt_keras.data.split import Split
+from cvt_keras.data import sources
+from cvt_keras.data.split import Source, Split
 from cvt_keras.layers import Whitening
-from cvt_keras.training import Recipe
+from cvt_keras.training import loop
+from cvt_keras.training.recipes import SMOKE
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 PREPROCESSING = Preprocessing((0.5,) * 3, (0.25,) * 3, tuple("abcdefghij"))
 
 
@@ -21,7 +26,7 @@ def _split(count, seed=0):
 
 
 def test_the_macs_of_the_cnn_are_those_of_its_layers():
-    classifier, multiplies = cifar10.cnn(PREPROCESSING, 32)
+    classifier, cost = cifar10.cnn(PREPROCESSING, 32)
     counted = 0
     for layer in classifier.layers:
         if hasattr(layer, "proj"):
@@ -31,15 +36,15 @@ def test_the_macs_of_the_cnn_are_those_of_its_layers():
         else:
             continue
         counted += int(positions * np.prod(kernel.shape))
-    assert multiplies == counted
-    assert f"{multiplies / 1e6:.1f}" == "54.2"
+    assert cost == counted
+    assert f"{cost / 1e6:.1f}" == "54.2"
     assert classifier.output_shape == (None, 10)
 
 
-def test_ablations_change_what_they_name():
+def test_changes_do_what_their_names_say():
     variant = VARIANTS["cvt_cifar"]
-    changed = {name: change(variant) for name, change in cifar10.ABLATIONS.items()}
-    assert changed.pop("") == variant
+    changed = {name: change(variant) for name, change in cifar10.CHANGES.items()}
+    assert changed.pop("") == changed.pop(cifar10.NO_BLOCKS) == variant
     assert len(set(changed.values()) | {variant}) == len(changed) + 1
     cost = {name: macs(network, (32, 32, 3), 10) - macs(variant, (32, 32, 3), 10) for name, network in changed.items()}
     for name in ("linear projection", "full keys and values", "cls token"):
@@ -51,14 +56,17 @@ def test_ablations_change_what_they_name():
     assert changed["cls token"].stages[-1].cls_token and not changed["no whitening"].whitening
 
 
-def test_whitening_is_computed_from_normalised_images():
-    classifier, _ = cifar10.cnn(PREPROCESSING, 32)
-    split = _split(20)
-    cifar10.adapt_whitening(classifier, split, Recipe())
-    expected = Whitening()
-    expected.adapt((split.images / 255 - 0.5) / 0.25)
-    kernels = (keras.ops.convert_to_numpy(layer.kernel) for layer in (classifier.get_layer("whitening"), expected))
-    np.testing.assert_allclose(*kernels, atol=1e-4)
+def test_without_blocks_the_rest_of_the_network_stays():
+    recipe = dataclasses.replace(SMOKE, variant="cvt_cifar")
+    source = Source("cifar10", _split(0), _split(0), _split(0), PREPROCESSING.class_names, (0.5,) * 3, (0.25,) * 3)
+    classifier, cost = cifar10.build("recipe", cifar10.NO_BLOCKS, recipe, source)
+    whole, whole_cost = cifar10.build("recipe", "", recipe, source)
+    names = [variable.path for variable in whole.trainable_variables]
+    assert [variable.path for variable in classifier.trainable_variables] == [name for name in names if "_block" not in name]
+    assert any("_block" in name for name in names)
+    # Whitening, the embeddings, the residual convolution and the head.
+    sides = (31**2, 12 * 24), (31**2, 9 * 24 * 48), (15**2, 9 * 48 * 128), (7**2, 9 * 128 * 128), (7**2, 9 * 128 * 256)
+    assert cost == sum(positions * weights for positions, weights in sides) + 256 * 10 < whole_cost
 
 
 def test_mirrored_views_are_averaged():
@@ -73,30 +81,115 @@ def test_mirrored_views_are_averaged():
     assert cross_entropy == pytest.approx(-np.log(probabilities[0][np.arange(20), split.labels]).mean(), rel=1e-4)
 
 
-def test_a_run_trains_and_measures():
-    tiny = Variant((Stage(8, 1, 1, pool=True),), whitening=2, norm="batch")
-    recipe = Recipe(variant=tiny, epochs=1, batch_size=16, xla="off", image_size=32)
-    source = SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3, class_names=tuple("abcdefghij"), test=_split(20, 1))
-    row = cifar10.run_once(cifar10.Arguments(validation_only=True), recipe, source, _split(32), _split(20, 2))
-    assert row["macs_millions"] == f"{macs(tiny, (32, 32, 3), 10) / 1e6:.1f}"
-    for column in ("percent", "mirrored_percent", "cross_entropy"):
-        assert float(row[f"validation_{column}"]) >= 0
-        assert row[f"test_{column}"] == ""
-    assert 0 <= float(row["training_percent"]) <= 100
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """The arguments of a run of a tiny network on a few images, in one step."""
+    splits = _split(32), _split(20, 1), _split(10, 2)
+    source = Source("cifar10", *splits, PREPROCESSING.class_names, (0.5,) * 3, (0.25,) * 3, note="noise")
+    monkeypatch.setattr(sources, "load", lambda *args, **kwargs: source)
+    monkeypatch.setattr(cifar10, "CNN_WIDTHS", (4, 4))
+    recipe = dataclasses.replace(SMOKE, variant=Variant((Stage(8, 1, 1, pool=True),), whitening=2, norm="batch"), epochs=1)
+    monkeypatch.setitem(cifar10.RECIPES, "tiny", recipe)
+    with eagerly():
+        yield cifar10.Arguments(recipe="tiny", seeds=(3,), runs=tmp_path / "runs", csv=tmp_path / "cifar10.csv")
 
 
-def test_runs_that_the_file_has_are_skipped(tmp_path):
-    file = tmp_path / "cifar10.csv"
-    row = dict.fromkeys(cifar10.KEY, "1")
-    assert not cifar10.is_stored(None, row) and not cifar10.is_stored(file, row)
-    with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, [*cifar10.KEY, "test_percent"])
-        writer.writeheader()
-        writer.writerow({**row, "test_percent": "90"})
-    assert cifar10.is_stored(file, {**row, "seed": 1})
-    assert not cifar10.is_stored(file, {**row, "seed": 2})
+def _rows(file):
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
 
 
-def test_an_unknown_change_is_refused():
-    with pytest.raises(ValueError, match="change='no attention'"):
-        cifar10.main(cifar10.Arguments(change="no attention"))
+@pytest.mark.parametrize(
+    "changes, measured",
+    [
+        ({}, {"validation", "test"}),
+        ({"network": "cnn"}, {"validation", "test"}),
+        ({"change": cifar10.NO_BLOCKS, "validation_only": True}, {"validation"}),
+        ({"change": "no whitening", "all_images": True}, {"test"}),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_a_run_adds_a_row_and_is_skipped_from_then_on(arguments, changes, measured, monkeypatch, capsys):
+    arguments = dataclasses.replace(arguments, **changes)
+    cifar10.main(arguments)
+    (row,) = _rows(arguments.csv)
+    assert list(row) == list(_rows(RESULTS / "cifar10.csv")[0])
+    assert (row["network"], row["change"], row["seed"]) == (changes.get("network", "custom"), arguments.change, "3")
+    assert row["train_images"] == ("52" if arguments.all_images else "32")
+    for split in ("validation", "test"):
+        for column in ("percent", "mirrored_percent", "cross_entropy"):
+            assert (row[f"{split}_{column}"] != "") == (split in measured)
+    assert float(row["images_per_second"]) > 0 and 0 <= float(row["training_percent"]) <= 100
+    monkeypatch.delattr(cifar10, "run_once")
+    capsys.readouterr()
+    cifar10.main(arguments)
+    assert f"already in {arguments.csv}" in capsys.readouterr().out
+
+
+def test_a_row_without_test_results_is_measured_again(arguments, monkeypatch):
+    def run_once(arguments, recipe, source, run_dir):
+        return {"validation_percent": "1", "test_percent": "2" if len(source.test) else ""}
+
+    monkeypatch.setattr(cifar10, "run_once", run_once)
+    stored = []
+    for validation_only in (True, False, True):
+        cifar10.main(dataclasses.replace(arguments, validation_only=validation_only))
+        stored.append([row["test_percent"] for row in _rows(arguments.csv)])
+    assert stored == [[""], ["2"], ["2"]]
+
+
+def test_each_setting_of_a_run_is_in_its_row_and_tells_it_from_others(arguments, monkeypatch):
+    recipes = []
+    monkeypatch.setattr(cifar10, "run_once", lambda arguments, recipe, *rest: recipes.append(recipe) or {"test_percent": "1"})
+    settings = {"epochs": 2, "peak_learning_rate": 0.1, "weight_decay": 0.2, "crop_padding": 1, "label_smoothing": 0.3}
+    cifar10.main(arguments)
+    for name, value in settings.items():
+        cifar10.main(dataclasses.replace(arguments, **{name: value}))
+    rows = _rows(arguments.csv)
+    assert len(rows) == len(recipes) == 1 + len(settings)
+    for (name, value), row, recipe in zip(settings.items(), rows[1:], recipes[1:]):
+        assert row[name] == str(value) and getattr(recipe, name) == value
+
+
+@pytest.mark.parametrize("network", ["recipe", "cnn"])
+def test_a_network_trains_in_the_precision_of_the_recipe_and_is_measured_in_float32(arguments, network, monkeypatch):
+    recipe = dataclasses.replace(cifar10.RECIPES["tiny"], precision="mixed_float16", xla="off")
+    trained = []
+    monkeypatch.setattr(cifar10, "adapt_whitening", lambda classifier, *args: trained.append(classifier))
+    classifier, *_ = cifar10.fit(network, cifar10.NO_BLOCKS, recipe, sources.load())
+    assert classifier.predict(np.zeros((1, 32, 32, 3))).dtype == "float32"
+    embeddings = [
+        [layer for layer in model._flatten_layers() if layer.name == "stage0_embed"][0] for model in (trained[0], classifier)
+    ]
+    assert [layer.compute_dtype for layer in embeddings] == ["float16", "float32"]
+    assert isinstance(trained[0].optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def test_a_setting_that_only_a_run_has_is_refused(arguments):
+    for name, value in {"ema": 0.5, "class_weights": "auto", "early_stopping": 1, "weights": "a.keras"}.items():
+        recipe = dataclasses.replace(cifar10.RECIPES["tiny"], **{name: value})
+        with pytest.raises(ValueError, match=f"Received: {name}={value}"):
+            cifar10.fit("cnn", "", recipe, sources.load())
+
+
+def test_the_cnn_is_whitened_as_a_network_is():
+    classifier, _ = cifar10.cnn(PREPROCESSING, 32)
+    split = _split(20)
+    loop.adapt_whitening(classifier, split, 32)
+    expected = Whitening()
+    expected.adapt((split.images / 255 - 0.5) / 0.25)
+    kernels = (keras.ops.convert_to_numpy(layer.kernel) for layer in (classifier.get_layer("whitening"), expected))
+    np.testing.assert_allclose(*kernels, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"change": "no attention"}, "change='no attention'"),
+        ({"change": "cls token", "network": "cnn"}, "change='cls token', network='cnn'"),
+        ({"all_images": True, "validation_only": True}, "all_images=True, validation_only=True"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        cifar10.main(cifar10.Arguments(**changes))
