@@ -1,8 +1,8 @@
 """Trains networks on CIFAR-10 for docs/results/cifar10.csv: python benchmarks/cifar10.py --help
 
 Trains the network of a recipe, the same with one change, or a plain CNN of as many MACs, with several seeds. All take the same
-images, augmentation and optimizer. Each run adds a row to the CSV file as soon as it ends, and runs that are already in the file
-are skipped. So the same command continues after an interruption.
+images, augmentation and optimizer. Each run adds a row to the CSV file as soon as it ends, and runs that are already in it are
+skipped. So the same command continues after an interruption.
 """
 
 import csv
@@ -32,10 +32,8 @@ from result_tables import add_rows
 CNN = "cnn"
 CNN_WIDTHS = (64, 128, 128)
 NO_BLOCKS = "no blocks"
-# The fields of a recipe that the script can change.
-OVERRIDES = ("epochs", "peak_learning_rate", "weight_decay", "crop_padding", "label_smoothing", "train_limit")
-# The columns that tell runs apart.
-KEY = ("network", "change", "recipe", *OVERRIDES[:-1], "train_images", "seed")
+SETTINGS = ("epochs", "peak_learning_rate", "weight_decay", "crop_padding", "label_smoothing")  # fields of a recipe with a flag
+KEY = ("network", "change", "recipe", *SETTINGS, "train_images", "seed")  # the columns that tell runs apart
 
 
 # === Networks ===
@@ -94,7 +92,7 @@ def build(network, change, recipe, source, dtype="float32"):
         recursive=True,
     )
     without.dtype_policy = classifier.dtype_policy
-    # MACs grow by the same number with each block of every stage.
+    # Each block of a stage has the same MACs: those without blocks follow from one and two blocks per stage.
     one, two = (macs(_stages(get_variant(recipe.variant), depth=depth), shape, len(names)) for depth in (1, 2))
     return without, 2 * one - two
 
@@ -236,7 +234,7 @@ def main(arguments):
     if arguments.all_images and arguments.validation_only:
         raise ValueError("`all_images` leaves no images to validate on. Received: all_images=True, validation_only=True")
     recipe = dataclasses.replace(RECIPES[arguments.recipe], dataset="cifar10", data_dir=arguments.data_dir)
-    changes = {name: value for name in OVERRIDES if (value := getattr(arguments, name)) is not None}
+    changes = {name: value for name in (*SETTINGS, "train_limit") if (value := getattr(arguments, name)) is not None}
     variant = named(CHANGES[arguments.change](get_variant(recipe.variant)))
     recipe = resolve(dataclasses.replace(recipe, variant=variant, **changes))
     source = images(arguments, recipe)
@@ -245,7 +243,7 @@ def main(arguments):
             "network": CNN if arguments.network == CNN else RECIPES[arguments.recipe].variant_name,
             "change": arguments.change,
             "recipe": arguments.recipe,
-            **{name: getattr(recipe, name) for name in OVERRIDES[:-1]},
+            **{name: getattr(recipe, name) for name in SETTINGS},
             "train_images": len(source.train),
             "seed": seed,
         }

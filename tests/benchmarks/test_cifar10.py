@@ -151,18 +151,26 @@ def test_each_setting_of_a_run_is_in_its_row_and_tells_it_from_others(arguments,
         assert row[name] == str(value) and getattr(recipe, name) == value
 
 
+def _embedding_dtype(classifier):
+    return next(layer for layer in classifier._flatten_layers() if layer.name == "stage0_embed").compute_dtype
+
+
 @pytest.mark.parametrize("network", ["recipe", "cnn"])
-def test_a_network_trains_in_the_precision_of_the_recipe_and_is_measured_in_float32(arguments, network, monkeypatch):
+def test_a_network_is_built_in_a_precision(arguments, network):
+    classifier, _ = cifar10.build(network, cifar10.NO_BLOCKS, cifar10.RECIPES["tiny"], sources.load(), "mixed_float16")
+    assert classifier.dtype_policy.name == "mixed_float16"
+    assert (_embedding_dtype(classifier), classifier.output.dtype) == ("float16", "float32")
+
+
+def test_a_network_trains_in_the_precision_of_the_recipe_and_is_measured_in_float32(arguments, monkeypatch):
     recipe = dataclasses.replace(cifar10.RECIPES["tiny"], precision="mixed_float16", xla="off")
     trained = []
     monkeypatch.setattr(cifar10, "adapt_whitening", lambda classifier, *args: trained.append(classifier))
-    classifier, *_ = cifar10.fit(network, cifar10.NO_BLOCKS, recipe, sources.load())
-    assert classifier.predict(np.zeros((1, 32, 32, 3))).dtype == "float32"
-    embeddings = [
-        [layer for layer in model._flatten_layers() if layer.name == "stage0_embed"][0] for model in (trained[0], classifier)
-    ]
-    assert [layer.compute_dtype for layer in embeddings] == ["float16", "float32"]
+    classifier, *_ = cifar10.fit("cnn", "", recipe, sources.load())
+    assert [_embedding_dtype(model) for model in (trained[0], classifier)] == ["float16", "float32"]
     assert isinstance(trained[0].optimizer, keras.optimizers.LossScaleOptimizer)
+    for variable, value in zip(classifier.weights, trained[0].get_weights(), strict=True):
+        np.testing.assert_array_equal(variable, value)  # one epoch: the best is the last
 
 
 def test_a_setting_that_only_a_run_has_is_refused(arguments):
