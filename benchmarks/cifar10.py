@@ -228,15 +228,16 @@ class Arguments:
 
 def main(arguments):
     if arguments.change not in CHANGES:
-        raise ValueError(f"`change` must be one of {', '.join(CHANGES)}. Received: change={arguments.change!r}")
+        raise ValueError(f"`change` must be one of {', '.join(filter(None, CHANGES))}. Received: change={arguments.change!r}")
     if arguments.change and arguments.network == CNN:
         raise ValueError(f"`change` needs the recipe's network. Received: change={arguments.change!r}, network='{CNN}'")
-    if arguments.all_images and arguments.validation_only:
-        raise ValueError("`all_images` leaves no images to validate on. Received: all_images=True, validation_only=True")
     recipe = dataclasses.replace(RECIPES[arguments.recipe], dataset="cifar10", data_dir=arguments.data_dir)
     changes = {name: value for name in (*SETTINGS, "train_limit") if (value := getattr(arguments, name)) is not None}
     variant = named(CHANGES[arguments.change](get_variant(recipe.variant)))
     recipe = resolve(dataclasses.replace(recipe, variant=variant, **changes))
+    for name, value in {"train_limit": recipe.train_limit, "validation_only": arguments.validation_only}.items():
+        if arguments.all_images and value:
+            raise ValueError(f"`{name}` can't be combined with `all_images`. Received: {name}={value}, all_images=True")
     source = images(arguments, recipe)
     for seed in arguments.seeds:
         row = {

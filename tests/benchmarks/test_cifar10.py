@@ -88,7 +88,8 @@ def arguments(tmp_path, monkeypatch):
     source = Source("cifar10", *splits, PREPROCESSING.class_names, (0.5,) * 3, (0.25,) * 3, note="noise")
     monkeypatch.setattr(sources, "load", lambda *args, **kwargs: source)
     monkeypatch.setattr(cifar10, "CNN_WIDTHS", (4, 4))
-    recipe = dataclasses.replace(SMOKE, variant=Variant((Stage(8, 1, 1, pool=True),), whitening=2, norm="batch"), epochs=1)
+    variant = Variant((Stage(8, 1, 1, pool=True),), whitening=2, norm="batch")
+    recipe = dataclasses.replace(SMOKE, variant=variant, epochs=1, train_limit=None)
     monkeypatch.setitem(cifar10.RECIPES, "tiny", recipe)
     with eagerly():
         yield cifar10.Arguments(recipe="tiny", seeds=(3,), runs=tmp_path / "runs", csv=tmp_path / "cifar10.csv")
@@ -195,7 +196,8 @@ def test_the_cnn_is_whitened_as_a_network_is():
     [
         ({"change": "no attention"}, "change='no attention'"),
         ({"change": "cls token", "network": "cnn"}, "change='cls token', network='cnn'"),
-        ({"all_images": True, "validation_only": True}, "all_images=True, validation_only=True"),
+        ({"all_images": True, "validation_only": True}, "validation_only=True, all_images=True"),
+        ({"all_images": True, "train_limit": 9}, "train_limit=9, all_images=True"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(changes, message):
