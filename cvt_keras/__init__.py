@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         CvTBlock,
         DropPath,
         PixelNormalization,
+        ResidualConv,
         Whitening,
     )
     from cvt_keras.model import CvT, build_classifier, preprocessing_of
@@ -41,6 +42,7 @@ __all__ = [
     "DropPath",
     "PixelNormalization",
     "Preprocessing",
+    "ResidualConv",
     "Stage",
     "Variant",
     "Whitening",
@@ -55,7 +57,7 @@ if not TYPE_CHECKING:  # with `__getattr__` a type checker would accept any name
         {
             "layers": (
                 *("AverageProjection", "ConvAttention", "ConvProjection", "ConvStem", "ConvTokenEmbedding"),
-                *("CvTBlock", "DropPath", "MLP", "PixelNormalization", "Whitening"),
+                *("CvTBlock", "DropPath", "MLP", "PixelNormalization", "ResidualConv", "Whitening"),
             ),
             "model": ("CvT", "build_classifier", "preprocessing_of"),
             "preprocessing": ("Preprocessing",),

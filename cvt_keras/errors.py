@@ -41,15 +41,16 @@ class DifferentRunError(RecipeError):
     Args:
         run_dir: the run folder.
         differences: setting name -> (value of the run, received value), both as text.
+        hint: as in `UserError`.
     """
 
-    def __init__(self, run_dir, differences):
+    def __init__(self, run_dir, differences, hint):
         self.run_dir = run_dir
         self.differences = dict(differences)
         super().__init__(
             f"`run_dir` holds a run with other settings: {run_dir}. {self.differences_text}",
             argument="run_dir",
-            hint="Resume with the same flags, or train in another --run-dir",
+            hint=hint,
         )
 
     @property
@@ -59,7 +60,7 @@ class DifferentRunError(RecipeError):
         )
 
     def __reduce__(self):  # pickle would call the class with the message as its only argument
-        return type(self), (self.run_dir, self.differences)
+        return type(self), (self.run_dir, self.differences, self.hint)
 
 
 class OccupiedError(ArgumentError, FileExistsError):

@@ -19,6 +19,9 @@ BATCH_NORM_MOMENTUM = 0.9
 
 # Added to the variances that whitening divides by: the axes of least variance are mostly noise, of JPEG for instance.
 WHITENING_EPSILON = 1e-2
+# As a share of the mean variance. Rounding pixels to 8 bits alone leaves at least 5e-6 along every axis, because no standard
+# deviation exceeds half the range of pixels.
+NEGLIGIBLE_VARIANCE = 1e-6
 
 # Keras truncates a normal at two standard deviations, which leaves 0.8796 of its deviation. PyTorch's
 # `trunc_normal_(std=0.02)` truncates at 100 deviations and keeps 0.02.
@@ -40,7 +43,8 @@ def _depthwise_initializer(kernel_size):
     return keras.initializers.RandomUniform(-1 / kernel_size, 1 / kernel_size)
 
 
-class _NearIdentity(keras.initializers.Initializer):
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class NearIdentity(keras.initializers.Initializer):
     """Changes the kernel that `initializer` draws, so that the convolution passes its input through.
 
     Args:
@@ -70,17 +74,31 @@ class _NearIdentity(keras.initializers.Initializer):
         return {"initializer": initializer, "depthwise": self.depthwise}
 
 
-def make_norm(kind, dtype, name):
+def make_norm(norm_type, dtype, name):
     """Returns a LayerNormalization or BatchNormalization layer.
 
     Args:
-        kind: `"layer"` or `"batch"`.
+        norm_type: `"layer"` or `"batch"`.
         dtype: a dtype policy.
         name: the layer's name.
     """
-    if kind == "layer":
+    if norm_type == "layer":
         return layers.LayerNormalization(epsilon=NORM_EPSILON, dtype=dtype, name=name)
     return layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM, epsilon=NORM_EPSILON, dtype=dtype, name=name)
+
+
+def _conv_before_norm(dim, kernel_size, dtype, name):
+    """A convolution at stride 1 that keeps height and width."""
+    return layers.Conv2D(
+        dim,
+        kernel_size,
+        padding="same",  # symmetric at stride 1
+        use_bias=False,  # BatchNorm would subtract it again
+        data_format="channels_last",
+        kernel_initializer=_conv_initializer(),
+        dtype=dtype,
+        name=name,
+    )
 
 
 def _check_choice(name, value, choices):
@@ -93,6 +111,11 @@ def _check_kernel(kernel_size, stride=1):
         raise ValueError(f"`kernel_size` must be odd, to pad evenly. Received: kernel_size={kernel_size}")
     if stride < 1:
         raise ValueError(f"`stride` must be a positive integer. Received: stride={stride}")
+
+
+def _check_grid(shape, dim):
+    if len(shape) != 4 or shape[-1] != dim:
+        raise ValueError(f"Tokens must be a grid with `dim` channels. Received: shape {shape}, dim={dim}")
 
 
 def _activate(x, activation):
@@ -142,8 +165,11 @@ class Whitening(layers.Layer):
     these filters. Neighbouring pixels are much alike, so without whitening most of the input is brightness. It is not in the
     paper; see Keller Jordan, "94% on CIFAR-10 in 3.29 seconds" (arXiv 2404.00498, section 3.2).
 
-    `adapt` computes the kernel from images: the axes in the order of falling variance, each with a positive largest component.
-    Until then, the kernel is one for images in general: its axes are those of the discrete cosine transform over rows, columns
+    `adapt` computes the kernel from images: the axes sorted by decreasing variance, each with a positive largest component. An
+    axis of no variance, such as every colour in grey images, has filters of zeros: dividing by its standard deviation would
+    amplify the noise of other images.
+
+    Before `adapt`, the kernel is that of typical images: its axes are those of the discrete cosine transform over rows, columns
     and channels, and its variances assume that neighbouring pixels correlate by 0.95 and the channels of a pixel by 0.9.
 
     Args:
@@ -192,27 +218,30 @@ class Whitening(layers.Layer):
                 images are enough.
 
         Raises:
-            ValueError: for images of another shape, or if there are none.
+            ValueError: for images of another shape or smaller than a patch, for NaN or infinite values, or if there are no
+                images.
         """
         batches = [images] if hasattr(images, "shape") else images
+        channels = self.kernel.shape[2] if self.built else None
         moments, count = 0.0, 0
         for batch in batches:
-            if not self.built:
-                self.build(batch.shape)
-            channels = self.kernel.shape[2]
-            if len(batch.shape) != 4 or batch.shape[-1] != channels:
-                raise ValueError(f"`images` must be (batch, height, width, {channels}). Received: shape {tuple(batch.shape)}")
-            patches = _patches(ops.convert_to_numpy(batch).astype("float64"), self.kernel_size)
+            batch = ops.convert_to_numpy(batch).astype("float64")
+            _require_images(batch, self.kernel_size, channels)
+            channels = batch.shape[-1]
+            patches = _patches(batch, self.kernel_size)
             moments = moments + patches.T @ patches
             count += len(patches)
         if not count:
             raise ValueError("`images` must hold at least one image. Received: none")
         variances, axes = np.linalg.eigh(moments / count)
         order = np.argsort(-variances)
-        axes = axes[:, order]
+        variances, axes = variances[order], axes[:, order]
         # An axis has no sign of its own.
         axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(len(axes))])
-        self.kernel.assign(_whitening_kernel(variances[order], axes).reshape(self.kernel.shape))
+        axes[:, variances < NEGLIGIBLE_VARIANCE * variances.mean()] = 0
+        if not self.built:
+            self.build(batch.shape)
+        self.kernel.assign(_whitening_kernel(variances, axes).reshape(self.kernel.shape))
 
     def call(self, images):
         x = ops.conv(images, self.kernel, 1, padding="valid", data_format="channels_last")
@@ -225,6 +254,17 @@ class Whitening(layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "kernel_size": self.kernel_size, "activation": self.activation}
+
+
+def _require_images(images, side, channels):
+    """Raises unless the array can be whitened. `channels` is `None` if any number will do."""
+    shape = images.shape
+    if len(shape) != 4 or channels not in (None, shape[-1]):
+        raise ValueError(f"`images` must be (batch, height, width, {channels or 'channels'}). Received: shape {shape}")
+    if min(shape[1:3]) < side:
+        raise ValueError(f"`images` must be at least {side}x{side}, the size of a patch. Received: shape {shape}")
+    if not np.isfinite(images).all():
+        raise ValueError("`images` must be finite. Received: NaN or infinite values")
 
 
 def _patches(images, side):
@@ -262,8 +302,8 @@ def _whitening_kernel(variances, axes):
 class ConvStem(layers.Layer):
     """A convolution with BatchNorm and activation, at the resolution of its input. It is not in the paper.
 
-    As a stem, it comes before the first token embedding: the paper's first embedding divides each side by 4, and leaves 8x8
-    tokens of a 32x32 image. With a shortcut around it, it also is a stage's residual convolution.
+    It comes before the first token embedding: the paper's first embedding divides each side by 4, and leaves 8x8 tokens of a
+    32x32 image.
 
     Args:
         dim: output channels.
@@ -284,16 +324,7 @@ class ConvStem(layers.Layer):
         self.dim = dim
         self.kernel_size = kernel_size
         self.activation = activation
-        self.conv = layers.Conv2D(
-            dim,
-            kernel_size,
-            padding="same",  # symmetric at stride 1
-            use_bias=False,  # BatchNorm would subtract it again
-            data_format="channels_last",
-            kernel_initializer=_conv_initializer(),
-            dtype=self.dtype_policy,
-            name="conv",
-        )
+        self.conv = _conv_before_norm(dim, kernel_size, self.dtype_policy, "conv")
         self.norm = make_norm("batch", self.dtype_policy, "norm")
 
     def build(self, input_shape):
@@ -313,6 +344,45 @@ class ConvStem(layers.Layer):
             "kernel_size": self.kernel_size,
             "activation": self.activation,
         }
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class ResidualConv(layers.Layer):
+    """A 3x3 convolution with BatchNorm, activation and a shortcut, before a stage's blocks. It is not in the paper.
+
+    Args:
+        dim: width of a token, in and out.
+        activation: `"quick_gelu"` or `"gelu"`.
+
+    Input shape: tokens `(batch, height, width, dim)`; optionally `cls_token` `(batch, 1, dim)`, which stays as it is.
+    Output shape: the same; with a cls token a pair.
+
+    Raises:
+        ValueError: for an unknown `activation`, or if the tokens are not a grid with `dim` channels.
+    """
+
+    def __init__(self, dim, activation="gelu", **kwargs):
+        super().__init__(**kwargs)
+        _check_choice("activation", activation, ACTIVATIONS)
+        self.dim = dim
+        self.activation = activation
+        self.conv = _conv_before_norm(dim, 3, self.dtype_policy, "conv")
+        self.norm = make_norm("batch", self.dtype_policy, "norm")
+
+    def build(self, tokens_shape, cls_token_shape=None):
+        _check_grid(tokens_shape, self.dim)
+        self.conv.build(tokens_shape)
+        self.norm.build(tokens_shape)
+
+    def call(self, tokens, cls_token=None):
+        tokens = tokens + _activate(self.norm(self.conv(tokens)), self.activation)
+        return tokens if cls_token is None else (tokens, cls_token)
+
+    def compute_output_shape(self, tokens_shape, cls_token_shape=None):
+        return tokens_shape if cls_token_shape is None else (tokens_shape, cls_token_shape)
+
+    def get_config(self):
+        return {**super().get_config(), "dim": self.dim, "activation": self.activation}
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
@@ -376,7 +446,7 @@ class ConvTokenEmbedding(layers.Layer):
             strides=1 if pool else stride,
             use_bias=norm_type == "layer",  # BatchNorm would subtract it again
             data_format="channels_last",
-            kernel_initializer=_NearIdentity(initializer) if identity_init else initializer,
+            kernel_initializer=NearIdentity(initializer) if identity_init else initializer,
             dtype=self.dtype_policy,
             name="proj",
         )
@@ -461,7 +531,7 @@ class ConvProjection(layers.Layer):
             strides=stride,
             use_bias=False,
             data_format="channels_last",
-            depthwise_initializer=_NearIdentity(initializer, depthwise=True) if identity_init else initializer,
+            depthwise_initializer=NearIdentity(initializer, depthwise=True) if identity_init else initializer,
             dtype=self.dtype_policy,
             name="depthwise",
         )
@@ -609,8 +679,7 @@ class ConvAttention(layers.Layer):
         )
 
     def build(self, tokens_shape, cls_token_shape=None):
-        if len(tokens_shape) != 4 or tokens_shape[-1] != self.dim:
-            raise ValueError(f"Tokens must be a grid with `dim` channels. Received: shape {tokens_shape}, dim={self.dim}")
+        _check_grid(tokens_shape, self.dim)
         for conv in (self.conv_q, self.conv_k, self.conv_v):
             conv.build(tokens_shape)
         for linear in (self.proj_q, self.proj_k, self.proj_v, self.proj):
@@ -676,7 +745,8 @@ class MLP(layers.Layer):
         conv: whether a depthwise 3x3 convolution with a shortcut comes before the activation, so that each token sees its
             neighbours (similar to CeiT, Yuan et al., arXiv 2103.11816). A cls token skips it.
 
-    Input shape: `(batch, height, width, dim)`, or a cls token `(batch, 1, dim)`. With `conv`, the first call needs a grid.
+    Input shape: `(batch, height, width, dim)`, or a cls token `(batch, 1, dim)`. With `conv`, the layer must be built for
+        a grid.
     Output shape: the same.
 
     Raises:

@@ -18,6 +18,7 @@ from cvt_keras.layers import (
     ConvTokenEmbedding,
     CvTBlock,
     PixelNormalization,
+    ResidualConv,
     Whitening,
     linear_initializer,
     make_norm,
@@ -285,11 +286,9 @@ def _stage(x, stage, variant, dtype, name):
         name=f"{name}_embed",
     )
     x = embed(x)
-    grid, cls_token = x if stage.cls_token else (x, None)
     for j in range(stage.residual_convs):
-        conv = ConvStem(stage.dim, activation=variant.activation, dtype=dtype, name=f"{name}_conv{j}")
-        grid = layers.Add(dtype=dtype.name, name=f"{name}_sum{j}")([grid, conv(grid)])
-    x = (grid, cls_token) if stage.cls_token else grid
+        conv = ResidualConv(stage.dim, variant.activation, dtype=dtype, name=f"{name}_conv{j}")
+        x = conv(*x) if stage.cls_token else conv(x)
     for j, rate in enumerate(stage.drop_path_rates):
         block = CvTBlock(
             stage.dim,

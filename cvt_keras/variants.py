@@ -318,6 +318,19 @@ def named(variant: Variant) -> Variant | str:
     return next((name for name, known in VARIANTS.items() if known == variant), variant)
 
 
+def different_fields(variant: Variant, other: Variant) -> dict[str, tuple[Any, Any]]:
+    """Compares two variants. If their numbers of stages differ, it compares the stages that both have.
+
+    Returns:
+        A dict: `"whitening"`, `"number of stages"`, `"pool of stage 1"` -> (value of `variant`, value of `other`).
+    """
+    fields = {name: (value, getattr(other, name)) for name, value in vars(variant).items() if name != "stages"}
+    fields["number of stages"] = (len(variant.stages), len(other.stages))
+    for i, (ours, theirs) in enumerate(zip(variant.stages, other.stages)):
+        fields |= {f"{name} of stage {i}": (value, getattr(theirs, name)) for name, value in vars(ours).items()}
+    return {name: (ours, theirs) for name, (ours, theirs) in fields.items() if ours != theirs}
+
+
 def to_dict(variant: Variant) -> dict[str, Any]:
     """Returns a dict of JSON types, which `get_variant` accepts."""
     config = dataclasses.asdict(variant)

@@ -39,6 +39,8 @@ CASES = [
         9 * 16 * 6 + 12 + 6,
         12,
     ),
+    Case(layers.ResidualConv, {"dim": 16, "activation": "quick_gelu"}, [GRID], [GRID], 9 * 16 * 16 + 32, 32),
+    Case(layers.ResidualConv, {"dim": 16}, [GRID, CLS], [GRID, CLS], 9 * 16 * 16 + 32, 32),
     Case(layers.Whitening, {"kernel_size": 3, "activation": "quick_gelu"}, [(2, 5, 8, 2)], [(2, 3, 6, 36)], 36, 18 * 36),
     Case(layers.ConvProjection, {}, [GRID], [GRID], 9 * 16 + 32, 32),
     Case(layers.ConvProjection, {"kernel_size": 5, "stride": 2}, [GRID], [(2, 3, 4, 16)], 25 * 16 + 32, 32),
@@ -203,6 +205,15 @@ def test_the_centre_of_an_identity_like_projection_is_larger_by_one():
     np.testing.assert_allclose(difference, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("depthwise, shape", [(False, (3, 3, 4, 8)), (True, (3, 3, 4, 1))])
+def test_the_config_of_a_convolution_holds_its_identity_like_start(depthwise, shape):
+    initializer = layers.NearIdentity(keras.initializers.RandomUniform(seed=1), depthwise)
+    conv = keras.layers.Conv2D(8, 3, kernel_initializer=initializer)
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(conv)))
+    again = keras.saving.deserialize_keras_object(config).kernel_initializer
+    np.testing.assert_array_equal(*(ops.convert_to_numpy(draw(shape)) for draw in (initializer, again)))
+
+
 def test_an_identity_like_block_changes_its_projections_only():
     block, random = _built(functools.partial(layers.CvTBlock, 16, 2, 32, mlp_conv=True), GRID)
     kernels = _kernels(random)
@@ -281,7 +292,7 @@ def _attention_by_hand(layer, tokens):
 
 
 @pytest.mark.parametrize("attention_scale", ["dim", "head"])
-def test_attention_scales_by_the_whole_width_or_a_heads(attention_scale):
+def test_attention_scales_by_the_width_of_all_heads_or_of_one(attention_scale):
     layer = layers.ConvAttention(16, 4, projection="linear", attention_scale=attention_scale)
     tokens = np.random.default_rng(0).normal(size=(3, 4, 16)).astype("float32")
     layer.build((None, 3, 4, 16))
@@ -362,6 +373,20 @@ def test_the_convolution_of_an_mlp_has_a_shortcut_and_skips_the_cls_token():
         np.testing.assert_allclose(
             ops.convert_to_numpy(layer(tokens)), ops.convert_to_numpy(ops.gelu(expected, approximate=False)), atol=1e-6
         )
+
+
+def test_a_residual_convolution_is_a_stem_with_a_shortcut_for_the_grid_only():
+    layer, stem = layers.ResidualConv(16, "quick_gelu"), layers.ConvStem(16, activation="quick_gelu")
+    tokens = np.random.default_rng(0).normal(size=GRID).astype("float32")
+    layer.build(GRID)
+    layer.norm.moving_mean.assign(np.linspace(-1, 1, 16))
+    stem.build(GRID)
+    stem.set_weights(layer.get_weights())
+    expected = tokens + ops.convert_to_numpy(stem(tokens))
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(tokens)), expected, atol=1e-5)
+    grid, cls_token = layer(tokens, np.ones(CLS, "float32"))
+    np.testing.assert_allclose(ops.convert_to_numpy(grid), expected, atol=1e-5)
+    np.testing.assert_array_equal(ops.convert_to_numpy(cls_token), np.ones(CLS))
 
 
 def test_a_pooling_embedding_pools_before_norm_and_activation():
@@ -460,6 +485,39 @@ def test_before_adapt_the_whitening_kernel_is_that_of_typical_images():
     np.testing.assert_allclose(axes[:, 0], 12**-0.5 / (1.95**2 * 2.8 + 0.01) ** 0.5, rtol=1e-5)
 
 
+def test_grey_images_have_no_filters_for_colour():
+    random = np.random.default_rng(0)
+    grey = random.normal(size=(20, 12, 12, 1)).cumsum(axis=1).cumsum(axis=2).astype("float32")
+    images = np.repeat(grey, 3, axis=-1)
+    layer, single = layers.Whitening(), layers.Whitening()
+    layer.adapt(images)
+    single.adapt(3**0.5 * grey)
+    kernel, expected = (ops.convert_to_numpy(part.kernel) for part in (layer, single))
+    expected = np.repeat(expected[..., :4], 3, axis=2) / 3**0.5
+    for first, sign in ((0, 1), (12, -1)):  # the axes, and their negatives
+        np.testing.assert_allclose(kernel[..., first : first + 4], sign * expected, atol=1e-5)
+        assert not kernel[..., first + 4 : first + 12].any()
+    noise = random.normal(size=images.shape).astype("float32")
+    noise -= noise.mean(axis=-1, keepdims=True)  # colour only
+    np.testing.assert_allclose(*(ops.convert_to_numpy(layer(x)) for x in (images + noise, images)), atol=1e-4)
+
+
+def test_every_axis_of_8_bit_colour_images_has_its_filter():
+    random = np.random.default_rng(0)
+    grey = random.choice([1, 254], size=(100, 8, 8, 1))
+    # The least colour at the highest contrast: noise of about the variance of rounding, 1/12.
+    images = np.round(grey + random.uniform(-0.55, 0.55, (100, 8, 8, 3)))
+    images = ((images / 255 - 0.5) / 0.5).astype("float32")
+    layer = layers.Whitening()
+    layer.adapt(images)
+    axes = ops.convert_to_numpy(layer.kernel).reshape(12, 24)[:, :12].astype("float64")
+    lengths = np.linalg.norm(axes, axis=0)
+    assert lengths.all()
+    variances = np.mean((_responses(layer, images)[:, :12] / lengths) ** 2, axis=0)
+    np.testing.assert_allclose(lengths, (variances + layers.WHITENING_EPSILON) ** -0.5, rtol=1e-4)
+    np.testing.assert_allclose(axes.T @ axes, np.diag(lengths**2), atol=1e-4)
+
+
 def test_the_whitening_kernel_is_never_trained():
     layer = layers.Whitening()
     layer.build((None, 8, 8, 3))
@@ -475,6 +533,9 @@ def test_the_whitening_kernel_is_never_trained():
         (np.zeros((0, 8, 8, 3)), "at least one image"),
         (np.zeros((2, 8, 8, 4)), r"\(batch, height, width, 3\).*\(2, 8, 8, 4\)"),
         ([np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 3))], r"\(8, 8, 3\)"),
+        (np.zeros((2, 1, 8, 3)), r"at least 2x2.*\(2, 1, 8, 3\)"),
+        ([np.zeros((2, 8, 8, 3)), np.full((2, 8, 8, 3), np.nan)], "finite.*NaN"),
+        (np.full((2, 8, 8, 3), np.inf), "finite.*infinite"),
     ],
 )
 def test_whitening_refuses_other_images(images, part):
@@ -484,6 +545,20 @@ def test_whitening_refuses_other_images(images, part):
     with pytest.raises(ValueError, match=f"`images` must .*{part}"):
         layer.adapt(images)
     np.testing.assert_array_equal(ops.convert_to_numpy(layer.kernel), before)
+
+
+@pytest.mark.parametrize(
+    "images, part",
+    [
+        (np.zeros((8, 8, 3)), r"\(batch, height, width, channels\).*\(8, 8, 3\)"),
+        ([np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8, 4))], r"\(batch, height, width, 3\).*\(2, 8, 8, 4\)"),
+    ],
+)
+def test_images_that_whitening_refuses_do_not_build_it(images, part):
+    layer = layers.Whitening()
+    with pytest.raises(ValueError, match=f"`images` must be {part}"):
+        layer.adapt(images)
+    assert not layer.built
 
 
 # === Stochastic depth, training, errors ===
@@ -523,7 +598,7 @@ def test_layers_ignore_a_channels_first_default():
     x = np.random.default_rng(0).normal(size=GRID).astype("float32")
     try:
         keras.config.set_image_data_format("channels_first")
-        tokens = layers.ConvTokenEmbedding(16)(layers.ConvStem(8)(x))
+        tokens = layers.ResidualConv(16)(layers.ConvTokenEmbedding(16)(layers.ConvStem(8)(x)))
         for projection in ("dw_bn", "avg", "linear"):
             tokens = layers.CvTBlock(16, 4, 16, projection=projection)(tokens)
         logits = cvt_keras.CvT.from_variant("cvt_cifar", 10, (32, 48, 3))(np.zeros((1, 32, 48, 3), "float32"))
@@ -544,6 +619,8 @@ def test_layers_ignore_a_channels_first_default():
         (lambda: layers.AverageProjection(2), ["kernel_size=2", "odd"]),
         (lambda: layers.ConvStem(8, kernel_size=2), ["kernel_size=2", "odd"]),
         (lambda: layers.ConvStem(8, activation="relu"), ["`activation`", "'relu'"]),
+        (lambda: layers.ResidualConv(8, activation="relu"), ["`activation`", "'relu'"]),
+        (lambda: layers.ResidualConv(8).build((None, 8, 8, 4)), ["grid", "dim=8", "(None, 8, 8, 4)"]),
         (lambda: layers.Whitening(0), ["kernel_size=0"]),
         (lambda: layers.Whitening(activation="relu"), ["`activation`", "'relu'"]),
         (lambda: layers.ConvTokenEmbedding(8, norm_type="group"), ["`norm_type`", "'group'"]),

@@ -121,6 +121,13 @@ def test_the_cifar_networks_are_cvts_within_their_budget(name, budget, share, mo
     assert sum(counted.values()) <= budget
 
 
+def test_each_part_of_a_stage_is_one_layer():
+    """The names are the format of `.keras` files."""
+    names = [layer.name for layer in CvT(NEW, 10, (9, 12, 3)).layers]
+    stage = ["stage0_embed", "stage0_conv0", "stage0_conv1", "stage0_block0", "stage0"]
+    assert [name for name in names if name.startswith("stage")] == stage
+
+
 # === Training, saving, sizes ===
 
 

@@ -49,12 +49,14 @@ def test_fine_tuning_can_start_from_a_model_of_version_0_1(old_run):
 
 def test_an_interrupted_run_of_version_0_1_ends_like_an_uninterrupted_one(old_run, capsys):
     run_dir = old_run("stopped")
-    # Its recipe.json has no `validation_limit`, which the recipe smoke has now.
+    # Its recipe.json has no `validation_limit`, which the recipe smoke has now, and no `adamw_weight_decay`.
     assert cli.main(
         ["train", "smoke", "--dataset", "digits", "--train-limit", "128", "--test-limit", "64", "--epochs", "3", "--ema", "0.9"]
-        + ["--run-dir", str(run_dir), "--resume"]
+        + ["--adamw-weight-decay", "50", "--run-dir", str(run_dir), "--resume"]
     ) == 0  # fmt: skip
-    assert "resuming after epoch 1 of 3" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "resuming after epoch 1 of 3" in output
+    assert "adamw_weight_decay=50.0 is ignored" in output
     resumed, uninterrupted = runs.read_history(run_dir), runs.read_history(run_dir / "expected")
     assert [row["epoch"] for row in resumed] == [1, 2, 3]
     timed = {"train_seconds", "seconds"}

@@ -18,9 +18,9 @@ def kernels(classifier, layers=None):
         classifier: a `CvT`, or a classifier around one.
         layers: paths in the network, such as `"stage1_block0/mlp/fc1"`, or their beginnings, such as `"stage1"`; or a predicate
             that takes a path and returns whether to choose its kernel. `None` means every convolution and Dense layer but the
-            first layer (the stem, or the first token embedding without a stem), the depthwise convolutions, and the head:
-            these have few weights, and losing one costs much accuracy. Norms, biases and the fixed kernel of whitening are
-            never chosen.
+            first trained one (the stem, or the first token embedding without a stem), the depthwise convolutions, and the
+            head: these have few weights, and losing one costs much accuracy. Norms, biases and the fixed kernel of whitening
+            are never chosen.
 
     Returns:
         A dict of path, without the name `kernel` -> `keras.Variable`, in the network's order.

@@ -11,7 +11,7 @@ from cvt_keras.conversion import configs, layouts, state_dicts
 from cvt_keras.conversion.layouts import LAYOUTS, Weight
 from cvt_keras.errors import ArgumentError, CheckpointError, CheckpointFileError, first_line
 from cvt_keras.preprocessing import Preprocessing
-from cvt_keras.variants import VARIANTS, Variant, get_variant
+from cvt_keras.variants import VARIANTS, Variant, different_fields, get_variant
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -266,21 +266,10 @@ def _resolve_variant(stored, requested):
     """
     if requested is None:
         return stored
-    ours, theirs = _without_training(requested), _without_training(stored)
-    if ours != theirs:
-        differences = _differences(ours, theirs)
-        if len(ours.stages) != len(theirs.stages):
-            differences.append(f"it has {len(theirs.stages)} stages, not {len(ours.stages)}")
-        for i, stages in enumerate(zip(ours.stages, theirs.stages)):
-            differences += _differences(*stages, f" of stage {i}")
-        raise ArgumentError(f"`variant` is not the checkpoint's network: {'; '.join(differences)}", argument="variant")
+    if different := different_fields(_without_training(stored), _without_training(requested)):
+        described = "; ".join(f"{name} is {ours}, not {theirs}" for name, (ours, theirs) in different.items())
+        raise ArgumentError(f"`variant` is not the checkpoint's network: {described}", argument="variant")
     return dataclasses.replace(requested, activation=stored.activation)
-
-
-def _differences(ours, theirs, place=""):
-    """Returns the fields in which two `Variant`s or two `Stage`s differ, except `stages`."""
-    names = [name for name in vars(theirs) if name != "stages" and getattr(ours, name) != getattr(theirs, name)]
-    return [f"{name}{place} is {getattr(theirs, name)}, not {getattr(ours, name)}" for name in names]
 
 
 def _without_training(variant):

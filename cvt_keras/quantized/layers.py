@@ -240,14 +240,14 @@ class QuantizedBatchNorm(layers.Layer):
         return {**super().get_config(), "quantized": self.quantized}
 
 
-def quantized_norm(kind, quantized, dtype, name, **kwargs):
+def quantized_norm(norm_type, quantized, dtype, name, **kwargs):
     """Returns a `QuantizedLayerNorm` or `QuantizedBatchNorm`.
 
     Args:
-        kind: `"layer"` or `"batch"`.
+        norm_type: `"layer"` or `"batch"`.
         quantized, dtype, name, kwargs: of the layer.
     """
-    cls = {"layer": QuantizedLayerNorm, "batch": QuantizedBatchNorm}[kind]
+    cls = {"layer": QuantizedLayerNorm, "batch": QuantizedBatchNorm}[norm_type]
     return cls(quantized, dtype=dtype, name=name, **kwargs)
 
 
@@ -431,6 +431,60 @@ def split_cls_token(sequence, grid):
         The cls token `(batch, 1, 1, dim)` and the tokens `(batch, height, width, dim)`.
     """
     return sequence[:, :1], ops.reshape(sequence[:, 1:], (-1, *grid, sequence.shape[-1]))
+
+
+@keras.saving.register_keras_serializable(package="cvt_keras")
+class QuantizedResidualConv(layers.Layer):
+    """`ResidualConv` in 8 bits, with its BatchNorm folded.
+
+    Args:
+        dim, activation: as in `ResidualConv`.
+        grid: see `QuantizedAttention`.
+        quantized: see `QuantizedConv`.
+
+    Input shape: tokens `(batch, height, width, dim)`, or with a cls token `(batch, 1 + height * width, 1, dim)`.
+    Output shape: the same.
+    """
+
+    def __init__(self, dim, activation="gelu", grid=None, quantized=True, **kwargs):
+        super().__init__(**kwargs)
+        self.dim = dim
+        self.activation = activation
+        self.grid = grid
+        self.quantized = quantized
+        self.conv = QuantizedConv(dim, 3, padding=1, quantized=quantized, dtype=self.dtype_policy, name="conv")
+        self.activate = QuantizedActivation(activation, quantized, dtype=self.dtype_policy, name="activate")
+        if grid:
+            self.join = QuantizedConcatenation(quantized, dtype=self.dtype_policy, name="join")
+        else:
+            self.sum_quantizer = fake_quantize(quantized, "sum_quantizer", self.dtype_policy)
+
+    def build(self, tokens_shape):
+        grid = (None, *(self.grid or tokens_shape[1:3]), self.dim)
+        self.conv.build(grid)
+        self.activate.build(grid)
+        if self.grid:
+            self.join.build((None, 1, 1, self.dim), grid)
+        else:
+            self.sum_quantizer.build(grid)
+
+    def call(self, x):
+        if not self.grid:
+            return self.sum_quantizer(x + self.activate(self.conv(x)))
+        cls_token, tokens = split_cls_token(x, self.grid)
+        return self.join(cls_token, tokens + self.activate(self.conv(tokens)))  # which rounds the sum
+
+    def compute_output_shape(self, tokens_shape):
+        return tokens_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "dim": self.dim,
+            "activation": self.activation,
+            "grid": self.grid,
+            "quantized": self.quantized,
+        }
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
@@ -644,8 +698,8 @@ class QuantizedAttention(layers.Layer):
 class QuantizedBlock(layers.Layer):
     """`CvTBlock` in 8 bits. The kernel of `mlp_conv` includes its shortcut.
 
-    BatchNorm as the second norm is folded into `fc1`. The first is not: the convolutions after it pad with zeros, which would
-    have to become other numbers.
+    BatchNorm as the second norm is folded into `fc1`. The first is not: the convolutions after it pad with zeros, and a zero
+    after the norm is not a zero before it.
 
     Args:
         dim, heads, mlp_dim, drop_path_rate, activation, projection, stride_kv, norm_type, attention_scale, mlp_conv: as in

@@ -3,14 +3,14 @@
 import keras
 from keras import layers, ops
 
-from cvt_keras.layers import ConvStem, ConvTokenEmbedding, CvTBlock, Whitening
+from cvt_keras.layers import ConvStem, ConvTokenEmbedding, CvTBlock, ResidualConv, Whitening
 from cvt_keras.model import cvt_of, preprocessing_of
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.quantized.layers import (
     PIXELS,
     QuantizedBlock,
-    QuantizedConcatenation,
     QuantizedConv,
+    QuantizedResidualConv,
     QuantizedStem,
     QuantizedTokenEmbedding,
     QuantizedWhitening,
@@ -106,8 +106,9 @@ def _stage(x, stage, grid, variant, quantized, dtype, name):
         dtype=dtype,
         name=f"{name}_embed",
     )(x)
-    if stage.residual_convs:
-        x = _residual_convs(x, stage, grid, variant, quantized, dtype, name)
+    cls_grid = grid if stage.cls_token else None
+    for j in range(stage.residual_convs):
+        x = QuantizedResidualConv(stage.dim, variant.activation, cls_grid, quantized, dtype=dtype, name=f"{name}_conv{j}")(x)
     for j, rate in enumerate(stage.drop_path_rates):
         x = QuantizedBlock(
             stage.dim,
@@ -120,25 +121,12 @@ def _stage(x, stage, grid, variant, quantized, dtype, name):
             variant.norm,
             variant.attention_scale,
             stage.mlp_conv,
-            grid if stage.cls_token else None,
+            cls_grid,
             quantized,
             dtype=dtype,
             name=f"{name}_block{j}",
         )(x)
     return layers.Identity(dtype=dtype.name, name=name)(x)
-
-
-def _residual_convs(x, stage, grid, variant, quantized, dtype, name):
-    if stage.cls_token:
-        cls_token, x = split_cls_token(x, grid)
-    for j in range(stage.residual_convs):
-        conv = QuantizedStem(stage.dim, variant.activation, quantized, dtype=dtype, name=f"{name}_conv{j}")
-        x = layers.Add(dtype=dtype.name, name=f"{name}_sum{j}")([x, conv(x)])
-        if j + 1 < stage.residual_convs or not stage.cls_token:  # the concatenation rounds the last sum
-            x = fake_quantize(quantized, f"{name}_sum{j}_quantizer", dtype)(x)
-    if stage.cls_token:
-        x = QuantizedConcatenation(quantized, dtype=dtype, name=f"{name}_join")(cls_token, x)
-    return x
 
 
 # === Conversion ===
@@ -225,8 +213,8 @@ def _fold_whitening(whitening, converted):
     converted.bias.assign(whitening.bias)
 
 
-def _fold_stem(stem, converted):
-    _fold(converted.conv, stem.norm, stem.conv.kernel, axis=3)
+def _fold_conv(layer, converted):
+    _fold(converted.conv, layer.norm, layer.conv.kernel, axis=3)
 
 
 def _fold_embedding(embedding, converted):
@@ -273,7 +261,8 @@ def _fold_mlp(block, converted):
 
 _FOLDS = {
     Whitening: _fold_whitening,
-    ConvStem: _fold_stem,
+    ConvStem: _fold_conv,
+    ResidualConv: _fold_conv,
     ConvTokenEmbedding: _fold_embedding,
     CvTBlock: _fold_block,
     layers.LayerNormalization: _fold_norm,

@@ -131,11 +131,12 @@ class Choice:
         return (value - low) / (high - low)
 
 
-RATES = 4.0  # learning rates from a quarter of the recipe's own to four times it
+# From a quarter of the recipe's own value to four times it: good values differ much between optimizers. A value of 0 stays.
+SCALED = ("peak_learning_rate", "weight_decay")
+SCALE = 4.0
 # Wide enough that a good recipe is well inside, narrow enough that most candidates learn. Widened to the recipe's own values.
 RECIPE_SPACE = {
     "decay": Choice(("linear", "cosine")),
-    "weight_decay": Range(1e-2, 2.0, log=True),
     "warmup": Range(0.02, 0.3),
     "label_smoothing": Range(0.0, 0.2),
     "rand_augment": Choice((0, 1, 2)),
@@ -161,9 +162,7 @@ def space_of(recipe):
     Returns:
         A dict of name -> `Range` or `Choice`.
     """
-    space = {}
-    if (rate := recipe.peak_learning_rate) > 0:
-        space["peak_learning_rate"] = Range(*(float(f"{end:.{DIGITS}g}") for end in (rate / RATES, rate * RATES)), log=True)
+    space = {name: _scaled(value) for name in SCALED if (value := getattr(recipe, name)) > 0}
     space |= {name: _around(axis, getattr(recipe, name)) for name, axis in RECIPE_SPACE.items()}
     if recipe.weights is not None:
         return {**space, "layer_decay": _around(LAYER_DECAY, recipe.layer_decay)}
@@ -245,8 +244,9 @@ def network(recipe, values):
     try:
         stages = []
         for i, (stage, change) in enumerate(zip(variant.stages, changes)):
-            if change.get("dim", stage.dim) != stage.dim:
-                change["heads"] = _heads(change["dim"], stage.dim / stage.heads)
+            if (dim := change.get("dim", stage.dim)) != stage.dim:
+                dataclasses.replace(stage, dim=dim, heads=1)  # raises for an invalid width
+                change["heads"] = _heads(dim, stage.dim / stage.heads)
             if change.get("kernel_size", stage.kernel_size) != stage.kernel_size:
                 change["padding"] = change["kernel_size"] // 2
             if (ratio := change.get("mlp_ratio", values.get("mlp_ratio"))) is not None:
@@ -378,12 +378,14 @@ def _word_fields():
     }
 
 
+def _scaled(own):
+    return Range(*(float(f"{end:.{DIGITS}g}") for end in (own / SCALE, own * SCALE)), log=True)
+
+
 def _around(axis, own):
-    """Widens a `Range` or `Choice` to the recipe's own value. A logarithmic range can't include 0, and stays as it is."""
+    """Widens a `Range` or `Choice` to the recipe's own value."""
     if isinstance(axis, Choice):
         return Choice((*axis.values, own))
-    if axis.log and own <= 0:
-        return axis
     return Range(min(axis.low, own), max(axis.high, own), axis.log)
 
 
@@ -413,9 +415,8 @@ def _stage_field(name):
 
 def _heads(dim, width):
     """The number of heads that divides `dim` into widths nearest to `width`; the larger number on a tie."""
-    divisors = [heads for heads in range(1, int(dim) + 1) if dim % heads == 0]
-    # `Stage` refuses a width without divisors, such as 0 or 1.5.
-    return min(divisors, key=lambda heads: (abs(math.log(dim / heads / width)), -heads), default=1)
+    divisors = [heads for heads in range(1, dim + 1) if dim % heads == 0]
+    return min(divisors, key=lambda heads: (abs(math.log(dim / heads / width)), -heads))
 
 
 def _even(dim):

@@ -8,7 +8,7 @@ from pathlib import Path
 from cvt_keras import runs
 from cvt_keras.errors import DifferentRunError, RunError
 from cvt_keras.training.recipes import Recipe, read_recipe
-from cvt_keras.variants import Variant, get_variant, named
+from cvt_keras.variants import Variant, different_fields, get_variant, named
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class StoredRun:
         if names:
             differences = {name: (_as_text(stored.get(name)), _as_text(received.get(name))) for name in names}
             if "variant" in names and isinstance(stored["variant"], Variant) and received["variant"]:
-                parts = _different_parts(stored["variant"], get_variant(received["variant"]))
-                differences["variant"] = (f"a network with other {', '.join(parts)}", differences["variant"][1])
-            error = DifferentRunError(self.run_dir, differences)
+                parts = ", ".join(different_fields(stored["variant"], get_variant(received["variant"])))
+                differences["variant"] = (f"a network with other {parts}", differences["variant"][1])
+            hint = "Resume with the same flags, or train in another --run-dir"
             if recipe.compression is None:
                 flags = ["--recipe-file", self.run_dir / runs.RECIPE, "--run-dir", self.run_dir, "--resume"]
                 command = shlex.join(["cvt-keras", "train", *map(str, flags)])
-                error.hint = f"To resume with the run's own settings: {command}. Or train in another --run-dir"
-            raise error
+                hint = f"To resume with the run's own settings: {command}. Or train in another --run-dir"
+            raise DifferentRunError(self.run_dir, differences, hint)
 
 
 def read_stored_run(run_dir):
@@ -134,11 +134,6 @@ def same_weights(stored, received):
 
 def _as_text(value):
     return "a Variant without a name" if isinstance(value, Variant) else repr(value)
-
-
-def _different_parts(variant, other):
-    """The names of the fields in which two variants differ."""
-    return [name for name, value in vars(variant).items() if value != getattr(other, name)]
 
 
 def _same_path(*paths):

@@ -238,7 +238,7 @@ def test_a_keras_file_takes_another_start_but_no_other_network(tmp_path):
         (Variant((stage,), stem=(4,), whitening=2), "stem is (), not (4,); whitening is 0, not 2; norm is batch, not layer"),
         (Variant((stage,), norm="batch", attention_scale="head"), "attention_scale is dim, not head"),
         (Variant((dataclasses.replace(stage, mlp_conv=False),), norm="batch"), "mlp_conv of stage 0 is True, not False"),
-        (Variant((stage, stage), norm="batch"), "it has 1 stages, not 2"),
+        (Variant((stage, stage), norm="batch"), "number of stages is 1, not 2"),
     ):
         with pytest.raises(ArgumentError) as error:
             checkpoint.read(tmp_path / "model.keras", variant)

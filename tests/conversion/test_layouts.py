@@ -99,7 +99,7 @@ def test_every_field_has_its_place_in_the_layouts_or_is_refused():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_initial_weights_are_no_matter_of_the_layouts(layout):
+def test_layouts_ignore_identity_init(layout):
     variant = dataclasses.replace(VARIANTS["cvt_tiny"], identity_init=True)
     assert LAYOUTS[layout].weights(variant) == LAYOUTS[layout].weights("cvt_tiny")
 

@@ -18,6 +18,7 @@ from cvt_keras.quantized.layers import (
     QuantizedConcatenation,
     QuantizedConv,
     QuantizedLayerNorm,
+    QuantizedResidualConv,
     QuantizedStem,
     QuantizedTokenEmbedding,
     QuantizedWhitening,
@@ -58,6 +59,15 @@ LAYERS = {
         [18],
     ),
     "stem": (QuantizedStem, {"dim": 5}, [(2, 8, 8, 3)], [(2, 8, 8, 5)], [135, 5], [5, 5, 1, 1, 1, 1]),
+    "residual conv": (QuantizedResidualConv, {"dim": 3}, [(2, 8, 8, 3)], [(2, 8, 8, 3)], [81, 3], [3, 3] + [1] * 6),
+    "residual conv with cls token": (
+        QuantizedResidualConv,
+        {"dim": 3, "activation": "quick_gelu", "grid": [4, 4]},
+        [(2, 17, 1, 3)],
+        [(2, 17, 1, 3)],
+        [81, 3],
+        [3, 3] + [1] * 8,
+    ),
     "concatenation": (QuantizedConcatenation, {}, [(2, 1, 1, 3), (2, 4, 4, 3)], [(2, 17, 1, 3)], [], [1, 1]),
     "embedding": (QuantizedTokenEmbedding, {"dim": 8}, [(2, 8, 8, 3)], [(2, 4, 4, 8)], [216, 8, 8, 8], [8, 8] + [1] * 20),
     "embedding with cls token": (
@@ -229,6 +239,8 @@ def _trained_classifier(variant, **kwargs):
             variable.assign(np.asarray(variable) * random.choice([-1, 1], variable.shape))
         if variable.name == "cls_token" or (variable.name == "kernel" and len(variable.shape) == 2):
             variable.assign(random.normal(size=variable.shape, scale=0.5 * variable.shape[0] ** -0.5))
+        if variable.path.endswith("whitening/kernel"):  # some filters are zeros, as for grey images
+            variable.assign(np.where(np.arange(variable.shape[-1]) % 3, variable, 0))
     return classifier
 
 

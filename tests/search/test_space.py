@@ -115,18 +115,19 @@ def test_the_network_is_not_varied_with_weights():
 def test_the_space_is_around_the_recipe(name):
     recipe = dataclasses.replace(RECIPES[name], weights=None, variant=RECIPES[name].variant or "cvt_cifar")
     space = space_of(recipe)
-    rate = space["peak_learning_rate"]
-    assert rate.low == pytest.approx(recipe.peak_learning_rate / 4) and rate.high == pytest.approx(
-        recipe.peak_learning_rate * 4
-    )
-    outside = [field for field, value in values_of(recipe, space).items() if value is None]
-    assert outside == ([] if recipe.weight_decay else ["weight_decay"])
+    for field in ("peak_learning_rate", "weight_decay") if recipe.weight_decay else ("peak_learning_rate",):
+        own = getattr(recipe, field)
+        assert space[field].ends == pytest.approx((own / 4, own * 4)) and space[field].log
+    assert None not in values_of(recipe, space).values()
     far = dataclasses.replace(recipe, label_smoothing=0.5, rand_augment=5, decay="constant")
-    assert None not in {**values_of(far, space_of(far)), "weight_decay": 0}.values()
+    assert None not in values_of(far, space_of(far)).values()
 
 
-def test_a_learning_rate_of_zero_is_not_varied():
-    assert "peak_learning_rate" not in space_of(dataclasses.replace(CIFAR10, peak_learning_rate=0.0))
+@pytest.mark.parametrize("name", ["peak_learning_rate", "weight_decay"])
+def test_a_rate_or_weight_decay_of_zero_is_not_varied(name):
+    recipe = dataclasses.replace(CIFAR10, **{name: 0.0})
+    assert name not in space_of(recipe)
+    assert read({name: [0.01, 0.1]}, recipe)
 
 
 def test_a_choice_may_hold_words(tmp_path):
@@ -150,8 +151,7 @@ def test_values_have_the_type_of_their_choice():
 
 
 def test_a_value_outside_the_space_is_none():
-    reference = RECIPES["reference"]
-    assert values_of(reference, space_of(reference))["weight_decay"] is None  # its 0 is outside a logarithmic range
+    assert values_of(CIFAR10, {"ema": Range(0.9, 0.99)}) == {"ema": None}
 
 
 def test_numbers_of_a_range_have_four_digits_and_stay_within_it():
@@ -206,7 +206,8 @@ def test_a_space_is_read_from_a_file(tmp_path):
         ('{"batch_size": [32, 64.5, 128]}', "`batch_size` must be int"),
         ('{"stage0_dim": [32, 64.0]}', "`dim` must be a positive integer"),
         ('{"warmup": {"low": 0, "high": 1' + "0" * 400 + "}}", "must be finite numbers"),
-        ('{"stage0_dim": [0, 32]}', "`dim` must be a positive integer"),
+        ('{"stage0_dim": [0, 32]}', "`dim` must be a positive integer. Received: dim=0"),
+        ('{"stage0_dim": [1.5, 32]}', "`dim` must be a positive integer. Received: dim=1.5"),
         ('{"stage0_depth": [0, 1]}', "`depth` must be a positive integer"),
         ('{"train_limit": [100, 200]}', "unknown name: train_limit"),
         ('{"adamw_weight_decay": [-0.1, 0.1]}', "adamw_weight_decay: `adamw_weight_decay` must be a finite number"),

@@ -158,13 +158,16 @@ def test_a_run_is_resumed_with_its_own_settings_only(finished, recipe):
 
 
 def test_a_run_of_another_network_names_its_parts_and_the_command_that_resumes_it(tmp_path):
-    network = dataclasses.replace(VARIANTS["cvt_tiny"], stem=(32, 32), whitening=2)
+    first, last = VARIANTS["cvt_tiny"].stages
+    stages = (first, dataclasses.replace(last, pool=True))
+    network = dataclasses.replace(VARIANTS["cvt_tiny"], stages=stages, stem=(32, 32), whitening=2)
     stored = StoredRun(tmp_path, dataclasses.replace(SMOKE, variant=network), newer_fields=())
     with pytest.raises(DifferentRunError) as error:
         stored.require_same(SMOKE)
-    assert error.value.differences == {"variant": ("a network with other stem, whitening", "'cvt_tiny'")}
+    assert error.value.differences == {"variant": ("a network with other stem, whitening, pool of stage 1", "'cvt_tiny'")}
     command = f"cvt-keras train --recipe-file {tmp_path}/recipe.json --run-dir {tmp_path} --resume"
     assert command in error.value.hint
+    assert pickle.loads(pickle.dumps(error.value)).hint == error.value.hint
     runs.write_json(tmp_path / "recipe.json", stored.recipe.settings())
     _, arguments = flags.parse(command.split()[2:], Arguments, "cvt-keras train", "Train a network.")
     stored.require_same(arguments.recipe)
