@@ -454,25 +454,20 @@ class QuantizedResidualConv(layers.Layer):
         self.quantized = quantized
         self.conv = QuantizedConv(dim, 3, padding=1, quantized=quantized, dtype=self.dtype_policy, name="conv")
         self.activate = QuantizedActivation(activation, quantized, dtype=self.dtype_policy, name="activate")
-        if grid:
-            self.join = QuantizedConcatenation(quantized, dtype=self.dtype_policy, name="join")
-        else:
-            self.sum_quantizer = fake_quantize(quantized, "sum_quantizer", self.dtype_policy)
+        self.sum_quantizer = fake_quantize(quantized, "sum_quantizer", self.dtype_policy)
 
     def build(self, tokens_shape):
         grid = (None, *(self.grid or tokens_shape[1:3]), self.dim)
         self.conv.build(grid)
         self.activate.build(grid)
-        if self.grid:
-            self.join.build((None, 1, 1, self.dim), grid)
-        else:
-            self.sum_quantizer.build(grid)
+        self.sum_quantizer.build(tokens_shape)
 
     def call(self, x):
         if not self.grid:
             return self.sum_quantizer(x + self.activate(self.conv(x)))
-        cls_token, tokens = split_cls_token(x, self.grid)
-        return self.join(cls_token, tokens + self.activate(self.conv(tokens)))  # which rounds the sum
+        _, tokens = split_cls_token(x, self.grid)
+        branch = _sequence(self.activate(self.conv(tokens)))  # (B, H, W, C) -> (B, H*W, 1, C)
+        return self.sum_quantizer(x + ops.pad(branch, ((0, 0), (1, 0), (0, 0), (0, 0))))  # adds 0 to the cls token
 
     def compute_output_shape(self, tokens_shape):
         return tokens_shape
