@@ -407,11 +407,11 @@ def test_the_variant_sets_every_layer():
     assert network.layers[1] is whitening
 
 
-def test_residual_convolutions_have_shortcuts():
+def test_residual_convolutions_lie_between_embedding_and_blocks():
     model = CvT(Variant((Stage(8, 1, 1, residual_convs=2),)), 5, (16, 16, 3))
     x = model.get_layer("stage0_embed").output
     for j in range(2):
-        x = x + model.get_layer(f"stage0_conv{j}")(x)
+        x = model.get_layer(f"stage0_conv{j}")(x)
     by_hand = keras.Model(model.input, model.get_layer("stage0_block0")(x))
     images = _images(2, 16, 16, 3)
     np.testing.assert_allclose(*map(ops.convert_to_numpy, (by_hand(images), model.features(images)["stage0"])), atol=1e-6)
