@@ -34,8 +34,8 @@ class Pruning:
     frequency: int | None = None
     """Steps between updates with polynomial; default: at least 20 updates, or one per step in a short run."""
     layers: LayerFlags = None
-    """Layers to prune, such as stage1 or stage1_block0/mlp/fc1; defaults to all but the stem (or, without one, the first
-    token embedding), depthwise convolutions and head."""
+    """Layers to prune, such as stage1 or stage1_block0/mlp/fc1.
+    Defaults to all but the stem (without a stem: the first token embedding), depthwise convolutions and head."""
 
     def require(self):
         """Raises a `RecipeError` for an option out of range, or options that can't be combined."""
@@ -87,8 +87,8 @@ class Clustering:
     clusters: int = 16
     """Distinct values in each clustered kernel."""
     layers: LayerFlags = None
-    """Layers to cluster, such as stage1 or stage1_block0/mlp/fc1; defaults to all but the stem (or, without one, the first
-    token embedding), depthwise convolutions and head."""
+    """Layers to cluster, such as stage1 or stage1_block0/mlp/fc1.
+    Defaults to all but the stem (without a stem: the first token embedding), depthwise convolutions and head."""
 
     def require(self):
         """Raises a `RecipeError` for an option out of range."""
