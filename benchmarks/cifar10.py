@@ -88,7 +88,9 @@ def build(network, change, recipe, source, dtype="float32"):
         return classifier, macs(recipe.variant, shape, len(names))
     without = keras.models.clone_model(
         classifier,
-        clone_function=lambda layer: layers.Identity(name=layer.name) if isinstance(layer, CvTBlock) else layer,
+        clone_function=lambda layer: (
+            layers.Identity(dtype=layer.dtype_policy.name, name=layer.name) if isinstance(layer, CvTBlock) else layer
+        ),
         recursive=True,
     )
     without.dtype_policy = classifier.dtype_policy

@@ -19,8 +19,7 @@ BATCH_NORM_MOMENTUM = 0.9
 
 # Added to the variances that whitening divides by: the axes of least variance are mostly noise, of JPEG for instance.
 WHITENING_EPSILON = 1e-2
-# As a share of the mean variance. Rounding pixels to 8 bits alone leaves at least 5e-6 along every axis, because no standard
-# deviation exceeds half the range of pixels.
+# A smaller share of the mean variance counts as none. Rounding pixels to 8 bits already gives every axis a share of 5e-6.
 NEGLIGIBLE_VARIANCE = 1e-6
 
 # Keras truncates a normal at two standard deviations, which leaves 0.8796 of its deviation. PyTorch's

@@ -255,35 +255,26 @@ def _paper(dims, heads, depths, drop_path):
     )
 
 
+def _cifar(*stages):
+    """Builds a network for CIFAR. The two differ only in their stages."""
+    return Variant(stages, activation="gelu", whitening=2, norm="batch", attention_scale="head", identity_init=True)
+
+
 VARIANTS: dict[str, Variant] = {
     "cvt_13": _paper((64, 192, 384), (1, 3, 6), (1, 2, 10), drop_path=0.1),
     "cvt_21": _paper((64, 192, 384), (1, 3, 6), (1, 4, 16), drop_path=0.1),
     "cvt_w24": _paper((192, 768, 1024), (3, 12, 16), (2, 2, 20), drop_path=0.3),
     # docs/results/recipe.md has the experiments behind each choice.
-    "cvt_cifar": Variant(
-        (
-            Stage(dim=48, depth=1, heads=2, mlp_ratio=1.0, stride_kv=4, pool=True, mlp_conv=True),
-            Stage(dim=128, depth=1, heads=4, mlp_ratio=2.0, pool=True, residual_convs=1, mlp_conv=True),
-            Stage(dim=256, depth=2, heads=8, mlp_ratio=1.0, pool=True, mlp_conv=True),
-        ),
-        activation="gelu",
-        whitening=2,
-        norm="batch",
-        attention_scale="head",
-        identity_init=True,
+    "cvt_cifar": _cifar(
+        Stage(dim=48, depth=1, heads=2, mlp_ratio=1.0, stride_kv=4, pool=True, mlp_conv=True),
+        Stage(dim=128, depth=1, heads=4, mlp_ratio=2.0, pool=True, residual_convs=1, mlp_conv=True),
+        Stage(dim=256, depth=2, heads=8, mlp_ratio=1.0, pool=True, mlp_conv=True),
     ),
-    # The same form, wider and deeper, for a GPU.
-    "cvt_cifar_large": Variant(
-        (
-            Stage(dim=96, depth=1, heads=4, mlp_ratio=1.0, stride_kv=4, pool=True, mlp_conv=True),
-            Stage(dim=256, depth=3, heads=8, mlp_ratio=2.0, drop_path=0.05, pool=True, residual_convs=1, mlp_conv=True),
-            Stage(dim=512, depth=6, heads=16, mlp_ratio=2.0, drop_path=0.1, pool=True, mlp_conv=True),
-        ),
-        activation="gelu",
-        whitening=2,
-        norm="batch",
-        attention_scale="head",
-        identity_init=True,
+    # Wider and deeper, for a GPU.
+    "cvt_cifar_large": _cifar(
+        Stage(dim=96, depth=1, heads=4, mlp_ratio=1.0, stride_kv=4, pool=True, mlp_conv=True),
+        Stage(dim=256, depth=3, heads=8, mlp_ratio=2.0, drop_path=0.05, pool=True, residual_convs=1, mlp_conv=True),
+        Stage(dim=512, depth=6, heads=16, mlp_ratio=2.0, drop_path=0.1, pool=True, mlp_conv=True),
     ),
     # For tests: every part of the paper's networks at the smallest size.
     "cvt_tiny": Variant(
@@ -391,7 +382,7 @@ def _block_macs(stage, grid):
     attention = 2 * queries * keys * stage.dim
     mlp = 2 * queries * stage.dim * stage.mlp_dim
     if stage.mlp_conv:
-        mlp += math.prod(grid) * 9 * stage.mlp_dim
+        mlp += math.prod(grid) * kernel**2 * stage.mlp_dim
     return convolution + linear + attention + mlp
 
 

@@ -221,13 +221,13 @@ def _fold_embedding(embedding, converted):
     if converted.folded:
         _fold(converted.proj, embedding.norm, embedding.proj.kernel, axis=3)
     else:
-        _fold_dense(embedding.proj, converted.proj)
+        _copy(embedding.proj, converted.proj)
         _fold_norm(embedding.norm, converted.norm)
     if embedding.cls_token:
         converted.cls_token_weight.assign(embedding.cls_token_weight)
 
 
-def _fold_dense(layer, converted):
+def _copy(layer, converted):
     """Copies a Dense or Conv2D layer, with a bias of 0 if it has none."""
     _set(converted, layer.kernel, layer.bias if layer.use_bias else ops.zeros(layer.kernel.shape[-1]))
 
@@ -240,7 +240,7 @@ def _fold_block(block, converted):
             projection = getattr(attention, name)
             _fold(getattr(converted.attention, name), projection.norm, projection.depthwise.kernel, axis=2)
     for name in ("proj_q", "proj_k", "proj_v", "proj"):
-        _fold_dense(getattr(attention, name), getattr(converted.attention, name))
+        _copy(getattr(attention, name), getattr(converted.attention, name))
     _fold_mlp(block, converted)
 
 
@@ -248,7 +248,7 @@ def _fold_mlp(block, converted):
     mlp = block.mlp
     if block.norm_type == "layer":
         _fold_norm(block.norm2, converted.norm2)
-        _fold_dense(mlp.fc1, converted.fc1)
+        _copy(mlp.fc1, converted.fc1)
     else:
         scale, shift = _scale_and_shift(block.norm2)
         _set(converted.fc1, mlp.fc1.kernel * ops.reshape(scale, (-1, 1)), mlp.fc1.bias + ops.matmul(shift, mlp.fc1.kernel))
@@ -256,7 +256,7 @@ def _fold_mlp(block, converted):
         kernel = ops.convert_to_numpy(mlp.depthwise.kernel).copy()
         kernel[kernel.shape[0] // 2, kernel.shape[1] // 2] += 1  # the shortcut
         _set(converted.depthwise, kernel, ops.zeros(block.mlp_dim))
-    _fold_dense(mlp.fc2, converted.fc2)
+    _copy(mlp.fc2, converted.fc2)
 
 
 _FOLDS = {
@@ -267,5 +267,5 @@ _FOLDS = {
     CvTBlock: _fold_block,
     layers.LayerNormalization: _fold_norm,
     layers.BatchNormalization: _fold_norm,
-    layers.Dense: _fold_dense,
+    layers.Dense: _copy,
 }

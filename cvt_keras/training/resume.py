@@ -77,7 +77,7 @@ class StoredRun:
             differences = {name: (_as_text(stored.get(name)), _as_text(received.get(name))) for name in names}
             if "variant" in names and isinstance(stored["variant"], Variant) and received["variant"]:
                 parts = ", ".join(different_fields(stored["variant"], get_variant(received["variant"])))
-                differences["variant"] = (f"a network with other {parts}", differences["variant"][1])
+                differences["variant"] = (f"a network that differs in {parts}", differences["variant"][1])
             hint = "Resume with the same flags, or train in another --run-dir"
             if recipe.compression is None:
                 flags = ["--recipe-file", self.run_dir / runs.RECIPE, "--run-dir", self.run_dir, "--resume"]

@@ -103,10 +103,10 @@ def _rows(file):
 @pytest.mark.parametrize(
     "changes, measured",
     [
-        ({}, {"validation", "test"}),
-        ({"network": "cnn"}, {"validation", "test"}),
-        ({"change": cifar10.NO_BLOCKS, "validation_only": True}, {"validation"}),
-        ({"change": "no whitening", "all_images": True}, {"test"}),
+        ({}, ["validation", "test"]),
+        ({"network": "cnn"}, ["validation", "test"]),
+        ({"change": cifar10.NO_BLOCKS, "validation_only": True}, ["validation"]),
+        ({"change": "no whitening", "all_images": True}, ["test"]),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )

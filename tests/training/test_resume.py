@@ -164,7 +164,7 @@ def test_a_run_of_another_network_names_its_parts_and_the_command_that_resumes_i
     stored = StoredRun(tmp_path, dataclasses.replace(SMOKE, variant=network), newer_fields=())
     with pytest.raises(DifferentRunError) as error:
         stored.require_same(SMOKE)
-    assert error.value.differences == {"variant": ("a network with other stem, whitening, pool of stage 1", "'cvt_tiny'")}
+    assert error.value.differences == {"variant": ("a network that differs in stem, whitening, pool of stage 1", "'cvt_tiny'")}
     command = f"cvt-keras train --recipe-file {tmp_path}/recipe.json --run-dir {tmp_path} --resume"
     assert command in error.value.hint
     assert pickle.loads(pickle.dumps(error.value)).hint == error.value.hint
