@@ -273,6 +273,6 @@ def _resolve_variant(stored, requested):
 
 
 def _without_training(variant):
-    """The variant without what its weights do not depend on: activation, drop path and initial weights."""
+    """The variant with defaults for the fields that no stored weight depends on: activation, drop path and initial weights."""
     stages = tuple(dataclasses.replace(stage, drop_path=0.0) for stage in variant.stages)
     return dataclasses.replace(variant, stages=stages, activation="gelu", identity_init=False)
