@@ -270,42 +270,46 @@ def _quantize_again(model, quantized):
         gc.unfreeze()
 
 
+def embedding_settings(stage, variant):
+    """The arguments that `ConvTokenEmbedding` and its 8-bit form share."""
+    return {
+        "dim": stage.dim,
+        "kernel_size": stage.kernel_size,
+        "stride": stage.stride,
+        "padding": stage.padding,
+        "cls_token": stage.cls_token,
+        "pool": stage.pool,
+        "norm_type": variant.norm,
+        "activation": variant.activation,
+    }
+
+
+def block_settings(stage, variant, drop_path_rate):
+    """The arguments that `CvTBlock` and its 8-bit form share."""
+    return {
+        "dim": stage.dim,
+        "heads": stage.heads,
+        "mlp_dim": stage.mlp_dim,
+        "drop_path_rate": drop_path_rate,
+        "activation": variant.activation,
+        "projection": stage.projection,
+        "stride_kv": stage.stride_kv,
+        "norm_type": variant.norm,
+        "attention_scale": variant.attention_scale,
+        "mlp_conv": stage.mlp_conv,
+    }
+
+
 def _stage(x, stage, variant, dtype, name):
     """Applies a stage to a grid of tokens. Returns its grid, and its cls token or `None`."""
-    embed = ConvTokenEmbedding(
-        stage.dim,
-        stage.kernel_size,
-        stage.stride,
-        stage.padding,
-        stage.cls_token,
-        stage.pool,
-        norm_type=variant.norm,
-        activation=variant.activation,
-        identity_init=variant.identity_init,
-        dtype=dtype,
-        name=f"{name}_embed",
-    )
-    x = embed(x)
+    common = {"identity_init": variant.identity_init, "dtype": dtype}
+    x = ConvTokenEmbedding(**embedding_settings(stage, variant), **common, name=f"{name}_embed")(x)
     for j in range(stage.residual_convs):
         conv = ResidualConv(stage.dim, variant.activation, dtype=dtype, name=f"{name}_conv{j}")
         x = conv(*x) if stage.cls_token else conv(x)
     for j, rate in enumerate(stage.drop_path_rates):
-        block = CvTBlock(
-            stage.dim,
-            stage.heads,
-            stage.mlp_dim,
-            rate,
-            variant.activation,
-            stage.projection,
-            stage.qkv_bias,
-            stage.stride_kv,
-            norm_type=variant.norm,
-            attention_scale=variant.attention_scale,
-            mlp_conv=stage.mlp_conv,
-            identity_init=variant.identity_init,
-            dtype=dtype,
-            name=f"{name}_block{j}",
-        )
+        settings = block_settings(stage, variant, rate)
+        block = CvTBlock(**settings, qkv_bias=stage.qkv_bias, **common, name=f"{name}_block{j}")
         x = block(*x) if stage.cls_token else block(x)
     # Names the stage's output, so that the network can be cut there.
     x = layers.Identity(dtype=dtype.name, name=name)(x)  # its config can hold a policy's name only

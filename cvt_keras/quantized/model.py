@@ -4,7 +4,7 @@ import keras
 from keras import layers, ops
 
 from cvt_keras.layers import ConvStem, ConvTokenEmbedding, CvTBlock, ResidualConv, Whitening
-from cvt_keras.model import cvt_of, preprocessing_of
+from cvt_keras.model import block_settings, cvt_of, embedding_settings, preprocessing_of
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.quantized.layers import (
     PIXELS,
@@ -93,39 +93,13 @@ class QuantizedCvT(keras.Model):
 
 def _stage(x, stage, grid, variant, quantized, dtype, name):
     """Applies a stage to a grid of tokens. Returns its grid, or with a cls token the sequence of both."""
-    x = QuantizedTokenEmbedding(
-        stage.dim,
-        stage.kernel_size,
-        stage.stride,
-        stage.padding,
-        stage.cls_token,
-        stage.pool,
-        variant.norm,
-        variant.activation,
-        quantized,
-        dtype=dtype,
-        name=f"{name}_embed",
-    )(x)
+    common = {"quantized": quantized, "dtype": dtype}
+    x = QuantizedTokenEmbedding(**embedding_settings(stage, variant), **common, name=f"{name}_embed")(x)
     cls_grid = grid if stage.cls_token else None
     for j in range(stage.residual_convs):
-        x = QuantizedResidualConv(stage.dim, variant.activation, cls_grid, quantized, dtype=dtype, name=f"{name}_conv{j}")(x)
+        x = QuantizedResidualConv(stage.dim, variant.activation, cls_grid, **common, name=f"{name}_conv{j}")(x)
     for j, rate in enumerate(stage.drop_path_rates):
-        x = QuantizedBlock(
-            stage.dim,
-            stage.heads,
-            stage.mlp_dim,
-            rate,
-            variant.activation,
-            stage.projection,
-            stage.stride_kv,
-            variant.norm,
-            variant.attention_scale,
-            stage.mlp_conv,
-            cls_grid,
-            quantized,
-            dtype=dtype,
-            name=f"{name}_block{j}",
-        )(x)
+        x = QuantizedBlock(**block_settings(stage, variant, rate), grid=cls_grid, **common, name=f"{name}_block{j}")(x)
     return layers.Identity(dtype=dtype.name, name=name)(x)
 
 
