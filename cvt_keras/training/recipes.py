@@ -293,7 +293,7 @@ CIFAR10 = Recipe(
     """Ten epochs on CIFAR-10.
 
     cvt-keras train cifar10
-    88.0 +- 0.2% test top-1 (n=3, JPEG copy of the data), about 15 minutes on two free cores of an AMD EPYC in float32.
+    88.0 +- 0.2% test top-1 (n=3, JPEG copy of the data), 14 minutes on two cores of an AMD EPYC in float32.
     """,
     crop_padding=3,
     peak_learning_rate=4.5e-3,
