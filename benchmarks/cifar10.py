@@ -155,7 +155,7 @@ def fit(network, change, recipe, source):
             raise ValueError(f"`{name}` must be {getattr(default, name)} here. Received: {name}={getattr(recipe, name)}")
     keras.utils.set_random_seed(recipe.seed)
     classifier, cost = build(network, change, recipe, source, recipe.precision)
-    adapt_whitening(classifier, source.train, recipe.image_size)
+    adapt_whitening(classifier, source.train, recipe.preprocessing)
     classes, steps = len(source.class_names), batches_per_epoch(source.train, recipe)
     classifier.compile(
         make_optimizer(recipe, classifier, steps * recipe.epochs),
@@ -165,12 +165,13 @@ def fit(network, change, recipe, source):
     )
     best, stopwatch, seconds = BestWeights(), Stopwatch(), []
     record = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seconds.append(stopwatch.train_seconds))
+    validation = evaluation_batches(source.validation, classes, recipe.preprocessing) if len(source.validation) else None
     history = classifier.fit(
         training_batches(source.train, classes, recipe),
         epochs=recipe.epochs,
         steps_per_epoch=steps,
         shuffle=False,
-        validation_data=evaluation_batches(source.validation, classes, recipe.image_size) if len(source.validation) else None,
+        validation_data=validation,
         callbacks=[best, stopwatch, record],
         verbose=2,
     ).history
@@ -182,8 +183,8 @@ def fit(network, change, recipe, source):
 def measure(classifier, split):
     """Returns top-1 and cross-entropy, and top-1 by the mean probabilities of an image and its mirror image."""
     views = split, dataclasses.replace(split, images=split.images[:, :, ::-1])
-    _, side, _, _ = classifier.input_shape
-    logits = [classifier.predict(evaluation_batches(view, 10, side), verbose=0) for view in views]
+    preprocessing = Preprocessing(image_size=classifier.input_shape[1:3])
+    logits = [classifier.predict(evaluation_batches(view, 10, preprocessing), verbose=0) for view in views]
     metrics = evaluate(logits[0], split.labels)
     probabilities = sum(keras.ops.convert_to_numpy(keras.ops.softmax(part)) for part in logits)
     return metrics["top1"], metrics["loss"], float(np.mean(probabilities.argmax(axis=-1) == split.labels))
@@ -263,7 +264,7 @@ def main(arguments):
 
 def images(arguments, recipe):
     """Loads CIFAR-10, with only the images that the runs use. Returns a `Source`."""
-    source = sources.load("cifar10", recipe.data_dir, recipe.image_size)
+    source = sources.load("cifar10", recipe.data_dir, recipe.preprocessing)
     train, validation = source.train, source.validation
     if arguments.all_images:
         train = Split(*(np.concatenate([getattr(part, name) for part in (train, validation)]) for name in ("images", "labels")))

@@ -21,6 +21,7 @@ from cvt_keras import environment, runs
 from cvt_keras.data import verified
 from cvt_keras.data.images import stretch
 from cvt_keras.export.verify import why_ended
+from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.training.recipes import read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -75,20 +76,21 @@ def classify(file, images, **options):
 
 
 def halved(image, size):
-    """Halves the sides while they are at least twice `size`, then resizes to it, always bilinear: the usual way on Android."""
+    """Halves sides while at least twice those of `size`, then resizes to it, always bilinear: the usual way on Android."""
     sides = image.shape[:2]
-    while sides != (size, size):
-        sides = tuple(max(size, side // 2) if side >= 2 * size else size for side in sides)
+    while sides != size:
+        sides = tuple(max(least, side // 2) if side >= 2 * least else least for side, least in zip(sides, size))
         image = tf.image.resize(image, sides)
     return tf.saturate_cast(tf.round(image), tf.uint8).numpy()
 
 
 def main(arguments):
     recipe = read_recipe(arguments.run)
-    size = recipe.image_size
+    size = recipe.preprocessing.image_size
     # Reads the images at the largest side. At the network's size they would already be antialiased.
     data_dir = arguments.data_dir or recipe.data_dir
-    images_of_run = verified.load(arguments.run / runs.IMAGES, recipe.dataset, data_dir, max(arguments.sides))
+    largest = Preprocessing(image_size=[max(arguments.sides)] * 2)
+    images_of_run = verified.load(arguments.run / runs.IMAGES, recipe.dataset, data_dir, largest)
     source = images_of_run.source
     test = source.test.limit(arguments.images)
     file = arguments.run / runs.EXPORT / "tflite" / f"{arguments.kind}.tflite"
@@ -100,7 +102,7 @@ def main(arguments):
     }
     rows = {}
     for side in arguments.sides:
-        images = [_lanczos(image, side) for image in test.images]
+        images = [_lanczos(image, (side, side)) for image in test.images]
         correct = {}
         for name, way in ways.items():
             version, answers = classify(file, [way(image) for image in images], max_results=1)
@@ -126,8 +128,8 @@ def main(arguments):
     )
 
 
-def _lanczos(image, side):
-    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
+def _lanczos(image, size):
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))
 
 
 if __name__ == "__main__":

@@ -954,7 +954,7 @@ def load(path=None, limit=None):
         sys.path.insert(0, str(Path(__file__).parent.parent))
         from cvt_keras.data import sources
 
-        source = sources.load("cifar10", None, 32)
+        source = sources.load("cifar10")
         parts = (source.train.images, source.train.labels, source.validation.images, source.validation.labels)
     limits = (limit, limit, limit and max(1, limit // 10), limit and max(1, limit // 10))
     return Data(*(np.ascontiguousarray(part[:limit]) for part, limit in zip(parts, limits)))

@@ -51,7 +51,7 @@ class Arguments:
 def main(arguments):
     recipe = dataclasses.replace(resolve(RECIPES[arguments.recipe]), epochs=10**6)  # never ends
     random = np.random.default_rng(0)
-    shape = (recipe.image_size, recipe.image_size, 3)
+    shape = (*recipe.preprocessing.image_size, 3)
     images = random.integers(0, 256, (arguments.num_images, *shape), "uint8")
     split = Split(images, random.integers(0, arguments.num_classes, arguments.num_images))
     batches = training_batches(split, arguments.num_classes, recipe)

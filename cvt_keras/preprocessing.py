@@ -85,6 +85,12 @@ class Preprocessing:
                 raise ValueError(f"`{name}` must have one number for each of {channels} channels. Received: {name}={values}")
 
 
+def size_text(image_size: Sequence[int]) -> str:
+    """Returns `(height, width)` as text: `224` for a square, otherwise `184x750`."""
+    height, width = image_size
+    return str(height) if height == width else f"{height}x{width}"
+
+
 def _plain(value: Any) -> Any:
     """Converts NumPy arrays to lists and NumPy numbers to Python's; returns anything else unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value

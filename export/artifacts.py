@@ -59,7 +59,7 @@ def export(
     formats = checked(formats, verify_images)
     environment.require_backend("tensorflow")
     recipe, classifier = _read(run_dir)
-    images_of_run = verified.load(run_dir / runs.IMAGES, recipe.dataset, data_dir or recipe.data_dir, recipe.image_size)
+    images_of_run = verified.load(run_dir / runs.IMAGES, recipe.dataset, data_dir or recipe.data_dir, recipe.preprocessing)
     source = images_of_run.source
     class_names = preprocessing_of(classifier).class_names
     if class_names != tuple(source.class_names):
@@ -73,7 +73,7 @@ def export(
     if not len(source.test):
         raise _no_images("test", run_dir)
     test = source.test.limit(recipe.test_limit).limit(verify_images)
-    images = _pixels(test.images, recipe.image_size)
+    images = _pixels(test.images, recipe.preprocessing)
     quantized = quantized_cvt_of(classifier) is not None
     # The float formats of a quantised network use its weights without the rounding.
     networks = {"int8": classifier, "float": float_form(classifier) if quantized else classifier}
@@ -134,10 +134,10 @@ def _read(run_dir):
 
 
 def _calibration(run_dir, train, num_classes, recipe):
-    """Training images that calibrate int8: uint8 `(n, size, size, 3)`."""
+    """Training images that calibrate int8: uint8 `(n, height, width, 3)`."""
     if not len(train):
         raise _no_images("training", run_dir)
-    return _pixels(tflite.calibration_images(train, num_classes, recipe.seed), recipe.image_size)
+    return _pixels(tflite.calibration_images(train, num_classes, recipe.seed), recipe.preprocessing)
 
 
 def _no_images(split, run_dir):
@@ -172,9 +172,9 @@ def _probabilities(classifier, images):
     return tf.nn.softmax(np.concatenate(logits)).numpy()
 
 
-def _pixels(images, size):
-    """Stretches images to the network's size, as training does: uint8 `(n, size, size, 3)`."""
-    return np.concatenate([stretch(batch, size).numpy() for batch in batches(images)])
+def _pixels(images, preprocessing):
+    """Resizes images to the network's size, as training does: uint8 `(n, height, width, 3)`."""
+    return np.concatenate([stretch(batch, preprocessing.image_size).numpy() for batch in batches(images)])
 
 
 def _place(folder, name):

@@ -43,10 +43,10 @@ def write(classifier, class_names, folder):
     def decode_all(image_bytes):
         spec = tf.TensorSpec(shape, tf.uint8)
         # One at a time, so that a request never needs memory for more than one decoded image.
-        return tf.map_fn(lambda data: square(decode(data)), image_bytes, fn_output_signature=spec, parallel_iterations=1)
+        return tf.map_fn(lambda data: resize(decode(data)), image_bytes, fn_output_signature=spec, parallel_iterations=1)
 
-    def square(pixels):
-        return tf.ensure_shape(stretch(pixels, shape[0]), shape)
+    def resize(pixels):
+        return tf.ensure_shape(stretch(pixels, shape[:2]), shape)
 
     images = [tf.TensorSpec((None, *shape), tf.uint8, name="images")]
     archive = keras.export.ExportArchive()  # no `track`: it finds the variables, and would save each twice

@@ -36,7 +36,8 @@ def same_rows(a, b):
 
 
 def resized(image, size):
-    return np.round(tf.image.resize(image, (size, size), antialias=True).numpy()).astype("uint8")
+    size = (size, size) if isinstance(size, int) else size
+    return np.round(tf.image.resize(image, size, antialias=True).numpy()).astype("uint8")
 
 
 def write_image(path, image=None, shape=(12, 16, 3)):

@@ -31,13 +31,15 @@ ALLOWED = {
     "model": {"conversion", "errors", "layers", "preprocessing", "variants"},
     "quantized": {"layers", "model", "preprocessing", "variants"},
     "pretrained": {"conversion", "environment", "errors", "model", "runs", "variants"},
-    "data": {"errors"},
+    "data": {"errors", "preprocessing"},
     "report": {"errors", "runs"},
     "training": {
         *("conversion", "data", "environment", "errors", "lazy", "model"),
         *("preprocessing", "report", "runs", "signals", "variants"),
     },
-    "search": {"data", "environment", "errors", "lazy", "report", "runs", "signals", "training", "variants"},
+    "search": {
+        *("data", "environment", "errors", "lazy", "preprocessing", "report", "runs", "signals", "training", "variants"),
+    },
     "compression": {
         *("environment", "errors", "layers", "lazy"),
         *("model", "quantized", "runs", "training"),

@@ -6,11 +6,11 @@ from cvt_keras.data import images, packages
 from cvt_keras.data.split import Source, Split
 
 
-def load(image_size=32):
+def load(preprocessing):
     """Loads the 1,797 digits: 1,297 to train, 200 to validate, 300 to test.
 
     Args:
-        image_size: side of the square, in pixels, that the 8x8 pixels are stretched to.
+        preprocessing: a `Preprocessing` with the size that the 8x8 pixels are stretched to.
 
     Returns:
         A `Source`.
@@ -25,7 +25,7 @@ def load(image_size=32):
     data = load_digits()
     grey = np.round(data.images * (255 / 16)).astype("uint8")  # 0..16 -> 0..255
     with tf.device("CPU:0"):
-        pixels = images.stretch(np.stack([grey] * 3, axis=-1), image_size).numpy()
+        pixels = images.stretch(np.stack([grey] * 3, axis=-1), preprocessing.image_size).numpy()
     labels = data.target.astype("int64")
     rest, test = train_test_split(np.arange(len(labels)), test_size=300, stratify=labels, random_state=0)
     train, validation = train_test_split(rest, test_size=200, stratify=labels[rest], random_state=0)

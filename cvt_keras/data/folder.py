@@ -50,7 +50,7 @@ _RESTORE = "Restore the missing link targets (with git annex get or dvc pull, if
 _KINDS_OF_BROKEN = (_LFS_POINTER, _WEB_PAGE, "the file is empty", _DENIED)  # counted under their own keys
 
 
-def load(data_dir, image_size=32, skip_broken=False, record=None):
+def load(data_dir, preprocessing, skip_broken=False, record=None):
     """Loads images from a folder for each class: `data_dir/CLASS/*`, or `data_dir/train/CLASS/*`.
 
     Folders named `test` and `validation` beside them may hold the same classes. Usual synonyms, such as `test_set`, are
@@ -64,7 +64,7 @@ def load(data_dir, image_size=32, skip_broken=False, record=None):
 
     Args:
         data_dir: the folder.
-        image_size: side of the square, in pixels, that the images are stretched to.
+        preprocessing: a `Preprocessing` with the size that the images are stretched to.
         skip_broken: whether to leave out and count files that can't be read, instead of raising an error.
         record: the `ImageRecord` of a run. Its images go into the splits that they had there, no others are held out, and a
             split may lack images.
@@ -87,8 +87,8 @@ def load(data_dir, image_size=32, skip_broken=False, record=None):
         hint = "Unzip it first, and use --data-dir with the new folder" if is_zip else _PASS_FOLDER
         raise _error(f"`data_dir` {reason}. Received: data_dir={data_dir}", hint)
     listing = _list(root)
-    pixels = np.empty((len(listing.files), image_size, image_size, 3), "uint8")
-    contents = _read_all(listing.files, pixels, image_size)
+    pixels = np.empty((len(listing.files), *preprocessing.image_size, 3), "uint8")
+    contents = _read_all(listing.files, pixels, preprocessing)
     _require_readable(listing, contents, skip_broken)
     if record is None:
         _require_images(listing, contents)
@@ -476,7 +476,7 @@ class _Content:
         return self.broken is None and not self.not_an_image
 
 
-def _read_all(files, pixels, image_size):
+def _read_all(files, pixels, preprocessing):
     """Reads all files, and writes file i's image to `pixels[i]`. -> list of `_Content`"""
     tf = packages.require("tensorflow")
     room = images.Room()
@@ -486,7 +486,7 @@ def _read_all(files, pixels, image_size):
             content, picture = _read(files[i], reserve)
             if picture is not None:
                 with tf.device("CPU:0"):
-                    pixels[i] = images.stretch(picture.pixels, image_size).numpy()
+                    pixels[i] = images.stretch(picture.pixels, preprocessing.image_size).numpy()
         return content
 
     # A thread stretches an image before it reads the next: photos at full size would not fit into memory.

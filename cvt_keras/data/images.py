@@ -1,4 +1,4 @@
-"""Decodes image files to upright RGB pixels, and resizes them to squares.
+"""Decodes image files to upright RGB pixels, and resizes them.
 
 Training, the client and the checks of every export use this decoder. TensorFlow is imported only to resize.
 """
@@ -387,23 +387,23 @@ def on_white(rgb, alpha):
 
 
 def stretch(images, size):
-    """Resizes images to squares with antialiasing, ignoring their aspect ratio. Images of that size are returned unchanged.
+    """Resizes images with antialiasing, ignoring their aspect ratio. Images of that size are returned unchanged.
 
     Args:
         images: uint8 `(..., height, width, 3)`.
-        size: side of the square, in pixels.
+        size: `(height, width)` in pixels.
 
     Returns:
-        A uint8 tensor, `(..., size, size, 3)`.
+        A uint8 tensor, `(..., *size, 3)`.
     """
     import tensorflow as tf
 
     def resize():
-        return tf.saturate_cast(tf.round(tf.image.resize(images, (size, size), antialias=True)), tf.uint8)
+        return tf.saturate_cast(tf.round(tf.image.resize(images, size, antialias=True)), tf.uint8)
 
     sides = tuple(images.shape[-3:-1])
     if None not in sides:
-        return tf.convert_to_tensor(images) if sides == (size, size) else resize()
+        return tf.convert_to_tensor(images) if sides == tuple(size) else resize()
     return tf.cond(tf.reduce_all(tf.shape(images)[-3:-1] == size), lambda: tf.convert_to_tensor(images), resize)
 
 

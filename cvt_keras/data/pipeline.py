@@ -25,7 +25,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
     Args:
         split: a `Split`.
         num_classes: width of the one-hot labels.
-        recipe: a `Recipe`; its `image_size`, `epochs`, `batch_size`, `seed` and augmentation are used.
+        recipe: a `Recipe`; its `preprocessing`, `epochs`, `batch_size`, `seed` and augmentation are used.
         first_epoch: counted from 0.
         class_weights: a weight per class, or `None`. An image has the weight of its class.
 
@@ -53,7 +53,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
     def load(step, indices):
         # uint8 until arithmetic begins: floats would take four times the memory.
         pixels, targets = tf.gather(images, indices), tf.one_hot(tf.gather(labels, indices), num_classes)
-        pixels = stretch(pixels, recipe.image_size)
+        pixels = stretch(pixels, recipe.preprocessing.image_size)
         if recipe.flip:
             every_second_epoch = step // steps % 2 == 1
             pixels = augment.flip(pixels, tf.gather(mirrored_first, indices) ^ every_second_epoch)
@@ -90,12 +90,13 @@ def batches_per_epoch(split, recipe):
     return len(split) // recipe.batch_size
 
 
-def evaluation_batches(split, num_classes, image_size):
-    """Batches of all images of a `Split`, in order, not augmented, stretched to `image_size` x `image_size` pixels."""
-    size = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 32 * 32 // image_size**2))
+def evaluation_batches(split, num_classes, preprocessing):
+    """Batches of all images of a `Split`, in order, not augmented, resized as the `Preprocessing` says."""
+    height, width = preprocessing.image_size
+    size = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 32 * 32 // (height * width)))
 
     def load(images, labels):
-        return tf.cast(stretch(images, image_size), tf.float32), tf.one_hot(labels, num_classes)
+        return tf.cast(stretch(images, preprocessing.image_size), tf.float32), tf.one_hot(labels, num_classes)
 
     dataset = tf.data.Dataset.from_tensor_slices((split.images, split.labels)).batch(size)
     return dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)

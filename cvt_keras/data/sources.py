@@ -6,6 +6,9 @@ from pathlib import Path
 
 from cvt_keras.data import digits, failures, folder, tfds
 from cvt_keras.errors import ArgumentError, DataError, UnavailableError
+from cvt_keras.preprocessing import Preprocessing, size_text
+
+_SMALL = Preprocessing(image_size=(32, 32))
 
 
 def check_name(dataset):
@@ -22,14 +25,14 @@ def check_name(dataset):
         )
 
 
-def load(dataset, data_dir=None, image_size=32, skip_broken=False, record=None):
+def load(dataset, data_dir=None, preprocessing=_SMALL, skip_broken=False, record=None):
     """Loads a data set.
 
     Args:
         dataset: one of `NAMES`. In `tfds:NAME`, NAME is TFDS' name, with a config or version if needed.
         data_dir: the folder of images for `folder`; TFDS' folder for its data sets, see `tfds.cifar10`; ignored for `digits`.
-        image_size: side of the square, in pixels, that images are stretched to. If all images of a TFDS data set have the same
-            smaller size, they keep it, and the pipeline stretches each batch: CIFAR-10 at 224 pixels would take 50 times the
+        preprocessing: a `Preprocessing` with the size that images are resized to. If all images of a TFDS data set have the
+            same smaller size, they keep it, and the pipeline resizes each batch: CIFAR-10 at 224 pixels would take 50 times the
             memory.
         skip_broken, record: for `folder`, see `folder.load`; ignored for other data sets.
 
@@ -52,16 +55,17 @@ def load(dataset, data_dir=None, image_size=32, skip_broken=False, record=None):
                 argument="data_dir",
                 hint="Add --dataset folder to train on these images",
             )
-        return _LOADERS[kind](name, data_dir, image_size, skip_broken=skip_broken, record=record)
+        return _LOADERS[kind](name, data_dir, preprocessing, skip_broken=skip_broken, record=record)
     except OSError as error:
         raise DataError(f"{dataset} can't be read: {failures.reason(error)}", argument="data_dir") from error
     except Exception as error:
         if not failures.is_out_of_memory(error):
             raise
+        size = size_text(preprocessing.image_size)
         raise DataError(
-            f"{dataset} does not fit into memory: {failures.reason(error)}. Received: image_size={image_size}",
+            f"{dataset} does not fit into memory: {failures.reason(error)}. Received: image_size={size}",
             argument="image_size",
-            hint=f"Choose a smaller --image-size than {image_size}",
+            hint=f"Choose a smaller --image-size than {size}",
         ) from error
 
 
@@ -70,7 +74,7 @@ def _holds_classes(data_dir):
     return path.is_dir() and folder.holds_classes(path)
 
 
-def auto(data_dir=None, image_size=32):
+def auto(data_dir=None, preprocessing=_SMALL):
     """Loads CIFAR-10 if it is on disk or can be downloaded, else the digits, with the reason in `Source.fallback`.
 
     Raises:
@@ -78,10 +82,10 @@ def auto(data_dir=None, image_size=32):
         DataError: if `data_dir` is not a folder, or holds a broken CIFAR-10. No fallback then, as it would hide that.
     """
     try:
-        return tfds.cifar10(data_dir, image_size)
+        return tfds.cifar10(data_dir, preprocessing)
     except UnavailableError as error:
         try:
-            source = digits.load(image_size)
+            source = digits.load(preprocessing)
         except UnavailableError as second:
             raise UnavailableError(
                 f"{error}. scikit-learn's digits can't be loaded instead: {second}",
@@ -93,13 +97,13 @@ def auto(data_dir=None, image_size=32):
         return dataclasses.replace(source, fallback=f"scikit-learn's digits stand in for CIFAR-10: {because}")
 
 
-# Kind -> function of (NAME in tfds:NAME, data_dir, image_size, and arguments for a folder only) that returns a `Source`.
+# Kind -> function of (NAME in tfds:NAME, data_dir, preprocessing, and arguments for a folder only) that returns a `Source`.
 _LOADERS = {
-    "auto": lambda name, data_dir, image_size, **of_folder: auto(data_dir, image_size),
-    "cifar10": lambda name, data_dir, image_size, **of_folder: tfds.cifar10(data_dir, image_size),
-    "cifar100": lambda name, data_dir, image_size, **of_folder: tfds.cifar100(data_dir, image_size),
-    "tfds": lambda name, data_dir, image_size, **of_folder: tfds.load(name, data_dir, image_size),
-    "folder": lambda name, data_dir, image_size, **of_folder: folder.load(data_dir, image_size, **of_folder),
-    "digits": lambda name, data_dir, image_size, **of_folder: digits.load(image_size),
+    "auto": lambda name, data_dir, preprocessing, **of_folder: auto(data_dir, preprocessing),
+    "cifar10": lambda name, data_dir, preprocessing, **of_folder: tfds.cifar10(data_dir, preprocessing),
+    "cifar100": lambda name, data_dir, preprocessing, **of_folder: tfds.cifar100(data_dir, preprocessing),
+    "tfds": lambda name, data_dir, preprocessing, **of_folder: tfds.load(name, data_dir, preprocessing),
+    "folder": lambda name, data_dir, preprocessing, **of_folder: folder.load(data_dir, preprocessing, **of_folder),
+    "digits": lambda name, data_dir, preprocessing, **of_folder: digits.load(preprocessing),
 }
 NAMES = tuple(f"{kind}:NAME" if kind == "tfds" else kind for kind in _LOADERS)

@@ -25,14 +25,14 @@ CHARACTERS = {"binary_alpha_digits", "cmaterdb", "emnist", "kmnist", "mnist", "m
 _READ_BATCH = 256  # images; reading them one by one takes four times as long
 
 
-def cifar10(data_dir=None, image_size=32):
+def cifar10(data_dir, preprocessing):
     """Loads CIFAR-10, which TFDS downloads (162 MB) if it is not on disk.
 
     The last 5,000 training images become the validation split. They are a fair sample, as TFDS stores the images shuffled.
 
     Args:
         data_dir: TFDS' folder; defaults to `TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
-        image_size: side of the square, in pixels, that larger images are stretched to; see `sources.load`.
+        preprocessing: a `Preprocessing` with the size that larger images are stretched to; see `sources.load`.
 
     Returns:
         A `Source`.
@@ -41,27 +41,27 @@ def cifar10(data_dir=None, image_size=32):
         UnavailableError: if the data set is not on disk and can't be downloaded.
         DataError: if it can't be read.
     """
-    source = _cifar("cifar10", "CIFAR-10", data_dir, image_size)
+    source = _cifar("cifar10", "CIFAR-10", data_dir, preprocessing)
     return dataclasses.replace(source, class_names=CIFAR10_CLASSES, mean=CIFAR10_MEAN, std=CIFAR10_STD)
 
 
-def cifar100(data_dir=None, image_size=32):
+def cifar100(data_dir, preprocessing):
     """Loads CIFAR-100 with its 100 fine labels; otherwise like `cifar10`.
 
     If the prepared folder lacks the file of class names, the classes are named by numbers.
     """
-    return _cifar("cifar100", "CIFAR-100", data_dir, image_size)
+    return _cifar("cifar100", "CIFAR-100", data_dir, preprocessing)
 
 
-def _cifar(name, title, data_dir, image_size):
+def _cifar(name, title, data_dir, preprocessing):
     builder, keys = _builder(name, title, data_dir)
     _prepare(builder, title)
-    train, validation = _cut(_read(builder, title, "train", keys, image_size), VALIDATION_IMAGES, title)
-    test = _read(builder, title, "test", keys, image_size)
+    train, validation = _cut(_read(builder, title, "train", keys, preprocessing), VALIDATION_IMAGES, title)
+    test = _read(builder, title, "test", keys, preprocessing)
     return _source(builder, keys, name, train, validation, test, note=_copy_note(builder, keys))
 
 
-def load(name, data_dir=None, image_size=32):
+def load(name, data_dir, preprocessing):
     """Loads any image classification data set of TFDS, which downloads it if it is not on disk.
 
     The test split is TFDS' `test`, else `validation`, else a tenth of `train`. Another tenth of `train`, at most 5,000 images,
@@ -69,7 +69,7 @@ def load(name, data_dir=None, image_size=32):
 
     Args:
         name: TFDS' name, such as `imagenette/160px-v2` or `mnist:3.0.1`.
-        data_dir, image_size: see `cifar10`.
+        data_dir, preprocessing: see `cifar10`.
 
     Returns:
         A `Source`.
@@ -87,11 +87,11 @@ def load(name, data_dir=None, image_size=32):
             argument="dataset",
             hint="Choose another --dataset",
         )
-    train = _read(builder, name, "train", keys, image_size, shuffle=True)
+    train = _read(builder, name, "train", keys, preprocessing, shuffle=True)
     tenth = max(1, len(train) // 10)
     test_split = next((split for split in ("test", "validation") if split in splits), None)
     if test_split:
-        test = _read(builder, name, test_split, keys, image_size, shuffle=True)
+        test = _read(builder, name, test_split, keys, preprocessing, shuffle=True)
         note = "" if test_split == "test" else "tested on its validation split, as it has no test split"
         if builder.name in ("cifar10", "cifar100"):
             note = _copy_note(builder, keys)
@@ -204,7 +204,7 @@ def _prepare(builder, title):
         ) from error
 
 
-def _read(builder, title, split, keys, image_size, shuffle=False):
+def _read(builder, title, split, keys, preprocessing, shuffle=False):
     """Reads a split.
 
     Args:
@@ -212,7 +212,7 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
         title: name for errors.
         split: TFDS' name of the split.
         keys: names of the features for the image and the label.
-        image_size: side of the square, in pixels, that larger images are stretched to.
+        preprocessing: a `Preprocessing` with the size that larger images are stretched to.
         shuffle: whether to apply `fixed_order` instead of keeping the order on disk.
 
     Returns:
@@ -220,8 +220,9 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
     """
     tf = packages.require("tensorflow")
     height, width = builder.info.features[keys[0]].shape[:2]
-    small = None not in (height, width) and max(height, width) <= image_size
-    shape = (height, width, 3) if small else (image_size, image_size, 3)
+    size = preprocessing.image_size
+    small = None not in (height, width) and height <= size[0] and width <= size[1]
+    shape = (height, width, 3) if small else (*size, 3)
 
     room = images.Room()
 
@@ -229,7 +230,7 @@ def _read(builder, title, split, keys, image_size, shuffle=False):
         if small:
             return images.decode(data)
         with room.place() as reserve, tf.device("CPU:0"):
-            return images.stretch(images.decode(data, reserve), image_size).numpy()
+            return images.stretch(images.decode(data, reserve), size).numpy()
 
     try:
         batches = _encoded(builder, split, keys).batch(_READ_BATCH).prefetch(1)

@@ -36,14 +36,14 @@ class RunImages:
         return [*([f"{NOT_VERIFIED}. {self.unverified}"] if self.unverified else []), *self.notes]
 
 
-def load(record_file, dataset, data_dir, image_size):
+def load(record_file, dataset, data_dir, preprocessing):
     """Loads the images of a run.
 
     Files that can't be read are left out, as they may be new ones, which are not used anyway.
 
     Args:
         record_file: the run's images.csv, which runs of older versions lack.
-        dataset, data_dir, image_size: as for `sources.load`.
+        dataset, data_dir, preprocessing: as for `sources.load`.
 
     Returns:
         A `RunImages`. Any of its splits may be empty.
@@ -53,7 +53,8 @@ def load(record_file, dataset, data_dir, image_size):
         And what `sources.load` raises.
     """
     record = ImageRecord.read(record_file)
-    return settle(sources.load(dataset, data_dir, image_size, skip_broken=True, record=record), record, Path(record_file).name)
+    source = sources.load(dataset, data_dir, preprocessing, skip_broken=True, record=record)
+    return settle(source, record, Path(record_file).name)
 
 
 def settle(source, record, name):

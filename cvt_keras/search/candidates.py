@@ -45,7 +45,7 @@ class Candidates:
         try:
             # Builds only the network, not the recipe, whose checks would take most of the time.
             variant = get_variant(spaces.network(self.recipe, {name: values[name] for name in self.space}))
-            return macs(variant, (self.recipe.image_size, self.recipe.image_size, 3), self.num_classes)
+            return macs(variant, (*self.recipe.preprocessing.image_size, 3), self.num_classes)
         except ValueError:
             return None
 

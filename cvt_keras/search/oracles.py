@@ -14,6 +14,7 @@ import numpy as np
 
 from cvt_keras import runs
 from cvt_keras.errors import MissingPackageError, RecipeError, RunError
+from cvt_keras.preprocessing import size_text
 from cvt_keras.search import space as spaces
 from cvt_keras.training.recipes import Recipe
 from cvt_keras.training.resume import same_weights
@@ -233,7 +234,7 @@ class _Oracle:
             if duplicates > MAX_DUPLICATES:
                 self._no_candidate = "almost every candidate of the space was tried"
                 return None
-        size = self.candidates.recipe.image_size
+        size = size_text(self.candidates.recipe.preprocessing.image_size)
         over_budget = ", or over the budget" if self.candidates.max_macs is not None else ""
         self._no_candidate = f"{MAX_REFUSED:,} candidates in a row were invalid for images of {size} pixels{over_budget}"
         return None

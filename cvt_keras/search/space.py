@@ -365,7 +365,7 @@ def shown(value):
 
 def _number_fields():
     """Fields of a recipe that are numbers, as name -> type, except those that a search must not vary."""
-    fixed = ("image_size", "epochs", "seed")
+    fixed = ("epochs", "seed")
     kinds = {int: int, float: float, float | None: float}
     return {name: kinds[hint] for name, hint in get_type_hints(Recipe).items() if hint in kinds and name not in fixed}
 

@@ -13,6 +13,7 @@ from cvt_keras import environment, runs
 from cvt_keras.data.pipeline import evaluation_batches, training_batches
 from cvt_keras.errors import OutOfMemoryError, RecipeError
 from cvt_keras.model import build_classifier
+from cvt_keras.preprocessing import size_text
 from cvt_keras.report import figures, metrics, page
 from cvt_keras.training.callbacks import (
     CLASS_WEIGHTS,
@@ -103,7 +104,7 @@ def fit(plan):
     checkpoints = Checkpoints(run_dir, _data(plan), stopwatch, best, compressor.variables)
     checkpoints.restore(classifier)
     if not checkpoints.history and plan.checkpoint is None:
-        adapt_whitening(classifier, plan.train, recipe.image_size)
+        adapt_whitening(classifier, plan.train, recipe.preprocessing)
     # The checkpoint shows that the images are the same. Writes the record if a kill or an older version left none.
     _write_record(plan)
     finished = len(checkpoints.history)
@@ -121,7 +122,7 @@ def fit(plan):
             epochs=recipe.epochs,
             steps_per_epoch=plan.steps_per_epoch,
             shuffle=False,  # the pipeline shuffles
-            validation_data=evaluation_batches(plan.validation, plan.num_classes, recipe.image_size),
+            validation_data=evaluation_batches(plan.validation, plan.num_classes, recipe.preprocessing),
             callbacks=[
                 stop,
                 HaltOnNaN(_advice(recipe)),
@@ -137,19 +138,19 @@ def fit(plan):
     return best, checkpoints.history
 
 
-def adapt_whitening(classifier, split, image_size):
+def adapt_whitening(classifier, split, preprocessing):
     """Sets the kernel of the whitening layer, if the classifier has one.
 
     Args:
         classifier: a classifier of raw pixels, with the layer `normalization`.
         split: the training images, a `Split`; the first 5,000 are used.
-        image_size: height and width of the network's input in pixels.
+        preprocessing: the recipe's `Preprocessing`.
     """
     whitening = next((layer for layer in classifier._flatten_layers() if layer.name == "whitening"), None)
     if whitening is None:
         return
     normalize = classifier.get_layer("normalization")
-    batches = evaluation_batches(split.limit(WHITENING_IMAGES), classifier.output_shape[-1], image_size)
+    batches = evaluation_batches(split.limit(WHITENING_IMAGES), classifier.output_shape[-1], preprocessing)
     whitening.adapt(normalize(images) for images, _ in batches)
 
 
@@ -184,7 +185,7 @@ def _starting_classifier(plan):
         freeze(classifier.get_layer("cvt"), recipe.freeze)
     classifier = compressor.wrap(classifier)
     if compressor.settings is not None:
-        batches = evaluation_batches(plan.train, plan.num_classes, recipe.image_size)
+        batches = evaluation_batches(plan.train, plan.num_classes, recipe.preprocessing)
         compressor.start(classifier, batches, plan.steps_per_epoch, recipe.epochs)
     return classifier
 
@@ -276,7 +277,7 @@ def finish(plan, best, history):
         recipe=recipe.settings(),
         epochs=recipe.epochs,
         seed=recipe.seed,
-        image_size=[recipe.image_size] * 2,
+        image_size=list(recipe.preprocessing.image_size),
         train_images=len(plan.train),
         class_names=list(plan.source.class_names),
         parameters=sum(int(np.prod(variable.shape)) for variable in classifier.trainable_variables),
@@ -305,7 +306,7 @@ def finish(plan, best, history):
 
 
 def _logits(classifier, split, plan):
-    return classifier.predict(evaluation_batches(split, plan.num_classes, plan.recipe.image_size), verbose=0)
+    return classifier.predict(evaluation_batches(split, plan.num_classes, plan.recipe.preprocessing), verbose=0)
 
 
 def _images_per_second(plan, history):
@@ -349,8 +350,8 @@ def _named_memory_errors(plan):
         reason = str(error.message).splitlines()[0]
         if not re.search("OOM|memory|allocat", reason, re.IGNORECASE):
             raise OSError(f"{plan.run_dir} can't be written: {reason}") from error
-        # Compression has no flag for the image size.
-        image_size = "" if plan.recipe.compression else f" or an --image-size below {plan.recipe.image_size}"
+        size = size_text(plan.recipe.preprocessing.image_size)
+        image_size = "" if plan.recipe.compression else f" or an --image-size below {size}"  # compression has no such flag
         raise OutOfMemoryError(
             f"a batch of {plan.recipe.batch_size} images does not fit into the memory of {environment.device()}",
             argument="batch_size",

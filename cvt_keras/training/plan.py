@@ -22,7 +22,7 @@ from cvt_keras.errors import (
     RecipeError,
     RunError,
 )
-from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.preprocessing import Preprocessing, size_text
 from cvt_keras.report.metrics import Report
 from cvt_keras.training import class_weights, freeze, held_out
 from cvt_keras.training.callbacks import stored_data
@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def image_shape(self):
-        return self.recipe.image_size, self.recipe.image_size, 3
+        return *self.recipe.preprocessing.image_size, 3
 
 
 def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=None, name="run"):
@@ -170,7 +170,7 @@ def load_images(recipe):
     Raises:
         DataError: if the images can't be loaded.
     """
-    source = sources.load(recipe.dataset, recipe.data_dir, recipe.image_size, skip_broken=recipe.skip_broken)
+    source = sources.load(recipe.dataset, recipe.data_dir, recipe.preprocessing, skip_broken=recipe.skip_broken)
     dataset = source.name if recipe.dataset == "auto" else recipe.dataset
     return dataclasses.replace(recipe, dataset=dataset), source
 
@@ -355,16 +355,17 @@ def require_fit(recipe, train):
             hint=f"Use --batch-size {len(train)} or less",
         )
     variant = get_variant(recipe.variant)
-    if recipe.image_size < variant.min_side:
+    size = recipe.preprocessing.image_size
+    if min(size) < variant.min_side:
         raise RecipeError(
             f"`image_size` must be at least {variant.min_side} for {recipe.variant_name}. "
-            f"Received: image_size={recipe.image_size}",
+            f"Received: image_size={size_text(size)}",
             argument="image_size",
         )
-    if recipe.crop_padding >= recipe.image_size:
+    if recipe.crop_padding >= min(size):
         raise RecipeError(
             f"`crop_padding` must be less than `image_size`. "
-            f"Received: crop_padding={recipe.crop_padding}, image_size={recipe.image_size}",
+            f"Received: crop_padding={recipe.crop_padding}, image_size={size_text(size)}",
             argument="crop_padding",
             hint="Use --crop-padding 0, or a larger --image-size",
         )

@@ -15,6 +15,7 @@ from tyro.conf import Suppress
 from cvt_keras import runs
 from cvt_keras.data import sources
 from cvt_keras.errors import ArgumentError, RecipeError, RunError
+from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
 
 COMPRESSIONS = ("prune", "cluster", "qat")
@@ -26,6 +27,23 @@ _VARIANT_FLAG = tyro.constructors.PrimitiveConstructorSpec(
     instance_from_str=lambda words: None if words[0] == "None" else words[0],
     is_instance=lambda value: value is None or isinstance(value, (str, Variant)),
     str_from_instance=lambda value: [str(value)],
+)
+
+
+def _size_from_flag(words):
+    """`224` -> 224, `184x750` -> (184, 750). Any other word is returned as it is, and `Recipe` refuses it."""
+    sides = words[0].lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        return words[0]
+    return int(sides[0]) if len(sides) == 1 else tuple(map(int, sides))
+
+
+_SIZE_FLAG = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="N|HxW",
+    instance_from_str=_size_from_flag,
+    is_instance=lambda value: isinstance(value, (int, tuple)),
+    str_from_instance=lambda value: ["x".join(map(str, value)) if isinstance(value, tuple) else str(value)],
 )
 
 
@@ -50,8 +68,9 @@ class Recipe:
     weights: str | None = None
     """Pretrained weights: a .pth of microsoft/CvT, a transformers folder or file, a hub id (microsoft/cvt-13) or a .keras file.
     Sets the input's mean and std too. The head is new unless the classes match."""
-    image_size: int = 32
-    """Height and width of the network's input in pixels. Images of another size are resized."""
+    image_size: Annotated[int | tuple[int, int], _SIZE_FLAG] = 32
+    """Size of the network's input in pixels: N for a square, or height and width, as in 184x750.
+    Images of another size are resized."""
 
     # === Data ===
     dataset: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(sources.NAMES)}}}")] = "auto"
@@ -137,8 +156,12 @@ class Recipe:
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))  # as in recipe.json
         if isinstance(self.freeze, int) and not isinstance(self.freeze, bool):
             object.__setattr__(self, "freeze", str(self.freeze))  # as the flag gives it
+        if isinstance(self.image_size, list):
+            object.__setattr__(self, "image_size", tuple(self.image_size))  # as the flag gives it
         for name, hint in get_type_hints(type(self)).items():
-            _check_type(name, getattr(self, name), hint)
+            if name != "image_size":
+                _check_type(name, getattr(self, name), hint)
+        _check_image_size(self.image_size)
         try:
             if self.variant is not None:
                 get_variant(self.variant)
@@ -154,7 +177,7 @@ class Recipe:
                 f"Received: compression={self.compression}",
                 argument="compression",
             )
-        for name in ("epochs", "batch_size", "image_size", "train_limit", "validation_limit", "test_limit"):
+        for name in ("epochs", "batch_size", "train_limit", "validation_limit", "test_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"`{name}` must be at least 1. Received: {name}={value}", argument=name)
@@ -200,6 +223,12 @@ class Recipe:
             )
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """How to prepare images for the network, without mean, std and class names, which come from the data set."""
+        size = self.image_size
+        return Preprocessing(image_size=size if isinstance(size, tuple) else (size, size))
+
+    @property
     def variant_name(self) -> str:
         """The variant's name, plus its activation if that differs from the named variant's.
 
@@ -223,6 +252,8 @@ class Recipe:
         left out if it is `None`.
         """
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.image_size, tuple):
+            settings["image_size"] = list(self.image_size)
         del settings["description"]
         if self.compression is None:
             del settings["compression"]
@@ -273,6 +304,16 @@ def read_recipe(run_dir, hint=None):
     except (TypeError, RecipeError) as error:
         raise RunError(f"{path} is damaged: {error}", hint=hint) from error
     return recipe
+
+
+def _check_image_size(value):
+    sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        raise RecipeError(
+            f"`image_size` must be a side in pixels, or height and width. Received: image_size={value!r}",
+            argument="image_size",
+            hint="Use a number, such as --image-size 224, or height x width, such as --image-size 184x750",
+        )
 
 
 def _check_type(name, value, hint):

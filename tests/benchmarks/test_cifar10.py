@@ -184,7 +184,7 @@ def test_a_setting_that_only_a_run_has_is_refused(arguments):
 def test_the_cnn_is_whitened_as_a_network_is():
     classifier, _ = cifar10.cnn(PREPROCESSING, 32)
     split = _split(20)
-    loop.adapt_whitening(classifier, split, 32)
+    loop.adapt_whitening(classifier, split, Preprocessing(image_size=(32, 32)))
     expected = Whitening()
     expected.adapt((split.images / 255 - 0.5) / 0.25)
     kernels = (keras.ops.convert_to_numpy(layer.kernel) for layer in (classifier.get_layer("whitening"), expected))

@@ -7,10 +7,10 @@ from benchmarks.mediapipe_resize import Arguments, halved
 
 def test_halving_keeps_the_mean_and_ends_at_the_size():
     image = np.random.default_rng(0).integers(0, 256, (128, 64, 3), "uint8")
-    small = halved(image, 32)
+    small = halved(image, (32, 32))
     assert (small.shape, small.dtype) == ((32, 32, 3), np.uint8)
     np.testing.assert_allclose(small, image.reshape(32, 4, 32, 2, 3).mean(axis=(1, 3)), atol=0.76)  # rounding twice
-    assert halved(image[:20, :45], 32).shape == (32, 32, 3)
+    assert halved(image[:20, :45], (32, 48)).shape == (32, 48, 3)
 
 
 @pytest.mark.parametrize("change", [{"images": 0}, {"sides": ()}, {"sides": (0,)}])

@@ -6,6 +6,7 @@ import numpy as np
 from labelled_images import rows, sizes
 
 from cvt_keras.data import sources
+from cvt_keras.preprocessing import Preprocessing
 
 OLD_RUN = Path(__file__).parent.parent / "golden" / "old_runs" / "stopped.tar.xz"
 
@@ -34,7 +35,7 @@ def test_the_fingerprint_is_that_of_an_old_run():
 def test_digits_at_8_pixels_are_scikit_learns():
     from sklearn.datasets import load_digits
 
-    source = sources.load("digits", image_size=8)
+    source = sources.load("digits", preprocessing=Preprocessing(image_size=(8, 8)))
     pixels = rows(source.train, source.validation, source.test)
     expected = np.round(load_digits().images * 255 / 16).astype("uint8")
     expected = np.repeat(expected[..., None], 3, axis=-1).reshape(1_797, -1)

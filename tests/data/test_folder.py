@@ -14,6 +14,7 @@ from cvt_keras.data import folder, images, sources
 from cvt_keras.data.record import ImageRecord
 from cvt_keras.data.split import hold_out
 from cvt_keras.errors import ArgumentError, DataError
+from cvt_keras.preprocessing import Preprocessing
 
 SPLITS = ("train", "validation", "test")
 
@@ -88,11 +89,11 @@ def test_adding_removing_and_renaming_files_moves_no_other_image(photos):
     for i in range(20, 60):
         for name in ("cat", "dog"):
             write_image(photos / name / f"{i}.png")
-    before = digests(sources.load("folder", photos, image_size=8))
+    before = digests(sources.load("folder", photos, Preprocessing(image_size=(8, 8))))
     write_image(photos / "cat" / "new.png")
     (photos / "dog" / "3.png").unlink()
     (photos / "dog" / "4.png").rename(photos / "dog" / "renamed.png")
-    after = digests(sources.load("folder", photos, image_size=8))
+    after = digests(sources.load("folder", photos, Preprocessing(image_size=(8, 8))))
     common = set().union(*before.values()) & set().union(*after.values())
     assert len(common) == 119
     for split in SPLITS:
@@ -501,7 +502,7 @@ def test_pixels_are_compared_at_their_full_size(split_photos):
         pixels[40:, 40:] = 255
         pixels[-1, -1, 0] -= i
         write_image(split_photos / path, pixels if i < 3 else pixels.repeat(2, axis=0))
-    assert sources.load("folder", split_photos, image_size=2).left_out == {}
+    assert sources.load("folder", split_photos, Preprocessing(image_size=(2, 2))).left_out == {}
     assert folder._pixel_digest(np.zeros((4, 6, 3), "uint8")) != folder._pixel_digest(np.zeros((6, 4, 3), "uint8"))
 
 

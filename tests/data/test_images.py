@@ -455,27 +455,27 @@ def test_threads_is_one_per_core_up_to_eight(monkeypatch, cores, threads):
     assert images.threads() == threads
 
 
-# === Squares ===
+# === Resizing ===
 
 
 def test_stretch_antialiases_and_ignores_the_aspect_ratio():
     photos = noise(2, (30, 20, 3))
-    for size in (8, 40):
+    for size in ((8, 8), (40, 40), (8, 40)):
         stretched = images.stretch(photos, size)
-        assert (stretched.dtype, stretched.shape) == (np.uint8, (2, size, size, 3))
+        assert (stretched.dtype, stretched.shape) == (np.uint8, (2, *size, 3))
         np.testing.assert_array_equal(stretched, [resized(photo, size) for photo in photos])
 
 
 def test_stretch_returns_images_of_that_size_unchanged():
     photos = noise(2, (8, 8, 3))
-    np.testing.assert_array_equal(images.stretch(photos, 8), photos)
+    np.testing.assert_array_equal(images.stretch(photos, (8, 8)), photos)
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 3), (30, 20, 3)])
 def test_stretch_in_a_graph_with_unknown_sizes(shape):
     [photo] = noise(1, shape)
-    late = tf.function(lambda image: images.stretch(image, 8), input_signature=[tf.TensorSpec((None, None, 3), tf.uint8)])
-    np.testing.assert_array_equal(late(photo), images.stretch(photo, 8))
+    late = tf.function(lambda image: images.stretch(image, (8, 8)), input_signature=[tf.TensorSpec((None, None, 3), tf.uint8)])
+    np.testing.assert_array_equal(late(photo), images.stretch(photo, (8, 8)))
 
 
 def test_mean_and_std_are_per_channel():

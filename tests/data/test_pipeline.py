@@ -7,6 +7,7 @@ import pytest
 from cvt_keras.data.images import stretch
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
 from cvt_keras.data.split import Split
+from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.training.recipes import SMOKE
 
 PLAIN = dataclasses.replace(SMOKE, image_size=8, epochs=2, batch_size=16, flip=False, crop_padding=0)
@@ -159,21 +160,22 @@ def test_rand_augment_magnitude_is_used(split):
 def test_evaluation_batches_are_smaller_for_large_images():
     images = np.zeros((40, 224, 224, 3), np.uint8)
     for stored in (images, images[:, :32, :32]):
-        [first, *_] = evaluation_batches(Split(stored, np.zeros(40, int)), 10, 224)
+        [first, *_] = evaluation_batches(Split(stored, np.zeros(40, int)), 10, Preprocessing(image_size=(224, 224)))
         assert len(first[0]) == 10
 
 
 def test_small_images_are_stretched_in_batches(split):
     recipe = dataclasses.replace(PLAIN, image_size=20, epochs=1)
     [(images, _), *_] = training_batches(split, 10, recipe).as_numpy_iterator()
-    whole = stretch(split.images, 20).numpy()
+    whole = stretch(split.images, (20, 20)).numpy()
     for image in images:
         assert np.any(np.all(whole == image, axis=(1, 2, 3)))
-    shown = np.concatenate([images for images, _ in evaluation_batches(split, 10, 20).as_numpy_iterator()])
+    batches = evaluation_batches(split, 10, Preprocessing(image_size=(20, 20))).as_numpy_iterator()
+    shown = np.concatenate([images for images, _ in batches])
     np.testing.assert_array_equal(shown, whole)
 
 
 def test_evaluation_batches_hold_every_image_in_order(split):
-    batches = list(evaluation_batches(split, 10, 8).as_numpy_iterator())
+    batches = list(evaluation_batches(split, 10, Preprocessing(image_size=(8, 8))).as_numpy_iterator())
     np.testing.assert_array_equal(np.concatenate([images for images, _ in batches]), split.images)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), np.eye(10)[split.labels])

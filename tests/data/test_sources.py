@@ -7,6 +7,7 @@ from labelled_images import error_of
 
 from cvt_keras.data import folder, sources, tfds
 from cvt_keras.errors import ArgumentError, DataError, UnavailableError
+from cvt_keras.preprocessing import Preprocessing
 
 
 def test_the_module_imports_nothing_heavy():
@@ -73,7 +74,7 @@ def test_a_data_dir_that_is_not_a_folder_is_named(tmp_path, dataset):
 
 
 def test_images_that_do_not_fit_into_memory_are_an_error(photos):
-    error = error_of("folder", photos, image_size=10**7)
+    error = error_of("folder", photos, preprocessing=Preprocessing(image_size=(10**7, 10**7)))
     assert (type(error), error.argument) == (DataError, "image_size")
     assert "does not fit into memory: " in error.summary
     assert "--image-size" in error.hint

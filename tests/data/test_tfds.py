@@ -9,6 +9,7 @@ from labelled_images import error_of, labelled, noise, resized, rows, same_rows,
 
 from cvt_keras.data import images, sources, tfds
 from cvt_keras.errors import DataError, UnavailableError
+from cvt_keras.preprocessing import Preprocessing
 
 TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
@@ -50,14 +51,14 @@ def test_without_the_file_of_class_names_they_are_numbers(cifar100_dir):
 
 
 def test_larger_images_are_stretched(cifar100_dir):
-    source = sources.load("cifar100", cifar100_dir, image_size=20)
+    source = sources.load("cifar100", cifar100_dir, Preprocessing(image_size=(20, 20)))
     assert source.test.images.shape == (40, 20, 20, 3)
     np.testing.assert_array_equal(source.test.images[0], resized(noise(160)[120], 20))
 
 
 def test_smaller_images_are_not_stretched(cifar100_dir):
     """At 224 pixels CIFAR would take 7.5 GB. The pipeline stretches batches."""
-    source = sources.load("cifar100", cifar100_dir, image_size=224)
+    source = sources.load("cifar100", cifar100_dir, Preprocessing(image_size=(224, 224)))
     np.testing.assert_array_equal(source.test.images, noise(160)[120:])
 
 
@@ -155,7 +156,7 @@ def test_tfds_holds_out_a_fixed_fair_sample(write_tfds, tmp_path):
     images = noise(200, (28, 28, 1))
     train = [{"image": image, "label": i // 20} for i, image in enumerate(images)]
     write_tfds(tmp_path, "mnist", {"train": train, "test": labelled(noise(30, (28, 28, 1)))})
-    source, again = (sources.load("tfds:mnist", tmp_path, image_size=28) for _ in range(2))
+    source, again = (sources.load("tfds:mnist", tmp_path, Preprocessing(image_size=(28, 28))) for _ in range(2))
     assert sizes(source) == [180, 20, 30]
     np.testing.assert_array_equal(source.validation.images, again.validation.images)
     assert len(set(source.validation.labels)) > 5
@@ -181,7 +182,7 @@ def test_tfds_loads_a_config_with_images_of_any_size(write_tfds, tmp_path):
     photos = [np.full((20 + i, 40, 3), (8 * i, 100, 200), "uint8") for i in range(30)]
     name = "imagenette/160px-v2"
     write_tfds(tmp_path, name, {"train": labelled(photos), "validation": labelled(photos[:8])})
-    source = sources.load(f"tfds:{name}", tmp_path, image_size=24)
+    source = sources.load(f"tfds:{name}", tmp_path, Preprocessing(image_size=(24, 24)))
     assert (source.name, sizes(source), source.mirror) == (f"tfds:{name}", [27, 3, 8], True)
     assert source.train.images.shape == (27, 24, 24, 3)
     colours = source.test.images[np.argsort(source.test.labels)]
@@ -271,7 +272,7 @@ def test_a_failed_download_is_an_error(tmp_path, monkeypatch, name):
     not (TFDS_DATA_DIR / "cifar10").is_dir(), reason="set TFDS_DATA_DIR to a folder in which TFDS prepared CIFAR-10"
 )
 def test_real_cifar10():
-    source = tfds.cifar10()
+    source = tfds.cifar10(None, Preprocessing(image_size=(32, 32)))
     assert sizes(source) == [45_000, 5_000, 10_000]
     assert np.bincount(source.test.labels).tolist() == [1_000] * 10
     assert np.bincount(source.validation.labels).min() > 400

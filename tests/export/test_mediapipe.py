@@ -100,7 +100,7 @@ def test_the_script_in_the_docs_reads_a_photo_as_training_does(mode, classify, e
     command = [mediapipe_resize.PYTHON, "-c", lines.replace("(64, 64)", "(32, 32)")]  # the size of the tests' run
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    pixels = images.stretch(images.decode((tmp_path / "cat.jpg").read_bytes()), 32).numpy()
+    pixels = images.stretch(images.decode((tmp_path / "cat.jpg").read_bytes()), (32, 32)).numpy()
     expected = litert(exported / "export" / "tflite" / "float32.tflite", [pixels])[0]
     names = (exported / "export" / "labels.txt").read_text().splitlines()
     rows = [line.rpartition(" ")[::2] for line in done.stdout.splitlines()]

@@ -66,7 +66,7 @@ def test_every_signature_matches_keras(batch, loaded, classifier, test_images):
 
 def test_photos_of_every_kind_match_training(loaded, classifier):
     kinds = {kind: data for kind, data in photos().items() if kind not in REENCODED}
-    squares = np.stack([stretch(images.decode(data), 32) for data in kinds.values()])
+    squares = np.stack([stretch(images.decode(data), (32, 32)) for data in kinds.values()])
     expected = tf.nn.softmax(classifier(squares.astype("float32"), training=False)).numpy()
     answers = loaded.signatures["serving_bytes"](image_bytes=tf.constant(list(kinds.values())))["probabilities"].numpy()
     largest = dict(zip(kinds, np.abs(answers - expected).max(axis=1)))

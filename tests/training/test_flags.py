@@ -41,6 +41,20 @@ def test_fine_tuning_leaves_the_network_to_the_weights():
     assert parse(["finetune", "--variant", "cvt_21"])[1].recipe.variant == "cvt_21"
 
 
+@pytest.mark.parametrize("words, size", [("64", 64), ("184x750", (184, 750)), ("184X750", (184, 750))])
+def test_image_size_is_a_side_or_height_and_width(words, size):
+    _, arguments = parse(["smoke", "--image-size", words])
+    assert arguments.recipe.image_size == size
+
+
+@pytest.mark.parametrize("words", ["184x", "x", "184x750x3", "-8", "64px", "184x0"])
+def test_other_image_sizes_are_refused(words):
+    with pytest.raises(RecipeError) as error:
+        parse(["smoke", f"--image-size={words}"])
+    assert error.value.argument == "image_size"
+    assert "--image-size 184x750" in error.value.hint
+
+
 def test_variant_none_on_the_command_line_is_none():
     _, arguments = parse(["cifar10", "--variant", "None", "--weights", "a.pth"])
     assert arguments.recipe.variant is None

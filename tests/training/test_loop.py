@@ -102,7 +102,7 @@ def test_the_saved_model_has_the_scores_of_the_report(finished, recipe):
     model = keras.saving.load_model(run_dir / "model.keras")
     assert not model.compiled
     assert isinstance(model.get_layer("cvt"), CvT)
-    test = tfds.cifar10(recipe.data_dir).test.limit(100)
+    test = tfds.cifar10(recipe.data_dir, recipe.preprocessing).test.limit(100)
     scores = metrics.evaluate(model.predict(test.images.astype("float32"), verbose=0), test.labels)
     assert scores["top1"] == report.test["top1"]
     assert scores["loss"] == pytest.approx(report.test["loss"], rel=1e-5)
@@ -175,14 +175,15 @@ def test_mixed_precision_with_and_without_xla_saves_a_float32_model(short, preci
 
 
 def test_label_smoothing_image_size_and_moving_average_take_effect(short, tmp_path):
-    change = {"label_smoothing": 0.5, "image_size": 16, "ema": 0.9}
+    change = {"label_smoothing": 0.5, "image_size": (16, 24), "ema": 0.9}
     report = run(dataclasses.replace(short, **change), tmp_path / "run", evaluate_test=False)
     [row] = runs.read_history(tmp_path / "run")
     assert row["loss"] != pytest.approx(row["cross_entropy"], rel=1e-3)
     assert row["val_cross_entropy"] == pytest.approx(report.validation["loss"], rel=1e-4)  # without label smoothing
-    assert report.image_size == [16, 16]
+    assert report.image_size == [16, 24]
     # The average is validated and saved. The checkpoint also has the raw weights.
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
+    assert model.input_shape == (None, 16, 24, 3)
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch-0001"
     with np.load(checkpoint / "state.npz") as state, np.load(checkpoint / "best.npz") as best:
         raw, averaged = list(state.values()), list(best.values())
@@ -382,7 +383,7 @@ def first_kernel(monkeypatch):
 
 def test_the_whitening_kernel_comes_from_the_first_training_images(whitened, first_kernel, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "WHITENING_IMAGES", 40)
-    source = tfds.cifar10(whitened.data_dir)
+    source = tfds.cifar10(whitened.data_dir, whitened.preprocessing)
     expected = Whitening(2)
     expected.adapt(((source.train.images[:40] / 255.0 - source.mean) / source.std).astype("float32"))
     kernel = first_kernel(whitened, tmp_path / "run")

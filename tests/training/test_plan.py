@@ -66,7 +66,7 @@ def test_another_backend_is_refused(recipe, tmp_path, monkeypatch):
 
 
 def test_auto_warns_at_start_and_end_that_it_trains_on_digits_and_why(short, tmp_path, monkeypatch, capsys):
-    def unavailable(data_dir, image_size):
+    def unavailable(data_dir, preprocessing):
         raise UnavailableError("CIFAR-10 is nowhere")
 
     monkeypatch.setattr(tfds, "cifar10", unavailable)
@@ -178,6 +178,8 @@ def test_images_too_small_for_the_variant_are_refused(recipe, tmp_path, monkeypa
         run(dataclasses.replace(recipe, variant="coarse"), tmp_path / "run")
     assert error.value.argument == "image_size"
     assert "at least 64 for coarse" in error.value.summary
+    with pytest.raises(RecipeError, match="Received: image_size=40x64"):
+        run(dataclasses.replace(recipe, variant="coarse", image_size=(40, 64)), tmp_path / "run")
 
 
 def test_a_compression_in_a_recipe_is_refused(short, tmp_path):

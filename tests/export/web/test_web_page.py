@@ -74,7 +74,7 @@ def _network_input(card):
 
 
 def _stretched(pixels):
-    return images.stretch(pixels, 32).numpy()
+    return images.stretch(pixels, (32, 32)).numpy()
 
 
 def _keras(classifier, pixels):
