@@ -18,7 +18,6 @@ from keras import layers
 from cvt_keras import Preprocessing, build_classifier, environment, macs
 from cvt_keras.data import sources
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
-from cvt_keras.data.split import Split
 from cvt_keras.layers import ConvTokenEmbedding, CvTBlock, PixelNormalization, Whitening, linear_initializer
 from cvt_keras.report.metrics import evaluate
 from cvt_keras.training import RECIPES, Recipe, run
@@ -182,7 +181,7 @@ def fit(network, change, recipe, source):
 
 def measure(classifier, split):
     """Returns top-1 and cross-entropy, and top-1 by the mean probabilities of an image and its mirror image."""
-    views = split, dataclasses.replace(split, images=split.images[:, :, ::-1])
+    views = split, dataclasses.replace(split, images=np.asarray(split.images)[:, :, ::-1])
     preprocessing = Preprocessing(image_size=classifier.input_shape[1:3])
     logits = [classifier.predict(evaluation_batches(view, 10, preprocessing), verbose=0) for view in views]
     metrics = evaluate(logits[0], split.labels)
@@ -264,10 +263,10 @@ def main(arguments):
 
 def images(arguments, recipe):
     """Loads CIFAR-10, with only the images that the runs use. Returns a `Source`."""
-    source = sources.load("cifar10", recipe.data_dir, recipe.preprocessing)
+    source = sources.load("cifar10", recipe.data_dir, recipe.preprocessing, recipe.pixel_cache)
     train, validation = source.train, source.validation
     if arguments.all_images:
-        train = Split(*(np.concatenate([getattr(part, name) for part in (train, validation)]) for name in ("images", "labels")))
+        train = train.followed_by(validation)
         validation = validation.limit(0)
     return dataclasses.replace(
         source,

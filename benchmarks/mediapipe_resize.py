@@ -90,7 +90,7 @@ def main(arguments):
     # Reads the images at the largest side. At the network's size they would already be antialiased.
     data_dir = arguments.data_dir or recipe.data_dir
     largest = Preprocessing(image_size=[max(arguments.sides)] * 2)
-    images_of_run = verified.load(arguments.run / runs.IMAGES, recipe.dataset, data_dir, largest)
+    images_of_run = verified.load(arguments.run / runs.IMAGES, recipe.dataset, data_dir, largest, recipe.pixel_cache)
     source = images_of_run.source
     test = source.test.limit(arguments.images)
     file = arguments.run / runs.EXPORT / "tflite" / f"{arguments.kind}.tflite"

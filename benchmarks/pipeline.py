@@ -1,12 +1,13 @@
 """Measures whether the data pipeline keeps up with training: python benchmarks/pipeline.py --help.
 
-Runs a recipe's pipeline without training, and its training on one batch in memory. The two alternate, so that noise on the
-machine affects both alike.
+Runs a recipe's pipeline without training, from each place where decoded images can be kept, and the recipe's training on one
+batch in memory. All take turns, so that noise on the machine affects them alike.
 """
 
 import dataclasses
 import json
 import statistics
+import tempfile
 import time
 
 import keras
@@ -15,6 +16,8 @@ import tensorflow as tf
 import tyro
 
 from cvt_keras import build_classifier, environment
+from cvt_keras.data import sources
+from cvt_keras.data.cache import Cache
 from cvt_keras.data.pipeline import training_batches
 from cvt_keras.data.split import Split
 from cvt_keras.training import RECIPES
@@ -24,14 +27,18 @@ from cvt_keras.training.plan import resolve
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Images per second of a recipe's pipeline and of its training, on random pixels."""
+    """Images per second of a recipe's pipeline and of its training, on random pixels or on a folder of images."""
 
     recipe: str = "cifar10"
     """Name of a recipe."""
+    image_size: int | None = None
+    """Side of the images in pixels, instead of the recipe's."""
+    data_dir: str | None = None
+    """A folder of images for each class, instead of random pixels. Adds the turns of --cache off."""
     num_images: int = 45_000
-    """Training images, shuffled and augmented as in the recipe."""
+    """Number of random images, shuffled and augmented as in the recipe."""
     num_classes: int = 10
-    """Number of classes."""
+    """Number of classes of random images."""
     steps: int = 20
     """Training steps per turn; the pipeline makes four times as many batches."""
     turns: int = 5
@@ -48,26 +55,51 @@ class Arguments:
             raise ValueError(f"`num_images` must be at least a batch, {least}. Received: num_images={self.num_images}")
 
 
+def splits(arguments, recipe, folder):
+    """The same training images from each place: a dict from the kind of cache to a `Split`. And the number of classes."""
+    if arguments.data_dir is not None:
+        kinds = ("memory", "disk", "off")
+        loaded = {
+            kind: sources.load("folder", arguments.data_dir, recipe.preprocessing, Cache(kind, folder)) for kind in kinds
+        }
+        return {kind: source.train for kind, source in loaded.items()}, len(loaded["disk"].class_names)
+    random = np.random.default_rng(0)
+    n, shape = arguments.num_images, (*recipe.preprocessing.image_size, 3)
+    labels = random.integers(0, arguments.num_classes, n)
+    kept = {}
+    for kind in ("memory", "disk"):
+        random = np.random.default_rng(1)
+        with Cache(kind, folder).open("random") as store:
+            with store.adding() as add:
+                for i in range(n):
+                    add(str(i), random.integers(0, 256, shape, "uint8"))
+            kept[kind] = Split(store.images(np.arange(n)), labels)
+    return kept, arguments.num_classes
+
+
 def main(arguments):
     recipe = dataclasses.replace(resolve(RECIPES[arguments.recipe]), epochs=10**6)  # never ends
-    random = np.random.default_rng(0)
-    shape = (*recipe.preprocessing.image_size, 3)
-    images = random.integers(0, 256, (arguments.num_images, *shape), "uint8")
-    split = Split(images, random.integers(0, arguments.num_classes, arguments.num_images))
-    batches = training_batches(split, arguments.num_classes, recipe)
+    if arguments.image_size is not None:
+        recipe = dataclasses.replace(recipe, image_size=arguments.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(arguments, recipe, *splits(arguments, recipe, folder))
 
+
+def measure(arguments, recipe, kept, num_classes):
+    batches = {kind: training_batches(split, num_classes, recipe) for kind, split in kept.items()}
+    shape = (*recipe.preprocessing.image_size, 3)
     keras.utils.set_random_seed(0)
-    model = build_classifier(recipe.variant, arguments.num_classes, shape, dtype=recipe.precision)
+    model = build_classifier(recipe.variant, num_classes, shape, dtype=recipe.precision)
     model.compile(
         make_optimizer(recipe, model, 10**6),
         keras.losses.CategoricalCrossentropy(from_logits=True),
         jit_compile=recipe.xla == "on",
     )
-    batch = tf.data.Dataset.from_tensors(next(iter(batches))).repeat()
+    batch = tf.data.Dataset.from_tensors(next(iter(batches["memory"]))).repeat()
 
-    def pipeline():
+    def pipeline(kind):
         # A new iterator: the batches that an old one prefetched during training would count as made in no time.
-        for _ in batches.take(4 * arguments.steps):
+        for _ in batches[kind].take(4 * arguments.steps):
             pass
         return 4 * arguments.steps
 
@@ -75,22 +107,22 @@ def main(arguments):
         model.fit(batch, steps_per_epoch=arguments.steps, shuffle=False, verbose=0)
         return arguments.steps
 
-    rates = {"pipeline": [], "training": []}
+    work = {kind: lambda kind=kind: pipeline(kind) for kind in batches} | {"training": training}
+    rates = {name: [] for name in work}
     for turn in range(arguments.turns + 1):
-        for name, work in (("pipeline", pipeline), ("training", training)):
+        for name, run in work.items():
             started = time.perf_counter()
-            count = work() * recipe.batch_size
-            if turn:  # the first turn compiles
+            count = run() * recipe.batch_size
+            if turn:  # the first turn compiles, and brings the file of pixels into memory
                 rates[name].append(count / (time.perf_counter() - started))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
     print(
         json.dumps(
             {
                 **dataclasses.asdict(arguments),
-                "pipeline_images_per_second": round(medians["pipeline"]),
-                "training_images_per_second": round(medians["training"], 1),
-                "ratio": round(medians["pipeline"] / medians["training"], 2),
-                "ratios": [round(a / b, 2) for a, b in zip(rates["pipeline"], rates["training"])],
+                "images": len(kept["disk"]),
+                "images_per_second": {name: round(statistics.median(values), 1) for name, values in rates.items()},
+                **{f"{kind}_to_memory": _ratios(rates[kind], rates["memory"]) for kind in batches if kind != "memory"},
+                "disk_to_training": _ratios(rates["disk"], rates["training"]),
                 "variant": recipe.variant_name,
                 "precision": recipe.precision,
                 "xla": recipe.xla,
@@ -99,6 +131,12 @@ def main(arguments):
             }
         )
     )
+
+
+def _ratios(rates, others):
+    """The median ratio of the turns, the least and the most."""
+    ratios = [rate / other for rate, other in zip(rates, others)]
+    return [round(value, 2) for value in (statistics.median(ratios), min(ratios), max(ratios))]
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def export(
     formats = checked(formats, verify_images)
     environment.require_backend("tensorflow")
     recipe, classifier = _read(run_dir)
-    images_of_run = verified.load(run_dir / runs.IMAGES, recipe.dataset, data_dir or recipe.data_dir, recipe.preprocessing)
+    images_of_run = verified.load(
+        run_dir / runs.IMAGES, recipe.dataset, data_dir or recipe.data_dir, recipe.preprocessing, recipe.pixel_cache
+    )
     source = images_of_run.source
     class_names = preprocessing_of(classifier).class_names
     if class_names != tuple(source.class_names):

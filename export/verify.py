@@ -133,7 +133,7 @@ def checked(formats, verify_images):
 def batches(images):
     """Splits images into batches of up to `BATCH_PIXELS` pixels, at least one image each."""
     n = max(1, BATCH_PIXELS // (images.shape[1] * images.shape[2]))
-    return (images[i : i + n] for i in range(0, len(images), n))
+    return (np.asarray(images[i : i + n]) for i in range(0, len(images), n))
 
 
 def verify(name, file, path, images, labels, expected, bounds=None):

@@ -15,6 +15,14 @@ if keras.config.backend() != "tensorflow":
     ]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_home(tmp_path_factory):
+    """Keeps decoded images out of the user's cache folder, also in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     keras.utils.set_random_seed(0)

@@ -26,7 +26,7 @@ def sizes(source):
 
 def rows(*splits):
     """The images of all splits, flattened: `(n, pixels)`."""
-    return np.concatenate([split.images.reshape(len(split), -1) for split in splits])
+    return np.concatenate([np.asarray(split.images).reshape(len(split), -1) for split in splits])
 
 
 def same_rows(a, b):

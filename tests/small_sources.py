@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cvt_keras.data.images import mean_and_std
+from cvt_keras.data.pixels import mean_and_std
 from cvt_keras.data.split import Source, Split
 
 

@@ -31,7 +31,7 @@ ALLOWED = {
     "model": {"conversion", "errors", "layers", "preprocessing", "variants"},
     "quantized": {"layers", "model", "preprocessing", "variants"},
     "pretrained": {"conversion", "environment", "errors", "model", "runs", "variants"},
-    "data": {"errors", "preprocessing"},
+    "data": {"errors", "preprocessing", "runs"},
     "report": {"errors", "runs"},
     "training": {
         *("conversion", "data", "environment", "errors", "lazy", "model"),

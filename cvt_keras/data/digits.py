@@ -3,6 +3,7 @@
 import numpy as np
 
 from cvt_keras.data import images, packages
+from cvt_keras.data.pixels import mean_and_std
 from cvt_keras.data.split import Source, Split
 
 
@@ -29,7 +30,7 @@ def load(preprocessing):
     labels = data.target.astype("int64")
     rest, test = train_test_split(np.arange(len(labels)), test_size=300, stratify=labels, random_state=0)
     train, validation = train_test_split(rest, test_size=200, stratify=labels[rest], random_state=0)
-    mean, std = images.mean_and_std(pixels[train])
+    mean, std = mean_and_std(pixels[train])
     return Source(
         name="digits",
         train=Split(pixels[train], labels[train]),

@@ -2,24 +2,26 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
-import sys
 import tempfile
+import time
 import unicodedata
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from cvt_keras import runs
 from cvt_keras.data import file_types, images, packages
+from cvt_keras.data.cache import each
+from cvt_keras.data.pixels import mean_and_std
 from cvt_keras.data.split import SPLITS, Source, Split, hold_out
-from cvt_keras.errors import ArgumentError, DataError, ImageError
+from cvt_keras.errors import ArgumentError, DataError, ImageError, RunError
 
 # Usual names for the folder of a split, compared in lower case and without `_SPLIT_ENDING`.
 SPLIT_FOLDERS = {
@@ -39,8 +41,9 @@ _IMAGE_NAME = re.compile(
 _MAX_FILES_IN_ERROR = 10  # an error with more broken files lists all of them in a text file
 _MAX_FILES_IN_WARNING = 3
 _MIN_DIGEST_ROWS = 64  # rows of an image that go into the digest of its pixels, if it has as many
+# A file that is being written may keep its times. So files that changed a moment ago are read again by the next command.
+_SETTLED_NS = 10**9
 _HEAD = 64  # first bytes of a file, which tell its format
-_MIN_FILES_FOR_PROGRESS = 200
 _PASS_FOLDER = "Use --data-dir DIR, with one folder of images per class"
 _LAYOUT = "use --data-dir DIR with one folder of images per class, as in DIR/cat/1.jpg and DIR/dog/2.jpg"
 BROKEN = "broken: "  # prefix of a key of `Source.left_out`
@@ -50,7 +53,7 @@ _RESTORE = "Restore the missing link targets (with git annex get or dvc pull, if
 _KINDS_OF_BROKEN = (_LFS_POINTER, _WEB_PAGE, "the file is empty", _DENIED)  # counted under their own keys
 
 
-def load(data_dir, preprocessing, skip_broken=False, record=None):
+def load(data_dir, preprocessing, cache, skip_broken=False, record=None):
     """Loads images from a folder for each class: `data_dir/CLASS/*`, or `data_dir/train/CLASS/*`.
 
     Folders named `test` and `validation` beside them may hold the same classes. Usual synonyms, such as `test_set`, are
@@ -65,6 +68,7 @@ def load(data_dir, preprocessing, skip_broken=False, record=None):
     Args:
         data_dir: the folder.
         preprocessing: a `Preprocessing` with the size that the images are stretched to.
+        cache: a `Cache`: where decoded images are kept.
         skip_broken: whether to leave out and count files that can't be read, instead of raising an error.
         record: the `ImageRecord` of a run. Its images go into the splits that they had there, no others are held out, and a
             split may lack images.
@@ -87,12 +91,11 @@ def load(data_dir, preprocessing, skip_broken=False, record=None):
         hint = "Unzip it first, and use --data-dir with the new folder" if is_zip else _PASS_FOLDER
         raise _error(f"`data_dir` {reason}. Received: data_dir={data_dir}", hint)
     listing = _list(root)
-    pixels = np.empty((len(listing.files), *preprocessing.image_size, 3), "uint8")
-    contents = _read_all(listing.files, pixels, preprocessing)
+    contents, kept = _read_all(listing, preprocessing, cache)
     _require_readable(listing, contents, skip_broken)
     if record is None:
         _require_images(listing, contents)
-    return _source(listing, contents, pixels, record)
+    return _source(listing, contents, kept, record)
 
 
 def holds_classes(path):
@@ -456,7 +459,7 @@ class _Content:
     Args:
         file: its `_File`.
         digest: SHA-256 of its bytes, in hexadecimal digits.
-        pixel_digest: digest of its decoded pixels at full size.
+        pixel_digest: digest of its decoded pixels at full size, in hexadecimal digits.
         cut_off: see `images.Picture`.
         one_colour: whether all pixels are the same.
         broken: why it can't be read, or `None`.
@@ -465,7 +468,7 @@ class _Content:
 
     file: _File
     digest: str = ""
-    pixel_digest: bytes = b""
+    pixel_digest: str = ""
     cut_off: bool = False
     one_colour: bool = False
     broken: str | None = None
@@ -476,30 +479,110 @@ class _Content:
         return self.broken is None and not self.not_an_image
 
 
-def _read_all(files, pixels, preprocessing):
-    """Reads all files, and writes file i's image to `pixels[i]`. -> list of `_Content`"""
-    tf = packages.require("tensorflow")
-    room = images.Room()
+def _read_all(listing, preprocessing, cache):
+    """Reads all files that are not in the cache.
 
-    def read(i):
-        with room.place() as reserve:
-            content, picture = _read(files[i], reserve)
-            if picture is not None:
-                with tf.device("CPU:0"):
-                    pixels[i] = images.stretch(picture.pixels, preprocessing.image_size).numpy()
-        return content
+    Returns:
+        A list of `_Content`; and the `Images` of those that are usable, in their order.
+    """
+    packages.require("tensorflow")
+    root, room = listing.root.resolve(), images.Room()
+    resizing = preprocessing.replace(mean=None, std=None, class_names=None).get_config()
+    with cache.open(root.name, str(root), resizing) as store:
+        index, row_of = store.index()
+        files = _Unchanged(store.folder, listing.root)
 
-    # A thread stretches an image before it reads the next: photos at full size would not fit into memory.
-    contents = []
-    with ThreadPoolExecutor(images.threads()) as pool, _progress(len(files)) as advance:
-        for content in pool.map(read, range(len(files))):
-            contents.append(content)
-            advance()
-    return contents
+        def examine(file):
+            with room.place() as reserve:
+                content, picture = _read(file, index, row_of, reserve)
+                # Resized before the next file is read: photos at full size would not fit into memory.
+                pixels = None if picture is None else images.stretch(picture.pixels, preprocessing.image_size).numpy()
+            return content, pixels
+
+        contents, unknown, added = {}, [], set()
+        for file in listing.files:
+            digest = files.digest(file.path)
+            if digest in row_of:
+                contents[file] = _known(file, digest, index[row_of[digest]])
+            else:
+                unknown.append(file)
+        with store.adding() as add:
+            for content, pixels in each(examine, unknown):
+                contents[content.file] = content
+                if pixels is not None and content.digest not in added:
+                    known = {"original": content.pixel_digest, "cut_off": content.cut_off, "one_colour": content.one_colour}
+                    add(content.digest, pixels, **known)
+                    added.add(content.digest)
+        contents = [contents[file] for file in listing.files]
+        files.write(contents)
+        if added and row_of:
+            print(f"decoded {_count(len(added), 'new image', 'new images')}; the others were in {store.folder}", flush=True)
+        index, row_of = store.index()
+        usable = [content for content in contents if content.usable]
+        paths = {row_of[content.digest]: content.file.path for content in usable}
+
+        def read(row):
+            return _read_again(paths[row], index["id"][row].decode(), preprocessing)
+
+        return contents, store.images([row_of[content.digest] for content in usable], read)
 
 
-def _read(file, reserve=None):
-    """Reads a file. -> `_Content`, and a `Picture` or `None`"""
+class _Unchanged:
+    """Knows the digests of files that did not change since an earlier command, by their size, times and inode.
+
+    Args:
+        folder: the folder that keeps them for later commands, or `None`.
+        root: the folder of images.
+    """
+
+    def __init__(self, folder, root):
+        self.path = folder and folder / "files.json"
+        self.root = root
+        self.latest = time.time_ns() - _SETTLED_NS
+        self.states = {}
+        try:
+            self.stored = runs.read_json(self.path) if self.path else {}
+        except (OSError, RunError):
+            self.stored = {}
+
+    def digest(self, path):
+        """The SHA-256 of a file in hexadecimal digits, or `None` if it may have changed."""
+        name = str(path.relative_to(self.root))
+        try:
+            state = os.stat(path)
+        except OSError:
+            return None
+        self.states[name] = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+        digest, *stored = self.stored.get(name, [None])
+        return digest if stored == self.states[name] else None
+
+    def write(self, contents):
+        """Keeps the digests of these `_Content`s."""
+        if self.path is None:
+            return
+        known = {}
+        for content in contents:
+            name = str(content.file.path.relative_to(self.root))
+            if content.usable and (state := self.states.get(name)) and max(state[1], state[2]) < self.latest:
+                known[name] = [content.digest, *state]
+        if known != self.stored:
+            with runs.whole(self.path) as unfinished:
+                unfinished.write_text(json.dumps(known))
+
+
+def _known(file, digest, row):
+    """The `_Content` of a file that is in the cache, from its row of the index."""
+    return _Content(
+        file,
+        digest=digest,
+        pixel_digest=row["original"].decode(),
+        cut_off=bool(row["cut_off"]),
+        one_colour=bool(row["one_colour"]),
+    )
+
+
+def _read(file, index, row_of, reserve=None):
+    """Reads a file. -> `_Content`; and a `Picture`, or `None` if it is broken or in the cache"""
     has_image_name = bool(_IMAGE_NAME.search(file.path.name))
     try:
         with open(file.path, "rb") as stream:
@@ -507,6 +590,9 @@ def _read(file, reserve=None):
             if not has_image_name and not file_types.is_image(data):  # may be a video of many gigabytes: don't read it
                 return _Content(file, not_an_image=True), None
             data += stream.read()
+        digest = hashlib.sha256(data).hexdigest()
+        if digest in row_of:  # moved, copied or touched
+            return _known(file, digest, index[row_of[digest]]), None
         picture = images.read(data, reserve)
     except OSError as error:
         return _Content(file, broken=error.strerror or str(error)), None
@@ -515,13 +601,32 @@ def _read(file, reserve=None):
     return (
         _Content(
             file,
-            digest=hashlib.sha256(data).hexdigest(),
+            digest=digest,
             pixel_digest=_pixel_digest(picture.pixels),
             cut_off=picture.cut_off,
             one_colour=_has_one_colour(picture.pixels),
         ),
         picture,
     )
+
+
+def _read_again(path, digest, preprocessing):
+    """Reads and resizes an image that an earlier pass over all files found usable.
+
+    Raises:
+        DataError: if it has changed since.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{_shown(path)} can't be read any more: {error.strerror or error}", argument="data_dir") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DataError(
+            f"{_shown(path)} has changed since this command began",
+            argument="data_dir",
+            hint="Start the command again. With --cache disk, images are read only once",
+        )
+    return images.stretch(images.decode(data), preprocessing.image_size).numpy()
 
 
 def _pixel_digest(pixels):
@@ -532,7 +637,7 @@ def _pixel_digest(pixels):
     """
     checksum = zlib.crc32(np.ascontiguousarray(pixels))
     rows = np.ascontiguousarray(pixels[:: max(1, len(pixels) // _MIN_DIGEST_ROWS)])
-    return hashlib.blake2b(rows, digest_size=16, key=repr((pixels.shape, checksum)).encode()).digest()
+    return hashlib.blake2b(rows, digest_size=16, key=repr((pixels.shape, checksum)).encode()).hexdigest()
 
 
 def _has_one_colour(pixels):
@@ -548,20 +653,6 @@ def _kind_of_text(data):
     if head.startswith((b"<!doctype html", b"<html")):
         return _WEB_PAGE
     return None
-
-
-@contextmanager
-def _progress(n):
-    """Shows a progress bar for many files on a terminal. Yields the function that advances it by one file."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None
-    if tqdm is None or n < _MIN_FILES_FOR_PROGRESS:
-        yield lambda: None
-        return
-    with tqdm(total=n, desc="reading images", unit=" images", leave=False, disable=None, file=sys.stdout) as bar:
-        yield bar.update
 
 
 # === Checks, splits and warnings ===
@@ -629,8 +720,15 @@ def _require_images(listing, contents):
             )
 
 
-def _source(listing, contents, pixels, record=None):
-    """Assigns the images to splits, and reorders `pixels` by split in place. -> `Source`"""
+def _source(listing, contents, kept, record=None):
+    """Assigns the images to splits. -> `Source`
+
+    Args:
+        listing: a `_Listing`.
+        contents: list of `_Content`.
+        kept: the `Images` of those that are usable, in their order.
+        record: as in `load`.
+    """
     assigned = _assigned_splits(listing, contents, record)
     members = {split: [i for i, name in enumerate(assigned) if name == split] for split in SPLITS}
     _leave_out_duplicates(listing, contents, members)
@@ -639,18 +737,15 @@ def _source(listing, contents, pixels, record=None):
         indices.sort(key=lambda i: (contents[i].digest, contents[i].file.label))
     _warn_of_odd_images(listing, [contents[i] for indices in members.values() for i in indices])
 
-    order = [i for split in SPLITS for i in members[split]]
-    used = set(order)
-    _reorder(pixels, [*order, *(i for i in range(len(pixels)) if i not in used)])
-    splits, start = {}, 0
+    row_of = np.cumsum([content.usable for content in contents]) - 1
+    splits = {}
     for split, indices in members.items():
         labels = np.array([contents[i].file.label for i in indices], "int64")
         digests = tuple(contents[i].digest for i in indices)
-        pixel_digests = tuple(contents[i].pixel_digest.hex() for i in indices)
-        splits[split] = Split(pixels[start : start + len(indices)], labels, digests, pixel_digests)
-        start += len(indices)
+        originals = tuple(contents[i].pixel_digest for i in indices)
+        splits[split] = Split(kept[row_of[np.array(indices, "int64")]], labels, digests, originals)
     # With a record, the train split may be empty, which has no mean.
-    mean, std = images.mean_and_std(splits["train"].images) if len(splits["train"]) else ((0.0,) * 3, (1.0,) * 3)
+    mean, std = mean_and_std(splits["train"].images) if len(splits["train"]) else ((0.0,) * 3, (1.0,) * 3)
     return Source(
         name="folder",
         **splits,
@@ -669,7 +764,7 @@ def _assigned_splits(listing, contents, record=None):
     by_folder = [content.file.split if content.usable else None for content in contents]
     if record is not None:
         recorded = [
-            split and record.split_of(content.digest, content.pixel_digest.hex()) for content, split in zip(contents, by_folder)
+            split and record.split_of(content.digest, content.pixel_digest) for content, split in zip(contents, by_folder)
         ]
         return [old if old in SPLITS else split for old, split in zip(recorded, by_folder)]
     held_out_splits = [split for split in ("test", "validation") if split not in listing.splits]
@@ -741,21 +836,6 @@ def _warn_of_odd_images(listing, used):
         labels.setdefault(content.digest, set()).add(content.file.label)
     copies = [content for content in used if len(labels[content.digest]) > 1]
     warn(copies, "", "files are copies of a file in another class")
-
-
-def _reorder(pixels, order):
-    """Sets `pixels` to `pixels[order]` in place, without the memory for a copy."""
-    done = np.zeros(len(order), bool)
-    for start in range(len(order)):
-        if done[start] or order[start] == start:
-            continue
-        first, i = pixels[start].copy(), start
-        while order[i] != start:
-            pixels[i] = pixels[order[i]]
-            done[i] = True
-            i = order[i]
-        pixels[i] = first
-        done[i] = True
 
 
 # === Text for messages ===

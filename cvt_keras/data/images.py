@@ -405,23 +405,3 @@ def stretch(images, size):
     if None not in sides:
         return tf.convert_to_tensor(images) if sides == tuple(size) else resize()
     return tf.cond(tf.reduce_all(tf.shape(images)[-3:-1] == size), lambda: tf.convert_to_tensor(images), resize)
-
-
-def mean_and_std(images):
-    """The mean and the standard deviation of each channel, with pixels in 0..1.
-
-    Args:
-        images: uint8 `(n, height, width, 3)`.
-
-    Returns:
-        Two tuples of three floats, rounded to four decimals. A std is at least 1/255, to avoid a division by 0.
-    """
-    # From a histogram: exact, and without a float copy of the images.
-    counts = np.zeros((3, 256), "int64")
-    for start in range(0, len(images), 256):
-        for channel in range(3):
-            counts[channel] += np.bincount(images[start : start + 256, ..., channel].ravel(), minlength=256)
-    share, value = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
-    mean = share @ value
-    std = np.sqrt((share * (value - mean[:, None]) ** 2).sum(axis=1))
-    return tuple(round(float(number), 4) for number in mean), tuple(max(round(float(number), 4), 1 / 255) for number in std)

@@ -1,10 +1,13 @@
 """Source and recipe -> batches of float32 pixels in 0..255 and one-hot labels, by tf.data."""
 
+import weakref
+
 import numpy as np
 import tensorflow as tf
 
 from cvt_keras.data import augment
 from cvt_keras.data.images import stretch
+from cvt_keras.errors import UserError
 
 EVALUATION_BATCH = 500  # for 32x32 pixels. Divides 5,000 and 10,000: XLA would compile again for a smaller last batch
 
@@ -40,9 +43,9 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
         return tf.stack([tf.constant(recipe.seed * _NUM_KEYS + draw, tf.int64), position])
 
     with tf.device("CPU:0"):  # tf.data runs there, also beside a GPU
-        images, labels = tf.constant(split.images), tf.constant(split.labels)
+        labels = tf.constant(split.labels)
         mirrored_first = tf.random.stateless_uniform((len(split),), key(_FLIP, tf.constant(0, tf.int64))) < 0.5
-    steps = batches_per_epoch(split, recipe)
+    read, steps = _reader(split.images), batches_per_epoch(split, recipe)
     weights = None if class_weights is None else np.array(class_weights, "float32")
 
     def epoch_batches(epoch):
@@ -52,7 +55,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
 
     def load(step, indices):
         # uint8 until arithmetic begins: floats would take four times the memory.
-        pixels, targets = tf.gather(images, indices), tf.one_hot(tf.gather(labels, indices), num_classes)
+        pixels, targets = read(indices), tf.one_hot(tf.gather(labels, indices), num_classes)
         pixels = stretch(pixels, recipe.preprocessing.image_size)
         if recipe.flip:
             every_second_epoch = step // steps % 2 == 1
@@ -82,7 +85,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
         return pixels, targets
 
     dataset = tf.data.Dataset.range(first_epoch, recipe.epochs).flat_map(epoch_batches)
-    return dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    return _keeping(split.images, dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE))
 
 
 def batches_per_epoch(split, recipe):
@@ -95,8 +98,41 @@ def evaluation_batches(split, num_classes, preprocessing):
     height, width = preprocessing.image_size
     size = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 32 * 32 // (height * width)))
 
-    def load(images, labels):
-        return tf.cast(stretch(images, preprocessing.image_size), tf.float32), tf.one_hot(labels, num_classes)
+    read = _reader(split.images)
 
-    dataset = tf.data.Dataset.from_tensor_slices((split.images, split.labels)).batch(size)
-    return dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    def load(indices):
+        pixels = stretch(read(indices), preprocessing.image_size)
+        return tf.cast(pixels, tf.float32), tf.one_hot(tf.gather(split.labels, indices), num_classes)
+
+    dataset = tf.data.Dataset.range(len(split)).batch(size)
+    return _keeping(split.images, dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE))
+
+
+def _reader(images):
+    """Returns a function that reads images inside a graph: they may lie on disk, so they are no constant of the graph.
+
+    TensorFlow never releases the Python functions of a graph. So this one does not keep `images` alive: `_keeping` does.
+
+    Args:
+        images: those of a `Split`.
+
+    Returns:
+        A function from an integer tensor of indices `(n,)` to a uint8 tensor `(n, height, width, 3)`.
+    """
+    reference, shape = weakref.ref(images), (None, *images.shape[1:])
+
+    def read(indices):
+        images = reference()
+        try:
+            return np.asarray(images[indices])
+        except UserError as error:
+            images.error = error  # TensorFlow passes on the text only
+            raise
+
+    return lambda indices: tf.ensure_shape(tf.numpy_function(read, [indices], tf.uint8, stateful=False), shape)
+
+
+def _keeping(images, dataset):
+    """Returns `dataset`, which now keeps `images` alive. So do its iterators and the data sets that are made from it."""
+    dataset.images = images
+    return dataset

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cvt_keras.data import images as pictures
-from cvt_keras.data.split import SPLITS, Split
+from cvt_keras.data.pixels import mean_and_std
+from cvt_keras.data.split import SPLITS
 from cvt_keras.errors import RunError
 
 # An image that is no longer in the folder, but that the weights which the run started from were trained on.
@@ -166,7 +166,7 @@ class ImageRecord:
             if pairs != [(name, i) for i in range(len(getattr(source, name)))]
         }
         if "train" in changed and len(changed["train"]):
-            changed["mean"], changed["std"] = pictures.mean_and_std(changed["train"].images)
+            changed["mean"], changed["std"] = mean_and_std(changed["train"].images)
         return dataclasses.replace(source, **changed), self._compare(source)
 
     def _compare(self, source):
@@ -199,11 +199,8 @@ def _folder(source, split):
 
 def _gather(source, pairs):
     """A `Split` of the images at `pairs` (name of a split, index), sorted as `folder.load` sorts, by digest and label."""
-    splits = {name: getattr(source, name) for name in SPLITS}
-    pairs = sorted(pairs, key=lambda pair: (splits[pair[0]].digests[pair[1]], splits[pair[0]].labels[pair[1]]))
-    images = np.empty((len(pairs), *source.train.images.shape[1:]), "uint8")
-    for row, (name, i) in enumerate(pairs):
-        images[row] = splits[name].images[i]
-    labels = np.array([splits[name].labels[i] for name, i in pairs], "int64")
-    digests = tuple(splits[name].digests[i] for name, i in pairs)
-    return Split(images, labels, digests, tuple(splits[name].pixels[i] for name, i in pairs))
+    splits = [getattr(source, name) for name in SPLITS]
+    everything = splits[0].followed_by(*splits[1:])
+    starts = dict(zip(SPLITS, np.cumsum([0, *map(len, splits)])))
+    rows = [starts[name] + i for name, i in pairs]
+    return everything.take(np.array(sorted(rows, key=lambda row: (everything.digests[row], everything.labels[row])), "int64"))

@@ -4,11 +4,15 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
+
 from cvt_keras.data import digits, failures, folder, tfds
+from cvt_keras.data.cache import Cache
 from cvt_keras.errors import ArgumentError, DataError, UnavailableError
 from cvt_keras.preprocessing import Preprocessing, size_text
 
 _SMALL = Preprocessing(image_size=(32, 32))
+_ON_DISK = Cache()
 
 
 def check_name(dataset):
@@ -25,7 +29,7 @@ def check_name(dataset):
         )
 
 
-def load(dataset, data_dir=None, preprocessing=_SMALL, skip_broken=False, record=None):
+def load(dataset, data_dir=None, preprocessing=_SMALL, cache=_ON_DISK, skip_broken=False, record=None):
     """Loads a data set.
 
     Args:
@@ -34,6 +38,7 @@ def load(dataset, data_dir=None, preprocessing=_SMALL, skip_broken=False, record
         preprocessing: a `Preprocessing` with the size that images are resized to. If all images of a TFDS data set have the
             same smaller size, they keep it, and the pipeline resizes each batch: CIFAR-10 at 224 pixels would take 50 times the
             memory.
+        cache: a `Cache`: where decoded images are kept. Ignored for `digits`.
         skip_broken, record: for `folder`, see `folder.load`; ignored for other data sets.
 
     Returns:
@@ -55,7 +60,8 @@ def load(dataset, data_dir=None, preprocessing=_SMALL, skip_broken=False, record
                 argument="data_dir",
                 hint="Add --dataset folder to train on these images",
             )
-        return _LOADERS[kind](name, data_dir, preprocessing, skip_broken=skip_broken, record=record)
+        np.empty((*preprocessing.image_size, 3), "float32")  # fails at once if not even one image fits into memory
+        return _LOADERS[kind](name, data_dir, preprocessing, cache, skip_broken=skip_broken, record=record)
     except OSError as error:
         raise DataError(f"{dataset} can't be read: {failures.reason(error)}", argument="data_dir") from error
     except Exception as error:
@@ -74,7 +80,7 @@ def _holds_classes(data_dir):
     return path.is_dir() and folder.holds_classes(path)
 
 
-def auto(data_dir=None, preprocessing=_SMALL):
+def auto(data_dir, preprocessing, cache):
     """Loads CIFAR-10 if it is on disk or can be downloaded, else the digits, with the reason in `Source.fallback`.
 
     Raises:
@@ -82,7 +88,7 @@ def auto(data_dir=None, preprocessing=_SMALL):
         DataError: if `data_dir` is not a folder, or holds a broken CIFAR-10. No fallback then, as it would hide that.
     """
     try:
-        return tfds.cifar10(data_dir, preprocessing)
+        return tfds.cifar10(data_dir, preprocessing, cache)
     except UnavailableError as error:
         try:
             source = digits.load(preprocessing)
@@ -97,13 +103,15 @@ def auto(data_dir=None, preprocessing=_SMALL):
         return dataclasses.replace(source, fallback=f"scikit-learn's digits stand in for CIFAR-10: {because}")
 
 
-# Kind -> function of (NAME in tfds:NAME, data_dir, preprocessing, and arguments for a folder only) that returns a `Source`.
+# Kind -> function that returns a `Source`. `name` is the NAME in tfds:NAME.
 _LOADERS = {
-    "auto": lambda name, data_dir, preprocessing, **of_folder: auto(data_dir, preprocessing),
-    "cifar10": lambda name, data_dir, preprocessing, **of_folder: tfds.cifar10(data_dir, preprocessing),
-    "cifar100": lambda name, data_dir, preprocessing, **of_folder: tfds.cifar100(data_dir, preprocessing),
-    "tfds": lambda name, data_dir, preprocessing, **of_folder: tfds.load(name, data_dir, preprocessing),
-    "folder": lambda name, data_dir, preprocessing, **of_folder: folder.load(data_dir, preprocessing, **of_folder),
-    "digits": lambda name, data_dir, preprocessing, **of_folder: digits.load(preprocessing),
+    "auto": lambda name, data_dir, preprocessing, cache, **of_folder: auto(data_dir, preprocessing, cache),
+    "cifar10": lambda name, data_dir, preprocessing, cache, **of_folder: tfds.cifar10(data_dir, preprocessing, cache),
+    "cifar100": lambda name, data_dir, preprocessing, cache, **of_folder: tfds.cifar100(data_dir, preprocessing, cache),
+    "tfds": lambda name, data_dir, preprocessing, cache, **of_folder: tfds.load(name, data_dir, preprocessing, cache),
+    "folder": lambda name, data_dir, preprocessing, cache, **of_folder: folder.load(
+        data_dir, preprocessing, cache, **of_folder
+    ),
+    "digits": lambda name, data_dir, preprocessing, cache, **of_folder: digits.load(preprocessing),
 }
 NAMES = tuple(f"{kind}:NAME" if kind == "tfds" else kind for kind in _LOADERS)

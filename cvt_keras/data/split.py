@@ -1,11 +1,13 @@
-"""A data set in memory with its splits, and which images are held out."""
+"""A data set with its splits, and which images are held out."""
 
 import dataclasses
+import itertools
 import zlib
 from dataclasses import dataclass
 
 import numpy as np
 
+from cvt_keras.data.pixels import Images, checksum, join
 from cvt_keras.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -16,13 +18,14 @@ class Split:
     """Images and their labels.
 
     Args:
-        images: uint8 `(n, height, width, 3)`; for their size see `sources.load`.
+        images: uint8 `(n, height, width, 3)`, or `Images`, which are read when they are indexed. For their size see
+            `sources.load`.
         labels: int64 `(n,)`.
         digests: SHA-256 of each image's file in hexadecimal digits, `(n,)`; `None` if the data set is not a folder.
         pixels: digest of each image's decoded pixels at full size, in hexadecimal digits, `(n,)`; `None` if `digests` is.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Images
     labels: np.ndarray
     digests: tuple[str, ...] | None = None
     pixels: tuple[str, ...] | None = None
@@ -32,12 +35,30 @@ class Split:
 
     def limit(self, n):
         """The first `n` images, or all if `n` is `None`."""
-        return Split(self.images[:n], self.labels[:n], self.digests and self.digests[:n], self.pixels and self.pixels[:n])
+        return self.take(np.arange(len(self))[:n])
+
+    def take(self, rows):
+        """The images at `rows`, in this order.
+
+        Args:
+            rows: int `(n,)`.
+        """
+        digests, pixels = (values and tuple(values[row] for row in rows) for values in (self.digests, self.pixels))
+        return Split(self.images[rows], self.labels[rows], digests, pixels)
+
+    def followed_by(self, *others):
+        """These images, then those of each of `others`, which must be of the same data set."""
+        parts = (self, *others)
+        digests, pixels = (
+            None if None in values else tuple(itertools.chain(*values))
+            for values in ([part.digests for part in parts], [part.pixels for part in parts])
+        )
+        return Split(join([part.images for part in parts]), np.concatenate([part.labels for part in parts]), digests, pixels)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set in memory.
+    """A data set.
 
     Args:
         name: name of the data set; never `auto`.
@@ -72,7 +93,7 @@ class Source:
         for name in SPLITS:
             split = getattr(self, name)
             parts[f"number of {name} images"] = len(split)
-            parts[f"checksum of {name} images"] = zlib.crc32(split.labels, zlib.crc32(split.images))
+            parts[f"checksum of {name} images"] = zlib.crc32(split.labels, checksum(split.images))
         return parts
 
 

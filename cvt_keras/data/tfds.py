@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from cvt_keras.data import failures, images, packages, probe
+from cvt_keras.data.cache import progress
+from cvt_keras.data.pixels import mean_and_std
 from cvt_keras.data.split import Source, Split, fixed_order
-from cvt_keras.errors import DataError, UnavailableError
+from cvt_keras.errors import ArgumentError, DataError, UnavailableError
 
 CATALOG = "https://www.tensorflow.org/datasets/catalog"
 # Of the 50,000 original training images, with pixels in 0..1.
@@ -25,7 +27,7 @@ CHARACTERS = {"binary_alpha_digits", "cmaterdb", "emnist", "kmnist", "mnist", "m
 _READ_BATCH = 256  # images; reading them one by one takes four times as long
 
 
-def cifar10(data_dir, preprocessing):
+def cifar10(data_dir, preprocessing, cache):
     """Loads CIFAR-10, which TFDS downloads (162 MB) if it is not on disk.
 
     The last 5,000 training images become the validation split. They are a fair sample, as TFDS stores the images shuffled.
@@ -33,35 +35,37 @@ def cifar10(data_dir, preprocessing):
     Args:
         data_dir: TFDS' folder; defaults to `TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
         preprocessing: a `Preprocessing` with the size that larger images are stretched to; see `sources.load`.
+        cache: a `Cache`: where decoded images are kept.
 
     Returns:
         A `Source`.
 
     Raises:
+        ArgumentError: if `cache` is off.
         UnavailableError: if the data set is not on disk and can't be downloaded.
         DataError: if it can't be read.
     """
-    source = _cifar("cifar10", "CIFAR-10", data_dir, preprocessing)
+    source = _cifar("cifar10", "CIFAR-10", data_dir, preprocessing, cache)
     return dataclasses.replace(source, class_names=CIFAR10_CLASSES, mean=CIFAR10_MEAN, std=CIFAR10_STD)
 
 
-def cifar100(data_dir, preprocessing):
+def cifar100(data_dir, preprocessing, cache):
     """Loads CIFAR-100 with its 100 fine labels; otherwise like `cifar10`.
 
     If the prepared folder lacks the file of class names, the classes are named by numbers.
     """
-    return _cifar("cifar100", "CIFAR-100", data_dir, preprocessing)
+    return _cifar("cifar100", "CIFAR-100", data_dir, preprocessing, cache)
 
 
-def _cifar(name, title, data_dir, preprocessing):
+def _cifar(name, title, data_dir, preprocessing, cache):
     builder, keys = _builder(name, title, data_dir)
     _prepare(builder, title)
-    train, validation = _cut(_read(builder, title, "train", keys, preprocessing), VALIDATION_IMAGES, title)
-    test = _read(builder, title, "test", keys, preprocessing)
+    train, validation = _cut(_read(builder, title, "train", keys, preprocessing, cache), VALIDATION_IMAGES, title)
+    test = _read(builder, title, "test", keys, preprocessing, cache)
     return _source(builder, keys, name, train, validation, test, note=_copy_note(builder, keys))
 
 
-def load(name, data_dir, preprocessing):
+def load(name, data_dir, preprocessing, cache):
     """Loads any image classification data set of TFDS, which downloads it if it is not on disk.
 
     The test split is TFDS' `test`, else `validation`, else a tenth of `train`. Another tenth of `train`, at most 5,000 images,
@@ -69,12 +73,13 @@ def load(name, data_dir, preprocessing):
 
     Args:
         name: TFDS' name, such as `imagenette/160px-v2` or `mnist:3.0.1`.
-        data_dir, preprocessing: see `cifar10`.
+        data_dir, preprocessing, cache: see `cifar10`.
 
     Returns:
         A `Source`.
 
     Raises:
+        ArgumentError: if `cache` is off.
         UnavailableError: if the data set is not on disk and can't be downloaded.
         DataError: if TFDS has no such data set, if it is not for image classification, or if it can't be read.
     """
@@ -87,11 +92,11 @@ def load(name, data_dir, preprocessing):
             argument="dataset",
             hint="Choose another --dataset",
         )
-    train = _read(builder, name, "train", keys, preprocessing, shuffle=True)
+    train = _read(builder, name, "train", keys, preprocessing, cache, shuffle=True)
     tenth = max(1, len(train) // 10)
     test_split = next((split for split in ("test", "validation") if split in splits), None)
     if test_split:
-        test = _read(builder, name, test_split, keys, preprocessing, shuffle=True)
+        test = _read(builder, name, test_split, keys, preprocessing, cache, shuffle=True)
         note = "" if test_split == "test" else "tested on its validation split, as it has no test split"
         if builder.name in ("cifar10", "cifar100"):
             note = _copy_note(builder, keys)
@@ -104,7 +109,7 @@ def load(name, data_dir, preprocessing):
 
 
 def _source(builder, keys, name, train, validation, test, **fields):
-    mean, std = images.mean_and_std(train.images)
+    mean, std = mean_and_std(train.images)
     class_names = tuple(builder.info.features[keys[1]].names)
     return Source(name, train, validation, test, class_names, mean, std, **fields)
 
@@ -204,8 +209,8 @@ def _prepare(builder, title):
         ) from error
 
 
-def _read(builder, title, split, keys, preprocessing, shuffle=False):
-    """Reads a split.
+def _read(builder, title, split, keys, preprocessing, cache, shuffle=False):
+    """Reads a split, except for images that are in the cache.
 
     Args:
         builder: builder of a data set that is on disk.
@@ -213,17 +218,22 @@ def _read(builder, title, split, keys, preprocessing, shuffle=False):
         split: TFDS' name of the split.
         keys: names of the features for the image and the label.
         preprocessing: a `Preprocessing` with the size that larger images are stretched to.
+        cache: a `Cache`.
         shuffle: whether to apply `fixed_order` instead of keeping the order on disk.
 
     Returns:
         A `Split`.
     """
     tf = packages.require("tensorflow")
+    if cache.kind == "off":
+        raise ArgumentError(
+            f"`cache` can't be off for {title}: TFDS reads its images in their order on disk only. Received: cache=off",
+            argument="cache",
+            hint="Use --cache disk or --cache memory",
+        )
     height, width = builder.info.features[keys[0]].shape[:2]
     size = preprocessing.image_size
     small = None not in (height, width) and height <= size[0] and width <= size[1]
-    shape = (height, width, 3) if small else (*size, 3)
-
     room = images.Room()
 
     def decode(data):
@@ -232,36 +242,52 @@ def _read(builder, title, split, keys, preprocessing, shuffle=False):
         with room.place() as reserve, tf.device("CPU:0"):
             return images.stretch(images.decode(data, reserve), size).numpy()
 
-    try:
-        batches = _encoded(builder, split, keys).batch(_READ_BATCH).prefetch(1)
-        n = builder.info.splits[split].num_examples
-        # Images are written to their shuffled positions: shuffling afterwards would take twice the memory.
-        positions = fixed_order(n) if shuffle else np.arange(n)
-        pixels, labels = np.empty((n, *shape), "uint8"), np.empty(n, "int64")
-        start = 0
-        with ThreadPoolExecutor(images.threads()) as pool:
-            for files, batch_labels in batches.as_numpy_iterator():
-                batch_positions = positions[start : start + len(files)]
-                labels[batch_positions] = batch_labels
-                for position, image in zip(batch_positions, pool.map(decode, files)):
-                    pixels[position] = image
-                start += len(files)
-    except Exception as error:
-        if failures.is_out_of_memory(error):
-            raise  # the copy on disk is intact
-        denied = isinstance(error, (PermissionError, tf.errors.PermissionDeniedError))
-        raise DataError(
-            f"{title} in {builder.data_dir_root} can't be read: {failures.reason(error)}",
-            argument="data_dir",
-            hint="Ask for read permission" if denied else f"Remove {builder.data_path} to download it again",
-        ) from error
-    if labels.min(initial=0) < 0:
-        raise DataError(
-            f"{title} has no labels for its split {split}: they are not public",
-            argument="dataset",
-            hint="Choose another --dataset",
-        )
-    return Split(pixels, labels)
+    n = builder.info.splits[split].num_examples
+    resizing = preprocessing.replace(mean=None, std=None, class_names=None).get_config()
+    with cache.open(f"{builder.name}-{split}", _state(builder), split, None if small else resizing) as store:
+        _, row_of = store.index()
+        first = next(i for i in range(n + 1) if str(i) not in row_of)  # stored in order, perhaps by a command that was killed
+        try:
+            with (
+                ThreadPoolExecutor(images.threads()) as pool,
+                progress(n - first) as advance,
+                store.adding() as add,
+            ):
+                i = first
+                batches = _encoded(builder, f"{split}[{first}:]", keys).batch(_READ_BATCH).prefetch(1) if first < n else None
+                for files, labels in batches.as_numpy_iterator() if batches else ():
+                    for image, label in zip(pool.map(decode, files), labels):
+                        add(str(i), image, label=label)
+                        i += 1
+                    advance(len(files))
+        except Exception as error:
+            if failures.is_out_of_memory(error) or isinstance(error, DataError):
+                raise  # the copy on disk is intact
+            denied = isinstance(error, (PermissionError, tf.errors.PermissionDeniedError))
+            raise DataError(
+                f"{title} in {builder.data_dir_root} can't be read: {failures.reason(error)}",
+                argument="data_dir",
+                hint="Ask for read permission" if denied else f"Remove {builder.data_path} to download it again",
+            ) from error
+        index, row_of = store.index()
+        rows = np.array([row_of[str(i)] for i in range(n)], "int64")
+        if shuffle:
+            rows = rows[np.argsort(fixed_order(n))]
+        labels = index["label"][rows].astype("int64")
+        if labels.min(initial=0) < 0:
+            raise DataError(
+                f"{title} has no labels for its split {split}: they are not public",
+                argument="dataset",
+                hint="Choose another --dataset",
+            )
+        return Split(store.images(rows), labels)
+
+
+def _state(builder):
+    """Tells the files of a data set from those of another, and from files that replaced them: a list of JSON values."""
+    folder = Path(builder.data_path)
+    states = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return [str(folder.resolve()), *([name, state.st_size, state.st_mtime_ns] for name, state in states)]
 
 
 def _encoded(builder, split, keys):
@@ -284,7 +310,7 @@ def _cut(split, n, title):
             argument="dataset",
             hint="Choose another --dataset",
         )
-    return split.limit(rest), Split(split.images[rest:], split.labels[rest:])
+    return split.limit(rest), split.take(np.arange(rest, len(split)))
 
 
 def _tfds():

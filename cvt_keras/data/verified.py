@@ -36,14 +36,14 @@ class RunImages:
         return [*([f"{NOT_VERIFIED}. {self.unverified}"] if self.unverified else []), *self.notes]
 
 
-def load(record_file, dataset, data_dir, preprocessing):
+def load(record_file, dataset, data_dir, preprocessing, cache):
     """Loads the images of a run.
 
     Files that can't be read are left out, as they may be new ones, which are not used anyway.
 
     Args:
         record_file: the run's images.csv, which runs of older versions lack.
-        dataset, data_dir, preprocessing: as for `sources.load`.
+        dataset, data_dir, preprocessing, cache: as for `sources.load`.
 
     Returns:
         A `RunImages`. Any of its splits may be empty.
@@ -53,7 +53,7 @@ def load(record_file, dataset, data_dir, preprocessing):
         And what `sources.load` raises.
     """
     record = ImageRecord.read(record_file)
-    source = sources.load(dataset, data_dir, preprocessing, skip_broken=True, record=record)
+    source = sources.load(dataset, data_dir, preprocessing, cache, skip_broken=True, record=record)
     return settle(source, record, Path(record_file).name)
 
 

@@ -72,7 +72,7 @@ def run(
     plan = settle(recipe, run_dir, resume, evaluate_test, compressor, name)
     if isinstance(plan, RunResult):
         return plan
-    with _occupied(plan), _named_memory_errors(plan):
+    with _occupied(plan), _named_errors(plan):
         best, history = fit(plan)
         result = finish(plan, best, history)
     if plan.source.fallback:
@@ -341,8 +341,8 @@ def _occupied(plan):
 
 
 @contextlib.contextmanager
-def _named_memory_errors(plan):
-    """Turns TensorFlow's error for too little memory or a full disk into one that says how to fix it."""
+def _named_errors(plan):
+    """Turns TensorFlow's errors for too little memory, a full disk or an unreadable image into ones that say how to fix it."""
     try:
         yield
     except tf.errors.ResourceExhaustedError as error:
@@ -357,3 +357,8 @@ def _named_memory_errors(plan):
             argument="batch_size",
             hint=f"Train in another --run-dir with a --batch-size below {plan.recipe.batch_size}{image_size}",
         ) from error
+    except tf.errors.OpError as error:
+        splits = filter(None, (plan.train, plan.validation, plan.test))
+        if (fault := next((fault for split in splits if (fault := getattr(split.images, "error", None))), None)) is not None:
+            raise fault from error
+        raise

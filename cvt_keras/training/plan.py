@@ -170,7 +170,9 @@ def load_images(recipe):
     Raises:
         DataError: if the images can't be loaded.
     """
-    source = sources.load(recipe.dataset, recipe.data_dir, recipe.preprocessing, skip_broken=recipe.skip_broken)
+    source = sources.load(
+        recipe.dataset, recipe.data_dir, recipe.preprocessing, recipe.pixel_cache, skip_broken=recipe.skip_broken
+    )
     dataset = source.name if recipe.dataset == "auto" else recipe.dataset
     return dataclasses.replace(recipe, dataset=dataset), source
 

@@ -14,6 +14,7 @@ from tyro.conf import Suppress
 
 from cvt_keras import runs
 from cvt_keras.data import sources
+from cvt_keras.data.cache import Cache
 from cvt_keras.errors import ArgumentError, RecipeError, RunError
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
@@ -90,6 +91,12 @@ class Recipe:
     """The weight of each class in the loss. auto: inversely proportional to its number of training images.
     FILE: JSON, {"class": weight}."""
 
+    cache: Literal["disk", "memory", "off"] = "disk"
+    """Where decoded images are kept. disk: for later commands; memory no longer limits their number. memory: for this command.
+    off: nowhere; images of a folder are decoded each time that they are read."""
+    cache_dir: str | None = None
+    """The folder for --cache disk; defaults to the user's cache folder, ~/.cache/cvt-keras on Linux."""
+
     # === Augmentation ===
     flip: bool = True
     """Mirror each image left to right in every second epoch; a random half is mirrored in the first epoch.
@@ -151,7 +158,7 @@ class Recipe:
     """Compile with XLA. auto: on with a GPU; off on a CPU, where it is slower."""
 
     def __post_init__(self) -> None:
-        for name in ("data_dir", "weights", "class_weights"):
+        for name in ("data_dir", "cache_dir", "weights", "class_weights"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))  # as in recipe.json
         if isinstance(self.freeze, int) and not isinstance(self.freeze, bool):
@@ -227,6 +234,11 @@ class Recipe:
         """How to prepare images for the network, without mean, std and class names, which come from the data set."""
         size = self.image_size
         return Preprocessing(image_size=size if isinstance(size, tuple) else (size, size))
+
+    @property
+    def pixel_cache(self) -> Cache:
+        """Where decoded images are kept."""
+        return Cache(self.cache, self.cache_dir)
 
     @property
     def variant_name(self) -> str:

@@ -67,8 +67,9 @@ class StoredRun:
         # `Checkpoints.restore` compares the weights in the file.
         if _same_path(stored["class_weights"], received["class_weights"]):
             names = [name for name in names if name != "class_weights"]
-        # A broken file that the run did not have may be skipped: `Checkpoints.restore` compares the images.
-        names = [name for name in names if name != "skip_broken"]
+        # A broken file that the run did not have may be skipped: `Checkpoints.restore` compares the images. The pixels are the
+        # same wherever they are kept.
+        names = [name for name in names if name not in ("skip_broken", "cache", "cache_dir")]
         if same_weights(stored["weights"], received["weights"]):
             names = [name for name in names if name != "weights"]
         elif "variant" in names:  # it comes from the weights

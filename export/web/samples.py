@@ -112,7 +112,7 @@ def _load(run_dir, data_dir):
             argument="data_dir",
             hint="Give its folder with --data-dir",
         )
-    return verified.load(run_dir / runs.IMAGES, recipe.dataset, data_dir, recipe.preprocessing)
+    return verified.load(run_dir / runs.IMAGES, recipe.dataset, data_dir, recipe.preprocessing, recipe.pixel_cache)
 
 
 def _on_disk(dataset, data_dir):

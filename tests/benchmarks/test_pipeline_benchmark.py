@@ -2,19 +2,30 @@ import json
 
 import pytest
 from eager import eagerly
+from labelled_images import write_image
 
 from benchmarks.pipeline import Arguments, main
 
 
-def test_the_benchmark_prints_both_rates_and_their_ratio(capsys):
+@pytest.fixture
+def photos(tmp_path):
+    for i in range(60):
+        write_image(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_the_benchmark_prints_all_rates_and_their_ratios(photos, from_files, capsys):
+    data = {"data_dir": str(photos), "image_size": 16} if from_files else {"num_images": 32}
     with eagerly():  # tracing the training step takes ten times as long as running it twice
-        main(Arguments(recipe="smoke", num_images=32, steps=1, turns=2))
-    result = json.loads(capsys.readouterr().out)
-    assert result["ratio"] == pytest.approx(
-        result["pipeline_images_per_second"] / result["training_images_per_second"], rel=0.01
-    )
-    assert result["training_images_per_second"] > 0
-    assert len(result["ratios"]) == 2
+        main(Arguments(recipe="smoke", steps=1, turns=1, **data))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rates = result["images_per_second"]
+    assert list(rates) == ["memory", "disk", *(["off"] if from_files else []), "training"]
+    assert min(rates.values()) > 0
+    assert result["disk_to_memory"][0] == pytest.approx(rates["disk"] / rates["memory"], abs=0.01)
+    assert result["disk_to_training"][0] == pytest.approx(rates["disk"] / rates["training"], rel=0.01)
+    assert 32 <= result["images"] < 60
     assert (result["variant"], result["precision"], result["xla"]) == ("cvt_tiny", "float32", "off")
     assert result["device"] and result["versions"]
 

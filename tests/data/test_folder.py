@@ -11,6 +11,7 @@ from labelled_images import error_of, noise, resized, rows, sizes, write_image
 
 from cvt_keras.cli import message
 from cvt_keras.data import folder, images, sources
+from cvt_keras.data.cache import Cache
 from cvt_keras.data.record import ImageRecord
 from cvt_keras.data.split import hold_out
 from cvt_keras.errors import ArgumentError, DataError
@@ -684,8 +685,8 @@ def test_many_files_show_a_progress_bar(photos, monkeypatch):
             steps.append(1)
 
     monkeypatch.setattr("tqdm.tqdm", Bar)
-    sources.load("folder", photos)
+    sources.load("folder", photos, cache=Cache("memory"))
     assert not steps
-    monkeypatch.setattr("cvt_keras.data.folder._MIN_FILES_FOR_PROGRESS", 50)
-    sources.load("folder", photos)
+    monkeypatch.setattr("cvt_keras.data.cache._MIN_IMAGES_FOR_PROGRESS", 50)
+    sources.load("folder", photos, cache=Cache("memory"))
     assert len(steps) == 50

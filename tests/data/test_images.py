@@ -476,17 +476,3 @@ def test_stretch_in_a_graph_with_unknown_sizes(shape):
     [photo] = noise(1, shape)
     late = tf.function(lambda image: images.stretch(image, (8, 8)), input_signature=[tf.TensorSpec((None, None, 3), tf.uint8)])
     np.testing.assert_array_equal(late(photo), images.stretch(photo, (8, 8)))
-
-
-def test_mean_and_std_are_per_channel():
-    photos = noise(300, (4, 4, 3))
-    mean, std = images.mean_and_std(photos)
-    np.testing.assert_allclose(mean, (photos / 255).mean(axis=(0, 1, 2)), atol=6e-5)
-    np.testing.assert_allclose(std, (photos / 255).std(axis=(0, 1, 2)), atol=6e-5)
-    assert mean == tuple(round(number, 4) for number in mean)
-
-
-def test_std_is_at_least_a_255th():
-    mean, std = images.mean_and_std(np.full((3, 8, 8, 3), (0, 51, 255), "uint8"))
-    assert mean == (0, 0.2, 1)
-    assert std == (1 / 255,) * 3

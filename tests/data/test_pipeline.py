@@ -1,4 +1,6 @@
 import dataclasses
+import gc
+import weakref
 
 import keras
 import numpy as np
@@ -25,6 +27,20 @@ def split():
 def _order(split, recipe):
     batches = list(training_batches(split, 10, recipe).as_numpy_iterator())
     return np.concatenate([images[:, 0, 0, 0] for images, _ in batches]).reshape(recipe.epochs, -1)
+
+
+@pytest.mark.parametrize("make", [training_batches, evaluation_batches])
+def test_batches_keep_their_images_only_as_long_as_they_are_used(split, make):
+    split = Split(split.images.copy(), split.labels)  # the fixture lives longer
+    batches = make(split, 10, PLAIN if make is training_batches else PLAIN.preprocessing)
+    images = weakref.ref(split.images)
+    iterator = iter(batches.take(2))
+    del split, batches
+    gc.collect()
+    assert len(list(iterator)) >= 1
+    del iterator
+    gc.collect()
+    assert images() is None
 
 
 def test_an_epoch_has_whole_batches_and_no_image_twice(split):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small_sources import small_source, written
 
-from cvt_keras.data.images import mean_and_std
+from cvt_keras.data.pixels import mean_and_std
 from cvt_keras.data.record import EARLIER, Comparison, Image, ImageRecord
 from cvt_keras.errors import RunError
 

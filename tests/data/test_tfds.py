@@ -8,6 +8,7 @@ import tensorflow as tf
 from labelled_images import error_of, labelled, noise, resized, rows, same_rows, sizes
 
 from cvt_keras.data import images, sources, tfds
+from cvt_keras.data.cache import Cache
 from cvt_keras.errors import DataError, UnavailableError
 from cvt_keras.preprocessing import Preprocessing
 
@@ -38,7 +39,7 @@ def test_cifar100_has_fine_labels(cifar100_dir):
     )
     np.testing.assert_array_equal(source.validation.labels, np.arange(100, 120) % 100)
     assert source.class_names == tuple(f"class {i}" for i in range(100))
-    pixels = source.train.images / 255
+    pixels = np.asarray(source.train.images) / 255
     np.testing.assert_allclose(source.mean, pixels.mean(axis=(0, 1, 2)), atol=6e-5)
     np.testing.assert_allclose(source.std, pixels.std(axis=(0, 1, 2)), atol=6e-5)
     assert source.mean == tuple(round(number, 4) for number in source.mean)
@@ -272,11 +273,11 @@ def test_a_failed_download_is_an_error(tmp_path, monkeypatch, name):
     not (TFDS_DATA_DIR / "cifar10").is_dir(), reason="set TFDS_DATA_DIR to a folder in which TFDS prepared CIFAR-10"
 )
 def test_real_cifar10():
-    source = tfds.cifar10(None, Preprocessing(image_size=(32, 32)))
+    source = tfds.cifar10(None, Preprocessing(image_size=(32, 32)), Cache())
     assert sizes(source) == [45_000, 5_000, 10_000]
     assert np.bincount(source.test.labels).tolist() == [1_000] * 10
     assert np.bincount(source.validation.labels).min() > 400
-    pixels = source.train.images.reshape(-1, 3) / np.float32(255)
+    pixels = np.asarray(source.train.images).reshape(-1, 3) / np.float32(255)
     # Those of a JPEG copy differ a little.
     np.testing.assert_allclose(pixels.mean(axis=0, dtype="float64"), source.mean, atol=0.01)
     np.testing.assert_allclose(pixels.std(axis=0, dtype="float64"), source.std, atol=0.01)

@@ -7,6 +7,7 @@ from labelled_images import write_image
 from small_sources import small_source, written
 
 from cvt_keras.data import sources, verified
+from cvt_keras.data.cache import Cache
 from cvt_keras.data.record import ImageRecord
 from cvt_keras.errors import RunError
 from cvt_keras.preprocessing import Preprocessing
@@ -34,7 +35,7 @@ def test_only_a_folder_needs_a_record_to_be_verified():
 def test_a_damaged_record_is_an_error(tmp_path):
     (tmp_path / "images.csv").write_text("hello\n")
     with pytest.raises(RunError):
-        verified.load(tmp_path / "images.csv", "folder", tmp_path, Preprocessing(image_size=(8, 8)))
+        verified.load(tmp_path / "images.csv", "folder", tmp_path, Preprocessing(image_size=(8, 8)), Cache())
 
 
 def test_test_images_are_enough(tmp_path):
@@ -42,13 +43,13 @@ def test_test_images_are_enough(tmp_path):
     for name in ("cat", "dog"):
         for i in range(10):
             write_image(photos / name / f"{i}.png", np.full((8, 8, 3), 10 * i + len(name) + ord(name[0]) % 5, "uint8"))
-    source = sources.load("folder", photos, Preprocessing(image_size=(8, 8)))
+    source = sources.load("folder", photos, Preprocessing(image_size=(8, 8)), Cache())
     ImageRecord.of_source(source).write(tmp_path / "images.csv")
     for path in photos.rglob("*.png"):
         if ImageRecord.of_source(source).images[_digest(path)].split != "test":
             path.unlink()
     (photos / "cat" / "new.png").write_bytes(b"")
-    images = verified.load(tmp_path / "images.csv", "folder", photos, Preprocessing(image_size=(8, 8)))
+    images = verified.load(tmp_path / "images.csv", "folder", photos, Preprocessing(image_size=(8, 8)), Cache())
     assert images.source.test.digests == source.test.digests
     assert (len(images.source.train), images.held_out) == (0, "verified")
     assert images.notes[-1] == "Files that can't be read are left out: 1."

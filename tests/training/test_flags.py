@@ -66,6 +66,8 @@ def test_every_field_has_a_flag():
         "--image-size": ("image_size", 64),
         "--dataset": ("dataset", "tfds:mnist"),
         "--data-dir": ("data_dir", "somewhere"),
+        "--cache": ("cache", "memory"),
+        "--cache-dir": ("cache_dir", "elsewhere"),
         "--epochs": ("epochs", 7),
         "--batch-size": ("batch_size", 64),
         "--seed": ("seed", 7),

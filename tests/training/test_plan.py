@@ -66,7 +66,7 @@ def test_another_backend_is_refused(recipe, tmp_path, monkeypatch):
 
 
 def test_auto_warns_at_start_and_end_that_it_trains_on_digits_and_why(short, tmp_path, monkeypatch, capsys):
-    def unavailable(data_dir, preprocessing):
+    def unavailable(data_dir, preprocessing, cache):
         raise UnavailableError("CIFAR-10 is nowhere")
 
     monkeypatch.setattr(tfds, "cifar10", unavailable)

@@ -1,0 +1,307 @@
+import errno
+import os
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+from labelled_images import labelled, noise, write_image
+
+from cvt_keras import runs
+from cvt_keras.data import cache, folder, images, sources, tfds
+from cvt_keras.data.cache import Cache
+from cvt_keras.data.pipeline import evaluation_batches, training_batches
+from cvt_keras.errors import ArgumentError, DataError
+from cvt_keras.training.recipes import SMOKE
+
+SPLITS = ("train", "validation", "test")
+RECIPE = SMOKE  # 32 pixels
+
+
+@pytest.fixture
+def cache_dir(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The sizes in bytes of the files that were decoded."""
+    sizes, read = [], images.read
+
+    def counted(data, reserve=None):
+        sizes.append(len(data))
+        return read(data, reserve)
+
+    monkeypatch.setattr(images, "read", counted)
+    return sizes
+
+
+@pytest.fixture
+def load(photos, cache_dir, monkeypatch):
+    """Loads `photos`: 50 files."""
+    monkeypatch.setattr(folder, "_SETTLED_NS", 0)  # the files are new
+    return lambda kind="disk", **options: sources.load("folder", photos, cache=Cache(kind, str(cache_dir)), **options)
+
+
+def assert_same(source, other):
+    assert source.fingerprint() == other.fingerprint()
+    assert (source.mean, source.std, source.class_names) == (other.mean, other.std, other.class_names)
+    for name in SPLITS:
+        ours, theirs = getattr(source, name), getattr(other, name)
+        np.testing.assert_array_equal(ours.images, theirs.images)
+        assert (ours.digests, ours.pixels) == (theirs.digests, theirs.pixels)
+
+
+def parts(cache_dir):
+    return sorted(cache_dir.glob("*/part-*"))
+
+
+def test_a_second_command_decodes_nothing(load, decoded, capsys):
+    first = load()
+    assert len(decoded) == 50
+    assert_same(load(), first)
+    assert len(decoded) == 50
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("kind", ["memory", "off"])
+def test_every_kind_of_cache_gives_the_same_batches(load, kind):
+    disk, other = load("disk"), load(kind)
+    assert_same(disk, other)
+    for source in (disk, other):
+        assert not isinstance(source.train.images, np.ndarray)
+    for ours, theirs in zip(training_batches(disk.train, 2, RECIPE), training_batches(other.train, 2, RECIPE), strict=True):
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        np.testing.assert_array_equal(ours[1], theirs[1])
+    batches = (evaluation_batches(source.test, 2, RECIPE.preprocessing) for source in (disk, other))
+    for ours, theirs in zip(*batches, strict=True):
+        np.testing.assert_array_equal(ours[0], theirs[0])
+
+
+def test_memory_writes_nothing(load, cache_dir):
+    load("memory")
+    assert not cache_dir.exists()
+
+
+def test_off_keeps_no_pixels_but_checks_files_once(load, cache_dir, decoded):
+    source = load("off")
+    assert [path.name for part in parts(cache_dir) for path in part.iterdir()] == ["index.npy"]
+    load("off")
+    assert len(decoded) == 50
+    assert source.test.images[0].shape == (32, 32, 3)
+    assert len(decoded) == 51
+
+
+def test_off_names_a_file_that_changes_later(load, photos):
+    source = load("off")
+    for path in photos.rglob("*.*"):
+        write_image(path, noise(1)[0])
+    with pytest.raises(DataError, match="has changed since this command began"):
+        source.train.images[0]
+    shutil.rmtree(photos)
+    with pytest.raises(DataError, match="can't be read any more: No such file or directory"):
+        source.train.images[0]
+
+
+def test_only_new_and_changed_files_are_decoded(load, photos, decoded, cache_dir, capsys):
+    load()
+    first, second = sorted((photos / "cat").iterdir())[:2]
+    write_image(first, noise(1)[0])
+    second.unlink()
+    write_image(photos / "dog" / "new.png")
+    decoded.clear()
+    source = load()
+    assert len(decoded) == 2
+    assert capsys.readouterr().out.startswith("decoded 2 new images; the others were in ")
+    assert len(parts(cache_dir)) == 2
+    assert_same(source, load("memory"))
+
+
+def test_a_copied_file_is_read_but_not_decoded(load, photos, decoded):
+    load()
+    decoded.clear()
+    path = next((photos / "cat").iterdir())
+    path.rename(path.with_name("renamed.png"))
+    os.utime(next((photos / "dog").iterdir()))
+    source = load()
+    assert decoded == []
+    assert_same(source, load("memory"))
+
+
+def test_a_file_of_the_same_size_and_time_is_noticed(load, photos):
+    load()
+    path = photos / "cat" / "same.bmp"
+    write_image(path, noise(2)[0])
+    state = path.stat()
+    load()
+    write_image(path, noise(2)[1])
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert path.stat().st_size == state.st_size
+    assert_same(load(), load("memory"))
+
+
+def test_each_way_of_resizing_has_its_own_pixels(load, decoded):
+    from cvt_keras.preprocessing import Preprocessing
+
+    load()
+    other = load(preprocessing=Preprocessing(image_size=(8, 12)))
+    assert other.train.images.shape[1:] == (8, 12, 3)
+    assert len(decoded) == 100
+    assert load().train.images.shape[1:] == (32, 32, 3)
+
+
+@pytest.mark.parametrize("name", ["pixels", "index.npy", "files.json"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_damaged_files_are_decoded_again(load, cache_dir, name, damage):
+    first = load("memory")
+    load()
+    [path] = cache_dir.glob(f"*/{name}" if name == "files.json" else f"*/*/{name}")
+    data = path.read_bytes()
+    path.unlink()  # before writing, as it may be mapped
+    if damage != "gone":
+        path.write_bytes({"cut": data[:-5], "empty": b""}[damage])
+    assert_same(load(), first)
+    assert_same(load(), first)
+
+
+def test_what_a_killed_command_left_is_removed(load, cache_dir):
+    first = load()
+    [part] = parts(cache_dir)
+    left = part.with_name(f".{os.getpid()}-part-1")
+    shutil.copytree(part, left)
+    shutil.rmtree(part)
+    assert_same(load(), first)
+    assert not left.exists()
+
+
+def test_an_interrupt_loses_no_decoded_image(load, photos, decoded, monkeypatch):
+    stretch = images.stretch
+
+    def interrupted(pixels, size):
+        if len(decoded) > 30:
+            raise KeyboardInterrupt
+        return stretch(pixels, size)
+
+    monkeypatch.setattr(images, "stretch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load()
+    monkeypatch.setattr(images, "stretch", stretch)
+    decoded.clear()
+    load()
+    assert 15 < len(decoded) < 40
+
+
+def test_a_long_build_is_kept_in_parts(load, cache_dir, monkeypatch):
+    monkeypatch.setattr(cache, "_PART_BYTES", 10 * 32 * 32 * 3)
+    first = load()
+    assert len(parts(cache_dir)) == 5
+    assert_same(load(), first)
+    assert_same(load("memory"), first)
+
+
+def test_a_full_disk_is_named(load, cache_dir, monkeypatch, decoded):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.np, "save", full)
+        with pytest.raises(DataError) as raised:
+            load()
+    error = raised.value
+    assert error.summary == f"`cache_dir` can't be written: No space left on device. Received: cache_dir={cache_dir}"
+    assert error.argument == "cache_dir"
+    assert "--cache-dir" in error.hint
+    assert not [path for path in cache_dir.glob("*/*") if path.name != "files.json"]
+    load()
+
+
+def test_a_cache_dir_that_is_a_file_is_named(load, cache_dir):
+    cache_dir.write_text("")
+    with pytest.raises(DataError, match="can't be written") as raised:
+        load()
+    assert raised.value.argument == "cache_dir"
+
+
+def test_a_second_command_waits_for_the_first(load, cache_dir, decoded, capsys):
+    load()
+    [place] = cache_dir.iterdir()
+    released = []
+
+    def hold():
+        with runs.lock(place):
+            held.set()
+            time.sleep(0.5)
+            released.append(time.monotonic())
+
+    held = threading.Event()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    load()
+    assert released
+    thread.join()
+    assert capsys.readouterr().out == f"another command is reading the same images into {place}: waiting for it\n"
+
+
+def test_the_default_folder_is_in_the_users_cache(photos, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    sources.load("folder", photos)
+    [place] = (tmp_path / "home" / "cvt-keras").iterdir()
+    assert place.name.startswith(f"{photos.name}-")
+
+
+# === TFDS ===
+
+
+@pytest.fixture
+def load_tfds(write_tfds, tmp_path, cache_dir):
+    pixels = noise(300, (28, 28, 1))
+    write_tfds(tmp_path, "mnist", {"train": labelled(pixels[:200]), "test": labelled(pixels[200:])})
+    return lambda kind="disk": sources.load("tfds:mnist", str(tmp_path), cache=Cache(kind, str(cache_dir)))
+
+
+def fail(*args, **keywords):
+    raise AssertionError("read again")
+
+
+def test_tfds_is_read_once(load_tfds, monkeypatch):
+    first = load_tfds()
+    assert_same(load_tfds("memory"), first)
+    monkeypatch.setattr(images, "read", fail)
+    assert_same(load_tfds(), first)
+    assert first.test.images.shape == (100, 28, 28, 3)
+
+
+def test_tfds_goes_on_where_a_command_was_interrupted(load_tfds, monkeypatch, decoded):
+    read = images.read
+
+    def interrupted(data, reserve=None):
+        if len(decoded) == 150:
+            raise KeyboardInterrupt
+        return read(data, reserve)
+
+    monkeypatch.setattr(tfds, "_READ_BATCH", 32)
+    monkeypatch.setattr(images, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_tfds()
+    monkeypatch.setattr(images, "read", read)
+    decoded.clear()
+    source = load_tfds()
+    assert 50 <= len(decoded) < 300
+    assert_same(source, load_tfds("memory"))
+
+
+def test_tfds_can_not_be_read_without_a_cache(load_tfds):
+    with pytest.raises(ArgumentError) as raised:
+        load_tfds("off")
+    assert raised.value.argument == "cache"
+    assert "--cache memory" in raised.value.hint
+
+
+def test_a_data_set_that_was_prepared_again_is_read_again(load_tfds, tmp_path, write_tfds):
+    first = load_tfds()
+    shutil.rmtree(tmp_path / "mnist")
+    pixels = noise(301, (28, 28, 1))[1:]
+    write_tfds(tmp_path, "mnist", {"train": labelled(pixels[:200]), "test": labelled(pixels[200:])})
+    assert load_tfds().fingerprint() != first.fingerprint()
