@@ -7,7 +7,7 @@ const WASM = "/node_modules/@litertjs/core/wasm/";
 // Runs before the first timed one: the browser optimises WebAssembly while it already runs.
 const WARM_UP = 5;
 let runtime;
-let runtimeError = ""; // the first error that the runtime printed while loading
+let runtimeError = ""; // the first error that the runtime printed while loading or running
 
 /**
  * Reads a file for `Network.load`.
@@ -59,14 +59,17 @@ export class Network {
    * @param {Uint8Array} pixels `(height, width, 3)`.
    * @returns {Promise<{probabilities: number[], milliseconds: number}>} probabilities in the order of the labels; the time
    *   from pixels to output.
+   * @throws {Error} if the runtime fails, for lack of memory for example.
    */
   async run(pixels) {
+    runtimeError = "";
     const started = performance.now();
     const input = new Tensor(pixels, [1, this.height, this.width, 3]);
     try {
       const [output] = await this.model.run(input);
       const values = output.toTypedArray();
       output.delete();
+      if (runtimeError) throw new Error(runtimeError); // the runtime prints it and returns an output of any values
       const milliseconds = performance.now() - started;
       return { probabilities: Array.from(values, (value) => this.dequantize(value)), milliseconds };
     } finally {

@@ -35,10 +35,13 @@ def _scores(answers):
 
 
 def _sampled(image, size):
-    """Resizes as MediaPipe does on a CPU: bilinear at `i * side / size`, without half-pixel centres or antialiasing."""
+    """Resizes as MediaPipe does on a CPU: bilinear, without half-pixel centres or antialiasing.
+
+    It samples at `i * side / size`, rounded to a 32nd of a pixel.
+    """
     for axis, target in enumerate(size):
         side = image.shape[axis]
-        position = np.arange(target) * (side / target)
+        position = np.round(32 * np.arange(target) * side / target) / 32
         low = position.astype(int)
         weight = (position - low)[:, None] if axis else (position - low)[:, None, None]
         image = image.take(low, axis) * (1 - weight) + image.take(np.minimum(low + 1, side - 1), axis) * weight

@@ -522,6 +522,23 @@ def test_a_failing_network_is_not_blamed_on_the_image(open_page, server, test_im
     assert card.locator(".message").text_content() == "float32.tflite can't be run: no memory"
 
 
+def test_an_error_that_the_runtime_only_prints_is_shown(open_page, server, test_images):
+    """Without memory, LiteRT prints an error and returns an output of any values."""
+    # LiteRT resets `Module` once it is loaded.
+    keep = "set: (value) => { kept = value; window.runtime ??= value; }, get: () => kept"
+    page = open_page(server, script=f"{{ let kept; Object.defineProperty(globalThis, 'Module', {{ {keep} }}); }}")
+    page.evaluate("""async () => {
+      const { CompiledModel } = await import("@litertjs/core");
+      const real = CompiledModel.prototype.run;
+      CompiledModel.prototype.run = function (input) {
+        runtime.printErr("ERROR: [litert_compiled_model.cc:164] Failed to allocate tensors");
+        return real.call(this, input);
+      };
+    }""")
+    card = _choose(page, _file(_encoded(test_images[0][0])))
+    assert card.locator(".message").text_content() == "float32.tflite can't be run: Failed to allocate tensors"
+
+
 def test_the_page_can_not_ask_another_host(open_page, server):
     page = open_page(server)
     with socket.create_server(("127.0.0.1", 0)) as other:
