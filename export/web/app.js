@@ -63,7 +63,7 @@ async function classify(readImage, name, label) {
   let failure = "The image can't be read";
   try {
     picture = await decode(await readImage());
-    const pixels = await stretch(picture, network.size);
+    const pixels = await stretch(picture, network.height, network.width);
     const result = { pixels, name, label, card: createCard(picture, pixels, name) };
     failure = `${network.name}.tflite can't be run`;
     await runNetwork(result);
@@ -115,7 +115,7 @@ async function runNetwork(result) {
 /** Returns a card with both pictures and no classes yet. */
 function createCard(picture, pixels, name) {
   const card = copy("result");
-  const { size } = network;
+  const { height, width } = network;
   card.querySelector(".file").textContent = name;
 
   const original = card.querySelector(".original canvas");
@@ -128,15 +128,15 @@ function createCard(picture, pixels, name) {
   picture.draw(context);
   original.ariaLabel = name;
   card.querySelector(".original figcaption").textContent = `${picture.width} × ${picture.height}`;
-  card.querySelector(".original").hidden = picture.width === size && picture.height === size; // both would look the same
+  card.querySelector(".original").hidden = picture.width === width && picture.height === height; // both would look the same
 
   const input = card.querySelector(".input canvas");
-  input.width = input.height = size;
-  const image = new ImageData(size, size);
-  for (let i = 0; i < size * size; i++) image.data.set([...pixels.subarray(3 * i, 3 * i + 3), 255], 4 * i);
+  [input.width, input.height] = [width, height];
+  const image = new ImageData(width, height);
+  for (let i = 0; i < width * height; i++) image.data.set([...pixels.subarray(3 * i, 3 * i + 3), 255], 4 * i);
   input.getContext("2d").putImageData(image, 0, 0);
-  const stretched = picture.width === picture.height ? "" : ", stretched as in training";
-  card.querySelector(".input figcaption").textContent = `Network input: ${size} × ${size}${stretched}`;
+  const stretched = picture.width * height === picture.height * width ? "" : ", stretched as in training";
+  card.querySelector(".input figcaption").textContent = `Network input: ${width} × ${height}${stretched}`;
   return card;
 }
 

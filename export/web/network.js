@@ -7,7 +7,7 @@ const WASM = "/node_modules/@litertjs/core/wasm/";
 // Runs before the first timed one: the browser optimises WebAssembly while it already runs.
 const WARM_UP = 5;
 let runtime;
-let runtimeError = ""; // the first error that the runtime printed while loading
+let runtimeError = ""; // the first error that the runtime printed while loading or running
 
 /**
  * Reads a file for `Network.load`.
@@ -38,7 +38,7 @@ export class Network {
     try {
       await (runtime ??= start());
       const network = new Network(file, await loadAndCompile(file.bytes, { accelerator: "wasm" }));
-      for (let i = 0; i < WARM_UP; i++) await network.run(new Uint8Array(network.size ** 2 * 3));
+      for (let i = 0; i < WARM_UP; i++) await network.run(new Uint8Array(network.height * network.width * 3));
       return network;
     } catch (error) {
       const reason = runtimeError || String(error?.message ?? error).split("\n")[0];
@@ -51,22 +51,25 @@ export class Network {
     this.file = file;
     this.name = file.name;
     this.model = model;
-    /** Side of its square input, in pixels. */
-    this.size = model.getInputDetails()[0].shape[1];
+    /** Size of its input, in pixels. */
+    [, this.height, this.width] = model.getInputDetails()[0].shape;
   }
 
   /**
-   * @param {Uint8Array} pixels `(size, size, 3)`.
+   * @param {Uint8Array} pixels `(height, width, 3)`.
    * @returns {Promise<{probabilities: number[], milliseconds: number}>} probabilities in the order of the labels; the time
    *   from pixels to output.
+   * @throws {Error} if the runtime fails, for lack of memory for example.
    */
   async run(pixels) {
+    runtimeError = "";
     const started = performance.now();
-    const input = new Tensor(pixels, [1, this.size, this.size, 3]);
+    const input = new Tensor(pixels, [1, this.height, this.width, 3]);
     try {
       const [output] = await this.model.run(input);
       const values = output.toTypedArray();
       output.delete();
+      if (runtimeError) throw new Error(runtimeError); // the runtime prints it and returns an output of any values
       const milliseconds = performance.now() - started;
       return { probabilities: Array.from(values, (value) => this.dequantize(value)), milliseconds };
     } finally {

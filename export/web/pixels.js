@@ -132,34 +132,36 @@ async function sides(blob, damaged) {
 }
 
 /**
- * Stretches an image to a square, as tf.image.resize does with method="bilinear" and antialias=True, and rounds to uint8.
+ * Stretches an image to a size, as tf.image.resize does with method="bilinear" and antialias=True, and rounds to uint8.
  * Transparent pixels are laid on white.
  *
  * @param {Picture} picture
- * @param {number} size side of the square, in pixels.
- * @returns {Promise<Uint8Array>} `(size, size, 3)`.
+ * @param {number} height in pixels.
+ * @param {number} width in pixels; without it, the result is a square.
+ * @returns {Promise<Uint8Array>} `(height, width, 3)`.
  * @throws {Refused} for a 16-bit grey picture that uses 12 bits only, of which the browser leaves 16 shades.
  */
-export async function stretch({ bitmap, orientation, grey16 }, size) {
-  const { width, height } = bitmap;
-  const rows = Math.max(1, Math.min(height, Math.floor(STRIP_PIXELS / width)));
+export async function stretch({ bitmap, orientation, grey16 }, height, width = height) {
+  // Stretches the stored image first, then orients the small result.
+  const [columns, rows] = orientation >= 5 ? [height, width] : [width, height];
+  const stripRows = Math.max(1, Math.min(bitmap.height, Math.floor(STRIP_PIXELS / bitmap.width)));
   const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = [width, rows];
+  [canvas.width, canvas.height] = [bitmap.width, stripRows];
   const context = canvas.getContext("2d", { willReadFrequently: true, colorSpace: "srgb" });
   context.imageSmoothingEnabled = false;
   context.fillStyle = "#fff";
   let brightest = 0;
-  const [across, down] = [taps(width, size), taps(height, size)];
-  const sums = new Float64Array(size * size * 3);
-  const line = new Float64Array(size * 3);
-  for (let top = 0; top < height; top += rows) {
-    const n = Math.min(rows, height - top);
-    context.fillRect(0, 0, width, rows);
-    context.drawImage(bitmap, 0, top, width, n, 0, 0, width, n);
-    const { data } = context.getImageData(0, 0, width, n); // (n, width, 4)
+  const [across, down] = [taps(bitmap.width, columns), taps(bitmap.height, rows)];
+  const sums = new Float64Array(rows * columns * 3);
+  const line = new Float64Array(columns * 3);
+  for (let top = 0; top < bitmap.height; top += stripRows) {
+    const n = Math.min(stripRows, bitmap.height - top);
+    context.fillRect(0, 0, bitmap.width, stripRows);
+    context.drawImage(bitmap, 0, top, bitmap.width, n, 0, 0, bitmap.width, n);
+    const { data } = context.getImageData(0, 0, bitmap.width, n); // (n, bitmap.width, 4)
     if (grey16) for (let i = 0; i < data.length; i += 4) brightest = Math.max(brightest, data[i]);
     for (let y = 0; y < n; y++) {
-      resizeRow(data, y * width * 4, across, line);
+      resizeRow(data, y * bitmap.width * 4, across, line);
       down.forEach(({ start, weights }, row) => {
         const weight = weights[top + y - start];
         if (weight) for (let i = 0; i < line.length; i++) sums[row * line.length + i] += weight * line[i];
@@ -173,20 +175,21 @@ export async function stretch({ bitmap, orientation, grey16 }, size) {
         "Save it with 8 bits first.",
     );
   }
-  return orient(Uint8Array.from(sums, roundHalfToEven), size, orientation);
+  return orient(Uint8Array.from(sums, roundHalfToEven), rows, columns, orientation);
 }
 
-/** Applies an EXIF orientation to a square. It can follow the stretch, which treats both axes alike. */
-function orient(pixels, size, orientation) {
+/** Applies an EXIF orientation to pixels `(rows, columns, 3)`. From orientation 5 on, the result is `(columns, rows, 3)`. */
+function orient(pixels, rows, columns, orientation) {
   if (orientation === 1) return pixels;
   const oriented = new Uint8Array(pixels.length);
-  for (let y = 0; y < size; y++) {
-    for (let x = 0; x < size; x++) {
+  const [height, width] = orientation >= 5 ? [columns, rows] : [rows, columns];
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
       let [column, row] = orientation >= 5 ? [y, x] : [x, y];
-      if (COLUMNS_BACKWARDS.includes(orientation)) column = size - 1 - column;
-      if (ROWS_BACKWARDS.includes(orientation)) row = size - 1 - row;
-      const source = 3 * (row * size + column);
-      oriented.set(pixels.subarray(source, source + 3), 3 * (y * size + x));
+      if (COLUMNS_BACKWARDS.includes(orientation)) column = columns - 1 - column;
+      if (ROWS_BACKWARDS.includes(orientation)) row = rows - 1 - row;
+      const source = 3 * (row * columns + column);
+      oriented.set(pixels.subarray(source, source + 3), 3 * (y * width + x));
     }
   }
   return oriented;

@@ -28,12 +28,12 @@ def _made_once(request, tmp_path_factory, name):
 
 @pytest.fixture(scope="session")
 def trained(request, cifar10_dir, tmp_path_factory):
-    """The folder of a short run on the synthetic images, in mixed precision. Not to be written to."""
+    """The folder of a short run on the synthetic images, stretched to 24x40, in mixed precision. Not to be written to."""
     from cvt_keras.training import RECIPES, run
 
     recipe = dataclasses.replace(
         RECIPES["smoke"], dataset="cifar10", data_dir=str(cifar10_dir), precision="mixed_bfloat16", epochs=12, flip=False,
-        train_limit=256, peak_learning_rate=1e-2,
+        image_size=(24, 40), train_limit=256, peak_learning_rate=1e-2,
     )  # fmt: skip
     with _made_once(request, tmp_path_factory, "trained") as (run_dir, missing):
         if missing:
@@ -70,11 +70,11 @@ def classifier(trained):
 
 @pytest.fixture(scope="session")
 def test_images(cifar10_dir):
-    """The 256 test images of the run, uint8, and their labels."""
-    from cvt_keras.data import sources
+    """The 256 test images of the run, uint8, at the size of its network, and their labels."""
+    from cvt_keras.data import images, sources
 
     split = sources.load("cifar10", str(cifar10_dir)).test
-    return split.images, split.labels
+    return images.stretch(split.images, (24, 40)).numpy(), split.labels
 
 
 @pytest.fixture(scope="session")

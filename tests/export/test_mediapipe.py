@@ -35,9 +35,13 @@ def _scores(answers):
 
 
 def _sampled(image, size):
-    """Resizes as MediaPipe does on a CPU: bilinear at `i * side / size`, without half-pixel centres or antialiasing."""
-    for axis, side in enumerate(image.shape[:2]):
-        position = np.arange(size) * (side / size)
+    """Resizes as MediaPipe does on a CPU: bilinear, without half-pixel centres or antialiasing.
+
+    It samples at `i * side / size`, rounded to a 32nd of a pixel.
+    """
+    for axis, target in enumerate(size):
+        side = image.shape[axis]
+        position = np.round(32 * np.arange(target) * side / target) / 32
         low = position.astype(int)
         weight = (position - low)[:, None] if axis else (position - low)[:, None, None]
         image = image.take(low, axis) * (1 - weight) + image.take(np.minimum(low + 1, side - 1), axis) * weight
@@ -47,7 +51,7 @@ def _sampled(image, size):
 @pytest.mark.parametrize("kind", TFLITE_FORMATS)
 def test_names_and_probabilities_match_litert(kind, classify, exported, classifier, test_images, litert):
     file = exported / "export" / "tflite" / f"{kind}.tflite"
-    sides = [(32, 32)] * 20 + [(64, 64), (50, 70), (20, 45), (33, 31), (480, 640)]  # height, width
+    sides = [(24, 40)] * 20 + [(64, 64), (50, 70), (20, 45), (33, 31), (480, 640)]  # height, width
     images = [
         np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
         for image, (height, width) in zip(test_images[0], sides)
@@ -59,7 +63,7 @@ def test_names_and_probabilities_match_litert(kind, classify, exported, classifi
         assert {row["index"]: row["category_name"] for row in rows} == dict(enumerate(names))
         assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
         assert sum(row["score"] for row in rows) == pytest.approx(1, abs=0.02)  # uint8: each rounded to 1/256
-    expected = litert(file, [_sampled(image, 32) for image in images])
+    expected = litert(file, [_sampled(image, (24, 40)) for image in images])
     np.testing.assert_allclose(_scores(answers), expected, rtol=0, atol=TOLERANCE[kind])
 
 
@@ -69,7 +73,7 @@ def test_other_ways_of_resizing_exceed_the_tolerance(classify, exported, test_im
     images = [np.asarray(Image.fromarray(image).resize((224, 160))) for image in test_images[0][:10]]
     scores = _scores(classify(file, images)[1])
     for antialias in (False, True):  # both with half-pixel centres
-        other = [np.round(tf.image.resize(image, (32, 32), antialias=antialias)).astype("uint8") for image in images]
+        other = [np.round(tf.image.resize(image, (24, 40), antialias=antialias)).astype("uint8") for image in images]
         assert np.abs(litert(file, other) - scores).max() > 100 * TOLERANCE["float32"]
 
 
@@ -97,10 +101,10 @@ def test_the_script_in_the_docs_reads_a_photo_as_training_does(mode, classify, e
     exif = Image.Exif()
     exif[0x0112] = 6
     photo.save(tmp_path / "cat.jpg", "PNG", exif=exif)
-    command = [mediapipe_resize.PYTHON, "-c", lines.replace("(64, 64)", "(32, 32)")]  # the size of the tests' run
+    command = [mediapipe_resize.PYTHON, "-c", lines.replace("(64, 64)", "(40, 24)")]  # the tests' run: (width, height)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    pixels = images.stretch(images.decode((tmp_path / "cat.jpg").read_bytes()), (32, 32)).numpy()
+    pixels = images.stretch(images.decode((tmp_path / "cat.jpg").read_bytes()), (24, 40)).numpy()
     expected = litert(exported / "export" / "tflite" / "float32.tflite", [pixels])[0]
     names = (exported / "export" / "labels.txt").read_text().splitlines()
     rows = [line.rpartition(" ")[::2] for line in done.stdout.splitlines()]

@@ -40,7 +40,7 @@ def test_signatures_have_the_documented_names_shapes_and_types(loaded):
         )
         for name, signature in loaded.signatures.items()
     }
-    images = {"images": ((None, 32, 32, 3), "uint8")}
+    images = {"images": ((None, 24, 40, 3), "uint8")}
     answer = {"probabilities": ((None, 10), "float32"), "classes": ((None,), "string")}
     assert shapes == {
         "serving_default": (images, answer),
@@ -66,8 +66,8 @@ def test_every_signature_matches_keras(batch, loaded, classifier, test_images):
 
 def test_photos_of_every_kind_match_training(loaded, classifier):
     kinds = {kind: data for kind, data in photos().items() if kind not in REENCODED}
-    squares = np.stack([stretch(images.decode(data), (32, 32)) for data in kinds.values()])
-    expected = tf.nn.softmax(classifier(squares.astype("float32"), training=False)).numpy()
+    pixels = np.stack([stretch(images.decode(data), (24, 40)) for data in kinds.values()])
+    expected = tf.nn.softmax(classifier(pixels.astype("float32"), training=False)).numpy()
     answers = loaded.signatures["serving_bytes"](image_bytes=tf.constant(list(kinds.values())))["probabilities"].numpy()
     largest = dict(zip(kinds, np.abs(answers - expected).max(axis=1)))
     # The pixels are equal; the network computes in another order.
@@ -147,7 +147,7 @@ def _graph(folder):
 
 def test_no_xla_is_baked_in(classifier, tmp_path):
     classifier.compile(jit_compile=True)  # as on a GPU
-    classifier.predict(np.zeros((1, 32, 32, 3)), verbose=0)
+    classifier.predict(np.zeros((1, 24, 40, 3)), verbose=0)
     names = preprocessing_of(classifier).class_names
     saved_model.write(classifier, names, tmp_path / "1")
     graph = _graph(tmp_path / "1").graph_def
@@ -176,9 +176,8 @@ def test_a_c_program_runs_it(folder, classifier, test_images, tmp_path):
     tensors = [signature.inputs["images"].name.removesuffix(":0"), signature.outputs["probabilities"].name]
     images = test_images[0][:3]
     (tmp_path / "images").write_bytes(images.tobytes())
-    done = subprocess.run(
-        [str(program), str(folder), str(tmp_path / "images"), "3", "32", *tensors], capture_output=True, text=True, check=True
-    )
+    command = [str(program), str(folder), str(tmp_path / "images"), "3", "24", "40", *tensors]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     probabilities = np.array([line.split() for line in done.stdout.splitlines()], "float64")
     expected = keras.ops.softmax(classifier.predict(images.astype("float32"), verbose=0))
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)

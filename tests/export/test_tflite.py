@@ -31,7 +31,7 @@ def interpreters(files):
 @pytest.mark.parametrize("kind", TFLITE_FORMATS)
 def test_the_input_is_one_image_of_raw_pixels(kind, interpreters):
     [input_], [output] = interpreters[kind].get_input_details(), interpreters[kind].get_output_details()
-    assert (tuple(input_["shape"]), input_["dtype"]) == ((1, 32, 32, 3), np.uint8)
+    assert (tuple(input_["shape"]), input_["dtype"]) == ((1, 24, 40, 3), np.uint8)
     assert tuple(output["shape"]) == (1, 10)
     assert output["dtype"] == (np.uint8 if kind == "int8" else np.float32)
     if kind == "int8":

@@ -133,9 +133,9 @@ def test_the_farthest_answer_of_the_signatures_counts():
     np.testing.assert_array_equal(verify._farthest(same, same + 1e-6, same), same)
 
 
-@pytest.mark.parametrize("side, parts", [(32, [500, 500, 1]), (320, [5] * 200 + [1]), (1000, [1] * 1001)])
-def test_batches_shrink_as_images_grow(side, parts):
-    images = np.broadcast_to(np.uint8(0), (1001, side, side, 3))
+@pytest.mark.parametrize("size, parts", [((32, 32), [500, 500, 1]), ((160, 640), [5] * 200 + [1]), ((1000, 1000), [1] * 1001)])
+def test_batches_shrink_as_images_grow(size, parts):
+    images = np.broadcast_to(np.uint8(0), (1001, *size, 3))
     assert [len(batch) for batch in verify.batches(images)] == parts
 
 

@@ -33,7 +33,7 @@ def shown():
     labels = np.arange(9) % 3
     predicted = np.where(np.arange(9) < 3, (labels + 1) % 3, labels)
     logits = np.eye(3, dtype="float32")[predicted] * np.arange(1, 10, dtype="float32")[:, None]
-    images = np.zeros((9, 8, 8, 3), "uint8") + np.arange(9, dtype="uint8")[:, None, None, None]
+    images = np.zeros((9, 6, 10, 3), "uint8") + np.arange(9, dtype="uint8")[:, None, None, None]
     return {"images": images, "logits": logits, "labels": labels}
 
 
@@ -110,7 +110,9 @@ def test_calibration_draws_the_bins(shown):
 
 def test_the_most_wrong_images_are_titled_with_label_and_prediction(shown):
     figure = figures.most_wrong(**shown, names=figures.picture_names(NAMES))
-    assert [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes if axes.images] == [2, 1, 0]
+    pictures = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert [picture[0, 0, 0] for picture in pictures] == [2, 1, 0]
+    assert pictures[0].shape == (6, 10, 3)
     first, second, *_ = (axes.get_title() for axes in figure.axes)
     assert first.startswith("c ") and "as a" in first
     assert second.startswith("$b ") and "as c" in second

@@ -18,10 +18,11 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def samples(cifar10_dir):
-    from cvt_keras.data import sources
+    from cvt_keras.data import images, sources
 
-    images = first_of_each_class(sources.load("cifar10", str(cifar10_dir)))
-    return [{"label": name, "png": tf.io.encode_png(image).numpy()} for name, image in images]
+    samples = first_of_each_class(sources.load("cifar10", str(cifar10_dir)))
+    # At the size of the network, as the images of a folder are.
+    return [{"label": name, "png": tf.io.encode_png(images.stretch(image, (24, 40))).numpy()} for name, image in samples]
 
 
 class _Server(Server):

@@ -206,12 +206,12 @@ def test_the_page_decodes_and_stretches_as_training(name, cards):
     card, expected = cards[name], images.decode(_READABLE[name])
     assert card["message"] is None
     assert abs(_rgb(card["preview"]) - expected).max() <= 2  # the preview has the file's size
-    assert abs(_rgb(card["input"]) - images.stretch(expected, (32, 32)).numpy()).max() <= 2
+    assert abs(_rgb(card["input"]) - images.stretch(expected, (24, 40)).numpy()).max() <= 2
 
 
 def test_the_page_gives_litert_probabilities_on_trainings_pixels(cards, exported, litert):
     names = (exported / "export" / "labels.txt").read_text().splitlines()
-    pixels = [images.stretch(images.decode(data), (32, 32)).numpy() for data in _READABLE.values()]
+    pixels = [images.stretch(images.decode(data), (24, 40)).numpy() for data in _READABLE.values()]
     expected = litert(exported / "export" / "tflite" / "float32.tflite", pixels)
     answers = [dict(cards[name]["probabilities"]) for name in _READABLE]
     differences = abs(np.array([[answer[name] for name in names] for answer in answers]) - expected).max(axis=1)
@@ -222,11 +222,11 @@ def test_the_page_gives_litert_probabilities_on_trainings_pixels(cards, exported
 def test_a_photo_gets_the_same_probabilities_whichever_way_it_goes(cards, exported, classifier, serving):
     """Compares `serving_bytes`, the client and the page with training's decoder and Keras.
 
-    Prints the table of docs/results/exports.md.
+    Prints the table of docs/results/exports.md, which was measured at 32x32.
     """
     names = (exported / "export" / "labels.txt").read_text().splitlines()
-    squares = np.stack([images.stretch(images.decode(data), (32, 32)) for data in _SCENES.values()])
-    expected = dict(zip(_SCENES, tf.nn.softmax(classifier(squares.astype("float32"), training=False)).numpy()))
+    pixels = np.stack([images.stretch(images.decode(data), (24, 40)) for data in _SCENES.values()])
+    expected = dict(zip(_SCENES, tf.nn.softmax(classifier(pixels.astype("float32"), training=False)).numpy()))
     exact = [kind for kind in _SCENES if kind.removeprefix("scene as ") not in REENCODED]
     serving_bytes = tf.saved_model.load(str(exported / "export" / "saved_model" / "1")).signatures["serving_bytes"]
     answers = serving_bytes(image_bytes=tf.constant([_SCENES[kind] for kind in exact]))["probabilities"].numpy()
@@ -248,8 +248,8 @@ def test_a_photo_gets_the_same_probabilities_whichever_way_it_goes(cards, export
         f"scene as {kind}" for kind in ("tiff", "12-bit grey png", "jpeg without its last bytes")
     }
     # serving_bytes and client have equal pixels, and the network sums in another order. Measured: 1.2e-7.
-    # The page may round a pixel of the resize differently, by 1 of 255. Measured: 7.6e-5.
-    for way, limit in {"serving_bytes": 1e-6, "client": 1e-6, "page": 3e-4}.items():
+    # The page may round a pixel of the resize differently, by 1 of 255. Measured: 3.6e-4.
+    for way, limit in {"serving_bytes": 1e-6, "client": 1e-6, "page": 1e-3}.items():
         assert max(differences[way].values()) <= limit, (way, differences[way])
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tensorflow.lite.python import schema_py_generated as schema
 from tools import require_browser
 
-from cvt_keras.data import images, sources
+from cvt_keras.data import images
 from cvt_keras.data.verified import NOT_VERIFIED
 from cvt_keras.export.verify import TFLITE_FORMATS
 
@@ -66,15 +66,14 @@ def _probabilities(card):
 
 
 def _network_input(card):
-    """The pixels of the network's input, `(size, size, 3)`."""
-    read = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
-    pixels = np.array(card.locator(".input canvas").evaluate(read), "uint8")
-    size = int((len(pixels) / 4) ** 0.5)
-    return pixels.reshape(size, size, 4)[..., :3]
+    """The pixels of the network's input, `(height, width, 3)`."""
+    read = "c => [c.height, c.width, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]"
+    height, width, pixels = card.locator(".input canvas").evaluate(read)
+    return np.array(pixels, "uint8").reshape(height, width, 4)[..., :3]
 
 
 def _stretched(pixels):
-    return images.stretch(pixels, (32, 32)).numpy()
+    return images.stretch(pixels, (24, 40)).numpy()
 
 
 def _keras(classifier, pixels):
@@ -98,6 +97,7 @@ def test_uploaded_images_get_keras_probabilities(page, classifier, test_images, 
     for i, image in enumerate(images):
         card = cards.filter(has_text=f"{i}.png")
         np.testing.assert_array_equal(_network_input(card), image)
+        assert not card.locator(".original").is_visible()  # it is the network's input
         probabilities, expected = _probabilities(card), _keras(classifier, image)
         assert set(probabilities) == set(names)
         np.testing.assert_allclose([probabilities[name] for name in names], expected, atol=1e-3)
@@ -111,15 +111,17 @@ def test_uploaded_images_get_keras_probabilities(page, classifier, test_images, 
 
 def test_images_of_another_size_are_stretched_as_in_training(page, classifier, names):
     photo = images.decode((Path(sklearn.datasets.__file__).parent / "images" / "china.jpg").read_bytes())
-    # Larger than one strip of `stretch`, smaller than the network's input, narrower than a pixel of it, and a photo.
-    for pixels in (_photo(1500, 2000), _photo(20, 50), _photo(31, 33), _photo(3000, 7), _photo(1, 1), photo):
+    # Larger than one strip of `stretch`, smaller than the network's input, turned, narrower than a pixel of it, and a photo.
+    for pixels in (_photo(1500, 2000), _photo(12, 20), _photo(40, 24), _photo(3000, 7), _photo(1, 1), photo):
         expected = _stretched(pixels)
         card = _choose(page, _file(_encoded(pixels, compress_level=1)))
         assert abs(_network_input(card).astype(int) - expected).max() <= (0 if pixels is photo else 1), pixels.shape
         probabilities = _probabilities(card)
         np.testing.assert_allclose([probabilities[name] for name in names], _keras(classifier, expected), atol=1e-3)
         height, width, _ = pixels.shape
-        assert ("stretched as in training" in card.text_content()) == (height != width)
+        assert card.locator(".original").is_visible()
+        stretched = "" if (height, width) == (12, 20) else ", stretched as in training"
+        assert card.locator(".input").text_content() == f"Network input: 40 \N{MULTIPLICATION SIGN} 24{stretched}"
 
 
 def test_the_caption_of_a_rotated_photo_has_its_upright_size(page):
@@ -258,14 +260,14 @@ def test_paste(page, test_images):
     _expect()(page.get_by_role("status")).to_have_text("The clipboard holds no image.")
 
 
-def test_a_sample(page, samples, cifar10_dir):
-    source = sources.load("cifar10", str(cifar10_dir))
+def test_a_sample(page, names, test_images):
+    pixels, labels = test_images
     buttons = page.locator("#samples").get_by_role("button")
     _expect()(buttons).to_have_count(10)
     assert page.get_by_role("heading", name="Or try a test image").is_visible()
-    assert buttons.all_text_contents() == list(source.class_names)
+    assert buttons.all_text_contents() == names
     card = _new_card(page, page.get_by_role("button", name="cat", exact=True).click)
-    np.testing.assert_array_equal(_network_input(card), source.test.images[list(source.test.labels).index(3)])
+    np.testing.assert_array_equal(_network_input(card), pixels[list(labels).index(3)])
     assert card.locator(".file").text_content() == "test image, labelled cat"
 
 
@@ -520,6 +522,23 @@ def test_a_failing_network_is_not_blamed_on_the_image(open_page, server, test_im
     assert card.locator(".message").text_content() == "float32.tflite can't be run: no memory"
 
 
+def test_an_error_that_the_runtime_only_prints_is_shown(open_page, server, test_images):
+    """Without memory, LiteRT prints an error and returns an output of any values."""
+    # LiteRT resets `Module` once it is loaded.
+    keep = "set: (value) => { kept = value; window.runtime ??= value; }, get: () => kept"
+    page = open_page(server, script=f"{{ let kept; Object.defineProperty(globalThis, 'Module', {{ {keep} }}); }}")
+    page.evaluate("""async () => {
+      const { CompiledModel } = await import("@litertjs/core");
+      const real = CompiledModel.prototype.run;
+      CompiledModel.prototype.run = function (input) {
+        runtime.printErr("ERROR: [litert_compiled_model.cc:164] Failed to allocate tensors");
+        return real.call(this, input);
+      };
+    }""")
+    card = _choose(page, _file(_encoded(test_images[0][0])))
+    assert card.locator(".message").text_content() == "float32.tflite can't be run: Failed to allocate tensors"
+
+
 def test_the_page_can_not_ask_another_host(open_page, server):
     page = open_page(server)
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -544,6 +563,15 @@ def test_the_page_fits_every_width(page):
         assert page.evaluate("document.documentElement.scrollWidth") == width
         sizes = page.locator("label, button").evaluate_all("all => all.map(one => one.getBoundingClientRect().height)")
         assert min(sizes) >= 24  # WCAG 2.2's least for a finger
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_networks_input_and_the_samples_keep_their_shape(width, page):
+    page.set_viewport_size({"width": width, "height": 844})
+    card = _choose(page, _file(_encoded(_photo(30, 30))))
+    for picture in (card.locator(".input canvas"), page.locator("#samples img").first):
+        box = picture.bounding_box()
+        assert box["width"] / box["height"] == pytest.approx(40 / 24, rel=0.02)
 
 
 def test_the_preview_of_a_strip_is_visible(page):

@@ -25,6 +25,7 @@ from cvt_keras.export.web import __main__ as command
 from cvt_keras.export.web import samples as module_of_samples
 from cvt_keras.export.web import server as module
 from cvt_keras.export.web.samples import Samples, first_of_each_class
+from cvt_keras.preprocessing import Preprocessing
 
 
 def _ask(server, path, method="GET", **headers):
@@ -299,7 +300,7 @@ def test_samples_of_a_folder_are_test_images_of_the_run(recorded, exported, monk
     monkeypatch.setattr(sources, "load", lambda *arguments, **options: calls.append((arguments, options)) or source)
     module_of_samples.main([str(tmp_path)])
     record = ImageRecord.read(tmp_path / runs.IMAGES)
-    assert calls == [(("folder", "photos", 32), {"skip_broken": True, "record": record})]
+    assert calls == [(("folder", "photos", Preprocessing(image_size=(24, 40))), {"skip_broken": True, "record": record})]
     printed = json.loads(capsys.readouterr().out)
     assert [sample["label"] for sample in printed["samples"]] == ["a", "b"]
     colours = [int(tf.io.decode_png(base64.b64decode(sample["png"]))[0, 0, 0]) for sample in printed["samples"]]
