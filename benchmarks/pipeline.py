@@ -59,9 +59,7 @@ def splits(arguments, recipe, folder):
     """The same training images from each place: a dict from the kind of cache to a `Split`. And the number of classes."""
     if arguments.data_dir is not None:
         kinds = ("memory", "disk", "off")
-        loaded = {
-            kind: sources.load("folder", arguments.data_dir, recipe.preprocessing, Cache(kind, folder)) for kind in kinds
-        }
+        loaded = {kind: sources.load("folder", arguments.data_dir, recipe.preprocessing, Cache(kind, folder)) for kind in kinds}
         return {kind: source.train for kind, source in loaded.items()}, len(loaded["disk"].class_names)
     random = np.random.default_rng(0)
     n, shape = arguments.num_images, (*recipe.preprocessing.image_size, 3)

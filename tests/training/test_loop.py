@@ -103,7 +103,7 @@ def test_the_saved_model_has_the_scores_of_the_report(finished, recipe):
     assert not model.compiled
     assert isinstance(model.get_layer("cvt"), CvT)
     test = tfds.cifar10(recipe.data_dir, recipe.preprocessing, recipe.pixel_cache).test.limit(100)
-    scores = metrics.evaluate(model.predict(test.images.astype("float32"), verbose=0), test.labels)
+    scores = metrics.evaluate(model.predict(np.asarray(test.images, "float32"), verbose=0), test.labels)
     assert scores["top1"] == report.test["top1"]
     assert scores["loss"] == pytest.approx(report.test["loss"], rel=1e-5)
     assert report.parameters == sum(int(np.prod(v.shape)) for v in model.trainable_variables)
@@ -385,7 +385,7 @@ def test_the_whitening_kernel_comes_from_the_first_training_images(whitened, fir
     monkeypatch.setattr(loop, "WHITENING_IMAGES", 40)
     source = tfds.cifar10(whitened.data_dir, whitened.preprocessing, whitened.pixel_cache)
     expected = Whitening(2)
-    expected.adapt(((source.train.images[:40] / 255.0 - source.mean) / source.std).astype("float32"))
+    expected.adapt(((np.asarray(source.train.images[:40]) / 255.0 - source.mean) / source.std).astype("float32"))
     kernel = first_kernel(whitened, tmp_path / "run")
     np.testing.assert_allclose(kernel, expected.kernel, atol=1e-4)
     # Precision and seed don't change it.
