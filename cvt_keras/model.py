@@ -131,8 +131,8 @@ class CvT(keras.Model):
         """Returns a network with published weights, or your own.
 
         Every array of the checkpoint is used exactly once, except those of a head that is replaced. A checkpoint that does not
-        fit is refused. The model's `preprocessing` has the checkpoint's mean, std, image size and, if known, class names, so
-        that `build_classifier(model)` takes raw pixels.
+        fit is refused. The model's `preprocessing` has the checkpoint's mean, std, image size, way of resizing and, if known,
+        class names, so that `build_classifier(model)` takes raw pixels.
 
         Args:
             source: one of
@@ -153,7 +153,7 @@ class CvT(keras.Model):
             which: which weights to read if a file holds several: `"ema"` for the moving average, or their name or prefix in
                 the file, such as `"teacher"`. `None` reads the weights that are not an average, and warns if there is an
                 average too.
-            kwargs: as in `CvT`; `preprocessing` overrides the checkpoint's, value by value.
+            kwargs: as in `CvT`; `preprocessing` overrides the checkpoint's, value by value: pass a dict to override some.
 
         Raises:
             CheckpointError: for a damaged file, and for missing, unused, mis-shaped or integer arrays; it names each.

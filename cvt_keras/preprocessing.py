@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-RESIZES = ("stretch",)
+RESIZES = ("stretch", "crop")
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Preprocessing:
         class_names: in the order of the outputs.
         image_size: `(height, width)` in pixels.
         resize: how to bring an image to that size. `"stretch"` resizes to that height and width, whatever the aspect ratio.
+            `"crop"` keeps the aspect ratio: it scales the image until it just covers `crop_from`, then cuts out the middle.
+        crop_pct: with `"crop"`, `image_size` as a fraction of `crop_from`; greater than 0 and at most 1.
+        interpolation: `"bilinear"` or `"bicubic"`, both with antialiasing.
 
     Raises:
         ValueError: for a value of the wrong type or range; the message names it.
@@ -31,6 +35,8 @@ class Preprocessing:
     class_names: Sequence[str] | None = None
     image_size: Sequence[int] | None = None
     resize: str = "stretch"
+    crop_pct: float = 0.875
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "class_names", "image_size"):
@@ -52,8 +58,12 @@ class Preprocessing:
             or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in self.image_size)
         ):
             raise ValueError(f"`image_size` must be (height, width) in pixels. Received: image_size={self.image_size}")
-        if self.resize not in RESIZES:
-            raise ValueError(f"`resize` must be one of {RESIZES}. Received: resize={self.resize!r}")
+        for name, known in {"resize": RESIZES, "interpolation": INTERPOLATIONS}.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"`{name}` must be one of {known}. Received: {name}={value!r}")
+        object.__setattr__(self, "crop_pct", _plain(self.crop_pct))
+        if not isinstance(self.crop_pct, (int, float)) or isinstance(self.crop_pct, bool) or not 0 < self.crop_pct <= 1:
+            raise ValueError(f"`crop_pct` must be greater than 0 and at most 1. Received: crop_pct={self.crop_pct!r}")
 
     @classmethod
     def from_config(cls, config: "Preprocessing | Mapping[str, Any] | None") -> "Preprocessing":
@@ -76,6 +86,14 @@ class Preprocessing:
     def replace(self, **fields: Any) -> Self:
         """Returns a copy with these fields changed."""
         return dataclasses.replace(self, **fields)
+
+    @property
+    def crop_from(self) -> tuple[int, int]:
+        """`(height, width)` of the box that `resize="crop"` scales images to cover: `image_size / crop_pct`, rounded down."""
+        if self.image_size is None:
+            raise ValueError("`image_size` must be known to crop. Received: image_size=None")
+        height, width = (int(side / self.crop_pct) for side in self.image_size)
+        return height, width
 
     def require_channels(self, channels: int) -> None:
         """Raises ValueError unless `mean` and `std` are known and have one number for each of `channels`."""

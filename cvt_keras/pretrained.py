@@ -109,6 +109,9 @@ def transformers_processor(model: "keras.Model") -> dict[str, Any]:
 
     Args:
         model: a `CvT`, or a classifier around one.
+
+    Raises:
+        ArgumentError: for a model that crops images to a rectangle, which transformers can't do.
     """
     from cvt_keras.model import cvt_of, preprocessing_of
 
@@ -117,11 +120,27 @@ def transformers_processor(model: "keras.Model") -> dict[str, Any]:
     height, width = model.input_shape[1:3]
     if None in (height, width):
         height, width = preprocessing.image_size or (224, 224)
+    size = {"height": height, "width": width}
+    resizing: dict[str, Any]
+    if preprocessing.resize == "stretch":
+        resizing = {"image_processor_type": "ViTImageProcessor", "size": size}  # it can stretch to any size
+    elif height == width:
+        shortest_edge = preprocessing.replace(image_size=(height, width)).crop_from[0]
+        resizing = {
+            "image_processor_type": "CLIPImageProcessor",  # ConvNextImageProcessor crops below 384 pixels only
+            "size": {"shortest_edge": shortest_edge},
+            "do_center_crop": True,
+            "crop_size": size,
+            "crop_pct": preprocessing.crop_pct,
+        }
+    else:
+        raise ArgumentError(
+            f"`model` must stretch images, or have a square input. Received: resize=crop to {height}x{width}", argument="model"
+        )
     return {
-        "image_processor_type": "ViTImageProcessor",  # it can stretch to any size
         "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 2,  # bilinear
+        **resizing,
+        "resample": {"bilinear": 2, "bicubic": 3}[preprocessing.interpolation],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -423,7 +423,7 @@ def test_config_is_json_and_takes_a_variant_in_every_form():
     config = model.get_config()
     assert json.loads(json.dumps(config)) == config
     assert CvT.from_config(config).get_config() == config
-    assert config["preprocessing"] == {**preprocessing, "std": None, "image_size": None, "resize": "stretch"}
+    assert config["preprocessing"] == Preprocessing(**preprocessing).get_config()
     assert CvT(config["variant"], 2, (16, 24, 3)).variant == CvT.from_variant("cvt_tiny", 2, (16, 24, 3)).variant == TINY
 
 

@@ -15,7 +15,14 @@ def test_it_is_frozen_and_compares_by_value():
         preprocessing.mean = (0.0, 0.0)
 
 
-@pytest.mark.parametrize("preprocessing", [Preprocessing(), Preprocessing((0.1,), (0.2,), ("a", "b"), (4, 6))])
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        Preprocessing(),
+        Preprocessing((0.1,), (0.2,), ("a", "b"), (4, 6)),
+        Preprocessing(image_size=(4, 6), resize="crop", crop_pct=0.9, interpolation="bicubic"),
+    ],
+)
 def test_config_round_trip(preprocessing):
     config = preprocessing.get_config()
     assert json.loads(json.dumps(config)) == config
@@ -26,6 +33,20 @@ def test_config_round_trip(preprocessing):
 def test_missing_keys_of_a_config_are_unknown():
     assert Preprocessing.from_config(None) == Preprocessing.from_config({}) == Preprocessing()
     assert Preprocessing.from_config({"mean": [0.5]}) == Preprocessing(mean=(0.5,))  # as version 0.1 wrote it
+
+
+def test_a_config_of_an_older_version_stretches():
+    config = {"mean": None, "std": None, "class_names": None, "image_size": [4, 6], "resize": "stretch"}  # of version 0.4
+    assert Preprocessing.from_config(config) == Preprocessing(image_size=(4, 6), crop_pct=0.875, interpolation="bilinear")
+
+
+def test_crop_from_is_rounded_down_as_the_field_does():
+    crop = Preprocessing(image_size=(224, 224), resize="crop")
+    assert crop.crop_from == (256, 256)
+    assert crop.replace(crop_pct=0.9).crop_from == (248, 248)
+    assert crop.replace(image_size=(184, 750), crop_pct=1).crop_from == (184, 750)
+    with pytest.raises(ValueError, match="`image_size`"):
+        _ = Preprocessing(resize="crop").crop_from
 
 
 def test_replace_changes_only_the_named_fields():
@@ -53,7 +74,12 @@ def test_numpy_values_become_python_values():
         ({"image_size": [224]}, "image_size"),
         ({"image_size": [224, 0]}, "image_size"),
         ({"image_size": [224.0, 224.0]}, "image_size"),
-        ({"resize": "crop"}, "resize"),
+        ({"resize": "pad"}, "resize"),
+        ({"interpolation": "lanczos"}, "interpolation"),
+        ({"crop_pct": 0}, "crop_pct"),
+        ({"crop_pct": 1.1}, "crop_pct"),
+        ({"crop_pct": True}, "crop_pct"),
+        ({"crop_pct": "0.9"}, "crop_pct"),
     ],
 )
 def test_an_invalid_value_is_named(fields, name):

@@ -19,6 +19,7 @@ from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classi
 from cvt_keras.conversion import configs
 from cvt_keras.conversion.checkpoint import load_state_dict
 from cvt_keras.conversion.layouts import LAYOUTS, microsoft_weights, transformers_weights
+from cvt_keras.data.images import fit
 from cvt_keras.errors import ArgumentError
 from cvt_keras.pretrained import to_torch_state_dict, transformers_config, transformers_processor
 
@@ -88,7 +89,10 @@ def test_any_image_size_is_accepted(tiny_folder):
     model = CvT.from_pretrained(tiny_folder, input_shape=(96, 64, 3))
     assert model.input_shape == (None, 96, 64, 3)
     assert model.preprocessing.image_size == (64, 64)  # the checkpoint's
-    assert transformers_processor(model)["size"] == {"height": 96, "width": 64}  # the model's
+    with pytest.raises(ArgumentError, match="96x64"):  # the model's size, and the checkpoint's crop
+        transformers_processor(model)
+    model.preprocessing = model.preprocessing.replace(resize="stretch")
+    assert transformers_processor(model)["size"] == {"height": 96, "width": 64}
     free = CvT.from_pretrained(tiny_folder, input_shape=(None, None, 3))
     images = np.random.default_rng(0).normal(size=(1, 96, 64, 3)).astype("float32")
     np.testing.assert_allclose(
@@ -116,7 +120,10 @@ def test_dtype_and_name_are_passed_to_the_network(tiny_folder):
 
 def test_the_preprocessing_argument_overrides_the_checkpoints(tiny_folder):
     model = CvT.from_pretrained(tiny_folder, preprocessing={"mean": [0.3, 0.2, 0.1]})
-    assert model.preprocessing == Preprocessing([0.3, 0.2, 0.1], [0.4, 0.5, 0.6], [f"class {i}" for i in range(5)], [64, 64])
+    assert model.preprocessing == CvT.from_pretrained(tiny_folder).preprocessing.replace(mean=[0.3, 0.2, 0.1])
+    assert model.preprocessing.class_names == tuple(f"class {i}" for i in range(5))
+    model = CvT.from_pretrained(tiny_folder, preprocessing={"resize": "stretch"})
+    assert (model.preprocessing.resize, model.preprocessing.interpolation) == ("stretch", "bicubic")
     model = CvT.from_pretrained(tiny_folder, preprocessing={"image_size": [96, 64]})
     assert model.input_shape == (None, 96, 64, 3)
 
@@ -165,6 +172,19 @@ def test_a_trained_classifier_loads_into_transformers(tmp_path):
     again = CvT.from_pretrained(tmp_path)
     assert again.preprocessing == preprocessing_of(classifier)
     assert again.preprocessing == Preprocessing(mean, [0.4, 0.5, 0.6], names, [64, 96])
+
+
+@pytest.mark.parametrize("crop_pct, interpolation", [(0.9, "bicubic"), (1.0, "bilinear")])
+def test_transformers_crops_as_the_classifier_was_trained(crop_pct, interpolation, tmp_path):
+    preprocessing = Preprocessing([0.0] * 3, [1.0] * 3, None, [64, 64], "crop", crop_pct, interpolation)
+    model = CvT(TINY, 5, (64, 64, 3), preprocessing=preprocessing)
+    (tmp_path / "config.json").write_text(json.dumps(transformers_config(model)))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(transformers_processor(model)))
+    photo = np.broadcast_to(128 + 90 * np.sin(np.arange(150) / 9), (3, 100, 150)).transpose(1, 2, 0).astype("uint8")
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    [prepared] = processor(photo, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(255 * prepared.transpose(1, 2, 0), fit(photo, preprocessing), atol=2)
+    assert configs.read(tmp_path / "config.json", 3)[1] == preprocessing
 
 
 def test_a_network_with_four_channels_loads_into_transformers(tmp_path):

@@ -13,6 +13,10 @@ from cvt_keras.variants import VARIANTS, Stage, Variant, is_integer
 # Both sources trained with ImageNet's mean and std. The authors' yaml files say so, their weight files don't.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Both sources tested 224x224 on the middle of 256, and larger inputs on stretched images, all bicubic.
+_CROP_PCT = 0.875
+_STRETCHED_FROM = 384
+_RESAMPLES = range(6)  # Pillow's numbers
 
 _SPEC_FIELDS = {
     "dim": "DIM_EMBED",
@@ -163,7 +167,7 @@ def _named(fault):
 
 
 def _processor(config, default, channels):
-    """Returns mean and std, for pixels in 0..1, and the image size of a preprocessor_config.json."""
+    """Returns the fields of a `Preprocessing` that a preprocessor_config.json describes, except class names."""
     config = {name: value for name, value in config.items() if value is not None}
     statistics = {"mean": config.get("image_mean", default.mean), "std": config.get("image_std", default.std)}
     if not config.get("do_normalize", True):
@@ -179,16 +183,58 @@ def _processor(config, default, channels):
             raise ValueError(f"`image_{name}` must be a list of {channels} numbers. Received: {values}")
         statistics[name] = [value / scale for value in values]
     Preprocessing(**statistics).require_channels(channels)
-    size = config.get("size", default.image_size)
-    if config.get("do_center_crop", True):
-        size = config.get("crop_size", size)
+    return {**statistics, **_resizing(config, default)}
+
+
+def _resizing(config, default):
+    """Returns the fields of a `Preprocessing` for the size of the images and how to resize them.
+
+    Configs name the class that reads them. Classes differ in what they do by default, and in what one number means as `size`.
+    """
+    kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "ConvNext"  # CvT's
+    is_convnext = str(kind).startswith("ConvNext")
+    crop_size = config.get("crop_size") if config.get("do_center_crop", True) else None
+    size = config.get("size", {"shortest_edge": default.image_size[0]})
+    sides = _sides(size)
+    image_size = sides if crop_size is None else _sides(crop_size)
+    if isinstance(size, dict):
+        keeps_aspect = "shortest_edge" in size
+    else:
+        keeps_aspect = is_integer(size) and (is_convnext or crop_size is not None)
+    if crop_size is None:
+        crops = keeps_aspect and min(sides) < _STRETCHED_FROM
+        crop_pct = 1.0 if crops and not is_convnext else _CROP_PCT
+    else:
+        crops = keeps_aspect or sides != image_size
+        crop_pct = _fraction(min(image_size), min(sides)) if crops else _CROP_PCT
+    resample = config.get("resample", 3 if is_convnext or crop_size is not None else 2)
+    if not is_integer(resample) or resample not in _RESAMPLES:
+        raise ValueError(f"`resample` must be one of {', '.join(map(str, _RESAMPLES))}. Received: {resample}")
+    return {
+        "image_size": image_size,
+        "resize": "crop" if crops and config.get("do_resize", True) else "stretch",
+        "crop_pct": config.get("crop_pct", crop_pct),
+        "interpolation": "bicubic" if resample in (1, 3) else "bilinear",  # 1 is Lanczos; bicubic is the nearest to it
+    }
+
+
+def _sides(size):
+    """Returns height and width for any form of `size` or `crop_size`."""
     if isinstance(size, dict):
         sides = [size["shortest_edge"]] * 2 if "shortest_edge" in size else [size.get("height"), size.get("width")]
     else:
-        sides = size if isinstance(size, (list, tuple)) else [size, size]
-    if len(sides) != 2 or not all(is_integer(side) for side in sides):
+        sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    if len(sides) != 2 or not all(is_integer(side) and side > 0 for side in sides):
         raise ValueError(f"`size` must be a side in pixels, or height and width. Received: {size}")
-    return {**statistics, "image_size": sides}
+    return sides
+
+
+def _fraction(crop, resized):
+    """Returns the `crop_pct` for which `int(crop / crop_pct)` is `resized`; 1 if the image would be padded to `crop`."""
+    if resized <= crop:
+        return 1.0
+    fraction = crop / resized
+    return fraction if int(crop / fraction) == resized else math.nextafter(fraction, 0)
 
 
 def _is_number(value):
@@ -209,4 +255,5 @@ def published_preprocessing(variant, channels, name):
     if match and min(int(side) for side in match.groups()) >= variant.min_side:  # smaller numbers mean something else
         size = [int(side) for side in match.groups()]
     mean, std = (list(IMAGENET_MEAN), list(IMAGENET_STD)) if channels == 3 else (None, None)
-    return Preprocessing(mean, std, image_size=size)
+    resize = "stretch" if min(size) >= _STRETCHED_FROM else "crop"
+    return Preprocessing(mean, std, image_size=size, resize=resize, crop_pct=_CROP_PCT, interpolation="bicubic")

@@ -386,12 +386,58 @@ def on_white(rgb, alpha):
     return ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype("uint8")
 
 
-def stretch(images, size):
+def fit(images, preprocessing):
+    """Brings images to the network's size, as validation, `predict` and every export do.
+
+    Args:
+        images: uint8 `(..., height, width, 3)`, with at most one leading dimension. In a graph, the size may be unknown.
+        preprocessing: a `Preprocessing`; its `image_size`, `resize`, `crop_pct` and `interpolation` are used.
+
+    Returns:
+        A uint8 tensor, `(..., *image_size, 3)`.
+    """
+    import tensorflow as tf
+
+    images = tf.convert_to_tensor(images)
+    height, width = preprocessing.image_size
+    if preprocessing.resize == "stretch":
+        fitted = stretch(images, (height, width), preprocessing.interpolation)
+    else:
+        scaled, is_enlarged = _covering(images, preprocessing)
+
+        def cut():
+            top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+            whole = stretch(images, scaled, preprocessing.interpolation)
+            return whole[..., top : top + height, left : left + width, :]
+
+        fitted = _choose(is_enlarged, lambda: _enlarged_middle(images, scaled, preprocessing), cut)
+    return tf.ensure_shape(fitted, (*images.shape[:-3], height, width, 3))
+
+
+def shrink(images, preprocessing):
+    """Returns what a cache stores of images: no more pixels than training and `fit` need. `fit` gives the same for both.
+
+    With `resize="stretch"`, these are images of the network's size. With `"crop"`, they just cover `crop_from`, so that
+    training can draw areas of them; images that would have to be enlarged are returned unchanged.
+
+    Args, returns: as `fit`, but for the size.
+    """
+    import tensorflow as tf
+
+    if preprocessing.resize == "stretch":
+        return stretch(images, preprocessing.image_size, preprocessing.interpolation)
+    images = tf.convert_to_tensor(images)
+    scaled, is_enlarged = _covering(images, preprocessing)
+    return _choose(is_enlarged, lambda: images, lambda: stretch(images, scaled, preprocessing.interpolation))
+
+
+def stretch(images, size, interpolation="bilinear"):
     """Resizes images with antialiasing, ignoring their aspect ratio. Images of that size are returned unchanged.
 
     Args:
         images: uint8 `(..., height, width, 3)`.
         size: `(height, width)` in pixels.
+        interpolation: `"bilinear"` or `"bicubic"`.
 
     Returns:
         A uint8 tensor, `(..., *size, 3)`.
@@ -399,9 +445,68 @@ def stretch(images, size):
     import tensorflow as tf
 
     def resize():
-        return tf.saturate_cast(tf.round(tf.image.resize(images, size, antialias=True)), tf.uint8)
+        return _to_bytes(tf.image.resize(images, size, interpolation, antialias=True))
 
     sides = tuple(images.shape[-3:-1])
-    if None not in sides:
+    if tf.is_tensor(size):
+        size = tf.cast(size, tf.int32)
+    elif None not in sides:
         return tf.convert_to_tensor(images) if sides == tuple(size) else resize()
     return tf.cond(tf.reduce_all(tf.shape(images)[-3:-1] == size), lambda: tf.convert_to_tensor(images), resize)
+
+
+def _to_bytes(pixels):
+    import tensorflow as tf
+
+    return tf.saturate_cast(tf.round(pixels), tf.uint8)
+
+
+def _enlarged_middle(images, scaled, preprocessing):
+    """The middle of images enlarged to the size `scaled`. Does not compute the rest: that of a strip can take gigabytes."""
+    import tensorflow as tf
+
+    size = tf.constant(preprocessing.image_size, tf.int64)
+    start = (tf.convert_to_tensor(scaled, tf.int64) - size) // 2  # of the middle, in the enlarged image
+    sides = tf.shape(images, tf.int64)[-3:-1]
+    scale = tf.cast(scaled, tf.float64) / tf.cast(sides, tf.float64)
+    # The pixels that the middle depends on: the kernels reach two pixels beyond.
+    first = tf.maximum(tf.cast(tf.cast(start, tf.float64) / scale, tf.int64) - 3, 0)
+    last = tf.minimum(tf.cast(tf.cast(start + size, tf.float64) / scale, tf.int64) + 4, sides)
+    part = images[..., first[0] : last[0], first[1] : last[1], :]
+    pixels = tf.raw_ops.ScaleAndTranslate(
+        images=part if images.shape.rank == 4 else part[None],
+        size=preprocessing.image_size,
+        scale=tf.cast(scale, tf.float32),
+        translation=tf.cast(tf.cast(first, tf.float64) * scale - tf.cast(start, tf.float64), tf.float32),
+        kernel_type={"bilinear": "triangle", "bicubic": "keyscubic"}[preprocessing.interpolation],
+    )
+    return _to_bytes(pixels if images.shape.rank == 4 else pixels[0])
+
+
+def _covering(images, preprocessing):
+    """The size at which images just cover `crop_from`, and whether that enlarges them.
+
+    Returns:
+        `(height, width)` and a bool. Both are tensors in a graph that does not know the size of the images. The size is then
+        int64, as an enlarged strip can be too long for int32.
+    """
+    import tensorflow as tf
+
+    tall, wide = preprocessing.crop_from
+    height, width = images.shape[-3:-1]
+    if None not in (height, width):
+        scaled = max(tall, wide * height // width), max(wide, tall * width // height)
+        return scaled, scaled[0] > height or scaled[1] > width
+    sides = tf.shape(images, tf.int64)[-3:-1]
+    height, width = tf.unstack(sides)
+    scaled = tf.stack([tf.maximum(wide * height // width, tall), tf.maximum(tall * width // height, wide)])
+    return scaled, tf.reduce_any(scaled > sides)
+
+
+def _choose(condition, then, otherwise):
+    """`tf.cond` that also takes a Python bool, and then adds only one of the two to a graph."""
+    import tensorflow as tf
+
+    if isinstance(condition, bool):
+        return then() if condition else otherwise()
+    return tf.cond(condition, then, otherwise)

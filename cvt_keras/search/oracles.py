@@ -14,7 +14,7 @@ import numpy as np
 
 from cvt_keras import runs
 from cvt_keras.errors import MissingPackageError, RecipeError, RunError
-from cvt_keras.preprocessing import size_text
+from cvt_keras.preprocessing import Preprocessing, size_text
 from cvt_keras.search import space as spaces
 from cvt_keras.training.recipes import Recipe
 from cvt_keras.training.resume import same_weights
@@ -337,7 +337,7 @@ def differences(stored, settings, phrase="{!r} in the search, now {!r}"):
             changes.append(f"{part}: {phrase.format(stored.get(part), settings.get(part))}")
     for part in ("data", "recipe", "space"):
         # A field that is missing in the stored recipe is newer than the search: it had its default.
-        defaults = Recipe().settings() if part == "recipe" else {}
+        defaults = Recipe().resized_like(Preprocessing()).settings() if part == "recipe" else {}
         old, new = stored[part], settings[part]
         for name in old | new:
             before, after = old.get(name, defaults.get(name)), new.get(name, defaults.get(name))

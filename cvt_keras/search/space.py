@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cvt_keras import runs
 from cvt_keras.errors import RecipeError, RunError
-from cvt_keras.training.recipes import Recipe
+from cvt_keras.training.recipes import RESIZING, Recipe
 from cvt_keras.variants import get_variant, named
 
 DIGITS = 4  # significant digits of values drawn from a range: easy to read and to type
@@ -365,17 +365,15 @@ def shown(value):
 
 def _number_fields():
     """Fields of a recipe that are numbers, as name -> type, except those that a search must not vary."""
-    fixed = ("epochs", "seed")
+    fixed = ("epochs", "seed", *RESIZING)  # the images are loaded once for all trials
     kinds = {int: int, float: float, float | None: float}
     return {name: kinds[hint] for name, hint in get_type_hints(Recipe).items() if hint in kinds and name not in fixed}
 
 
 def _word_fields():
-    """Fields of a recipe that are one of a few words, as name -> words, except those that depend on the machine."""
-    hints = get_type_hints(Recipe)
-    return {
-        name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal and name not in ("precision", "xla")
-    }
+    """Fields of a recipe that are one of a few words, as name -> words, except those of the machine and of `RESIZING`."""
+    hints, fixed = get_type_hints(Recipe), ("precision", "xla", *RESIZING)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal and name not in fixed}
 
 
 def _scaled(own):

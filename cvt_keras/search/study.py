@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from cvt_keras import runs
 from cvt_keras.errors import RecipeError, SearchError
+from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.search import distributed, folder, oracles, results
 from cvt_keras.search import space as spaces
 from cvt_keras.search.candidates import Candidates
@@ -18,7 +19,7 @@ from cvt_keras.search.space import Choice, Range
 from cvt_keras.search.tuner import RecipeTuner
 from cvt_keras.training import held_out
 from cvt_keras.training.plan import load_images, read_weights, require_fit, warn
-from cvt_keras.training.recipes import Recipe
+from cvt_keras.training.recipes import RESIZING, Recipe
 from cvt_keras.training.resume import newer_fields, without_newer_fields
 
 
@@ -125,6 +126,9 @@ def _search(recipe, space, search_dir, options):
     stored = folder.read_settings(search_dir) if exists and not replaces else None  # --fresh may delete a damaged one
     if stored is not None:
         recipe = without_newer_fields(recipe, newer_fields(stored["recipe"]))
+        # Versions that did not store how images are resized stretched them.
+        resizing = {name: stored["recipe"][name] for name in RESIZING if name in stored["recipe"]}
+        recipe = recipe.resized_like(Recipe.from_settings(resizing).preprocessing)
         if recipe.dataset == "auto":
             recipe = dataclasses.replace(recipe, dataset=stored["recipe"]["dataset"])
     if options.chief:
@@ -151,11 +155,19 @@ def _settle(recipe, space, options):
     Returns:
         The oracle, and the settings of the search for `search.json`.
     """
+    # A chief does not train: it does not need the weights, unless they say how images are resized.
+    needs_weights = recipe.weights is not None and (not options.chief or recipe.open_resizing)
+    checkpoint = read_weights(recipe) if needs_weights else None
+    recipe = recipe.resized_like(checkpoint.preprocessing if checkpoint else Preprocessing())
+    if recipe.resize == "crop" and "crop_padding" in space:
+        raise RecipeError(
+            "`space` can't vary `crop_padding`, which has no effect with resize=crop. Received: space with crop_padding",
+            argument="space",
+            hint="Remove crop_padding from the space, or use --resize stretch",
+        )
     recipe, source = load_images(recipe)
     if source.fallback:
         warn(source.fallback)
-    # A chief does not train: it does not need the weights.
-    checkpoint = None if recipe.weights is None or options.chief else read_weights(recipe)
     names = held_out.named_classes(checkpoint)
     usable, _, differences = held_out.settle(source, weights=checkpoint and recipe.weights, class_names=names)
     for warning in (*source.warnings, *differences):

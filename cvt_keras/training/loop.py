@@ -214,6 +214,7 @@ def _build(plan, dtype):
         mean=plan.source.mean,
         std=plan.source.std,
         class_names=plan.source.class_names,
+        preprocessing=plan.recipe.preprocessing,
         dtype=dtype,
     )
 

@@ -152,6 +152,7 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
         warnings=(*source.warnings, *differences, *few),
     )
     require_fit(settled, plan.train)
+    _show_resizing(settled)
     _show_counts(plan)
     for warning in plan.warnings:
         warn(warning)
@@ -286,7 +287,7 @@ def _starting_point(recipe, run_dir, stored):
     """Reads the weights to start from, and the mean and std of their images.
 
     Returns:
-        The recipe with the variant of the weights, a `Checkpoint` or `None`, and a `Preprocessing`.
+        The recipe with the variant and the resizing of the weights, a `Checkpoint` or `None`, and a `Preprocessing`.
     """
     data = stored_data(run_dir) if stored is not None else None
     if data is not None:
@@ -295,8 +296,8 @@ def _starting_point(recipe, run_dir, stored):
         return recipe, None, Preprocessing(data.get("mean"), data.get("std"))
     checkpoint = read_weights(recipe)
     if checkpoint is None:
-        return recipe, None, Preprocessing()
-    recipe = dataclasses.replace(recipe, variant=named(checkpoint.variant))
+        return recipe.resized_like(Preprocessing()), None, Preprocessing()
+    recipe = dataclasses.replace(recipe, variant=named(checkpoint.variant)).resized_like(checkpoint.preprocessing)
     print(f"starting from {recipe.weights}: {recipe.variant_name} (activation {checkpoint.variant.activation})", flush=True)
     return recipe, checkpoint, checkpoint.preprocessing
 
@@ -364,12 +365,24 @@ def require_fit(recipe, train):
             f"Received: image_size={size_text(size)}",
             argument="image_size",
         )
-    if recipe.crop_padding >= min(size):
+    if recipe.preprocessing.resize == "stretch" and recipe.crop_padding >= min(size):
         raise RecipeError(
             f"`crop_padding` must be less than `image_size`. "
             f"Received: crop_padding={recipe.crop_padding}, image_size={size_text(size)}",
             argument="crop_padding",
             hint="Use --crop-padding 0, or a larger --image-size",
+        )
+
+
+def _show_resizing(recipe):
+    preprocessing = recipe.preprocessing
+    if preprocessing.resize == "crop":
+        sizes = f"{size_text(preprocessing.image_size)} of {size_text(preprocessing.crop_from)}"
+        areas = " to ".join(f"{bound:.0%}" for bound in recipe.scale)
+        print(
+            f"resize: crop, {sizes}, {preprocessing.interpolation}; training draws areas of {areas} of the image, "
+            "in place of crop_padding",
+            flush=True,
         )
 
 

@@ -20,6 +20,7 @@ from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
 
 COMPRESSIONS = ("prune", "cluster", "qat")
+RESIZING = ("resize", "crop_pct", "interpolation")  # fields of a recipe and of `Preprocessing`
 
 # A flag takes a variant's name. Without this tyro would make flags of the fields of a `Variant` as well.
 _VARIANT_FLAG = tyro.constructors.PrimitiveConstructorSpec(
@@ -68,10 +69,18 @@ class Recipe:
     None: the network of --weights."""
     weights: str | None = None
     """Pretrained weights: a .pth of microsoft/CvT, a transformers folder or file, a hub id (microsoft/cvt-13) or a .keras file.
-    Sets the input's mean and std too. The head is new unless the classes match."""
+    Sets the input's mean and std and how images are resized, too. The head is new unless the classes match."""
     image_size: Annotated[int | tuple[int, int], _SIZE_FLAG] = 32
     """Size of the network's input in pixels: N for a square, or height and width, as in 184x750.
     Images of another size are resized."""
+    resize: Literal["auto", "stretch", "crop"] = "auto"
+    """stretch: resize to --image-size, whatever the aspect ratio. crop: keep the aspect ratio and cut out the middle;
+    training cuts out random areas. auto: as the weights were trained; without --weights, stretch."""
+    crop_pct: float | None = None
+    """With crop: the size of the middle as a fraction of the resized image, as in 0.875 for 224 of 256.
+    None: that of the weights, otherwise 0.875."""
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    """How to compute pixels, with antialiasing. auto: as the weights were trained; without --weights, bilinear."""
 
     # === Data ===
     dataset: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(sources.NAMES)}}}")] = "auto"
@@ -102,7 +111,12 @@ class Recipe:
     """Mirror each image left to right in every second epoch; a random half is mirrored in the first epoch.
     Always off for data sets of digits or letters."""
     crop_padding: int = 4
-    """Random crops: pad each side by N reflected pixels, then crop to the original size; 0 is off."""
+    """With stretch: random crops. Pad each side by N reflected pixels, then crop to the original size; 0 is off."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """With crop: the least and the largest random area in training, as fractions of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """With crop: the least and the largest aspect ratio of the random area, width / height.
+    It is relative to the aspect ratio of --image-size."""
     rand_augment: int = 0
     """RandAugment: number of operations per image; 0 is off."""
     rand_augment_magnitude: float = 5.0
@@ -163,12 +177,19 @@ class Recipe:
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))  # as in recipe.json
         if isinstance(self.freeze, int) and not isinstance(self.freeze, bool):
             object.__setattr__(self, "freeze", str(self.freeze))  # as the flag gives it
-        if isinstance(self.image_size, list):
-            object.__setattr__(self, "image_size", tuple(self.image_size))  # as the flag gives it
+        for name in ("image_size", "scale", "ratio"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))  # as the flag gives it
         for name, hint in get_type_hints(type(self)).items():
-            if name != "image_size":
+            if name not in ("image_size", "scale", "ratio"):
                 _check_type(name, getattr(self, name), hint)
         _check_image_size(self.image_size)
+        _check_bounds("scale", self.scale, most=1)
+        _check_bounds("ratio", self.ratio)
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise RecipeError(
+                f"`crop_pct` must be greater than 0 and at most 1. Received: crop_pct={self.crop_pct}", argument="crop_pct"
+            )
         try:
             if self.variant is not None:
                 get_variant(self.variant)
@@ -231,9 +252,22 @@ class Recipe:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How to prepare images for the network, without mean, std and class names, which come from the data set."""
+        """How to prepare images for the network, without mean, std and class names, which come from the data set.
+
+        Fields of `RESIZING` that are open get the defaults of `Preprocessing`.
+        """
         size = self.image_size
-        return Preprocessing(image_size=size if isinstance(size, tuple) else (size, size))
+        settled = {name: getattr(self, name) for name in RESIZING if name not in self.open_resizing}
+        return Preprocessing(image_size=size if isinstance(size, tuple) else (size, size), **settled)
+
+    @property
+    def open_resizing(self) -> tuple[str, ...]:
+        """The fields of `RESIZING` that come from the weights."""
+        return tuple(name for name in RESIZING if getattr(self, name) in ("auto", None))
+
+    def resized_like(self, preprocessing: Preprocessing) -> "Recipe":
+        """The recipe with the values of a `Preprocessing` for the fields in `open_resizing`."""
+        return dataclasses.replace(self, **{name: getattr(preprocessing, name) for name in self.open_resizing})
 
     @property
     def pixel_cache(self) -> Cache:
@@ -264,8 +298,9 @@ class Recipe:
         left out if it is `None`.
         """
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if isinstance(self.image_size, tuple):
-            settings["image_size"] = list(self.image_size)
+        for name in ("image_size", "scale", "ratio"):
+            if isinstance(settings[name], tuple):
+                settings[name] = list(settings[name])
         del settings["description"]
         if self.compression is None:
             del settings["compression"]
@@ -325,6 +360,21 @@ def _check_image_size(value):
             f"`image_size` must be a side in pixels, or height and width. Received: image_size={value!r}",
             argument="image_size",
             hint="Use a number, such as --image-size 224, or height x width, such as --image-size 184x750",
+        )
+
+
+def _check_bounds(name, value, most=math.inf):
+    if (
+        not isinstance(value, tuple)
+        or len(value) != 2
+        or not all(isinstance(bound, (int, float)) and not isinstance(bound, bool) and math.isfinite(bound) for bound in value)
+        or not 0 < value[0] <= value[1] <= most
+    ):
+        limit = "" if most == math.inf else f", at most {most}"
+        raise RecipeError(
+            f"`{name}` must be two numbers greater than 0{limit}, the smaller first. Received: {name}={value!r}",
+            argument=name,
+            hint=f"Use two numbers, such as --{name} {' '.join(f'{bound:.4g}' for bound in getattr(Recipe, name))}",
         )
 
 
@@ -413,6 +463,9 @@ FINETUNE = Recipe(
     variant=None,  # that of the weights
     image_size=224,
     crop_padding=28,  # an eighth of 224, as 4 is of 32
+    # Published weights are resized by crop. 0.08, for training from scratch, often leaves the object out: few epochs and few
+    # images can't make up for that.
+    scale=(0.35, 1.0),
     batch_size=64,
     optimizer="adamw",
     peak_learning_rate=5e-4,  # of the head; the first block of CvT-13 learns at 0.75**13 of it, a 42nd

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cvt_keras import runs
 from cvt_keras.errors import DifferentRunError, RunError
+from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.training.recipes import Recipe, read_recipe
 from cvt_keras.variants import Variant, different_fields, get_variant, named
 
@@ -28,14 +29,15 @@ class StoredRun:
     def completed(self, recipe):
         """Fills in the fields that a recipe leaves open from the stored recipe.
 
-        Open are `dataset`, `precision` and `xla` if they are `auto`, and the variant if it comes from the weights. The
-        `newer_fields` get their defaults.
+        Open are `dataset`, `precision` and `xla` if they are `auto`, and the variant and the way of resizing if they come from
+        the weights. The `newer_fields` get their defaults.
         """
         recipe = without_newer_fields(recipe, self.newer_fields)
         open_fields = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
         if recipe.weights and same_weights(self.recipe.weights, recipe.weights) and self._leaves_variant_open(recipe):
             open_fields.append("variant")
-        return dataclasses.replace(recipe, **{name: getattr(self.recipe, name) for name in open_fields})
+        recipe = dataclasses.replace(recipe, **{name: getattr(self.recipe, name) for name in open_fields})
+        return recipe.resized_like(self.recipe.preprocessing)
 
     def _leaves_variant_open(self, recipe):
         """Whether the variant of the recipe, or only its activation, comes from the weights."""
@@ -100,6 +102,8 @@ def read_stored_run(run_dir):
     recipe = read_recipe(run_dir, hint)
     if open_fields := [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]:
         raise RunError(f"{path} was not written by a run: it has auto for {', '.join(open_fields)}", hint=hint)
+    # Versions that did not store how images are resized stretched them.
+    recipe = recipe.resized_like(Preprocessing())
     return StoredRun(run_dir, recipe, newer_fields(runs.read_json(path)))
 
 

@@ -115,7 +115,9 @@ def test_the_resolution_is_read_from_the_name_of_an_authors_file(shallow_file):
     assert model.input_shape == (None, 64, 96, 3)
     assert model.num_classes == 5
     assert model.variant.activation == "quick_gelu"
-    assert model.preprocessing == Preprocessing([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], None, [64, 96])
+    assert model.preprocessing == Preprocessing(
+        [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], None, [64, 96], "crop", interpolation="bicubic"
+    )
     for name in ("weights", "cvt13_2x4gpu", "cvt-2x2", "run_12x08"):
         assert configs.published_preprocessing(VARIANTS["cvt_13"], 3, name).image_size == (224, 224)
     assert configs.published_preprocessing(VARIANTS["cvt_w24"], 3, "weights").image_size == (384, 384)
@@ -133,7 +135,9 @@ def test_a_transformers_folder_is_read_with_its_configs(suffix, give, tiny_folde
     file = folder / ("model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin")
     model = CvT.from_pretrained(folder if give == "folder" else str(file))
     assert model.variant == TINY
-    assert model.preprocessing == Preprocessing([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [f"class {i}" for i in range(5)], [64, 64])
+    assert model.preprocessing == Preprocessing(
+        [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [f"class {i}" for i in range(5)], [64, 64], "crop", interpolation="bicubic"
+    )
     assert model.input_shape == (None, 64, 64, 3)
     expected = random_arrays(transformers_weights(TINY, 5))
     for key, array in to_torch_state_dict(model, "transformers").items():

@@ -123,6 +123,66 @@ def test_every_form_of_an_image_processor_is_read(processor, expected, tmp_path)
     assert preprocessing.replace(**expected) == preprocessing
 
 
+BICUBIC_CROP = {"resize": "crop", "crop_pct": 0.875, "interpolation": "bicubic"}
+STRETCH = {"resize": "stretch", "crop_pct": 0.875}
+
+
+@pytest.mark.parametrize(
+    "processor, expected",
+    [
+        (None, BICUBIC_CROP),
+        ({}, BICUBIC_CROP),
+        # As microsoft/cvt-13 and microsoft/cvt-13-384 have them, in the forms of several versions of transformers.
+        ({"crop_pct": 0.875, "feature_extractor_type": "ConvNextFeatureExtractor", "resample": 3, "size": 224}, BICUBIC_CROP),
+        ({"crop_pct": 0.8, "resample": 2, "size": {"shortest_edge": 224}}, {"crop_pct": 0.8, "interpolation": "bilinear"}),
+        ({"crop_pct": 0.875, "resample": 3, "size": {"shortest_edge": 384}}, {**STRETCH, "interpolation": "bicubic"}),
+        ({"size": 384}, {**STRETCH, "image_size": [384, 384], "interpolation": "bicubic"}),
+        ({"size": 224, "do_resize": False}, {"resize": "stretch"}),
+        # Other processors.
+        ({"image_processor_type": "ViTImageProcessor", "size": 96}, {**STRETCH, "interpolation": "bilinear"}),
+        ({"image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 96}, "resample": 3}, STRETCH),
+        (
+            {"image_processor_type": "ViTImageProcessor", "size": {"shortest_edge": 96}},
+            {"image_size": [96, 96], "resize": "crop", "crop_pct": 1.0, "interpolation": "bilinear"},
+        ),
+        (
+            {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 256}, "crop_size": 224},
+            {**BICUBIC_CROP, "image_size": [224, 224]},
+        ),
+        ({"image_processor_type": "CLIPImageProcessor", "size": 224, "crop_size": 224}, {"resize": "crop", "crop_pct": 1.0}),
+        ({"size": {"height": 256, "width": 256}, "crop_size": {"height": 224, "width": 224}}, BICUBIC_CROP),
+        ({"size": {"height": 224, "width": 224}, "crop_size": {"height": 224, "width": 224}}, STRETCH),
+        ({"size": {"shortest_edge": 64}, "crop_size": 96}, {"image_size": [96, 96], "crop_pct": 1.0}),  # transformers pads
+        ({"size": 96, "resample": 1}, {"interpolation": "bicubic"}),
+        ({"size": 96, "resample": 0}, {"interpolation": "bilinear"}),
+    ],
+)
+def test_the_way_of_resizing_is_read(processor, expected, tmp_path):
+    _, preprocessing = configs.read(_write(tmp_path, processor), 3)
+    assert preprocessing.replace(**expected) == preprocessing
+
+
+# `int(crop / (crop / resized))` is less than `resized` for the last three.
+@pytest.mark.parametrize("crop, resized", [(224, 256), (224, 248), (64, 93), (112, 177), (128, 186)])
+def test_a_crop_size_gives_the_box_that_it_is_cut_from(crop, resized, tmp_path):
+    _, preprocessing = configs.read(_write(tmp_path, {"size": {"shortest_edge": resized}, "crop_size": crop}), 3)
+    assert preprocessing.crop_from == (resized, resized)
+
+
+def test_published_files_without_a_config_crop_small_inputs_and_stretch_large_ones():
+    small, large, wide = (
+        configs.published_preprocessing(VARIANTS[variant], 3, name)
+        for variant, name in (("cvt_13", "CvT-13-224x224-IN-1k"), ("cvt_21", "CvT-21-384x384-IN-1k"), ("cvt_w24", "weights"))
+    )
+    assert (small.resize, small.crop_from, small.interpolation) == ("crop", (256, 256), "bicubic")
+    for preprocessing in (large, wide):
+        assert (preprocessing.resize, preprocessing.image_size, preprocessing.interpolation) == (
+            "stretch",
+            (384, 384),
+            "bicubic",
+        )
+
+
 def test_four_channels_do_not_get_imagenets_mean(tmp_path):
     _, preprocessing = configs.read(_write(tmp_path), 4)
     assert (preprocessing.mean, preprocessing.std) == (None, None)
@@ -134,6 +194,10 @@ def test_four_channels_do_not_get_imagenets_mean(tmp_path):
         ("[]", "JSON object"),
         ({"size": {"longest": 3}}, "`size`"),
         ({"size": 224.7}, "`size`"),
+        ({"size": 0}, "`size`"),
+        ({"resample": 7}, "`resample`"),
+        ({"resample": "bicubic"}, "`resample`"),
+        ({"crop_pct": 1.5}, "`crop_pct`"),
         ({"size": "large"}, "`size`"),
         ({"image_mean": [True, True, True]}, "`image_mean`"),
         ({"rescale_factor": "1/255"}, "`rescale_factor`"),

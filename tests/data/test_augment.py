@@ -180,3 +180,70 @@ def test_rand_augment_draws_every_operation_and_uses_its_magnitude():
     ]
     assert change[0] == 0
     assert change == sorted(change)
+
+
+# === Random areas ===
+
+SCALE, RATIO = (0.3, 0.9), (0.75, 1.5)
+
+
+def _areas(height, width, n=500, seed=(0, 0), scale=SCALE, ratio=RATIO):
+    draws = augment.area_draws(n, seed).numpy()
+    return np.array([augment.random_area(height, width, row, scale, ratio) for row in draws])
+
+
+def test_random_areas_lie_inside_and_have_the_areas_and_aspect_ratios_of_the_ranges():
+    height, width = 256, 341
+    top, left, tall, wide = _areas(height, width).T
+    assert min(*top, *left) == 0  # some touch a side
+    assert np.all(top + tall <= height) and np.all(left + wide <= width)
+    shares, aspects = tall * wide / (height * width), wide / tall
+    for values, (low, high) in ((shares, SCALE), (aspects, RATIO)):
+        assert low * 0.99 < values.min() < low * 1.05
+        assert high * 0.95 < values.max() < high * 1.01
+    # Every position is as likely: the middle of its range, on average.
+    assert np.mean(top / np.maximum(height - tall, 1)) == pytest.approx(0.5, abs=0.05)
+    assert np.mean(left / np.maximum(width - wide, 1)) == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_logarithm_of_the_aspect_ratio_is_uniform():
+    _, _, tall, wide = _areas(1000, 1000, scale=(0.1, 0.2), ratio=(0.5, 4.0)).T
+    assert np.median(wide / tall) == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_a_seed_gives_the_same_areas_again():
+    first = _areas(100, 140)
+    np.testing.assert_array_equal(first, _areas(100, 140))
+    assert not np.array_equal(first, _areas(100, 140, seed=(0, 1)))
+    assert len(np.unique(first, axis=0)) > 400
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [((10, 1000), (0, 492, 10, 15)), ((1000, 10), (493, 0, 13, 10)), ((1, 9), (0, 3, 1, 2)), ((9, 1), (4, 0, 1, 1))],
+)
+def test_without_a_try_that_fits_the_area_is_in_the_middle(shape, expected):
+    assert {tuple(area) for area in _areas(*shape, n=5, scale=(1.0, 1.0))} == {expected}
+
+
+def test_the_fallback_has_at_least_one_pixel():
+    draws = np.full((augment.TRIES, 4), 0.5)
+    assert augment.random_area(1, 9, draws, (1.0, 1.0), (0.1, 0.3)) == (0, 4, 1, 1)
+    assert augment.random_area(9, 1, draws, (1.0, 1.0), (4.0, 9.0)) == (4, 0, 1, 1)
+
+
+def test_the_whole_image_is_the_fallback_if_its_aspect_ratio_is_in_range():
+    draws = np.full((augment.TRIES, 4), 0.999)  # too wide in each try
+    assert augment.random_area(100, 100, draws, (0.9, 1.0), (0.5, 2.0)) == (0, 0, 100, 100)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_an_area_is_cut_before_it_is_resized(interpolation):
+    y, x = np.mgrid[:90, :120]
+    photo = np.stack([y, x, 128 + 60 * np.sin(x / 9)], axis=-1).astype("uint8")
+    pixels = augment.resized_area(photo, (10, 20, 60, 80), (32, 48), interpolation)
+    expected = tf.image.resize(photo[10:70, 20:100], (32, 48), interpolation, antialias=True).numpy()
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (32, 48, 3))
+    assert np.abs(pixels - expected).max() <= 2
+    same = augment.resized_area(photo, (3, 4, 32, 48), (32, 48), interpolation)
+    np.testing.assert_array_equal(same, photo[3:35, 4:52])

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from cvt_keras.data.images import stretch
+from cvt_keras.data.images import fit, stretch
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
 from cvt_keras.data.split import Split
 from cvt_keras.preprocessing import Preprocessing
@@ -191,7 +191,105 @@ def test_small_images_are_stretched_in_batches(split):
     np.testing.assert_array_equal(shown, whole)
 
 
+def test_interpolation_is_used_to_stretch(split):
+    recipe = dataclasses.replace(PLAIN, image_size=20, epochs=1, batch_size=100, interpolation="bicubic")
+    [(shown, _)] = training_batches(split, 10, recipe).as_numpy_iterator()
+    whole = stretch(split.images, (20, 20), "bicubic").numpy()
+    for batch in (shown, *(images for images, _ in evaluation_batches(split, 10, recipe.preprocessing).as_numpy_iterator())):
+        assert {image.tobytes() for image in batch.astype("uint8")} <= {image.tobytes() for image in whole}
+
+
 def test_evaluation_batches_hold_every_image_in_order(split):
     batches = list(evaluation_batches(split, 10, Preprocessing(image_size=(8, 8))).as_numpy_iterator())
     np.testing.assert_array_equal(np.concatenate([images for images, _ in batches]), split.images)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), np.eye(10)[split.labels])
+
+
+# === Crops ===
+
+CROP = dataclasses.replace(PLAIN, resize="crop", batch_size=10, scale=(0.3, 0.8))
+
+
+class Photos(list):
+    """Photos of different sizes."""
+
+    def __getitem__(self, item):
+        return Photos(super().__getitem__(item)) if isinstance(item, slice) else super().__getitem__(item)
+
+
+@pytest.fixture
+def photos():
+    """40 photos of different sizes. Their first two channels hold the row and the column of each pixel, the third the index."""
+    sides = np.random.default_rng(0).integers(20, 60, (40, 2))
+    grids = [np.stack(np.broadcast_arrays(*np.ogrid[:height, :width], i), axis=-1) for i, (height, width) in enumerate(sides)]
+    return Split(Photos(grid.astype("uint8") for grid in grids), np.arange(40) % 10)
+
+
+def _batches(split, recipe, first_epoch=0):
+    return [images for images, _ in training_batches(split, 10, recipe, first_epoch).as_numpy_iterator()]
+
+
+def test_training_sees_random_areas_of_single_images(photos):
+    batches = _batches(photos, CROP)
+    assert [batch.shape for batch in batches] == [(10, 8, 8, 3)] * 8
+    shown = np.concatenate(batches)
+    for epoch in shown.reshape(2, 40, 8, 8, 3):
+        assert sorted(epoch[:, 0, 0, 2]) == list(range(40))
+    heights, widths = np.array([image.shape[:2] for image in photos.images]).T
+    indices = shown[:, 0, 0, 2].astype(int)
+    # The first and the last pixel show the area: each is the mean of an eighth of it.
+    tall, wide = (np.ptp(shown[..., channel], axis=(1, 2)) * 8 / 7 for channel in (0, 1))
+    shares = tall * wide / (heights * widths)[indices]
+    assert 0.2 < shares.min() < 0.45 and 0.65 < shares.max() < 0.9
+    assert len(np.unique(shown[:, 0, 0, :2], axis=0)) > 60
+    # The same image has another area in the next epoch.
+    assert not np.array_equal(shown[:40][np.argsort(indices[:40])], shown[40:][np.argsort(indices[40:])])
+
+
+def test_random_areas_depend_only_on_seed_step_and_index_in_the_batch(photos):
+    recipe = dataclasses.replace(CROP, epochs=3, flip=True)
+    whole = _batches(photos, recipe)
+    np.testing.assert_array_equal(whole, _batches(photos, recipe))
+    np.testing.assert_array_equal(whole[8:], _batches(photos, recipe, first_epoch=2))
+    assert not np.array_equal(whole, _batches(photos, dataclasses.replace(recipe, seed=1)))
+
+
+@pytest.mark.parametrize(
+    "change", [{"scale": (0.9, 1.0)}, {"ratio": (0.4, 0.5)}, {"interpolation": "bicubic"}, {"resize": "auto"}]
+)
+def test_each_setting_of_random_areas_is_used(split, change):
+    recipe = dataclasses.replace(CROP, epochs=1)
+    assert not np.array_equal(_batches(split, recipe), _batches(split, dataclasses.replace(recipe, **change)))
+
+
+def test_crop_padding_has_no_effect_with_crop(split):
+    np.testing.assert_array_equal(_batches(split, CROP), _batches(split, dataclasses.replace(CROP, crop_padding=4)))
+
+
+def test_the_aspect_ratio_is_relative_to_the_networks_input(photos):
+    recipe = dataclasses.replace(CROP, epochs=1, image_size=(8, 32), scale=(0.05, 0.1), ratio=(0.99, 1.01))
+    shown = np.concatenate(_batches(photos, recipe))
+    tall, wide = (np.ptp(shown[..., channel], axis=(1, 2)) for channel in (0, 1))
+    aspects = (wide * 32 / 31) / (tall * 8 / 7)
+    assert np.median(aspects) == pytest.approx(4, rel=0.15)
+
+
+@pytest.mark.parametrize("first_epoch", [0, 1])
+def test_other_augmentation_is_that_of_stretched_images(split, first_epoch):
+    whole = dataclasses.replace(PLAIN, **{**ALL, "crop_padding": 0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)})
+    for (images, labels), (same_images, same_labels) in zip(
+        training_batches(split, 10, whole, first_epoch).as_numpy_iterator(),
+        training_batches(split, 10, dataclasses.replace(whole, resize="crop"), first_epoch).as_numpy_iterator(),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(images, same_images)
+        np.testing.assert_array_equal(labels, same_labels)
+
+
+def test_validation_sees_the_middle(photos):
+    preprocessing = Preprocessing(image_size=(12, 18), resize="crop", crop_pct=0.75, interpolation="bicubic")
+    batches = list(evaluation_batches(photos, 10, preprocessing).as_numpy_iterator())
+    shown, labels = (np.concatenate(parts) for parts in zip(*batches))
+    assert shown.dtype == np.float32
+    np.testing.assert_array_equal(shown, [fit(image, preprocessing) for image in photos.images])
+    np.testing.assert_array_equal(labels, np.eye(10)[photos.labels])

@@ -432,6 +432,45 @@ def test_the_network_of_weights_is_not_varied(tmp_path, quick_run, no_pictures, 
     assert {recipe.variant for recipe in quick_run} == {None} and len({recipe.layer_decay for recipe in quick_run}) == 2
 
 
+CROPS = SimpleNamespace(variant="cvt_tiny", preprocessing=Preprocessing(resize="crop", crop_pct=0.75, interpolation="bicubic"))
+
+
+@pytest.mark.parametrize("chief", [False, True])
+def test_all_trials_resize_as_the_weights_were_trained(chief, monkeypatch):
+    loaded = []
+
+    def load_images(recipe):
+        loaded.append(recipe.preprocessing)
+        return recipe, small_source("1a 2b 3a", "4b 5a", "6a 7b")
+
+    monkeypatch.setattr(study, "load_images", load_images)
+    monkeypatch.setattr(study, "read_weights", lambda recipe: CROPS)
+    recipe = dataclasses.replace(SMOKE, weights="some.keras", batch_size=2, train_limit=None)
+    oracle, settings = study._settle(recipe, {}, Options(chief=chief))
+    assert loaded == [oracle.candidates.recipe.preprocessing]
+    assert loaded == [CROPS.preprocessing.replace(image_size=(32, 32))]
+    assert (settings["recipe"]["resize"], settings["recipe"]["crop_pct"]) == ("crop", 0.75)
+    with pytest.raises(RecipeError) as error:
+        study._settle(recipe, {"crop_padding": Choice((0, 4))}, Options(chief=chief))
+    assert error.value.argument == "space" and "crop_padding" in error.value.summary
+    study._settle(dataclasses.replace(recipe, resize="stretch"), {"crop_padding": Choice((0, 4))}, Options(chief=chief))
+
+
+def test_a_resumed_search_resizes_as_before(command, tmp_path, quick_run, no_pictures, monkeypatch, capsys):
+    monkeypatch.setattr(study, "read_weights", lambda recipe: CROPS)
+    words = ["finetune", "--weights", "some.keras", "--image-size", "32", "--crop-padding", "4", "--dataset", "digits"]
+    words += ["--search-dir", str(tmp_path / "search"), "--trials"]
+    assert _search([*words, "1"]) == 0
+    path = tmp_path / "search" / "search.json"
+    settings = runs.read_json(path)
+    assert settings["recipe"]["resize"] == "crop"
+    for name in ("resize", "crop_pct", "interpolation"):  # as version 0.4 wrote it
+        del settings["recipe"][name]
+    runs.write_json(path, settings)
+    assert _search([*words, "2"]) == 0
+    assert [recipe.resize for recipe in quick_run] == ["crop", "stretch"]
+
+
 def test_the_fit_is_checked_with_the_images_that_a_trial_trains_on(tmp_path, monkeypatch, capsys):
     recipe = dataclasses.replace(SMOKE, dataset="folder", weights=str(tmp_path / "model.keras"), batch_size=3, train_limit=None)
     source = dataclasses.replace(small_source("1a 2b 3a", "4b 5a", "6a 7b"), warnings=("a warning",))

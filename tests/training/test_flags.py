@@ -92,6 +92,9 @@ def test_every_field_has_a_flag():
         "--decay": ("decay", "cosine"),
         "--label-smoothing": ("label_smoothing", 0.25),
         "--ema": ("ema", 0.25),
+        "--resize": ("resize", "crop"),
+        "--crop-pct": ("crop_pct", 0.9),
+        "--interpolation": ("interpolation", "bicubic"),
         "--weights": ("weights", "microsoft/cvt-13"),
         "--layer-decay": ("layer_decay", 0.25),
         "--class-weights": ("class_weights", "auto"),
@@ -104,8 +107,10 @@ def test_every_field_has_a_flag():
     assert parse(["--skip-broken"])[1].recipe.skip_broken
     frozen = parse(["--weights", "microsoft/cvt-13", "--freeze", "2"])[1].recipe
     assert frozen.freeze == "2"
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    assert {field for field, _ in flags.values()} | {"flip", "skip_broken", "freeze", "description", "compression"} == fields
+    areas = parse(["--scale", "0.5", "0.9", "--ratio", "0.8", "1.25"])[1].recipe
+    assert (areas.scale, areas.ratio) == ((0.5, 0.9), (0.8, 1.25))
+    others = {"flip", "skip_broken", "freeze", "scale", "ratio", "description", "compression"}
+    assert {field for field, _ in flags.values()} | others == {field.name for field in dataclasses.fields(Recipe)}
 
 
 def test_help_shows_the_recipe_and_plain_defaults(capsys):

@@ -174,16 +174,19 @@ def test_mixed_precision_with_and_without_xla_saves_a_float32_model(short, preci
     assert {layer.dtype_policy.name for layer in model._flatten_layers()} == {"float32"}
 
 
-def test_label_smoothing_image_size_and_moving_average_take_effect(short, tmp_path):
-    change = {"label_smoothing": 0.5, "image_size": (16, 24), "ema": 0.9}
+def test_label_smoothing_image_size_resizing_and_moving_average_take_effect(short, tmp_path):
+    resizing = {"resize": "crop", "crop_pct": 0.75, "interpolation": "bicubic"}
+    change = {"label_smoothing": 0.5, "image_size": (16, 24), "ema": 0.9, **resizing}
     report = run(dataclasses.replace(short, **change), tmp_path / "run", evaluate_test=False)
     [row] = runs.read_history(tmp_path / "run")
     assert row["loss"] != pytest.approx(row["cross_entropy"], rel=1e-3)
     assert row["val_cross_entropy"] == pytest.approx(report.validation["loss"], rel=1e-4)  # without label smoothing
     assert report.image_size == [16, 24]
+    assert {name: report.recipe[name] for name in resizing} == resizing
     # The average is validated and saved. The checkpoint also has the raw weights.
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert model.input_shape == (None, 16, 24, 3)
+    assert {name: value for name, value in preprocessing_of(model).get_config().items() if name in resizing} == resizing
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch-0001"
     with np.load(checkpoint / "state.npz") as state, np.load(checkpoint / "best.npz") as best:
         raw, averaged = list(state.values()), list(best.values())

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from cvt_keras.errors import (
     ArgumentError,
     CheckpointError,
     DataError,
+    DifferentRunError,
     MissingPackageError,
     OccupiedError,
     RecipeError,
@@ -212,6 +214,59 @@ def test_weights_that_do_not_fit_are_refused_before_data_is_loaded(
     assert error.value.argument == argument
     assert part in error.value.summary
     assert not (tmp_path / "run").exists()
+
+
+CROP = {"resize": "crop", "crop_pct": 0.9, "interpolation": "bicubic"}
+
+
+@pytest.fixture(scope="module")
+def cropped_weights(weights, tmp_path_factory):
+    """Weights that were trained on crops."""
+    path = tmp_path_factory.mktemp("weights") / "crop.keras"
+    model = CvT.from_pretrained(weights, preprocessing=CROP)
+    model.save(path)
+    return str(path)
+
+
+def _resizing(recipe):
+    return {name: getattr(recipe, name) for name in CROP}
+
+
+def test_images_are_resized_as_the_weights_were_trained_unless_a_flag_differs(
+    short, weights, cropped_weights, tmp_path, capsys
+):
+    settle = functools.partial(plan.settle, run_dir=tmp_path / "run")
+    tuned = dataclasses.replace(short, weights=cropped_weights, variant=None, crop_padding=99)
+    settled = settle(tuned)
+    assert _resizing(settled.recipe) == CROP
+    assert settled.recipe.preprocessing.crop_from == (35, 35)
+    line = "resize: crop, 32 of 35, bicubic; training draws areas of 8% to 100% of the image, in place of crop_padding"
+    assert line in capsys.readouterr().out.splitlines()
+    assert _resizing(settle(dataclasses.replace(tuned, resize="stretch", crop_padding=4)).recipe)["resize"] == "stretch"
+    assert "resize:" not in capsys.readouterr().out
+    for name, value in {"crop_pct": 0.5, "interpolation": "bilinear"}.items():
+        assert _resizing(settle(dataclasses.replace(tuned, **{name: value})).recipe) == {**CROP, name: value}
+    stretched = {"resize": "stretch", "crop_pct": 0.875, "interpolation": "bilinear"}
+    for recipe in (short, dataclasses.replace(short, weights=weights)):
+        assert _resizing(settle(recipe).recipe) == stretched
+
+
+def test_a_resumed_run_resizes_as_before(short, cropped_weights, tmp_path, capsys):
+    tuned = dataclasses.replace(short, weights=cropped_weights, variant=None)
+    settled = plan.settle(tuned, tmp_path)
+    path = tmp_path / "recipe.json"
+    runs.write_json(path, settled.recipe.settings())
+    assert plan.settle(tuned, tmp_path, resume=True).recipe == settled.recipe
+    with pytest.raises(DifferentRunError) as error:
+        plan.settle(dataclasses.replace(tuned, resize="stretch", scale=(0.5, 1.0)), tmp_path, resume=True)
+    assert error.value.differences == {"resize": ("'crop'", "'stretch'"), "scale": ("[0.08, 1.0]", "[0.5, 1.0]")}
+    # Older versions stretched, whatever the weights.
+    newer = ("resize", "crop_pct", "interpolation", "scale", "ratio")
+    older = {name: value for name, value in settled.recipe.settings().items() if name not in newer}
+    runs.write_json(path, older)
+    resumed = plan.settle(dataclasses.replace(tuned, resize="crop"), tmp_path, resume=True).recipe
+    assert _resizing(resumed) == {"resize": "stretch", "crop_pct": 0.875, "interpolation": "bilinear"}
+    assert "resize=crop is ignored" in capsys.readouterr().out
 
 
 def test_weights_without_read_permission_are_named(short, weights, tmp_path, monkeypatch):

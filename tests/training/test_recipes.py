@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from cvt_keras import VARIANTS, Stage, Variant
+from cvt_keras import VARIANTS, Preprocessing, Stage, Variant
 from cvt_keras.errors import RecipeError
-from cvt_keras.training.recipes import RECIPES, SMOKE, Recipe
+from cvt_keras.training.recipes import RECIPES, RESIZING, SMOKE, Recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -41,6 +41,19 @@ def test_a_recipe_documents_its_command(name):
         ({"image_size": "184by750"}, ["`image_size`", "'184by750'"]),
         ({"image_size": (184, 0)}, ["image_size=(184, 0)"]),
         ({"image_size": (3, 184, 750)}, ["image_size=(3, 184, 750)"]),
+        ({"resize": "pad"}, ["'pad'", "stretch"]),
+        ({"interpolation": "lanczos"}, ["'lanczos'", "bicubic"]),
+        ({"crop_pct": 0.0}, ["`crop_pct`", "crop_pct=0.0"]),
+        ({"crop_pct": 1.5}, ["crop_pct=1.5"]),
+        ({"crop_pct": "0.9"}, ["`crop_pct` must be float or None"]),
+        ({"scale": (0.0, 1.0)}, ["`scale`", "scale=(0.0, 1.0)"]),
+        ({"scale": (0.5, 1.5)}, ["at most 1", "scale=(0.5, 1.5)"]),
+        ({"scale": (0.9, 0.5)}, ["scale=(0.9, 0.5)"]),
+        ({"scale": 0.5}, ["scale=0.5"]),
+        ({"scale": (0.5,)}, ["scale=(0.5,)"]),
+        ({"ratio": (-1.0, 1.0)}, ["`ratio`", "ratio=(-1.0, 1.0)"]),
+        ({"ratio": (1.0, float("inf"))}, ["ratio=(1.0, inf)"]),
+        ({"ratio": ("a", "b")}, ["ratio=('a', 'b')"]),
         ({"optimizer": "sgd"}, ["'sgd'", "muon"]),
         ({"decay": "step"}, ["'step'", "cosine"]),
         ({"adamw_ratio": -1.0}, ["adamw_ratio=-1.0"]),
@@ -84,6 +97,13 @@ def test_errors_name_argument_and_value(change, parts):
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("name, example", [("scale", "--scale 0.08 1"), ("ratio", "--ratio 0.75 1.333")])
+def test_bounds_of_random_areas_are_shown_by_an_example(name, example):
+    with pytest.raises(RecipeError) as error:
+        dataclasses.replace(SMOKE, **{name: (2.0, 1.0)})
+    assert error.value.hint.endswith(example) and error.value.argument == name
+
+
 def test_an_int_for_a_float_and_a_path_are_accepted(tmp_path):
     recipe = dataclasses.replace(SMOKE, mixup=1, data_dir=tmp_path)
     assert recipe.mixup == 1
@@ -109,6 +129,25 @@ def test_settings_of_an_older_version_get_the_defaults_of_newer_fields():
     assert recipe.adamw_weight_decay is None
     assert recipe.variant == Variant((Stage(8, 1, 1, mlp_ratio=2.0),), "gelu", (32, 32))
     assert recipe.variant_name == "custom"
+
+
+def test_preprocessing_holds_the_way_of_resizing():
+    assert SMOKE.preprocessing == Preprocessing(image_size=(32, 32), resize="stretch", interpolation="bilinear")
+    recipe = dataclasses.replace(SMOKE, image_size=(24, 32), resize="crop", crop_pct=0.75, interpolation="bicubic")
+    assert recipe.preprocessing == Preprocessing(None, None, None, (24, 32), "crop", 0.75, "bicubic")
+    assert Recipe.from_settings(json.loads(json.dumps(recipe.settings()))).preprocessing == recipe.preprocessing
+    older = {name: value for name, value in SMOKE.settings().items() if name not in (*RESIZING, "scale", "ratio")}
+    assert Recipe.from_settings(older).preprocessing == SMOKE.preprocessing
+
+
+def test_the_weights_settle_only_what_is_open():
+    published = Preprocessing(image_size=(224, 224), resize="crop", crop_pct=0.9, interpolation="bicubic")
+    settled = SMOKE.resized_like(published)
+    assert settled.preprocessing == published.replace(image_size=(32, 32))
+    assert settled.open_resizing == () and settled.resized_like(Preprocessing()) == settled
+    for name, value in {"resize": "stretch", "crop_pct": 0.5, "interpolation": "bilinear"}.items():
+        recipe = dataclasses.replace(SMOKE, **{name: value}).resized_like(published)
+        assert recipe.preprocessing == published.replace(image_size=(32, 32), **{name: value})
 
 
 def test_a_variant_without_a_name_survives_json():
