@@ -13,7 +13,7 @@ from tensorflow.lite.python.convert import ConverterError
 
 from cvt_keras import environment, runs, signals
 from cvt_keras.data import verified
-from cvt_keras.data.images import stretch
+from cvt_keras.data.images import fit
 from cvt_keras.errors import DataError, ExportError, OutOfMemoryError, RunError, first_line
 from cvt_keras.model import preprocessing_of
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
@@ -176,7 +176,8 @@ def _probabilities(classifier, images):
 
 def _pixels(images, preprocessing):
     """Resizes images to the network's size, as training does: uint8 `(n, height, width, 3)`."""
-    return np.concatenate([stretch(batch, preprocessing.image_size).numpy() for batch in batches(images)])
+    parts = (image[None] for image in images) if None in images.shape else batches(images)
+    return np.concatenate([fit(part, preprocessing).numpy() for part in parts])
 
 
 def _place(folder, name):

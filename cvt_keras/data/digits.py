@@ -11,7 +11,7 @@ def load(preprocessing):
     """Loads the 1,797 digits: 1,297 to train, 200 to validate, 300 to test.
 
     Args:
-        preprocessing: a `Preprocessing` with the size that the 8x8 pixels are stretched to.
+        preprocessing: a `Preprocessing`: how the images of 8x8 pixels are resized.
 
     Returns:
         A `Source`.
@@ -26,7 +26,7 @@ def load(preprocessing):
     data = load_digits()
     grey = np.round(data.images * (255 / 16)).astype("uint8")  # 0..16 -> 0..255
     with tf.device("CPU:0"):
-        pixels = images.stretch(np.stack([grey] * 3, axis=-1), preprocessing.image_size).numpy()
+        pixels = images.shrink(np.stack([grey] * 3, axis=-1), preprocessing).numpy()
     labels = data.target.astype("int64")
     rest, test = train_test_split(np.arange(len(labels)), test_size=300, stratify=labels, random_state=0)
     train, validation = train_test_split(rest, test_size=200, stratify=labels[rest], random_state=0)

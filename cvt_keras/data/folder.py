@@ -67,7 +67,7 @@ def load(data_dir, preprocessing, cache, skip_broken=False, record=None):
 
     Args:
         data_dir: the folder.
-        preprocessing: a `Preprocessing` with the size that the images are stretched to.
+        preprocessing: a `Preprocessing`: how images are resized. With crop, their sizes still differ; see `images.shrink`.
         cache: a `Cache`: where decoded images are kept.
         skip_broken: whether to leave out and count files that can't be read, instead of raising an error.
         record: the `ImageRecord` of a run. Its images go into the splits that they had there, no others are held out, and a
@@ -496,7 +496,7 @@ def _read_all(listing, preprocessing, cache):
             with room.place() as reserve:
                 content, picture = _read(file, index, row_of, reserve)
                 # Resized before the next file is read: photos at full size would not fit into memory.
-                pixels = None if picture is None else images.stretch(picture.pixels, preprocessing.image_size).numpy()
+                pixels = None if picture is None else images.shrink(picture.pixels, preprocessing).numpy()
             return content, pixels
 
         contents, unknown, added = {}, [], set()
@@ -626,7 +626,7 @@ def _read_again(path, digest, preprocessing):
             argument="data_dir",
             hint="Start the command again. With --cache disk, images are read only once",
         )
-    return images.stretch(images.decode(data), preprocessing.image_size).numpy()
+    return images.shrink(images.decode(data), preprocessing).numpy()
 
 
 def _pixel_digest(pixels):

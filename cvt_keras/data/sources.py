@@ -35,9 +35,9 @@ def load(dataset, data_dir=None, preprocessing=_SMALL, cache=_ON_DISK, skip_brok
     Args:
         dataset: one of `NAMES`. In `tfds:NAME`, NAME is TFDS' name, with a config or version if needed.
         data_dir: the folder of images for `folder`; TFDS' folder for its data sets, see `tfds.cifar10`; ignored for `digits`.
-        preprocessing: a `Preprocessing` with the size that images are resized to. If all images of a TFDS data set have the
-            same smaller size, they keep it, and the pipeline resizes each batch: CIFAR-10 at 224 pixels would take 50 times the
-            memory.
+        preprocessing: a `Preprocessing`: how images are resized, see `images.shrink`. If all images of a TFDS data set have the
+            same smaller size, they keep it, and the pipeline resizes them: CIFAR-10 at 224 pixels would take 50 times the
+            space.
         cache: a `Cache`: where decoded images are kept. Ignored for `digits`.
         skip_broken, record: for `folder`, see `folder.load`; ignored for other data sets.
 

@@ -34,7 +34,7 @@ def cifar10(data_dir, preprocessing, cache):
 
     Args:
         data_dir: TFDS' folder; defaults to `TFDS_DATA_DIR`, or `~/tensorflow_datasets`.
-        preprocessing: a `Preprocessing` with the size that larger images are stretched to; see `sources.load`.
+        preprocessing: a `Preprocessing`: how larger images are resized; see `sources.load`.
         cache: a `Cache`: where decoded images are kept.
 
     Returns:
@@ -217,7 +217,7 @@ def _read(builder, title, split, keys, preprocessing, cache, shuffle=False):
         title: name for errors.
         split: TFDS' name of the split.
         keys: names of the features for the image and the label.
-        preprocessing: a `Preprocessing` with the size that larger images are stretched to.
+        preprocessing: a `Preprocessing`: how larger images are resized.
         cache: a `Cache`.
         shuffle: whether to apply `fixed_order` instead of keeping the order on disk.
 
@@ -240,7 +240,7 @@ def _read(builder, title, split, keys, preprocessing, cache, shuffle=False):
         if small:
             return images.decode(data)
         with room.place() as reserve, tf.device("CPU:0"):
-            return images.stretch(images.decode(data, reserve), size).numpy()
+            return images.shrink(images.decode(data, reserve), preprocessing).numpy()
 
     n = builder.info.splits[split].num_examples
     resizing = preprocessing.replace(mean=None, std=None, class_names=None).get_config()
