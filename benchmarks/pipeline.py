@@ -9,6 +9,7 @@ import json
 import statistics
 import tempfile
 import time
+from typing import Literal
 
 import keras
 import numpy as np
@@ -33,6 +34,8 @@ class Arguments:
     """Name of a recipe."""
     image_size: int | None = None
     """Side of the images in pixels, instead of the recipe's."""
+    resize: Literal["stretch", "crop"] = "stretch"
+    """How images are brought to that size. With crop, training draws random areas."""
     data_dir: str | None = None
     """A folder of images for each class, instead of random pixels. Adds the turns of --cache off."""
     num_images: int = 45_000
@@ -41,6 +44,8 @@ class Arguments:
     """Number of classes of random images."""
     steps: int = 20
     """Training steps per turn; the pipeline makes four times as many batches."""
+    training: bool = True
+    """Also measure the training. A large --image-size may need too much memory for it."""
     turns: int = 5
     """Turns of each; the result is their median."""
 
@@ -76,7 +81,7 @@ def splits(arguments, recipe, folder):
 
 
 def main(arguments):
-    recipe = dataclasses.replace(resolve(RECIPES[arguments.recipe]), epochs=10**6)  # never ends
+    recipe = resolve(dataclasses.replace(RECIPES[arguments.recipe], epochs=10**6, resize=arguments.resize))  # never ends
     if arguments.image_size is not None:
         recipe = dataclasses.replace(recipe, image_size=arguments.image_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,27 +90,15 @@ def main(arguments):
 
 def measure(arguments, recipe, kept, num_classes):
     batches = {kind: training_batches(split, num_classes, recipe) for kind, split in kept.items()}
-    shape = (*recipe.preprocessing.image_size, 3)
-    keras.utils.set_random_seed(0)
-    model = build_classifier(recipe.variant, num_classes, shape, dtype=recipe.precision)
-    model.compile(
-        make_optimizer(recipe, model, 10**6),
-        keras.losses.CategoricalCrossentropy(from_logits=True),
-        jit_compile=recipe.xla == "on",
-    )
-    batch = tf.data.Dataset.from_tensors(next(iter(batches["memory"]))).repeat()
-
     def pipeline(kind):
         # A new iterator: the batches that an old one prefetched during training would count as made in no time.
         for _ in batches[kind].take(4 * arguments.steps):
             pass
         return 4 * arguments.steps
 
-    def training():
-        model.fit(batch, steps_per_epoch=arguments.steps, shuffle=False, verbose=0)
-        return arguments.steps
-
-    work = {kind: lambda kind=kind: pipeline(kind) for kind in batches} | {"training": training}
+    work = {kind: lambda kind=kind: pipeline(kind) for kind in batches}
+    if arguments.training:
+        work["training"] = training_on_one_batch(recipe, num_classes, batches["memory"], arguments.steps)
     rates = {name: [] for name in work}
     for turn in range(arguments.turns + 1):
         for name, run in work.items():
@@ -120,7 +113,7 @@ def measure(arguments, recipe, kept, num_classes):
                 "images": len(kept["disk"]),
                 "images_per_second": {name: round(statistics.median(values), 1) for name, values in rates.items()},
                 **{f"{kind}_to_memory": _ratios(rates[kind], rates["memory"]) for kind in batches if kind != "memory"},
-                "disk_to_training": _ratios(rates["disk"], rates["training"]),
+                "disk_to_training": _ratios(rates["disk"], rates["training"]) if arguments.training else None,
                 "variant": recipe.variant_name,
                 "precision": recipe.precision,
                 "xla": recipe.xla,
@@ -129,6 +122,25 @@ def measure(arguments, recipe, kept, num_classes):
             }
         )
     )
+
+
+def training_on_one_batch(recipe, num_classes, batches, steps):
+    """Returns a function that trains the recipe's network for `steps` steps, and returns their number."""
+    keras.utils.set_random_seed(0)
+    shape = (*recipe.preprocessing.image_size, 3)
+    model = build_classifier(recipe.variant, num_classes, shape, dtype=recipe.precision)
+    model.compile(
+        make_optimizer(recipe, model, 10**6),
+        keras.losses.CategoricalCrossentropy(from_logits=True),
+        jit_compile=recipe.xla == "on",
+    )
+    batch = tf.data.Dataset.from_tensors(next(iter(batches))).repeat()
+
+    def train():
+        model.fit(batch, steps_per_epoch=steps, shuffle=False, verbose=0)
+        return steps
+
+    return train
 
 
 def _ratios(rates, others):

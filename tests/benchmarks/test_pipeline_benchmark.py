@@ -30,6 +30,14 @@ def test_the_benchmark_prints_all_rates_and_their_ratios(photos, from_files, cap
     assert result["device"] and result["versions"]
 
 
+def test_the_pipeline_alone_needs_no_training(photos, capsys):
+    main(Arguments(recipe="smoke", steps=1, turns=1, data_dir=str(photos), image_size=16, resize="crop", training=False))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result["images_per_second"]) == ["memory", "disk", "off"]
+    assert result["disk_to_training"] is None
+    assert result["resize"] == "crop"
+
+
 @pytest.mark.parametrize("change", [{"recipe": "mine"}, {"steps": 0}, {"turns": 0}, {"num_classes": 0}, {"num_images": 31}])
 def test_invalid_arguments_raise(change):
     [(name, value)] = change.items()
