@@ -28,8 +28,8 @@ OLD_RUNS = ROOT / "tests" / "golden" / "old_runs"
 def verified_in_process(monkeypatch):
     """Runs artifacts in this process and hardly times them, which saves seconds per file."""
 
-    def in_process(name, file, path, images, labels, expected, bounds=None):
-        return verify.compare(name, file, path, labels, expected, verify.answer(file, np.load(images)), bounds)
+    def in_process(name, file, path, images, labels, expected, bounds, frame):
+        return verify.compare(name, file, path, labels, expected, verify.answer(file, np.load(images), frame), bounds)
 
     monkeypatch.setattr(artifacts, "verify", in_process)
     monkeypatch.setattr(verify, "TIMED", 1)
