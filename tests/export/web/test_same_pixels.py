@@ -281,7 +281,8 @@ FIT = """async ([files, height, width, resizing]) => {
   }
   return results;
 }"""
-_SIDES = [(12, 20), (23, 40), (40, 23), (33, 31), (1, 1), (3, 700), (500, 1), (2, 9000), (1200, 1800)]
+# The whole of the enlarged strips would take gigabytes.
+_SIDES = [(12, 20), (23, 40), (40, 23), (33, 31), (1, 1), (3, 700), (500, 1), (1, 30_000), (1200, 1800)]
 _TO_FIT = {
     **{
         f"png {height}x{width}": _encoded(Image.fromarray(_photo(height, width)), "PNG", compress_level=1)
@@ -316,14 +317,13 @@ def fitted(chromium, serve, tmp_path_factory):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     "resizing",
-    [{"resize": "stretch"}, *({"resize": "crop", "crop_pct": crop_pct} for crop_pct in (1, 0.875, 0.55))],
+    [{"resize": "stretch"}, *({"resize": "crop", "crop_pct": crop_pct} for crop_pct in (1, 0.875))],
     ids=lambda resizing: "-".join(map(str, resizing.values())),
 )
 def test_the_page_resizes_as_training(resizing, interpolation, fitted):
     preprocessing = Preprocessing(image_size=(23, 40), interpolation=interpolation, **resizing)
-    largest, different = {}, {}
     for name, pixels in fitted(preprocessing).items():
-        difference = abs(pixels.astype(int) - images.fit(images.decode(_TO_FIT[name]), preprocessing).numpy())
-        largest[name], different[name] = difference.max(), difference.mean()
-    print(largest, different)
-    assert max(largest.values()) <= 1, largest
+        expected = images.fit(images.decode(_TO_FIT[name]), preprocessing).numpy()
+        difference = abs(pixels.astype(int) - expected)
+        # TensorFlow computes in float32, so a sum near a half may be rounded to the other side.
+        assert difference.max() <= 1 and difference.mean() < 0.02, name
