@@ -1,7 +1,8 @@
 """Accuracy that MediaPipe's resizing costs: python benchmarks/mediapipe_resize.py RUN
 
 MediaPipe's ImageClassifier resizes an image to the network's size without antialiasing. This benchmark classifies larger test
-images twice: as they are, and resized beforehand in several ways. Images of a small data set are enlarged first.
+images twice: as they are, and resized beforehand in several ways. Images of a small data set are enlarged first. For a run
+with --resize crop, the ways cut out the middle, too; MediaPipe always takes the whole image.
 """
 
 import dataclasses
@@ -19,9 +20,8 @@ from PIL import Image
 
 from cvt_keras import environment, runs
 from cvt_keras.data import verified
-from cvt_keras.data.images import stretch
+from cvt_keras.data.images import fit
 from cvt_keras.export.verify import why_ended
-from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.training.recipes import read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ class Arguments:
     images: int = 1000
     """Use the first N test images."""
     sides: tuple[int, ...] = (64, 128, 224, 480)
-    """Sides to resize the test images to, in pixels, with Lanczos' filter."""
+    """Sides to resize the test images to, in pixels, with Lanczos' filter; of a run with --resize crop, their shorter sides."""
 
     def __post_init__(self):
         for name, value in {"images": self.images, "sides": min(self.sides, default=0)}.items():
@@ -75,6 +75,17 @@ def classify(file, images, **options):
     return answers["version"], answers["images"]
 
 
+def middle(image, preprocessing):
+    """The part of an image that a network sees, in whole pixels, before it is resized."""
+    if preprocessing.resize == "stretch":
+        return image
+    sides = image.shape[:2]
+    scale = min(side / covered for side, covered in zip(sides, preprocessing.crop_from))
+    tall, wide = (max(1, round(side * scale)) for side in preprocessing.image_size)
+    top, left = (sides[0] - tall) // 2, (sides[1] - wide) // 2
+    return image[top : top + tall, left : left + wide]
+
+
 def halved(image, size):
     """Halves sides while at least twice those of `size`, then resizes to it, always bilinear: the usual way on Android."""
     sides = image.shape[:2]
@@ -86,23 +97,24 @@ def halved(image, size):
 
 def main(arguments):
     recipe = read_recipe(arguments.run)
-    size = recipe.preprocessing.image_size
+    preprocessing = recipe.preprocessing
+    size = preprocessing.image_size
     # Reads the images at the largest side. At the network's size they would already be antialiased.
     data_dir = arguments.data_dir or recipe.data_dir
-    largest = Preprocessing(image_size=[max(arguments.sides)] * 2)
+    largest = preprocessing.replace(image_size=[max(arguments.sides)] * 2)
     images_of_run = verified.load(arguments.run / runs.IMAGES, recipe.dataset, data_dir, largest, recipe.pixel_cache)
     source = images_of_run.source
     test = source.test.limit(arguments.images)
     file = arguments.run / runs.EXPORT / "tflite" / f"{arguments.kind}.tflite"
     ways = {
         "as_it_is": lambda image: image,
-        "as_in_training": lambda image: stretch(image, size).numpy(),
-        "halved": lambda image: halved(image, size),
-        "lanczos": lambda image: _lanczos(image, size),
+        "as_in_training": lambda image: fit(image, preprocessing).numpy(),
+        "halved": lambda image: halved(middle(image, preprocessing), size),
+        "lanczos": lambda image: _lanczos(middle(image, preprocessing), size),
     }
     rows = {}
     for side in arguments.sides:
-        images = [_lanczos(image, (side, side)) for image in test.images]
+        images = [_scaled(image, side) for image in test.images]
         correct = {}
         for name, way in ways.items():
             version, answers = classify(file, [way(image) for image in images], max_results=1)
@@ -126,6 +138,12 @@ def main(arguments):
             }
         )
     )
+
+
+def _scaled(image, side):
+    """Resizes an image until its shorter side has `side` pixels."""
+    height, width = image.shape[:2]
+    return _lanczos(image, (side * height // min(height, width), side * width // min(height, width)))
 
 
 def _lanczos(image, size):

@@ -63,7 +63,9 @@ def export(
         run_dir / runs.IMAGES, recipe.dataset, data_dir or recipe.data_dir, recipe.preprocessing, recipe.pixel_cache
     )
     source = images_of_run.source
-    class_names = preprocessing_of(classifier).class_names
+    # A classifier of version 0.1 does not store the size.
+    preprocessing = preprocessing_of(classifier).replace(image_size=classifier.input_shape[1:3])
+    class_names = preprocessing.class_names
     if class_names != tuple(source.class_names):
         raise RunError(
             f"{run_dir} was trained on other classes than {source.name} has",
@@ -75,7 +77,8 @@ def export(
     if not len(source.test):
         raise _no_images("test", run_dir)
     test = source.test.limit(recipe.test_limit).limit(verify_images)
-    images = _pixels(test.images, recipe.preprocessing)
+    images = _pixels(test.images, preprocessing)
+    frame = preprocessing.crop_from if preprocessing.resize == "crop" else None
     quantized = quantized_cvt_of(classifier) is not None
     # The float formats of a quantised network use its weights without the rounding.
     networks = {"int8": classifier, "float": float_form(classifier) if quantized else classifier}
@@ -85,7 +88,8 @@ def export(
         raise OutOfMemoryError(f"{run_dir / runs.MODEL} does not fit into memory") from error
     calibration = None
     if "int8" in formats and not quantized:  # a quantised network stores the ranges from its training
-        calibration = _calibration(run_dir, source.train.limit(recipe.train_limit), len(class_names), recipe)
+        drawn = _calibration_images(run_dir, source.train.limit(recipe.train_limit), len(class_names), recipe.seed)
+        calibration = _pixels(drawn, preprocessing)
 
     folder = run_dir / runs.EXPORT
     folder.mkdir(exist_ok=True)
@@ -107,7 +111,7 @@ def export(
                 _write(networks[form], class_names, name, calibration, file)
             bounds = QUANTIZED if form == "int8" else BOUNDS[name]
             relative = path.relative_to(run_dir).as_posix()
-            artifact = verify(name, file, relative, scratch / IMAGES, test.labels, expected[form], bounds)
+            artifact = verify(name, file, relative, scratch / IMAGES, test.labels, expected[form], bounds, frame)
             artifacts.append(artifact)
             print(f"  {summary(artifact)}", flush=True)
             if artifact.passed:
@@ -135,11 +139,11 @@ def _read(run_dir):
     return recipe, classifier
 
 
-def _calibration(run_dir, train, num_classes, recipe):
-    """Training images that calibrate int8: uint8 `(n, height, width, 3)`."""
+def _calibration_images(run_dir, train, num_classes, seed):
+    """Training images that calibrate int8, as they are stored."""
     if not len(train):
         raise _no_images("training", run_dir)
-    return _pixels(tflite.calibration_images(train, num_classes, recipe.seed), recipe.preprocessing)
+    return tflite.calibration_images(train, num_classes, seed)
 
 
 def _no_images(split, run_dir):

@@ -5,7 +5,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-from cvt_keras.data.images import stretch
+from cvt_keras.data.images import fit
+from cvt_keras.model import preprocessing_of
 
 from .decoding import decode
 
@@ -19,8 +20,8 @@ def write(classifier, class_names, folder):
     Signatures:
         `serving_default(images)`: uint8 `(batch, height, width, 3)` -> `probabilities`, float32 `(batch, classes)`, and
             `classes`, strings `(batch,)`.
-        `serving_bytes(image_bytes)`: JPEG or PNG files, strings `(batch,)` -> the same. An image that can't be decoded as in
-            training fails with INVALID_ARGUMENT; see `decoding`.
+        `serving_bytes(image_bytes)`: JPEG or PNG files, strings `(batch,)` -> the same. They are resized as the classifier's
+            `Preprocessing` says. An image that can't be decoded as in training fails with INVALID_ARGUMENT; see `decoding`.
         `logits(images)`: as `serving_default` -> `logits`, float32 `(batch, classes)`.
 
     `WARM_UP` holds requests for each signature, which a server replays before it accepts others.
@@ -32,6 +33,7 @@ def write(classifier, class_names, folder):
     """
     shape = classifier.input_shape[1:]
     names = tf.constant(list(class_names))
+    preprocessing = preprocessing_of(classifier).replace(image_size=shape[:2])  # classifiers of version 0.1 store no size
 
     def logits(images):
         return classifier(tf.cast(images, tf.float32), training=False)
@@ -43,10 +45,9 @@ def write(classifier, class_names, folder):
     def decode_all(image_bytes):
         spec = tf.TensorSpec(shape, tf.uint8)
         # One at a time, so that a request never needs memory for more than one decoded image.
-        return tf.map_fn(lambda data: resize(decode(data)), image_bytes, fn_output_signature=spec, parallel_iterations=1)
-
-    def resize(pixels):
-        return tf.ensure_shape(stretch(pixels, shape[:2]), shape)
+        return tf.map_fn(
+            lambda data: fit(decode(data), preprocessing), image_bytes, fn_output_signature=spec, parallel_iterations=1
+        )
 
     images = [tf.TensorSpec((None, *shape), tf.uint8, name="images")]
     archive = keras.export.ExportArchive()  # no `track`: it finds the variables, and would save each twice

@@ -13,6 +13,9 @@ from keras import ops
 from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+from cvt_keras.model import preprocessing_of
+from cvt_keras.training.recipes import RESIZING
+
 LABELS = "labels.txt"
 # More images bring more outliers, which widen the ranges of activations and cost precision.
 CALIBRATION_IMAGES = 100
@@ -57,7 +60,7 @@ def convert(classifier, class_names, kind, calibration=None):
         if kind == "int8":
             converter.inference_input_type = converter.inference_output_type = tf.uint8
         model = converter.convert()
-    return _with_metadata(model, class_names)
+    return _with_metadata(model, class_names, preprocessing_of(classifier))
 
 
 def calibration_images(split, num_classes, seed, n=CALIBRATION_IMAGES):
@@ -98,11 +101,14 @@ def _integer_layer_norm():
 # === Metadata ===
 
 
-def _with_metadata(model, class_names):
-    """Adds what MediaPipe's ImageClassifier reads: descriptions of input and output, and `labels.txt`."""
+def _with_metadata(model, class_names, preprocessing):
+    """Adds what MediaPipe's ImageClassifier reads: descriptions of input and output, and `labels.txt`.
+
+    No field says how to resize an image, so the text that describes the input does.
+    """
     file = schema.ModelT.InitFromPackedBuf(model, 0)
     buffer = schema.BufferT()
-    buffer.data = np.frombuffer(_metadata(), "uint8")
+    buffer.data = np.frombuffer(_metadata(preprocessing), "uint8")
     entry = schema.MetadataT()
     entry.name, entry.buffer = "TFLITE_METADATA", len(file.buffers)
     file.buffers.append(buffer)
@@ -124,7 +130,7 @@ def labels_text(class_names):
     return "".join(f"{' '.join(name.splitlines()) or index}\n" for index, name in enumerate(class_names))
 
 
-def _metadata():
+def _metadata(preprocessing):
     """Builds the `ModelMetadata` of TFLite's metadata_schema.fbs. Slots are the numbers of its fields."""
     builder = flatbuffers.Builder(1024)
 
@@ -149,7 +155,9 @@ def _metadata():
 
     rgb, image_properties, feature_properties, axis_labels = b"\1", b"\2", b"\1", b"\2"  # the schema's enums
     image_content = table({0: image_properties, 1: table({0: rgb})})
-    image = table({0: text("images"), 1: text("An image of raw pixels, 0 to 255."), 3: image_content})
+    resizing = ", ".join(f"{name}={getattr(preprocessing, name)}" for name in RESIZING)
+    description = f"An image of raw pixels, 0 to 255, resized as in training: {resizing}."
+    image = table({0: text("images"), 1: text(description), 3: image_content})
     labels = table({0: text(LABELS), 1: text("Names of the classes, in the order of the output."), 2: axis_labels})
     output_content = table({0: feature_properties, 1: table({0: 0})})
     output = table({0: text("probabilities"), 3: output_content, 6: vector(labels)})

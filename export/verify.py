@@ -1,7 +1,7 @@
 """Verifies each artifact against the Keras model, on the same test images, in the runtime that its users run.
 
 An artifact runs in its own process, which creates no Keras object:
-python -m cvt_keras.export.verify ARTIFACT IMAGES.npy ANSWERS.npz
+python -m cvt_keras.export.verify ARTIFACT IMAGES.npy ANSWERS.npz [HEIGHT WIDTH]
 """
 
 import dataclasses
@@ -136,7 +136,7 @@ def batches(images):
     return (np.asarray(images[i : i + n]) for i in range(0, len(images), n))
 
 
-def verify(name, file, path, images, labels, expected, bounds=None):
+def verify(name, file, path, images, labels, expected, bounds=None, frame=None):
     """Runs an artifact and compares its probabilities with the Keras model's.
 
     Args:
@@ -147,6 +147,7 @@ def verify(name, file, path, images, labels, expected, bounds=None):
         labels: int `(n,)`.
         expected: the Keras model's probabilities, float `(n, classes)`.
         bounds: `Bounds`; `None` means `BOUNDS[name]`.
+        frame: as in `answer`.
 
     Returns:
         An `Artifact`.
@@ -156,7 +157,7 @@ def verify(name, file, path, images, labels, expected, bounds=None):
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "answers.npz"
-        command = [sys.executable, "-m", "cvt_keras.export.verify", str(file), str(images), str(output)]
+        command = [sys.executable, "-m", "cvt_keras.export.verify", *map(str, (file, images, output, *(frame or ())))]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ExportError(f"{name} does not run: {why_ended(done.returncode, done.stderr)}")
@@ -219,17 +220,23 @@ def compare(name, file, path, labels, expected, answers, bounds=None):
     )
 
 
-def answer(file, images):
+def answer(file, images, frame=None):
     """Runs an artifact.
+
+    Args:
+        file: the folder of a SavedModel, or a .tflite file.
+        images: uint8 `(n, height, width, 3)`.
+        frame: `(height, width)` of the files for `serving_bytes`, which have the images in their middle. For a network with
+            `resize="crop"`, its `crop_from`: it then cuts out the images without resizing. `None` means the size of the images.
 
     Returns:
         A dict of `probabilities`, `(n, classes)`; `milliseconds`; `runtime`; and for a .tflite file `reference`, the
         probabilities of the first `REFERENCE_IMAGES` by the reference kernels; `float_tensors` and `float_reasons`, strings.
     """
-    return _saved_model(file, images) if file.is_dir() else _tflite(file, images)
+    return _saved_model(file, images, frame) if file.is_dir() else _tflite(file, images)
 
 
-def _saved_model(folder, images):
+def _saved_model(folder, images, frame):
     import tensorflow as tf
 
     # One thread, as for .tflite files. Must be set before TensorFlow starts.
@@ -246,7 +253,8 @@ def _saved_model(folder, images):
     # The other signatures must agree. Where one does not, its answer replaces the default's, so `compare` sees it.
     done = 0
     for batch in batches(images[:REFERENCE_IMAGES]):
-        encoded = tf.constant([tf.io.encode_png(image).numpy() for image in batch])
+        framed = tf.image.resize_with_crop_or_pad(batch, *frame) if frame else batch
+        encoded = tf.constant([tf.io.encode_png(image).numpy() for image in framed])
         answers = probabilities[done : done + len(batch)]
         answers[:] = _farthest(
             answers,
@@ -331,5 +339,5 @@ def _median_milliseconds(run):
 
 
 if __name__ == "__main__":
-    artifact, images, output = map(Path, sys.argv[1:])
-    np.savez(output, **answer(artifact, np.load(images, mmap_mode="r")))
+    artifact, images, output = map(Path, sys.argv[1:4])
+    np.savez(output, **answer(artifact, np.load(images, mmap_mode="r"), [int(side) for side in sys.argv[4:]]))

@@ -11,6 +11,7 @@ import tyro
 
 from cvt_keras import cli, runs
 from cvt_keras.errors import ArgumentError, MissingPackageError, RunError, UserError
+from cvt_keras.training.recipes import RESIZING, read_recipe
 
 from .samples import Samples
 from .server import LABELS, RUNTIME, WEB, Server, artifacts
@@ -50,8 +51,10 @@ def main(argv):
         raise MissingPackageError(
             f"LiteRT.js is not installed: {missing_files[0]} is missing", hint=f"Install it with Node.js: {installation()}"
         )
+    preprocessing = read_recipe(run_dir).preprocessing
+    resizing = {name: getattr(preprocessing, name) for name in RESIZING}
     try:
-        server = Server(run_dir, port, lambda: samples())
+        server = Server(run_dir, port, resizing, lambda: samples())
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"`port` is in use: {port}", argument="port", hint="Choose another with --port") from error

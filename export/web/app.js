@@ -2,7 +2,7 @@
 
 import { read, readJson, Unavailable } from "./files.js";
 import { Network, readFile } from "./network.js";
-import { decode, Refused, stretch } from "./pixels.js";
+import { decode, fit, Refused } from "./pixels.js";
 
 // A run with at most so many classes has a bar for each of them. Otherwise the most probable ones have.
 const ALL_CLASSES = 10;
@@ -19,6 +19,7 @@ const percent = (share) => `${(100 * share).toFixed(1)}%`;
 const status = (text) => ($("status").textContent = text);
 
 let labels = [];
+let resizing = {}; // of the run: resize, crop_pct, interpolation
 let network = null;
 const results = new Set(); // of {pixels, card, name, label}
 
@@ -63,7 +64,7 @@ async function classify(readImage, name, label) {
   let failure = "The image can't be read";
   try {
     picture = await decode(await readImage());
-    const pixels = await stretch(picture, network.height, network.width);
+    const pixels = await fit(picture, network.height, network.width, resizing);
     const result = { pixels, name, label, card: createCard(picture, pixels, name) };
     failure = `${network.name}.tflite can't be run`;
     await runNetwork(result);
@@ -128,15 +129,17 @@ function createCard(picture, pixels, name) {
   picture.draw(context);
   original.ariaLabel = name;
   card.querySelector(".original figcaption").textContent = `${picture.width} × ${picture.height}`;
-  card.querySelector(".original").hidden = picture.width === width && picture.height === height; // both would look the same
+  const sameShape = picture.width * height === picture.height * width;
+  const isCut = resizing.resize === "crop" && !(sameShape && resizing.crop_pct === 1);
+  card.querySelector(".original").hidden = !isCut && sameShape && picture.width === width; // both would look the same
 
   const input = card.querySelector(".input canvas");
   [input.width, input.height] = [width, height];
   const image = new ImageData(width, height);
   for (let i = 0; i < width * height; i++) image.data.set([...pixels.subarray(3 * i, 3 * i + 3), 255], 4 * i);
   input.getContext("2d").putImageData(image, 0, 0);
-  const stretched = picture.width * height === picture.height * width ? "" : ", stretched as in training";
-  card.querySelector(".input figcaption").textContent = `Network input: ${width} × ${height}${stretched}`;
+  const change = isCut ? ", the middle, as in training" : sameShape ? "" : ", stretched as in training";
+  card.querySelector(".input figcaption").textContent = `Network input: ${width} × ${height}${change}`;
   return card;
 }
 
@@ -247,7 +250,7 @@ async function showSamples() {
 status("Loading …"); // not in the HTML, where it would stay if JavaScript is off
 enqueue(async () => {
   const run = await readJson("run.json");
-  labels = run.labels;
+  ({ labels, resizing } = run);
   run.artifacts.forEach(addModelChoice);
   const [first] = run.artifacts;
   $(first.name).checked = true;

@@ -15,6 +15,15 @@ const TWELVE_BITS_AS_8 = 16;
 // EXIF orientations whose stored columns, or rows, run backwards. From 5 on, rows and columns are swapped.
 const COLUMNS_BACKWARDS = [2, 3, 7, 8];
 const ROWS_BACKWARDS = [3, 4, 6, 7];
+// Weight of a pixel by its distance, which is below `radius`.
+const KERNELS = {
+  bilinear: { radius: 1, weight: (x) => Math.max(0, 1 - x) },
+  // Keys' cubic, a = -0.5.
+  bicubic: {
+    radius: 2,
+    weight: (x) => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : ((2.5 - 0.5 * x) * x - 4) * x + 2),
+  },
+};
 
 /** An image that the page refuses. Its message is for the user. */
 export class Refused extends Error {}
@@ -132,38 +141,56 @@ async function sides(blob, damaged) {
 }
 
 /**
- * Stretches an image to a size, as tf.image.resize does with method="bilinear" and antialias=True, and rounds to uint8.
- * Transparent pixels are laid on white.
+ * Brings an image to the network's size as training does (cvt_keras.data.images.fit), and rounds to uint8. Transparent pixels are
+ * laid on white.
  *
  * @param {Picture} picture
  * @param {number} height in pixels.
- * @param {number} width in pixels; without it, the result is a square.
+ * @param {number} width in pixels.
+ * @param {{resize?: string, crop_pct?: number, interpolation?: string}} resizing how the run resizes images: the fields of its
+ *   recipe.json. Other fields are ignored.
+ *   - `resize`: "stretch", the default, ignores the aspect ratio. "crop" scales the image until it just covers
+ *     `height / crop_pct` by `width / crop_pct`, then cuts out the middle.
+ *   - `interpolation`: "bilinear", the default, or "bicubic"; both as tf.image.resize with antialias=True.
  * @returns {Promise<Uint8Array>} `(height, width, 3)`.
  * @throws {Refused} for a 16-bit grey picture that uses 12 bits only, of which the browser leaves 16 shades.
  */
-export async function stretch({ bitmap, orientation, grey16 }, height, width = height) {
-  // Stretches the stored image first, then orients the small result.
-  const [columns, rows] = orientation >= 5 ? [height, width] : [width, height];
-  const stripRows = Math.max(1, Math.min(bitmap.height, Math.floor(STRIP_PIXELS / bitmap.width)));
+export async function fit(picture, height, width, resizing = {}) {
+  const { resize = "stretch", crop_pct = 0.875, interpolation = "bilinear" } = resizing;
+  const { bitmap, orientation, grey16 } = picture;
+  const scaled = resize === "crop" ? covering(picture, height, width, crop_pct) : [height, width];
+  // Resizes the stored image first, then orients the small result.
+  const stored = ([down, across]) => (orientation >= 5 ? [across, down] : [down, across]);
+  const [[rows, columns], [scaledRows, scaledColumns]] = [stored([height, width]), stored(scaled)];
+  const axis = (from, to, size, backwards) => {
+    const before = Math.floor((to - size) / 2); // cut off above, or on the left
+    return taps(from, to, backwards ? to - size - before : before, size, KERNELS[interpolation]);
+  };
+  const across = axis(bitmap.width, scaledColumns, columns, COLUMNS_BACKWARDS.includes(orientation));
+  const down = axis(bitmap.height, scaledRows, rows, ROWS_BACKWARDS.includes(orientation));
+  // The pixels that the result depends on. A 16-bit grey picture is read as a whole, for its brightest pixel.
+  const [left, right] = grey16 ? [0, bitmap.width] : span(across);
+  const [top, bottom] = grey16 ? [0, bitmap.height] : span(down);
+  const n = right - left;
+  const stripRows = Math.max(1, Math.min(bottom - top, Math.floor(STRIP_PIXELS / n)));
   const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = [bitmap.width, stripRows];
+  [canvas.width, canvas.height] = [n, stripRows];
   const context = canvas.getContext("2d", { willReadFrequently: true, colorSpace: "srgb" });
   context.imageSmoothingEnabled = false;
   context.fillStyle = "#fff";
   let brightest = 0;
-  const [across, down] = [taps(bitmap.width, columns), taps(bitmap.height, rows)];
   const sums = new Float64Array(rows * columns * 3);
   const line = new Float64Array(columns * 3);
-  for (let top = 0; top < bitmap.height; top += stripRows) {
-    const n = Math.min(stripRows, bitmap.height - top);
-    context.fillRect(0, 0, bitmap.width, stripRows);
-    context.drawImage(bitmap, 0, top, bitmap.width, n, 0, 0, bitmap.width, n);
-    const { data } = context.getImageData(0, 0, bitmap.width, n); // (n, bitmap.width, 4)
+  for (let first = top; first < bottom; first += stripRows) {
+    const last = Math.min(first + stripRows, bottom);
+    context.fillRect(0, 0, n, stripRows);
+    context.drawImage(bitmap, left, first, n, last - first, 0, 0, n, last - first);
+    const { data } = context.getImageData(0, 0, n, last - first); // (last - first, n, 4)
     if (grey16) for (let i = 0; i < data.length; i += 4) brightest = Math.max(brightest, data[i]);
-    for (let y = 0; y < n; y++) {
-      resizeRow(data, y * bitmap.width * 4, across, line);
+    for (let y = first; y < last; y++) {
+      resizeRow(data, 4 * ((y - first) * n - left), across, line);
       down.forEach(({ start, weights }, row) => {
-        const weight = weights[top + y - start];
+        const weight = weights[y - start];
         if (weight) for (let i = 0; i < line.length; i++) sums[row * line.length + i] += weight * line[i];
       });
     }
@@ -175,7 +202,22 @@ export async function stretch({ bitmap, orientation, grey16 }, height, width = h
         "Save it with 8 bits first.",
     );
   }
-  return orient(Uint8Array.from(sums, roundHalfToEven), rows, columns, orientation);
+  return orient(toBytes(sums), rows, columns, orientation);
+}
+
+/** Stretches an image to a size bilinearly: `fit` for a run that stretches. Without a width, the result is a square. */
+export function stretch(picture, height, width = height) {
+  return fit(picture, height, width);
+}
+
+/** Returns the height and width at which an image just covers the box that its middle is cut from, in training's integers. */
+function covering(picture, height, width, cropPct) {
+  const [tall, wide] = [Math.floor(height / cropPct), Math.floor(width / cropPct)];
+  const quotient = (a, b) => (a - (a % b)) / b;
+  return [
+    Math.max(tall, quotient(wide * picture.height, picture.width)),
+    Math.max(wide, quotient(tall * picture.width, picture.height)),
+  ];
 }
 
 /** Applies an EXIF orientation to pixels `(rows, columns, 3)`. From orientation 5 on, the result is `(columns, rows, 3)`. */
@@ -195,7 +237,7 @@ function orient(pixels, rows, columns, orientation) {
   return oriented;
 }
 
-/** Resizes the row of RGBA pixels that starts at `offset` of `data`, and writes its RGB to `line`. */
+/** Resizes a row of RGBA pixels, whose pixel 0 would be at `offset` of `data`, and writes its RGB to `line`. */
 function resizeRow(data, offset, across, line) {
   across.forEach(({ start, weights }, column) => {
     let [red, green, blue] = [0, 0, 0];
@@ -210,25 +252,32 @@ function resizeRow(data, offset, across, line) {
   });
 }
 
-/** Returns, for each of `to` pixels, the first of the `from` pixels that it averages, and their weights, whose sum is 1. */
-function taps(from, to) {
+/**
+ * Returns, for `count` pixels of a side that is resized from `from` to `to` pixels, beginning with pixel `first`: the first of the
+ * `from` pixels that it depends on, and their weights, whose sum is 1.
+ */
+function taps(from, to, first, count, { radius, weight }) {
   const scale = from / to;
-  const reach = Math.max(1, scale);
-  return Array.from({ length: to }, (_, i) => {
-    const centre = (i + 0.5) * scale;
-    const start = Math.max(0, Math.ceil(centre - reach - 0.5));
-    const end = Math.min(from - 1, Math.floor(centre + reach - 0.5));
+  const spread = Math.max(1, scale); // antialiasing: a wider kernel
+  return Array.from({ length: count }, (_, i) => {
+    const centre = (first + i + 0.5) * scale;
+    const start = Math.max(0, Math.ceil(centre - radius * spread - 0.5));
+    const end = Math.min(from - 1, Math.floor(centre + radius * spread - 0.5));
     const weights = Float64Array.from({ length: end - start + 1 }, (_, j) =>
-      Math.max(0, 1 - Math.abs(start + j + 0.5 - centre) / reach),
+      weight(Math.abs(start + j + 0.5 - centre) / spread),
     );
     const sum = weights.reduce((a, b) => a + b);
     return { start, weights: weights.map((weight) => weight / sum) };
   });
 }
 
-/** Rounds as tf.round does. The first rounding hides float errors of the sums, so that 127.5 stays a half. */
-function roundHalfToEven(value) {
-  value = Math.round(value * 1e6) / 1e6;
-  const rounded = Math.round(value);
-  return rounded - value === 0.5 && rounded % 2 ? rounded - 1 : rounded;
+/** Returns the first pixel that `taps` depend on, and the one after the last. */
+function span(taps) {
+  const { start, weights } = taps.at(-1);
+  return [taps[0].start, start + weights.length];
+}
+
+/** Rounds half to even and clamps to 0..255, as training does. The first rounding hides float errors, so that 127.5 stays a half. */
+function toBytes(values) {
+  return new Uint8Array(Uint8ClampedArray.from(values, (value) => Math.round(value * 1e6) / 1e6).buffer);
 }

@@ -44,6 +44,8 @@ class Server(ThreadingHTTPServer):
     Args:
         run_dir: the folder of an exported run.
         port: on `HOST`; 0 picks a free one.
+        resizing: how the page resizes images, a dict of the recipe's `resize`, `crop_pct` and `interpolation`; `None` means
+            stretching, bilinearly.
         samples: a function without arguments -> a list of dicts, each with a `label` and a `png` of bytes; and the note that
             the page shows with them, or "". Called in the thread of a request, so it may wait.
 
@@ -52,9 +54,10 @@ class Server(ThreadingHTTPServer):
         OverflowError: if the port is out of range.
     """
 
-    def __init__(self, run_dir, port, samples=lambda: ([], "")):
+    def __init__(self, run_dir, port, resizing=None, samples=lambda: ([], "")):
         super().__init__((HOST, port), _Handler)
         self.run_dir = Path(run_dir)
+        self.resizing = resizing or {}
         self.samples = samples
         # The import map is the only inline script. The policy allows it by its digest.
         [script] = re.findall(r"<script type=\"importmap\">(.*?)</script>", (WEB / "index.html").read_text(), re.DOTALL)
@@ -75,7 +78,8 @@ class Server(ThreadingHTTPServer):
         if path in ("/", *(f"/{name}" for name in (*PAGE, *RUNTIME))):
             return _file(WEB / (path[1:] or "index.html"))
         if path == "/run.json":
-            return json.dumps({"labels": self.labels(), "artifacts": artifacts(self.run_dir)}).encode(), TYPES["json"]
+            run = {"labels": self.labels(), "artifacts": artifacts(self.run_dir), "resizing": self.resizing}
+            return json.dumps(run).encode(), TYPES["json"]
         if path in (f"/{kind}.tflite" for kind in TFLITE_FORMATS):
             return _file(self.run_dir / "export" / "tflite" / path[1:])
         if path == "/samples.json":

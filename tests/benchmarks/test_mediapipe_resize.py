@@ -3,6 +3,7 @@ import pytest
 
 from benchmarks import mediapipe_resize
 from benchmarks.mediapipe_resize import Arguments, halved
+from cvt_keras import Preprocessing
 
 
 def test_halving_keeps_the_mean_and_ends_at_the_size():
@@ -11,6 +12,13 @@ def test_halving_keeps_the_mean_and_ends_at_the_size():
     assert (small.shape, small.dtype) == ((32, 32, 3), np.uint8)
     np.testing.assert_allclose(small, image.reshape(32, 4, 32, 2, 3).mean(axis=(1, 3)), atol=0.76)  # rounding twice
     assert halved(image[:20, :45], (32, 48)).shape == (32, 48, 3)
+
+
+def test_the_middle_is_what_the_network_sees():
+    image = np.random.default_rng(0).integers(0, 256, (64, 130, 3), "uint8")
+    preprocessing = Preprocessing(image_size=(8, 6), resize="crop", crop_pct=0.5)  # the image covers 16x12
+    np.testing.assert_array_equal(mediapipe_resize.middle(image, preprocessing), image[16:48, 53:77])
+    assert mediapipe_resize.middle(image, preprocessing.replace(resize="stretch")) is image
 
 
 @pytest.mark.parametrize("change", [{"images": 0}, {"sides": ()}, {"sides": (0,)}])

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cvt_keras import cli, runs
+from cvt_keras import Preprocessing, cli, runs
+from cvt_keras.data import sources
+from cvt_keras.data.images import fit
 from cvt_keras.errors import ArgumentError, BusyError, DataError, ExportError, NoRunError, RunError
 from cvt_keras.export import artifacts, export, verify
 from cvt_keras.export.verify import BOUNDS, Artifact
@@ -28,8 +30,8 @@ OLD_RUNS = ROOT / "tests" / "golden" / "old_runs"
 def verified_in_process(monkeypatch):
     """Runs artifacts in this process and hardly times them, which saves seconds per file."""
 
-    def in_process(name, file, path, images, labels, expected, bounds=None):
-        return verify.compare(name, file, path, labels, expected, verify.answer(file, np.load(images)), bounds)
+    def in_process(name, file, path, images, labels, expected, bounds, frame):
+        return verify.compare(name, file, path, labels, expected, verify.answer(file, np.load(images), frame), bounds)
 
     monkeypatch.setattr(artifacts, "verify", in_process)
     monkeypatch.setattr(verify, "TIMED", 1)
@@ -77,6 +79,33 @@ def test_every_format_is_exported_and_reported(exported):
     assert not list(folder.glob(".*"))
     page = (exported / "report.html").read_text()
     assert "<h2>Exports</h2>" in page and "dynamic int8" in page
+
+
+def test_a_run_that_crops_is_calibrated_and_verified_on_middles(trained, cifar10_dir, tmp_path, monkeypatch):
+    run_dir, used = _copy(trained, tmp_path), {}
+    real = artifacts.preprocessing_of
+    resizing = {"resize": "crop", "crop_pct": 0.6, "interpolation": "bicubic"}
+    monkeypatch.setattr(artifacts, "preprocessing_of", lambda classifier: real(classifier).replace(**resizing))
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    (run_dir / "recipe.json").write_text(json.dumps({**recipe, **resizing}))
+
+    def write(classifier, class_names, name, calibration, file):
+        used["calibration"] = calibration
+        file.touch()
+
+    def verify(name, file, path, images, labels, expected, bounds, frame):
+        used.update(images=np.load(images), frame=frame)
+        raise ExportError("enough")
+
+    monkeypatch.setattr(artifacts, "_write", write)
+    monkeypatch.setattr(artifacts, "verify", verify)
+    with pytest.raises(ExportError, match="enough"):
+        export(run_dir, "int8", verify_images=5)
+    test = sources.load("cifar10", str(cifar10_dir)).test.images[:5]
+    crop = Preprocessing(image_size=(24, 40), **resizing)
+    np.testing.assert_array_equal(used["images"], fit(test, crop))
+    assert used["calibration"].shape[1:] == (24, 40, 3)
+    assert used["frame"] == (40, 66)
 
 
 @pytest.mark.parametrize("name", ["plain", "qat"])

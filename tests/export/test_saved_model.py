@@ -7,13 +7,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from photos import PHOTO, REENCODED, encoded, photos, png, with_header
+from photos import PHOTO, REENCODED, encoded, exif, photos, png, with_header
 from PIL import Image
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from tensorflow_serving.apis import prediction_log_pb2
 from tools import require
 
-from cvt_keras import preprocessing_of
+from cvt_keras import Preprocessing, preprocessing_of
 from cvt_keras.data import images
 from cvt_keras.data.images import stretch
 from cvt_keras.export import saved_model
@@ -72,6 +72,25 @@ def test_photos_of_every_kind_match_training(loaded, classifier):
     largest = dict(zip(kinds, np.abs(answers - expected).max(axis=1)))
     # The pixels are equal; the network computes in another order.
     assert max(largest.values()) < 1e-5, f"largest differences of a probability: {largest}"
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_serving_bytes_resizes_as_training(resize, interpolation, tmp_path):
+    # A network whose probabilities show every pixel: one level more makes a probability 2% larger.
+    network = keras.Sequential([keras.Input((24, 40, 3)), keras.layers.Rescaling(1 / 51), keras.layers.Flatten()])
+    network.preprocessing = Preprocessing(resize=resize, crop_pct=0.9, interpolation=interpolation)
+    saved_model.write(network, [""] * (24 * 40 * 3), tmp_path / "1")
+    serve = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_bytes"]
+    random = np.random.default_rng(0)
+    # Reduced, turned, enlarged, a strip of each kind, the network's size, and a photo.
+    sides = [(90, 120), (61, 47), (12, 20), (3, 700), (500, 1), (24, 40)]
+    files = [encoded(random.integers(0, 256, (*side, 3)).astype("uint8")) for side in sides]
+    files += [encoded(Image.open(PHOTO), "JPEG", exif=exif(6))]
+    preprocessing = network.preprocessing.replace(image_size=(24, 40))
+    expected = [images.fit(images.decode(data), preprocessing) for data in files]
+    expected = tf.nn.softmax(tf.reshape(tf.cast(expected, "float32") / 51, (len(files), -1)))
+    np.testing.assert_allclose(serve(image_bytes=tf.constant(files))["probabilities"], expected, rtol=1e-3)
 
 
 def test_bad_bytes_fail_one_request_and_not_the_next(loaded, test_images):

@@ -9,7 +9,7 @@ from ai_edge_litert.interpreter import Interpreter
 from flatbuffers.table import Table
 from tensorflow.lite.python import schema_py_generated as schema
 
-from cvt_keras import Stage, Variant, build_classifier, preprocessing_of
+from cvt_keras import Preprocessing, Stage, Variant, build_classifier, preprocessing_of
 from cvt_keras.data.split import Split
 from cvt_keras.export import tflite, verify
 from cvt_keras.export.verify import TFLITE_FORMATS
@@ -107,6 +107,7 @@ def test_the_metadata_has_the_labels(kind, files, classifier):
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = archive.read("labels.txt").decode().splitlines()
     assert tuple(names) == preprocessing_of(classifier).class_names
+    assert b"resized as in training: resize=stretch, crop_pct=0.875, interpolation=bilinear." in data
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     [entry] = [entry for entry in model.metadata if entry.name == b"TFLITE_METADATA"]
     metadata = bytes(model.buffers[entry.buffer].data)
@@ -141,3 +142,8 @@ def test_calibration_covers_0_to_255():
     calibration = tflite._whole_range(images)
     assert (calibration.min(), calibration.max()) == (0, 255)
     assert images.min() == 100
+
+
+def test_the_metadata_says_how_to_resize():
+    preprocessing = Preprocessing(resize="crop", crop_pct=0.9, interpolation="bicubic")
+    assert b"resize=crop, crop_pct=0.9, interpolation=bicubic." in tflite._metadata(preprocessing)

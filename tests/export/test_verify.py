@@ -1,9 +1,11 @@
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from cvt_keras import Preprocessing
 from cvt_keras.errors import ExportError
-from cvt_keras.export import verify
+from cvt_keras.export import saved_model, verify
 from cvt_keras.export.verify import BOUNDS, FORMATS, TFLITE_FORMATS, Bounds, compare
 
 LABELS = np.arange(1000) % 10
@@ -99,8 +101,15 @@ def test_nan_probabilities_raise(file):
     assert "int8" in error.value.summary and "NaN" in error.value.summary
 
 
+@pytest.fixture
+def threads_stay(monkeypatch):
+    for name in ("set_intra_op_parallelism_threads", "set_inter_op_parallelism_threads"):
+        monkeypatch.setattr(tf.config.threading, name, lambda threads: None)  # TensorFlow has started already
+
+
+@pytest.mark.usefixtures("threads_stay")
 @pytest.mark.parametrize("wrong", ["serving_bytes", "logits"])
-def test_a_signature_that_disagrees_counts_as_a_difference(wrong, tmp_path, monkeypatch):
+def test_a_signature_that_disagrees_counts_as_a_difference(wrong, tmp_path):
     def signature(name, input_name, spec):
         probabilities = tf.constant([[0.25, 0.75] if name == wrong else [0.75, 0.25]])
 
@@ -115,10 +124,20 @@ def test_a_signature_that_disagrees_counts_as_a_difference(wrong, tmp_path, monk
     arguments["serving_bytes"] = ("image_bytes", ((None,), tf.string))
     signatures = {name: signature(name, *rest) for name, rest in arguments.items()}
     tf.saved_model.save(tf.Module(), str(tmp_path / "1"), signatures)
-    for name in ("set_intra_op_parallelism_threads", "set_inter_op_parallelism_threads"):
-        monkeypatch.setattr(tf.config.threading, name, lambda threads: None)  # TensorFlow has started already
     answers = verify.answer(tmp_path / "1", np.zeros((5, 4, 4, 3), "uint8"))
     np.testing.assert_allclose(answers["probabilities"], [[0.25, 0.75]] * 5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("threads_stay")
+def test_serving_bytes_of_a_network_that_crops_agrees(tmp_path):
+    # A network whose probabilities show every pixel.
+    network = keras.Sequential([keras.Input((5, 8, 3)), keras.layers.Rescaling(1 / 51), keras.layers.Flatten()])
+    network.preprocessing = Preprocessing(image_size=(5, 8), resize="crop", crop_pct=0.6)
+    saved_model.write(network, [""] * 120, tmp_path / "1")
+    images = np.random.default_rng(0).integers(0, 256, (5, 5, 8, 3)).astype("uint8")
+    answers = verify.answer(tmp_path / "1", images, network.preprocessing.crop_from)
+    expected = tf.nn.softmax(images.reshape(5, -1).astype("float32") / 51)
+    np.testing.assert_allclose(answers["probabilities"], expected, rtol=1e-3)
 
 
 def test_the_farthest_answer_of_the_signatures_counts():

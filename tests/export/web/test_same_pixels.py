@@ -12,6 +12,7 @@ import tensorflow as tf
 from photos import REENCODED, photos
 from PIL import Image, ImageCms, features
 
+from cvt_keras import Preprocessing
 from cvt_keras.data import images
 from cvt_keras.export.serving.client import Answer, Client
 
@@ -264,3 +265,65 @@ def test_files_that_browsers_read_differently_are_refused(name, cards):
 )
 def test_training_reads_what_the_page_refuses(name):
     assert images.decode(_REFUSED[name][0]).shape == PIXELS.shape
+
+
+# === Resizing alone ===
+
+# Runs `fit` on files, given as base64. Returns pixels as base64.
+FIT = """async ([files, height, width, resizing]) => {
+  const { decode, fit } = await import("/pixels.js");
+  const results = [];
+  for (const file of files) {
+    const picture = await decode(new Blob([Uint8Array.from(atob(file), (character) => character.charCodeAt(0))]));
+    const pixels = await fit(picture, height, width, resizing);
+    results.push(btoa(String.fromCharCode(...pixels)));
+    picture.close();
+  }
+  return results;
+}"""
+# The whole of the enlarged strips would take gigabytes.
+_SIDES = [(12, 20), (23, 40), (40, 23), (33, 31), (1, 1), (3, 700), (500, 1), (1, 30_000), (1200, 1800)]
+_TO_FIT = {
+    **{
+        f"png {height}x{width}": _encoded(Image.fromarray(_photo(height, width)), "PNG", compress_level=1)
+        for height, width in _SIDES
+    },
+    **{
+        name: data
+        for name, data in _READABLE.items()
+        if name.startswith("webp exif") or name in ("png clear", "png 16 bits grey")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def fitted(chromium, serve, tmp_path_factory):
+    """A function that takes a `Preprocessing`, and returns the page's pixels of each of `_TO_FIT`. It needs no run."""
+    url = serve(tmp_path_factory.mktemp("empty")).url
+    files = [base64.b64encode(data).decode() for data in _TO_FIT.values()]
+    with chromium.new_context() as context:
+        page = context.new_page()
+        page.goto(f"{url}samples.json")
+
+        def fit(preprocessing):
+            size, resizing = preprocessing.image_size, preprocessing.get_config()
+            results = page.evaluate(FIT, [files, *size, resizing])
+            pixels = [np.frombuffer(base64.b64decode(data), "uint8").reshape(*size, 3) for data in results]
+            return dict(zip(_TO_FIT, pixels, strict=True))
+
+        yield fit
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "resizing",
+    [{"resize": "stretch"}, *({"resize": "crop", "crop_pct": crop_pct} for crop_pct in (1, 0.875))],
+    ids=lambda resizing: "-".join(map(str, resizing.values())),
+)
+def test_the_page_resizes_as_training(resizing, interpolation, fitted):
+    preprocessing = Preprocessing(image_size=(23, 40), interpolation=interpolation, **resizing)
+    for name, pixels in fitted(preprocessing).items():
+        expected = images.fit(images.decode(_TO_FIT[name]), preprocessing).numpy()
+        difference = abs(pixels.astype(int) - expected)
+        # TensorFlow computes in float32, so a sum near a half may be rounded to the other side.
+        assert difference.max() <= 1 and difference.mean() < 0.02, name

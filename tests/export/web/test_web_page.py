@@ -14,9 +14,11 @@ from PIL import Image
 from tensorflow.lite.python import schema_py_generated as schema
 from tools import require_browser
 
+from cvt_keras import Preprocessing
 from cvt_keras.data import images
 from cvt_keras.data.verified import NOT_VERIFIED
 from cvt_keras.export.verify import TFLITE_FORMATS
+from cvt_keras.training.recipes import RESIZING
 
 WAIT = 30_000  # milliseconds: the machine may be busy
 
@@ -122,6 +124,18 @@ def test_images_of_another_size_are_stretched_as_in_training(page, classifier, n
         assert card.locator(".original").is_visible()
         stretched = "" if (height, width) == (12, 20) else ", stretched as in training"
         assert card.locator(".input").text_content() == f"Network input: 40 \N{MULTIPLICATION SIGN} 24{stretched}"
+
+
+def test_a_run_that_crops_gets_the_middle(exported, open_page, serve):
+    crop = Preprocessing(image_size=(24, 40), resize="crop", crop_pct=0.875, interpolation="bicubic")
+    page = open_page(serve(exported, resizing={name: getattr(crop, name) for name in RESIZING}))
+    for pixels in (_photo(300, 200), _photo(24, 40)):  # the second is enlarged
+        card = _choose(page, _file(_encoded(pixels)))
+        assert abs(_network_input(card).astype(int) - images.fit(pixels, crop).numpy()).max() <= 1
+        assert card.locator(".original").is_visible()
+        assert (
+            card.locator(".input").text_content() == "Network input: 40 \N{MULTIPLICATION SIGN} 24, the middle, as in training"
+        )
 
 
 def test_the_caption_of_a_rotated_photo_has_its_upright_size(page):

@@ -27,6 +27,7 @@ from cvt_keras.export.web import samples as module_of_samples
 from cvt_keras.export.web import server as module
 from cvt_keras.export.web.samples import Samples, first_of_each_class
 from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.training.recipes import RESIZING
 
 
 def _ask(server, path, method="GET", **headers):
@@ -200,6 +201,26 @@ def test_a_missing_runtime_is_one_line_with_the_command_that_installs_it(exporte
         assert cli.main(["web", str(exported)]) == 1
         [line] = capsys.readouterr().err.strip().splitlines()
         assert "node_modules/none.js is missing" in line and line.endswith(f": npm ci --prefix {shown}")
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"resize": "crop", "crop_pct": 0.9, "interpolation": "bicubic", "image_size": [24, 40]}, ["crop", 0.9, "bicubic"]),
+        ({"image_size": 32}, ["stretch", 0.875, "bilinear"]),  # of an earlier version
+    ],
+)
+def test_the_command_serves_how_the_run_resizes(settings, expected, tmp_path, installed, monkeypatch):
+    (tmp_path / "export" / "tflite").mkdir(parents=True)
+    (tmp_path / "recipe.json").write_text(json.dumps(settings))
+    for name in ("labels.txt", "tflite/float32.tflite"):
+        (tmp_path / "export" / name).touch()
+    answers = []
+    monkeypatch.setattr(command.Server, "serve_forever", lambda server: answers.append(server.find("/run.json")[0]))
+    monkeypatch.setattr(command, "Samples", lambda *arguments: types.SimpleNamespace(stop=lambda: None))
+    command.main([str(tmp_path), "--port", "0"])
+    resizing = json.loads(answers[0])["resizing"]
+    assert resizing == dict(zip(RESIZING, expected, strict=True))
 
 
 @pytest.fixture
