@@ -90,6 +90,7 @@ def main(arguments):
 
 def measure(arguments, recipe, kept, num_classes):
     batches = {kind: training_batches(split, num_classes, recipe) for kind, split in kept.items()}
+
     def pipeline(kind):
         # A new iterator: the batches that an old one prefetched during training would count as made in no time.
         for _ in batches[kind].take(4 * arguments.steps):
