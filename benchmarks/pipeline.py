@@ -72,7 +72,7 @@ def splits(arguments, recipe, folder):
     kept = {}
     for kind in ("memory", "disk"):
         random = np.random.default_rng(1)
-        with Cache(kind, folder).open("random") as store:
+        with Cache(kind, folder).open("random", None) as store:
             with store.adding() as add:
                 for i in range(n):
                     add(str(i), random.integers(0, 256, shape, "uint8"))

@@ -77,30 +77,35 @@ def export(
     if not len(source.test):
         raise _no_images("test", run_dir)
     test = source.test.limit(recipe.test_limit).limit(verify_images)
-    images = _pixels(test.images, preprocessing)
     frame = preprocessing.crop_from if preprocessing.resize == "crop" else None
     quantized = quantized_cvt_of(classifier) is not None
     # The float formats of a quantised network use its weights without the rounding.
     networks = {"int8": classifier, "float": float_form(classifier) if quantized else classifier}
-    try:
-        expected = {form: _probabilities(networks[form], images) for form in {_form(name, quantized) for name in formats}}
-    except tf.errors.ResourceExhaustedError as error:
-        raise OutOfMemoryError(f"{run_dir / runs.MODEL} does not fit into memory") from error
     calibration = None
     if "int8" in formats and not quantized:  # a quantised network stores the ranges from its training
         drawn = _calibration_images(run_dir, source.train.limit(recipe.train_limit), len(class_names), recipe.seed)
-        calibration = _pixels(drawn, preprocessing)
+        calibration = np.concatenate(list(_resized(drawn, preprocessing)))
 
     folder = run_dir / runs.EXPORT
     folder.mkdir(exist_ok=True)
     artifacts = []
-    if len(images) < FEW_IMAGES:
+    if len(test) < FEW_IMAGES:
         _warn(
-            f"only {len(images)} test images, too few to measure a loss of accuracy. A file passes if it differs from Keras on "
+            f"only {len(test)} test images, too few to measure a loss of accuracy. A file passes if it differs from Keras on "
             f"fewer than {LEAST_IMAGES} of them"
         )
     with runs.lock(folder), runs.scratch(folder) as scratch:
-        np.save(scratch / IMAGES, images)
+        # In a file, as all test images may not fit into memory. The processes that verify read it too.
+        images = np.lib.format.open_memmap(scratch / IMAGES, "w+", "uint8", (len(test), *classifier.input_shape[1:]))
+        start = 0
+        for batch in _resized(test.images, preprocessing):
+            images[start : start + len(batch)] = batch
+            start += len(batch)
+        images.flush()
+        try:
+            expected = {form: _probabilities(networks[form], images) for form in {_form(name, quantized) for name in formats}}
+        except tf.errors.ResourceExhaustedError as error:
+            raise OutOfMemoryError(f"{run_dir / runs.MODEL} does not fit into memory") from error
         with runs.whole(folder / tflite.LABELS) as temporary:
             temporary.write_text(tflite.labels_text(class_names), encoding="utf-8")
         for name in formats:
@@ -178,10 +183,10 @@ def _probabilities(classifier, images):
     return tf.nn.softmax(np.concatenate(logits)).numpy()
 
 
-def _pixels(images, preprocessing):
-    """Resizes images to the network's size, as training does: uint8 `(n, height, width, 3)`."""
-    parts = (image[None] for image in images) if None in images.shape else batches(images)
-    return np.concatenate([fit(part, preprocessing).numpy() for part in parts])
+def _resized(images, preprocessing):
+    """Yields images in batches at the network's size, as validation sees them: uint8 `(batch, height, width, 3)`."""
+    for batch in (image[None] for image in images) if None in images.shape else batches(images):
+        yield fit(batch, preprocessing).numpy()
 
 
 def _place(folder, name):

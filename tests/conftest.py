@@ -28,7 +28,7 @@ def seeded():
     keras.utils.set_random_seed(0)
 
 
-def _write_tfds(data_dir, name, splits, class_names=None):
+def _write_tfds(data_dir, name, splits, class_names=None, shard=10_000):
     """Writes a data set in the format of TFDS.
 
     Args:
@@ -36,6 +36,7 @@ def _write_tfds(data_dir, name, splits, class_names=None):
         name: the name of the builder, with its config if it has several.
         splits: `{split: examples}`; an example is a dict of the builder's features.
         class_names: the content of TFDS' file of class names; without it there is no such file.
+        shard: the number of examples in a file.
 
     Returns:
         The folder of the records.
@@ -47,7 +48,7 @@ def _write_tfds(data_dir, name, splits, class_names=None):
     folder.mkdir(parents=True)
     if class_names:
         builder.info.features["label"].names = class_names
-    writer = tfds.core.SequentialWriter(builder.info, max_examples_per_shard=10_000)
+    writer = tfds.core.SequentialWriter(builder.info, max_examples_per_shard=shard)
     writer.initialize_splits(list(splits))
     writer.add_examples(splits)
     writer.close_all()

@@ -1,15 +1,17 @@
 """Keeps decoded pixels on disk, so that no command decodes an image twice, and reads them through memory maps.
 
-A data set that is resized in one way has a folder of its own in the cache. It consists of parts, each a folder with two files:
-`pixels` holds the pixels of images one after the other, and `index.npy` says where each image lies. A part appears whole or not
-at all, and never changes; new images become a new part. So a command that is killed loses only the part that it was writing.
+A data set that is resized in one way has a folder of its own in the cache, with two files. `pixels` holds the pixels of images
+one after the other, and `index` says where each image lies. Both only grow. An image belongs to the cache once its row of the
+index is written, which happens after its pixels are safe on disk. So a command that is killed loses only what it still held in
+memory.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import re
-import shutil
 import sys
 import time
 from collections import deque
@@ -26,10 +28,10 @@ from cvt_keras.data.pixels import INDEX_TYPE, Images, row_of_index
 from cvt_keras.errors import BusyError, DataError
 
 KINDS = ("disk", "memory", "off")
-_FORMAT = 1  # of the files: another number makes a new folder
-_PIXELS, _INDEX = "pixels", "index.npy"
-# The part that is being written is held in memory. It is finished after so many seconds or bytes.
-_PART_SECONDS, _PART_BYTES = 30, 2**27
+_FORMAT = 1  # of the files, and of how images are decoded and resized: another number makes a new folder
+_PIXELS, _INDEX = "pixels", "index"
+# Images are held in memory until they are written together, after so many seconds or bytes.
+_BATCH_SECONDS, _BATCH_BYTES = 30, 2**27
 _MIN_IMAGES_FOR_PROGRESS = 200
 
 
@@ -39,35 +41,51 @@ class Cache:
 
     Args:
         kind: "disk" keeps them for later commands. "memory" keeps them for this one. "off" decodes an image each time that it
-            is read, and keeps on disk only what is known about it, such as its digest.
+            is read, and keeps on disk only what is known about it, such as its digest; if it can't write, it does without.
         folder: where "disk" and "off" write; `None` means `default_folder()`.
     """
 
     kind: str = "disk"
     folder: str | None = None
 
+    @property
+    def root(self):
+        """The folder that is written to, or `None`."""
+        if self.kind == "memory":
+            return None
+        return Path(self.folder).expanduser() if self.folder else default_folder()
+
     @contextlib.contextmanager
-    def open(self, name, *identity):
+    def open(self, name, resizing, *identity):
         """Yields the `Store` of a data set. If another process has it open, waits until that process is done.
 
         Args:
             name: tells people what is in the folder.
-            *identity: JSON values that tell this data set, resized in this way, from all others.
+            resizing: how the images were resized, see `images.resizing`; `None` if they are as they were.
+            *identity: JSON values that tell these images from all others of the same name.
 
         Raises:
             DataError: if the folder can't be written.
         """
-        if self.kind == "memory":
+        root = self.root
+        if root is None:
             yield Store(None)
             return
-        digest = hashlib.sha256(json.dumps([_FORMAT, self.kind, *identity]).encode()).hexdigest()
-        root = Path(self.folder).expanduser() if self.folder else default_folder()
-        folder = root / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)[:40]}-{digest[:16]}"
+        pillow = packages.require("PIL").__version__  # another one may decode to other pixels
+        digest = hashlib.sha256(json.dumps([_FORMAT, pillow, self.kind, name, resizing, *identity]).encode()).hexdigest()
+        shown = re.sub(r"[^\w.]+", "-", name).strip("-.")[:40] or "images"
+        folder = root / "-".join([shown, *map(str, resizing or ()), digest[:16]])
         with contextlib.ExitStack() as stack:
-            with _named_errors(root):
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_lock_when_free(folder))
-                runs.remove_unfinished(folder)
+            try:
+                with _named_errors(root):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(_lock_when_free(folder))
+                    runs.remove_unfinished(folder)
+                    (folder / _INDEX).touch()
+            except DataError:
+                if self.kind == "disk":
+                    raise
+                folder = None
             yield Store(folder, keeps_pixels=self.kind == "disk")
 
 
@@ -80,28 +98,21 @@ class Store:
     """The images of a data set, resized in one way.
 
     Args:
-        folder: the folder of the parts; `None` keeps them in memory.
+        folder: where the files lie; `None` keeps the images in memory.
         keeps_pixels: whether pixels are kept, or only the index.
     """
 
     def __init__(self, folder, keeps_pixels=True):
         self.folder = folder
         self.keeps_pixels = keeps_pixels
-        self._parts = []  # pairs: an index, and the pixels: a flat array, a list of images in memory, or `None`
-        for path in sorted(folder.glob("part-*")) if folder else ():
-            if (part := self._read(path)) is not None:
-                self._parts.append(part)
-            else:  # its images are decoded again
-                shutil.rmtree(path, ignore_errors=True)
+        self.index = np.empty(0, INDEX_TYPE)  # what is known about each image
+        self._in_memory = []  # the pixels, without a folder
+        if folder is not None:
+            self._read_index()
 
-    def index(self):
-        """What is known about all images.
-
-        Returns:
-            An array of `INDEX_TYPE`, and a dict from the id of an image, as text, to its row.
-        """
-        index = np.concatenate([np.empty(0, INDEX_TYPE), *(index for index, _ in self._parts)])
-        return index, {id.decode(): row for row, id in enumerate(index["id"])}
+    def row_of(self):
+        """A dict from the id of an image, as text, to its row of the index."""
+        return {id.decode(): row for row, id in enumerate(self.index["id"])}
 
     def images(self, rows, read=None):
         """Returns the images at `rows` of the index, as `Images`.
@@ -110,18 +121,19 @@ class Store:
             rows: int `(n,)`.
             read: function from a row to its pixels, if this store keeps none.
         """
-        index, _ = self.index()
-        parts = np.repeat(np.arange(len(self._parts)), [len(part) for part, _ in self._parts])
-        pixels = [pixels for _, pixels in self._parts]
+        rows = np.asarray(rows, "int64")
+        if not self.keeps_pixels or self.folder is None or not len(self.index):
+            return Images(read if not self.keeps_pixels else self._in_memory.__getitem__, self.index, rows)
+        pixels = np.asarray(np.memmap(self.folder / _PIXELS, "uint8", mode="r", shape=(_end(self.index),)))
+        heights, widths, starts = (self.index[name].astype("int64") for name in ("height", "width", "offset"))
 
         def kept(row):
-            height, width, offset = (int(index[name][row]) for name in ("height", "width", "offset"))
-            part = pixels[parts[row]]
-            return (
-                part[offset] if isinstance(part, list) else part[offset : offset + 3 * height * width].reshape(height, width, 3)
-            )
+            height, width, start = int(heights[row]), int(widths[row]), int(starts[row])
+            return pixels[start : start + 3 * height * width].reshape(height, width, 3)
 
-        return Images(kept if self.keeps_pixels else read, index, np.asarray(rows, "int64"))
+        same_size = len(np.unique(heights)) == len(np.unique(widths)) == 1
+        array = pixels.reshape(-1, heights[0], widths[0], 3) if same_size else None
+        return Images(kept, self.index, rows, array)
 
     @contextlib.contextmanager
     def adding(self):
@@ -131,54 +143,77 @@ class Store:
             DataError: if the disk is full, or can't be written for another reason.
         """
         rows, pixels, size, started = [], [], 0, time.monotonic()
+        end = _end(self.index)
 
-        def finish():
+        def write():
             nonlocal size, started
             if rows:
-                self._parts.append(self._write(np.array(rows), list(pixels)))
+                self._append(np.array(rows), pixels)
                 rows.clear(), pixels.clear()
             size, started = 0, time.monotonic()
 
         def add(id, image, **known):
-            nonlocal size
+            nonlocal size, end
             image = np.ascontiguousarray(image)
-            rows.append(row_of_index(id, image, size if self.folder else len(pixels), **known))
+            rows.append(row_of_index(id, image, end, **known))
+            pixels.append(image)
             size += image.size
-            if self.keeps_pixels:
-                pixels.append(image)
-            if self.folder and (size > _PART_BYTES or time.monotonic() - started > _PART_SECONDS):
-                finish()
+            end += image.size
+            if self.folder and (size > _BATCH_BYTES or time.monotonic() - started > _BATCH_SECONDS):
+                write()
 
         try:
             yield add
         except BaseException:
             with contextlib.suppress(DataError):  # the first error tells more
-                finish()
+                write()
             raise
-        finish()
+        write()
 
-    def _write(self, index, pixels):
+    def _append(self, index, pixels):
         if self.folder is None:
-            return index, pixels
-        path = self.folder / f"part-{time.time_ns()}"
-        with _named_errors(self.folder.parent), runs.whole_folder(path) as unfinished:
-            np.save(unfinished / _INDEX, index)
+            self._in_memory += pixels if self.keeps_pixels else ()
+            self.index = np.concatenate([self.index, index])
+            return
+        with _named_errors(self.folder.parent):
             if self.keeps_pixels:
                 # Not through a memory map: on a full disk that would kill the process.
-                with open(unfinished / _PIXELS, "wb") as file:
-                    file.writelines(image.data for image in pixels)
-        return self._read(path)
+                _extend(self.folder / _PIXELS, _end(self.index), (image.data for image in pixels))
+            _extend(self.folder / _INDEX, self.index.nbytes, [index.tobytes()])
+            self._read_index()
 
-    def _read(self, path):
-        """Reads a part. Returns `None` if it is damaged."""
+    def _read_index(self):
+        """Reads the rows of the index that are whole, and whose pixels are there."""
+        path = self.folder / _INDEX
+        n = path.stat().st_size // INDEX_TYPE.itemsize if path.exists() else 0
+        self.index = np.memmap(path, INDEX_TYPE, mode="r", shape=(n,)) if n else np.empty(0, INDEX_TYPE)
+        sizes = 3 * self.index["height"].astype("int64") * self.index["width"]
+        ends = np.cumsum(sizes)
+        intact = (sizes > 0) & (self.index["offset"] == ends - sizes)
+        if self.keeps_pixels:
+            pixels = self.folder / _PIXELS
+            intact &= ends <= (pixels.stat().st_size if pixels.exists() else 0)
+        if not intact.all():
+            self.index = self.index[: np.argmin(intact)]
+
+
+def _end(index):
+    """The number of bytes of all pixels in an index."""
+    return int(index["offset"][-1]) + 3 * int(index["height"][-1]) * int(index["width"][-1]) if len(index) else 0
+
+
+def _extend(path, size, parts):
+    """Cuts a file to `size` bytes, appends `parts` and calls fsync. What a killed command wrote beyond `size` is dropped."""
+    with open(path, "ab") as file:
+        file.truncate(size)
         try:
-            index = np.load(path / _INDEX)
-            pixels = np.memmap(path / _PIXELS, "uint8", mode="r") if self.keeps_pixels else None
-            sizes = 3 * index["height"].astype("int64") * index["width"]
-        except (OSError, ValueError, EOFError, IndexError):
-            return None
-        damaged = index.dtype != INDEX_TYPE or (pixels is not None and sizes.sum() != len(pixels))
-        return None if damaged else (index, pixels)
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
 
 
 def each(function, items, unit="images"):
@@ -224,15 +259,15 @@ def progress(n, unit="images"):
 @contextlib.contextmanager
 def _lock_when_free(folder):
     """Locks a folder during the block, as `runs.lock` does, but waits for other processes."""
-    told = False
+    announced = False
     while True:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(runs.lock(folder))
             except BusyError:
-                if not told:
+                if not announced:
                     print(f"another command is reading the same images into {folder}: waiting for it", flush=True)
-                    told = True
+                    announced = True
                 time.sleep(0.2)
                 continue
             yield
@@ -244,8 +279,9 @@ def _named_errors(folder):
     try:
         yield
     except OSError as error:
+        first = "Free some space, choose" if error.errno == errno.ENOSPC else "Choose"
         raise DataError(
             f"`cache_dir` can't be written: {error.strerror or error}. Received: cache_dir={folder}",
             argument="cache_dir",
-            hint="Free some space, choose another folder with --cache-dir, or add --cache memory",
+            hint=f"{first} another folder with --cache-dir, or add --cache memory",
         ) from error

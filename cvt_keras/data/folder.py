@@ -1,5 +1,6 @@
 """A folder of images, with a folder for each class."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -90,6 +91,12 @@ def load(data_dir, preprocessing, cache, skip_broken=False, record=None):
         is_zip = root.exists() and root.suffix.lower() == ".zip"
         hint = "Unzip it first, and use --data-dir with the new folder" if is_zip else _PASS_FOLDER
         raise _error(f"`data_dir` {reason}. Received: data_dir={data_dir}", hint)
+    if cache.root is not None and root.resolve() in (cache.root.resolve(), *cache.root.resolve().parents):
+        raise DataError(
+            f"`cache_dir` must not be in the folder of images. Received: cache_dir={cache.root}, data_dir={data_dir}",
+            argument="cache_dir",
+            hint="Choose another folder with --cache-dir",
+        )
     listing = _list(root)
     contents, kept = _read_all(listing, preprocessing, cache)
     _require_readable(listing, contents, skip_broken)
@@ -486,10 +493,9 @@ def _read_all(listing, preprocessing, cache):
         A list of `_Content`; and the `Images` of those that are usable, in their order.
     """
     packages.require("tensorflow")
-    root, room = listing.root.resolve(), images.Room()
-    resizing = preprocessing.replace(mean=None, std=None, class_names=None).get_config()
-    with cache.open(root.name, str(root), resizing) as store:
-        index, row_of = store.index()
+    room = images.Room()
+    with cache.open(listing.root.resolve().name, images.resizing(preprocessing)) as store:
+        index, row_of = store.index, store.row_of()
         files = _Unchanged(store.folder, listing.root)
 
         def examine(file):
@@ -515,14 +521,15 @@ def _read_all(listing, preprocessing, cache):
                     added.add(content.digest)
         contents = [contents[file] for file in listing.files]
         files.write(contents)
-        if added and row_of:
-            print(f"decoded {_count(len(added), 'new image', 'new images')}; the others were in {store.folder}", flush=True)
-        index, row_of = store.index()
+        if added and len(added) < sum(content.usable for content in contents):
+            print(f"decoded {_count(len(added), 'new image', 'new images')}; {store.folder} knows the others", flush=True)
+        index, row_of = store.index, store.row_of()
         usable = [content for content in contents if content.usable]
         paths = {row_of[content.digest]: content.file.path for content in usable}
 
         def read(row):
-            return _read_again(paths[row], index["id"][row].decode(), preprocessing)
+            with room.place() as reserve:
+                return _read_again(paths[row], index["id"][row].decode(), preprocessing, reserve)
 
         return contents, store.images([row_of[content.digest] for content in usable], read)
 
@@ -536,7 +543,8 @@ class _Unchanged:
     """
 
     def __init__(self, folder, root):
-        self.path = folder and folder / "files.json"
+        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+        self.path = folder and folder / f"files-{name}.json"
         self.root = root
         self.latest = time.time_ns() - _SETTLED_NS
         self.states = {}
@@ -566,7 +574,7 @@ class _Unchanged:
             if content.usable and (state := self.states.get(name)) and max(state[1], state[2]) < self.latest:
                 known[name] = [content.digest, *state]
         if known != self.stored:
-            with runs.whole(self.path) as unfinished:
+            with contextlib.suppress(OSError), runs.whole(self.path) as unfinished:  # without it, files are read again
                 unfinished.write_text(json.dumps(known))
 
 
@@ -610,7 +618,7 @@ def _read(file, index, row_of, reserve=None):
     )
 
 
-def _read_again(path, digest, preprocessing):
+def _read_again(path, digest, preprocessing, reserve):
     """Reads and resizes an image that an earlier pass over all files found usable.
 
     Raises:
@@ -626,11 +634,11 @@ def _read_again(path, digest, preprocessing):
             argument="data_dir",
             hint="Start the command again. With --cache disk, images are read only once",
         )
-    return images.shrink(images.decode(data), preprocessing).numpy()
+    return images.shrink(images.decode(data, reserve), preprocessing).numpy()
 
 
 def _pixel_digest(pixels):
-    """A digest of an image's size and pixels, before it is stretched.
+    """A digest of an image's size and pixels, before it is resized.
 
     Hashing a whole photo cryptographically takes as long as decoding it; a CRC-32 is five times as fast. Two different images
     have the same CRC-32 once in four billion times, and are confused only if the hashed rows are also the same.

@@ -431,6 +431,12 @@ def shrink(images, preprocessing):
     return _choose(is_enlarged, lambda: images, lambda: stretch(images, scaled, preprocessing.interpolation))
 
 
+def resizing(preprocessing):
+    """What the result of `shrink` depends on, besides the images: a list of JSON values."""
+    size = preprocessing.image_size if preprocessing.resize == "stretch" else preprocessing.crop_from
+    return [preprocessing.resize, *size, preprocessing.interpolation]
+
+
 def stretch(images, size, interpolation="bilinear"):
     """Resizes images with antialiasing, ignoring their aspect ratio. Images of that size are returned unchanged.
 

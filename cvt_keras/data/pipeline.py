@@ -190,7 +190,7 @@ def _python_reader(images):
         try:
             return np.asarray(images[indices])
         except UserError as error:
-            images.error = error  # TensorFlow passes on the text only
+            images.errors.append(error)  # TensorFlow passes on the text only
             raise
 
     return read

@@ -32,29 +32,40 @@ class Images:
         read: function from a row of `index` to its pixels.
         index: array of `INDEX_TYPE`.
         rows: int `(n,)`: the rows of `index` that are the images, in their order.
+        array: the images of all rows, uint8 `(rows, height, width, 3)`, if they have the same size and lie together.
     """
 
     dtype = np.dtype("uint8")
-    error = None  # what `read` raised inside a `tf.data` pipeline
 
-    def __init__(self, read, index, rows):
+    def __init__(self, read, index, rows, array=None):
         self._read = read
         self._index = index
         self._rows = rows
+        self._array = array
+        self.errors = []  # what `read` raised inside a `tf.data` pipeline, for this and all images that are taken from it
 
     def __len__(self):
         return len(self._rows)
 
     def __getitem__(self, key):
         rows = self._rows[key]
-        return self._read(rows) if np.isscalar(rows) else Images(self._read, self._index, rows)
+        return self._read(rows) if np.isscalar(rows) else self._at(rows)
+
+    def _at(self, rows):
+        images = Images(self._read, self._index, rows, self._array)
+        images.errors = self.errors
+        return images
 
     def __array__(self, dtype=None, copy=None):
-        if None in self.shape:
-            raise ValueError(f"images of different sizes can't become an array. Received: shape={self.shape}")
-        pixels = np.empty(self.shape, "uint8")
-        for i, row in enumerate(self._rows):
-            pixels[i] = self._read(row)
+        if self._array is not None:
+            pixels = self._array[self._rows]
+        else:
+            shape = self.shape
+            if None in shape:
+                raise ValueError(f"images of different sizes can't become an array. Received: shape={shape}")
+            pixels = np.empty(shape, "uint8")
+            for i, row in enumerate(self._rows):
+                pixels[i] = self._read(row)
         return pixels if dtype is None else pixels.astype(dtype)
 
     @property
@@ -86,7 +97,7 @@ class Images:
 
     def followed_by(self, others):
         """These images, then those of each of `others`, which must be of the same data set. -> `Images`"""
-        return Images(self._read, self._index, np.concatenate([part._rows for part in (self, *others)]))
+        return self._at(np.concatenate([part._rows for part in (self, *others)]))
 
 
 def row_of_index(id, pixels, offset, **known):

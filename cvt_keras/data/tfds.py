@@ -243,22 +243,20 @@ def _read(builder, title, split, keys, preprocessing, cache, shuffle=False):
             return images.shrink(images.decode(data, reserve), preprocessing).numpy()
 
     n = builder.info.splits[split].num_examples
-    resizing = preprocessing.replace(mean=None, std=None, class_names=None).get_config()
-    with cache.open(f"{builder.name}-{split}", _state(builder), split, None if small else resizing) as store:
-        _, row_of = store.index()
-        first = next(i for i in range(n + 1) if str(i) not in row_of)  # stored in order, perhaps by a command that was killed
+    resizing = None if small else images.resizing(preprocessing)
+    with cache.open(f"{builder.name}-{split}", resizing, _state(builder)) as store:
+        first = len(store.index)  # less than n if a command was killed: images are stored in their order on disk
         try:
             with (
                 ThreadPoolExecutor(images.threads()) as pool,
                 progress(n - first) as advance,
                 store.adding() as add,
             ):
-                i = first
-                batches = _encoded(builder, f"{split}[{first}:]", keys).batch(_READ_BATCH).prefetch(1) if first < n else None
-                for files, labels in batches.as_numpy_iterator() if batches else ():
+                # Not the slice [first:] of TFDS, which mixes the shards in another order.
+                batches = _encoded(builder, split, keys).skip(first).batch(_READ_BATCH).prefetch(1)
+                for files, labels in batches.as_numpy_iterator() if first < n else ():
                     for image, label in zip(pool.map(decode, files), labels):
-                        add(str(i), image, label=label)
-                        i += 1
+                        add("", image, label=label)
                     advance(len(files))
         except Exception as error:
             if failures.is_out_of_memory(error) or isinstance(error, DataError):
@@ -269,11 +267,8 @@ def _read(builder, title, split, keys, preprocessing, cache, shuffle=False):
                 argument="data_dir",
                 hint="Ask for read permission" if denied else f"Remove {builder.data_path} to download it again",
             ) from error
-        index, row_of = store.index()
-        rows = np.array([row_of[str(i)] for i in range(n)], "int64")
-        if shuffle:
-            rows = rows[np.argsort(fixed_order(n))]
-        labels = index["label"][rows].astype("int64")
+        rows = np.argsort(fixed_order(n)) if shuffle else np.arange(n)
+        labels = store.index["label"][rows].astype("int64")
         if labels.min(initial=0) < 0:
             raise DataError(
                 f"{title} has no labels for its split {split}: they are not public",

@@ -1,11 +1,15 @@
 """Loads the images of a finished run in its splits, so that a later command tests on no image that was trained on."""
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from cvt_keras.data import folder, sources
+from cvt_keras.data.cache import Cache
 from cvt_keras.data.record import ImageRecord
 from cvt_keras.data.split import Source
+from cvt_keras.errors import DataError
 
 # What reports say: whether it is certain that no test image was trained on.
 VERIFIED, NOT_VERIFIED = "verified", "held-out images not verified"
@@ -53,8 +57,17 @@ def load(record_file, dataset, data_dir, preprocessing, cache):
         And what `sources.load` raises.
     """
     record = ImageRecord.read(record_file)
-    source = sources.load(dataset, data_dir, preprocessing, cache, skip_broken=True, record=record)
-    return settle(source, record, Path(record_file).name)
+    load = functools.partial(sources.load, dataset, data_dir, preprocessing, skip_broken=True, record=record)
+    note = ()
+    try:
+        source = load(cache=cache)
+    except DataError as error:
+        if error.argument != "cache_dir":
+            raise
+        # The run may come from another machine.
+        source, note = load(cache=Cache("memory")), (f"{error.summary}. The images are decoded for this command only.",)
+    images = settle(source, record, Path(record_file).name)
+    return dataclasses.replace(images, notes=(*images.notes, *note))
 
 
 def settle(source, record, name):

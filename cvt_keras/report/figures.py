@@ -47,7 +47,7 @@ def draw(run_dir, history, images=None, logits=None, labels=None, class_names=No
     Args:
         run_dir: the run folder.
         history: a dict per epoch, as `runs.read_history` returns it.
-        images: the test images, uint8 `(n, height, width, 3)`, or `None`.
+        images: the test images, uint8 arrays `(height, width, 3)` of any size; `None` without test results.
         logits: float `(n, classes)`.
         labels: int `(n,)`.
         class_names: in the order of the labels.
@@ -202,7 +202,7 @@ def most_wrong(images, logits, labels, names, n=24):
     """Plots the misclassified images with the highest cross-entropy, each with its label and prediction.
 
     Args:
-        images: uint8 `(n, height, width, 3)`.
+        images: uint8 arrays `(height, width, 3)` of any size.
         logits: float `(n, classes)`.
         labels: int `(n,)`.
         names: a `PictureNames`.

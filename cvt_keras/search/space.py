@@ -372,7 +372,7 @@ def _number_fields():
 
 def _word_fields():
     """Fields of a recipe that are one of a few words, as name -> words, except those of the machine and of `RESIZING`."""
-    hints, fixed = get_type_hints(Recipe), ("precision", "xla", *RESIZING)
+    hints, fixed = get_type_hints(Recipe), ("cache", "precision", "xla", *RESIZING)
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal and name not in fixed}
 
 

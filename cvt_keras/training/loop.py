@@ -359,7 +359,8 @@ def _named_errors(plan):
             hint=f"Train in another --run-dir with a --batch-size below {plan.recipe.batch_size}{image_size}",
         ) from error
     except tf.errors.OpError as error:
-        splits = filter(None, (plan.train, plan.validation, plan.test))
-        if (fault := next((fault for split in splits if (fault := getattr(split.images, "error", None))), None)) is not None:
-            raise fault from error
-        raise
+        source = plan.source
+        errors = [
+            error for split in (source.train, source.validation, source.test) for error in getattr(split.images, "errors", ())
+        ]
+        raise (errors[0] if errors else error) from error

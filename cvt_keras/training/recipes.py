@@ -15,8 +15,9 @@ from tyro.conf import Suppress
 from cvt_keras import runs
 from cvt_keras.data import sources
 from cvt_keras.data.cache import Cache
+from cvt_keras.data.images import MAX_PIXELS
 from cvt_keras.errors import ArgumentError, RecipeError, RunError
-from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.preprocessing import Preprocessing, size_text
 from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
 
 COMPRESSIONS = ("prune", "cluster", "qat")
@@ -80,7 +81,7 @@ class Recipe:
     """With crop: the size of the middle as a fraction of the resized image, as in 0.875 for 224 of 256.
     None: that of the weights, otherwise 0.875."""
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
-    """How to compute pixels, with antialiasing. auto: as the weights were trained; without --weights, bilinear."""
+    """The filter for resizing, with antialiasing. auto: as the weights were trained; without --weights, bilinear."""
 
     # === Data ===
     dataset: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(sources.NAMES)}}}")] = "auto"
@@ -99,10 +100,9 @@ class Recipe:
     class_weights: Annotated[str, tyro.conf.arg(metavar="auto|none|FILE")] = "none"
     """The weight of each class in the loss. auto: inversely proportional to its number of training images.
     FILE: JSON, {"class": weight}."""
-
     cache: Literal["disk", "memory", "off"] = "disk"
-    """Where decoded images are kept. disk: for later commands; memory no longer limits their number. memory: for this command.
-    off: nowhere; images of a folder are decoded each time that they are read."""
+    """Where decoded images are kept. disk: in files, for later commands too; needs little memory. memory: for this command.
+    off: nowhere, only digests; images of a folder are decoded at each use, other data sets are refused."""
     cache_dir: str | None = None
     """The folder for --cache disk; defaults to the user's cache folder, ~/.cache/cvt-keras on Linux."""
 
@@ -116,7 +116,7 @@ class Recipe:
     """With crop: the least and the largest random area in training, as fractions of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """With crop: the least and the largest aspect ratio of the random area, width / height.
-    It is relative to the aspect ratio of --image-size."""
+    It is relative to the aspect ratio of --image-size: for 48x96, 1 is an area twice as wide as high."""
     rand_augment: int = 0
     """RandAugment: number of operations per image; 0 is off."""
     rand_augment_magnitude: float = 5.0
@@ -184,12 +184,9 @@ class Recipe:
             if name not in ("image_size", "scale", "ratio"):
                 _check_type(name, getattr(self, name), hint)
         _check_image_size(self.image_size)
+        self._check_pixels()
         _check_bounds("scale", self.scale, most=1)
         _check_bounds("ratio", self.ratio)
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise RecipeError(
-                f"`crop_pct` must be greater than 0 and at most 1. Received: crop_pct={self.crop_pct}", argument="crop_pct"
-            )
         try:
             if self.variant is not None:
                 get_variant(self.variant)
@@ -248,6 +245,22 @@ class Recipe:
                 f"`freeze` needs `weights`: frozen layers would stay random. Received: freeze={self.freeze}, weights=None",
                 argument="freeze",
                 hint="Add --weights, or leave out --freeze",
+            )
+
+    def _check_pixels(self) -> None:
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise RecipeError(
+                f"`crop_pct` must be greater than 0 and at most 1. Received: crop_pct={self.crop_pct}", argument="crop_pct"
+            )
+        preprocessing = self.preprocessing
+        name, size = "image_size", preprocessing.image_size or ()
+        if preprocessing.resize == "crop":
+            name, size = "crop_pct", preprocessing.crop_from
+        if math.prod(size) > MAX_PIXELS:
+            raise RecipeError(
+                f"`{name}` must leave images of at most {MAX_PIXELS:,} pixels. Received: {name}={getattr(self, name)}, "
+                f"which needs {size_text(size)} pixels",
+                argument=name,
             )
 
     @property

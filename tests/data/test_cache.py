@@ -2,6 +2,8 @@ import dataclasses
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,6 +16,7 @@ from cvt_keras.data import cache, folder, images, sources, tfds
 from cvt_keras.data.cache import Cache
 from cvt_keras.data.pipeline import evaluation_batches, training_batches
 from cvt_keras.errors import ArgumentError, DataError
+from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.training.recipes import SMOKE
 
 SPLITS = ("train", "validation", "test")
@@ -54,10 +57,6 @@ def assert_same(source, other):
         assert (ours.digests, ours.pixels) == (theirs.digests, theirs.pixels)
 
 
-def parts(cache_dir):
-    return sorted(cache_dir.glob("*/part-*"))
-
-
 def test_a_second_command_decodes_nothing(load, decoded, capsys):
     first = load()
     assert len(decoded) == 50
@@ -92,7 +91,7 @@ def test_memory_writes_nothing(load, cache_dir):
 
 def test_off_keeps_no_pixels_but_checks_files_once(load, cache_dir, decoded):
     source = load("off")
-    assert [path.name for part in parts(cache_dir) for path in part.iterdir()] == ["index.npy"]
+    assert sorted(path.name.partition("-")[0] for path in cache_dir.glob("*/*")) == ["files", "index"]
     load("off")
     assert len(decoded) == 50
     assert source.test.images[0].shape == (32, 32, 3)
@@ -119,8 +118,8 @@ def test_only_new_and_changed_files_are_decoded(load, photos, decoded, cache_dir
     decoded.clear()
     source = load()
     assert len(decoded) == 2
-    assert capsys.readouterr().out.startswith("decoded 2 new images; the others were in ")
-    assert len(parts(cache_dir)) == 2
+    [place] = cache_dir.iterdir()
+    assert capsys.readouterr().out == f"decoded 2 new images; {place} knows the others\n"
     assert_same(source, load("memory"))
 
 
@@ -148,8 +147,6 @@ def test_a_file_of_the_same_size_and_time_is_noticed(load, photos):
 
 
 def test_each_way_of_resizing_has_its_own_pixels(load, decoded):
-    from cvt_keras.preprocessing import Preprocessing
-
     load()
     other = load(preprocessing=Preprocessing(image_size=(8, 12)))
     assert other.train.images.shape[1:] == (8, 12, 3)
@@ -157,28 +154,32 @@ def test_each_way_of_resizing_has_its_own_pixels(load, decoded):
     assert load().train.images.shape[1:] == (32, 32, 3)
 
 
-@pytest.mark.parametrize("name", ["pixels", "index.npy", "files.json"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+@pytest.mark.parametrize("name", ["pixels", "index", "files-*"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "noise"])
 def test_damaged_files_are_decoded_again(load, cache_dir, name, damage):
     first = load("memory")
     load()
-    [path] = cache_dir.glob(f"*/{name}" if name == "files.json" else f"*/*/{name}")
+    [path] = cache_dir.glob(f"*/{name}")
     data = path.read_bytes()
     path.unlink()  # before writing, as it may be mapped
+    if damage == "noise" and name == "pixels":
+        data = data[::-1]  # not noticed, as reading all pixels would take long: so the length must count
     if damage != "gone":
-        path.write_bytes({"cut": data[:-5], "empty": b""}[damage])
+        path.write_bytes({"cut": data[:-5], "empty": b"", "noise": data[::-1]}[damage])
     assert_same(load(), first)
     assert_same(load(), first)
 
 
-def test_what_a_killed_command_left_is_removed(load, cache_dir):
+@pytest.mark.parametrize(("name", "extra"), [("pixels", 1_000), ("index", 100)])
+def test_what_a_killed_command_wrote_last_is_dropped(load, photos, cache_dir, name, extra):
     first = load()
-    [part] = parts(cache_dir)
-    left = part.with_name(f".{os.getpid()}-part-1")
-    shutil.copytree(part, left)
-    shutil.rmtree(part)
+    [path] = cache_dir.glob(f"*/{name}")
+    with path.open("ab") as file:
+        file.write(bytes(extra))
     assert_same(load(), first)
-    assert not left.exists()
+    write_image(photos / "cat" / "new.png")
+    assert_same(load(), load("memory"))
+    assert_same(load(), load("memory"))
 
 
 def test_an_interrupt_loses_no_decoded_image(load, photos, decoded, monkeypatch):
@@ -198,10 +199,14 @@ def test_an_interrupt_loses_no_decoded_image(load, photos, decoded, monkeypatch)
     assert 15 < len(decoded) < 40
 
 
-def test_a_long_build_is_kept_in_parts(load, cache_dir, monkeypatch):
-    monkeypatch.setattr(cache, "_PART_BYTES", 10 * 32 * 32 * 3)
+def test_images_are_written_in_batches(load, monkeypatch):
+    sizes, append = [], cache.Store._append
+    monkeypatch.setattr(cache, "_BATCH_BYTES", 10 * 32 * 32 * 3)
+    monkeypatch.setattr(
+        cache.Store, "_append", lambda self, index, pixels: sizes.append(len(index)) or append(self, index, pixels)
+    )
     first = load()
-    assert len(parts(cache_dir)) == 5
+    assert sizes == [11, 11, 11, 11, 6]
     assert_same(load(), first)
     assert_same(load("memory"), first)
 
@@ -211,21 +216,59 @@ def test_a_full_disk_is_named(load, cache_dir, monkeypatch, decoded):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.np, "save", full)
+        patch.setattr(cache.os, "fsync", full)
         with pytest.raises(DataError) as raised:
             load()
     error = raised.value
     assert error.summary == f"`cache_dir` can't be written: No space left on device. Received: cache_dir={cache_dir}"
     assert error.argument == "cache_dir"
-    assert "--cache-dir" in error.hint
-    assert not [path for path in cache_dir.glob("*/*") if path.name != "files.json"]
+    assert error.hint == "Free some space, choose another folder with --cache-dir, or add --cache memory"
+    assert [path.stat().st_size for path in cache_dir.glob("*/*")] == [0, 0]
+    assert_same(load(), load("memory"))
+
+
+def test_a_list_of_files_that_can_not_be_written_is_no_error(load, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder.runs, "whole", full)
     load()
+
+
+def test_folders_of_one_name_share_their_images(load, photos, tmp_path, cache_dir, decoded):
+    first = load()
+    shutil.copytree(photos, tmp_path / "copy" / photos.name)
+    decoded.clear()
+    assert_same(sources.load("folder", tmp_path / "copy" / photos.name, cache=Cache("disk", str(cache_dir))), first)
+    assert decoded == []
+
+
+def test_the_way_of_cropping_does_not_matter_if_images_are_stretched(load, decoded):
+    load()
+    load(preprocessing=Preprocessing(image_size=(32, 32), crop_pct=0.5))
+    assert len(decoded) == 50
+
+
+def test_the_folder_of_a_data_set_has_its_name(photos, cache_dir):
+    named = photos.rename(photos.with_name("фото 1/2".replace("/", ":")))
+    sources.load("folder", named, cache=Cache("disk", str(cache_dir)))
+    [place] = cache_dir.iterdir()
+    assert place.name.startswith("фото-1-2-stretch-32-32-bilinear-")
 
 
 def test_a_cache_dir_that_is_a_file_is_named(load, cache_dir):
     cache_dir.write_text("")
     with pytest.raises(DataError, match="can't be written") as raised:
         load()
+    assert raised.value.argument == "cache_dir"
+    assert raised.value.hint == "Choose another folder with --cache-dir, or add --cache memory"
+    assert_same(load("off"), load("memory"))
+
+
+@pytest.mark.parametrize("place", [".", "cat", "new/folder"])
+def test_a_cache_among_the_photos_is_refused(photos, place):
+    with pytest.raises(DataError, match="`cache_dir` must not be in the folder of images") as raised:
+        sources.load("folder", photos, cache=Cache("disk", str(photos / place)))
     assert raised.value.argument == "cache_dir"
 
 
@@ -263,7 +306,7 @@ def test_the_default_folder_is_in_the_users_cache(photos, monkeypatch, tmp_path)
 @pytest.fixture
 def load_tfds(write_tfds, tmp_path, cache_dir):
     pixels = noise(300, (28, 28, 1))
-    write_tfds(tmp_path, "mnist", {"train": labelled(pixels[:200]), "test": labelled(pixels[200:])})
+    write_tfds(tmp_path, "mnist", {"train": labelled(pixels[:200]), "test": labelled(pixels[200:])}, shard=40)
     return lambda kind="disk": sources.load("tfds:mnist", str(tmp_path), cache=Cache(kind, str(cache_dir)))
 
 
@@ -296,6 +339,8 @@ def test_tfds_goes_on_where_a_command_was_interrupted(load_tfds, monkeypatch, de
     source = load_tfds()
     assert 50 <= len(decoded) < 300
     assert_same(source, load_tfds("memory"))
+    pixels = [source.train.images[i].tobytes() for i in range(len(source.train))]
+    assert len(set(pixels)) == len(pixels)
 
 
 def test_tfds_can_not_be_read_without_a_cache(load_tfds):
@@ -311,3 +356,44 @@ def test_a_data_set_that_was_prepared_again_is_read_again(load_tfds, tmp_path, w
     pixels = noise(301, (28, 28, 1))[1:]
     write_tfds(tmp_path, "mnist", {"train": labelled(pixels[:200]), "test": labelled(pixels[200:])})
     assert load_tfds().fingerprint() != first.fingerprint()
+
+
+# === Processes ===
+
+BUILDER = """
+import sys
+from cvt_keras.data import cache, sources
+import tensorflow
+cache._BATCH_BYTES = 10_000
+print("ready", flush=True)
+source = sources.load("folder", sys.argv[1], cache=cache.Cache("disk", sys.argv[2]))
+print(source.fingerprint(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_builders_and_two_at_once_leave_the_cache_whole(photos, cache_dir, load):
+    for i in range(150):
+        write_image(photos / "cat" / f"large{i}.png", noise(1, (600 + i, 800, 3))[0])
+    expected = load("memory")
+
+    def start():
+        command = [sys.executable, "-c", BUILDER, str(photos), str(cache_dir)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    stored = []
+    for i in range(10):
+        process = start()
+        time.sleep(0.1 + 0.2 * i)
+        process.kill()
+        process.communicate()
+        stored += [path.stat().st_size for path in cache_dir.glob("*/index")]
+    assert len(set(stored)) > 2  # the kills came in the middle
+    assert_same(load(), expected)
+    shutil.rmtree(cache_dir)
+    builders = [start() for _ in range(2)]
+    outputs = [builder.communicate()[0] for builder in builders]
+    assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1] == str(expected.fingerprint())
+    assert_same(load(), expected)

@@ -6,6 +6,7 @@ import tensorflow as tf
 from labelled_images import error_of
 
 from cvt_keras.data import folder, sources, tfds
+from cvt_keras.data.cache import Cache
 from cvt_keras.errors import ArgumentError, DataError, UnavailableError
 from cvt_keras.preprocessing import Preprocessing
 
@@ -99,7 +100,7 @@ def test_errors_about_memory_and_permissions_do_not_advise_to_remove_data(
         raise failure
 
     monkeypatch.setattr(module, step, fail)
-    error = error_of(dataset, {"folder": photos, "cifar100": cifar100_dir}[dataset])
+    error = error_of(dataset, {"folder": photos, "cifar100": cifar100_dir}[dataset], cache=Cache("memory"))
     assert error.argument == argument
     assert text in error.summary
     assert "emove" not in error.summary + error.hint

@@ -57,3 +57,13 @@ def test_test_images_are_enough(tmp_path):
 
 def _digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_cache_that_can_not_be_written_is_no_error(photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    images = verified.load(
+        tmp_path / "images.csv", "folder", photos, Preprocessing(image_size=(8, 8)), Cache("disk", str(tmp_path / "file"))
+    )
+    assert len(images.source.test)
+    [note] = images.notes
+    assert note.startswith("`cache_dir` can't be written: ") and note.endswith("decoded for this command only.")

@@ -466,6 +466,7 @@ def test_a_resumed_search_resizes_as_before(command, tmp_path, quick_run, no_pic
     assert settings["recipe"]["resize"] == "crop"
     for name in ("resize", "crop_pct", "interpolation"):  # as version 0.4 wrote it
         del settings["recipe"][name]
+    settings["data"] = sources.load("digits").fingerprint()
     runs.write_json(path, settings)
     assert _search([*words, "2"]) == 0
     assert [recipe.resize for recipe in quick_run] == ["crop", "stretch"]

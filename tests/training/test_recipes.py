@@ -39,6 +39,8 @@ def test_a_recipe_documents_its_command(name):
         ({"image_size": 0}, ["image_size=0"]),
         ({"image_size": True}, ["image_size=True"]),
         ({"image_size": "184by750"}, ["`image_size`", "'184by750'"]),
+        ({"image_size": 20_000}, ["`image_size`", "67,108,864 pixels", "20000 pixels"]),
+        ({"resize": "crop", "crop_pct": 1e-4}, ["`crop_pct`", "crop_pct=0.0001"]),
         ({"image_size": (184, 0)}, ["image_size=(184, 0)"]),
         ({"image_size": (3, 184, 750)}, ["image_size=(3, 184, 750)"]),
         ({"resize": "pad"}, ["'pad'", "stretch"]),

@@ -322,8 +322,8 @@ def test_samples_of_a_folder_are_test_images_of_the_run(recorded, exported, monk
     monkeypatch.setattr(sources, "load", lambda *arguments, **options: calls.append((arguments, options)) or source)
     module_of_samples.main([str(tmp_path)])
     record = ImageRecord.read(tmp_path / runs.IMAGES)
-    arguments = "folder", "photos", Preprocessing(image_size=(24, 40)), Cache()
-    assert calls == [(arguments, {"skip_broken": True, "record": record})]
+    arguments = "folder", "photos", Preprocessing(image_size=(24, 40))
+    assert calls == [(arguments, {"skip_broken": True, "record": record, "cache": Cache()})]
     printed = json.loads(capsys.readouterr().out)
     assert [sample["label"] for sample in printed["samples"]] == ["a", "b"]
     colours = [int(tf.io.decode_png(base64.b64decode(sample["png"]))[0, 0, 0]) for sample in printed["samples"]]
