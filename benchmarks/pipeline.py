@@ -44,8 +44,8 @@ class Arguments:
     """Number of classes of random images."""
     steps: int = 20
     """Training steps per turn; the pipeline makes four times as many batches."""
-    training: bool = True
-    """Also measure the training. A large --image-size may need too much memory for it."""
+    pipeline_only: bool = False
+    """Do not measure the training. A large --image-size may need too much memory for it."""
     turns: int = 5
     """Turns of each; the result is their median."""
 
@@ -98,7 +98,7 @@ def measure(arguments, recipe, kept, num_classes):
         return 4 * arguments.steps
 
     work = {kind: lambda kind=kind: pipeline(kind) for kind in batches}
-    if arguments.training:
+    if not arguments.pipeline_only:
         work["training"] = training_on_one_batch(recipe, num_classes, batches["memory"], arguments.steps)
     rates = {name: [] for name in work}
     for turn in range(arguments.turns + 1):
@@ -114,7 +114,7 @@ def measure(arguments, recipe, kept, num_classes):
                 "images": len(kept["disk"]),
                 "images_per_second": {name: round(statistics.median(values), 1) for name, values in rates.items()},
                 **{f"{kind}_to_memory": _ratios(rates[kind], rates["memory"]) for kind in batches if kind != "memory"},
-                "disk_to_training": _ratios(rates["disk"], rates["training"]) if arguments.training else None,
+                "disk_to_training": None if arguments.pipeline_only else _ratios(rates["disk"], rates["training"]),
                 "variant": recipe.variant_name,
                 "precision": recipe.precision,
                 "xla": recipe.xla,

@@ -31,7 +31,7 @@ def test_the_benchmark_prints_all_rates_and_their_ratios(photos, from_files, cap
 
 
 def test_the_pipeline_alone_needs_no_training(photos, capsys):
-    main(Arguments(recipe="smoke", steps=1, turns=1, data_dir=str(photos), image_size=16, resize="crop", training=False))
+    main(Arguments(recipe="smoke", steps=1, turns=1, data_dir=str(photos), image_size=16, resize="crop", pipeline_only=True))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(result["images_per_second"]) == ["memory", "disk", "off"]
     assert result["disk_to_training"] is None
