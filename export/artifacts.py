@@ -96,12 +96,11 @@ def export(
         )
     with runs.lock(folder), runs.scratch(folder) as scratch:
         # In a file, as all test images may not fit into memory. The processes that verify read it too.
-        images = np.lib.format.open_memmap(scratch / IMAGES, "w+", "uint8", (len(test), *classifier.input_shape[1:]))
-        start = 0
-        for batch in _resized(test.images, preprocessing):
-            images[start : start + len(batch)] = batch
-            start += len(batch)
-        images.flush()
+        with open(scratch / IMAGES, "wb") as file:
+            shape = len(test), *classifier.input_shape[1:]
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            file.writelines(batch.data for batch in _resized(test.images, preprocessing))
+        images = np.load(scratch / IMAGES, mmap_mode="r")
         try:
             expected = {form: _probabilities(networks[form], images) for form in {_form(name, quantized) for name in formats}}
         except tf.errors.ResourceExhaustedError as error:

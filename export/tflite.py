@@ -155,7 +155,8 @@ def _metadata(preprocessing):
 
     rgb, image_properties, feature_properties, axis_labels = b"\1", b"\2", b"\1", b"\2"  # the schema's enums
     image_content = table({0: image_properties, 1: table({0: rgb})})
-    resizing = ", ".join(f"{name}={getattr(preprocessing, name)}" for name in RESIZING)
+    names = [name for name in RESIZING if name != "crop_pct" or preprocessing.resize == "crop"]
+    resizing = ", ".join(f"{name}={getattr(preprocessing, name)}" for name in names)
     description = f"An image of raw pixels, 0 to 255, resized as in training: {resizing}."
     image = table({0: text("images"), 1: text(description), 3: image_content})
     labels = table({0: text(LABELS), 1: text("Names of the classes, in the order of the output."), 2: axis_labels})

@@ -50,8 +50,8 @@ def random_area(height, width, draws, scale, ratio):
     Args:
         height, width: the image's sides in pixels.
         draws: a row of `area_draws`.
-        scale: the least and the largest area, as fractions of the image's.
-        ratio: the least and the largest width / height of the area; its logarithm is uniform.
+        scale: the smallest and the largest area, as fractions of the image's.
+        ratio: the smallest and the largest width / height of the area; its logarithm is uniform.
 
     Returns:
         `(top, left, height, width)` in pixels.

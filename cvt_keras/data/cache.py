@@ -1,9 +1,9 @@
 """Keeps decoded pixels on disk, so that no command decodes an image twice, and reads them through memory maps.
 
 A data set that is resized in one way has a folder of its own in the cache, with two files. `pixels` holds the pixels of images
-one after the other, and `index` says where each image lies. Both only grow. An image belongs to the cache once its row of the
-index is written, which happens after its pixels are safe on disk. So a command that is killed loses only what it still held in
-memory.
+one after the other, and `index` says where each image lies. An image belongs to the cache once its row of the index is written,
+which happens after its pixels are safe on disk. So a command that is killed loses only what it still held in memory. Later
+commands append: what another command may have mapped never changes.
 """
 
 import contextlib
@@ -41,7 +41,8 @@ class Cache:
 
     Args:
         kind: "disk" keeps them for later commands. "memory" keeps them for this one. "off" decodes an image each time that it
-            is read, and keeps on disk only what is known about it, such as its digest; if it can't write, it does without.
+            is read, and keeps on disk only what is known about it, such as its digest. If the folder can't be opened, it keeps
+            nothing.
         folder: where "disk" and "off" write; `None` means `default_folder()`.
     """
 
@@ -82,11 +83,12 @@ class Cache:
                     stack.enter_context(_lock_when_free(folder))
                     runs.remove_unfinished(folder)
                     (folder / _INDEX).touch()
+                    store = Store(folder, keeps_pixels=self.kind == "disk")
             except DataError:
                 if self.kind == "disk":
                     raise
-                folder = None
-            yield Store(folder, keeps_pixels=self.kind == "disk")
+                store = Store(None, keeps_pixels=False)
+            yield store
 
 
 def default_folder():
@@ -124,7 +126,8 @@ class Store:
         rows = np.asarray(rows, "int64")
         if not self.keeps_pixels or self.folder is None or not len(self.index):
             return Images(read if not self.keeps_pixels else self._in_memory.__getitem__, self.index, rows)
-        pixels = np.asarray(np.memmap(self.folder / _PIXELS, "uint8", mode="r", shape=(_end(self.index),)))
+        with _named_errors(self.folder.parent):
+            pixels = np.asarray(np.memmap(self.folder / _PIXELS, "uint8", mode="r", shape=(_end(self.index),)))
         heights, widths, starts = (self.index[name].astype("int64") for name in ("height", "width", "offset"))
 
         def kept(row):
@@ -147,18 +150,20 @@ class Store:
 
         def write():
             nonlocal size, started
-            if rows:
-                self._append(np.array(rows), pixels)
-                rows.clear(), pixels.clear()
+            written, images = rows[:], pixels[:]
+            rows.clear(), pixels.clear()  # first: after an error they are not written again
             size, started = 0, time.monotonic()
+            if written:
+                self._append(np.array(written), images)
 
         def add(id, image, **known):
             nonlocal size, end
             image = np.ascontiguousarray(image)
             rows.append(row_of_index(id, image, end, **known))
-            pixels.append(image)
-            size += image.size
             end += image.size
+            if self.keeps_pixels:
+                pixels.append(image)
+                size += image.size
             if self.folder and (size > _BATCH_BYTES or time.monotonic() - started > _BATCH_SECONDS):
                 write()
 
@@ -172,7 +177,7 @@ class Store:
 
     def _append(self, index, pixels):
         if self.folder is None:
-            self._in_memory += pixels if self.keeps_pixels else ()
+            self._in_memory += pixels
             self.index = np.concatenate([self.index, index])
             return
         with _named_errors(self.folder.parent):
@@ -194,7 +199,17 @@ class Store:
             pixels = self.folder / _PIXELS
             intact &= ends <= (pixels.stat().st_size if pixels.exists() else 0)
         if not intact.all():
-            self.index = self.index[: np.argmin(intact)]
+            self._repair(int(np.argmin(intact)))
+
+    def _repair(self, n):
+        """Keeps the first `n` rows of a damaged store, in new files: other commands may have mapped the old ones."""
+        self.index = np.array(self.index[:n])
+        for name, size in ((_PIXELS, _end(self.index)), (_INDEX, self.index.nbytes)):
+            path = self.folder / name
+            if path.exists():
+                with runs.whole(path) as whole, open(path, "rb") as old, open(whole, "wb") as new:
+                    for start in range(0, size, _BATCH_BYTES):
+                        new.write(old.read(min(_BATCH_BYTES, size - start)))
 
 
 def _end(index):
@@ -203,8 +218,10 @@ def _end(index):
 
 
 def _extend(path, size, parts):
-    """Cuts a file to `size` bytes, appends `parts` and calls fsync. What a killed command wrote beyond `size` is dropped."""
+    """Truncates a file to `size` bytes, appends `parts` and calls fsync. Beyond `size` lies what a killed command wrote."""
     with open(path, "ab") as file:
+        if file.tell() < size:
+            raise OSError(errno.ESTALE, "another program has changed the cache")
         file.truncate(size)
         try:
             file.writelines(parts)
@@ -227,9 +244,9 @@ def each(function, items, unit="images"):
         unit: what the progress bar counts.
     """
     with ThreadPoolExecutor(threads()) as pool, progress(len(items), unit) as advance:
-        waiting, remaining = deque(), iter(items)
+        waiting = deque()
         try:
-            for item in remaining:
+            for item in items:
                 waiting.append(pool.submit(function, item))
                 if len(waiting) > 4 * threads():
                     yield waiting.popleft().result()
@@ -279,9 +296,11 @@ def _named_errors(folder):
     try:
         yield
     except OSError as error:
-        first = "Free some space, choose" if error.errno == errno.ENOSPC else "Choose"
+        hint = "Choose another folder with --cache-dir, or add --cache memory"
+        if error.errno == errno.ENOSPC:
+            hint = "Free some space, choose another folder with --cache-dir, or add --cache memory"
         raise DataError(
-            f"`cache_dir` can't be written: {error.strerror or error}. Received: cache_dir={folder}",
+            f"`cache_dir` can't be used: {error.strerror or error}. Received: cache_dir={folder}",
             argument="cache_dir",
-            hint=f"{first} another folder with --cache-dir, or add --cache memory",
+            hint=hint,
         ) from error

@@ -19,14 +19,13 @@ def load(preprocessing):
     Raises:
         UnavailableError: if scikit-learn is not installed.
     """
-    tf = packages.require("tensorflow")
+    packages.require("tensorflow")
     load_digits = packages.require("sklearn.datasets", "scikit-learn").load_digits
     train_test_split = packages.require("sklearn.model_selection", "scikit-learn").train_test_split
 
     data = load_digits()
     grey = np.round(data.images * (255 / 16)).astype("uint8")  # 0..16 -> 0..255
-    with tf.device("CPU:0"):
-        pixels = images.shrink(np.stack([grey] * 3, axis=-1), preprocessing).numpy()
+    pixels = images.shrink(np.stack([grey] * 3, axis=-1), preprocessing).numpy()
     labels = data.target.astype("int64")
     rest, test = train_test_split(np.arange(len(labels)), test_size=300, stratify=labels, random_state=0)
     train, validation = train_test_split(rest, test_size=200, stratify=labels[rest], random_state=0)

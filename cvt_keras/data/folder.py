@@ -521,8 +521,8 @@ def _read_all(listing, preprocessing, cache):
                     added.add(content.digest)
         contents = [contents[file] for file in listing.files]
         files.write(contents)
-        if added and len(added) < sum(content.usable for content in contents):
-            print(f"decoded {_count(len(added), 'new image', 'new images')}; {store.folder} knows the others", flush=True)
+        if added and any(content.digest in row_of for content in contents):
+            print(f"decoded {_count(len(added), 'new image', 'new images')}; the others are in {store.folder}", flush=True)
         index, row_of = store.index, store.row_of()
         usable = [content for content in contents if content.usable]
         paths = {row_of[content.digest]: content.file.path for content in usable}

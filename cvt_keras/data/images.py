@@ -424,11 +424,12 @@ def shrink(images, preprocessing):
     """
     import tensorflow as tf
 
-    if preprocessing.resize == "stretch":
-        return stretch(images, preprocessing.image_size, preprocessing.interpolation)
-    images = tf.convert_to_tensor(images)
-    scaled, is_enlarged = _covering(images, preprocessing)
-    return _choose(is_enlarged, lambda: images, lambda: stretch(images, scaled, preprocessing.interpolation))
+    with tf.device("CPU:0"):  # also beside a GPU: the same pixels everywhere, and no copies
+        if preprocessing.resize == "stretch":
+            return stretch(images, preprocessing.image_size, preprocessing.interpolation)
+        images = tf.convert_to_tensor(images)
+        scaled, is_enlarged = _covering(images, preprocessing)
+        return _choose(is_enlarged, lambda: images, lambda: stretch(images, scaled, preprocessing.interpolation))
 
 
 def resizing(preprocessing):

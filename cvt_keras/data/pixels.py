@@ -76,13 +76,13 @@ class Images:
         return len(self), *(int(side[0]) if len(side) == 1 else None for side in sides), 3
 
     def checksum(self):
-        """CRC-32 of all pixels, one image after the other, as of the array. Reads no pixels."""
+        """CRC-32 of all pixels, one image after the other, equal to that of the array. Reads no pixels."""
         total, tables = 0, {}
         for checksum, height, width in self._index[["checksum", "height", "width"]][self._rows].tolist():
             size = 3 * height * width
             if size not in tables:
                 tables[size] = _checksum_tables(size)
-            # Of A + B, from those of A and of B: CRC-32 is linear in the checksum that it starts from.
+            # The CRC-32 of A + B follows from those of A and B, as it is linear in the checksum that it starts from.
             for i, table in enumerate(tables[size]):
                 checksum ^= table[total >> 8 * i & 255]
             total = checksum

@@ -45,7 +45,7 @@ def load(dataset, data_dir=None, preprocessing=_SMALL, cache=_ON_DISK, skip_brok
         A `Source`.
 
     Raises:
-        ArgumentError: if `dataset` is unknown, or `data_dir` is required and `None`.
+        ArgumentError: if `dataset` is unknown, `data_dir` is required and `None`, or `cache` is off for a TFDS data set.
         UnavailableError: if the images are not on disk and can't be downloaded, or a package is missing.
         DataError: if the images are broken or do not fit into memory.
     """

@@ -58,6 +58,7 @@ def cifar100(data_dir, preprocessing, cache):
 
 
 def _cifar(name, title, data_dir, preprocessing, cache):
+    _require_order(cache, title)
     builder, keys = _builder(name, title, data_dir)
     _prepare(builder, title)
     train, validation = _cut(_read(builder, title, "train", keys, preprocessing, cache), VALIDATION_IMAGES, title)
@@ -83,6 +84,7 @@ def load(name, data_dir, preprocessing, cache):
         UnavailableError: if the data set is not on disk and can't be downloaded.
         DataError: if TFDS has no such data set, if it is not for image classification, or if it can't be read.
     """
+    _require_order(cache, name)
     builder, keys = _builder(name, name, data_dir)
     _prepare(builder, name)
     splits = builder.info.splits
@@ -106,6 +108,16 @@ def load(name, data_dir, preprocessing, cache):
     train, validation = _cut(train, min(VALIDATION_IMAGES, tenth), name)
     mirror = builder.name not in CHARACTERS
     return _source(builder, keys, f"tfds:{name}", train, validation, test, note=note, mirror=mirror)
+
+
+def _require_order(cache, title):
+    """Raises if images would have to be read in any order. Called before a download."""
+    if cache.kind == "off":
+        raise ArgumentError(
+            f"`cache` can't be off for {title}: TFDS reads its images in their order on disk only. Received: cache=off",
+            argument="cache",
+            hint="Use --cache disk or --cache memory",
+        )
 
 
 def _source(builder, keys, name, train, validation, test, **fields):
@@ -225,12 +237,6 @@ def _read(builder, title, split, keys, preprocessing, cache, shuffle=False):
         A `Split`.
     """
     tf = packages.require("tensorflow")
-    if cache.kind == "off":
-        raise ArgumentError(
-            f"`cache` can't be off for {title}: TFDS reads its images in their order on disk only. Received: cache=off",
-            argument="cache",
-            hint="Use --cache disk or --cache memory",
-        )
     height, width = builder.info.features[keys[0]].shape[:2]
     size = preprocessing.image_size
     small = None not in (height, width) and height <= size[0] and width <= size[1]
@@ -239,7 +245,7 @@ def _read(builder, title, split, keys, preprocessing, cache, shuffle=False):
     def decode(data):
         if small:
             return images.decode(data)
-        with room.place() as reserve, tf.device("CPU:0"):
+        with room.place() as reserve:
             return images.shrink(images.decode(data, reserve), preprocessing).numpy()
 
     n = builder.info.splits[split].num_examples

@@ -359,8 +359,7 @@ def _named_errors(plan):
             hint=f"Train in another --run-dir with a --batch-size below {plan.recipe.batch_size}{image_size}",
         ) from error
     except tf.errors.OpError as error:
-        source = plan.source
-        errors = [
-            error for split in (source.train, source.validation, source.test) for error in getattr(split.images, "errors", ())
-        ]
-        raise (errors[0] if errors else error) from error
+        for split in (plan.source.train, plan.source.validation, plan.source.test):
+            for first in getattr(split.images, "errors", ())[:1]:
+                raise first from error
+        raise

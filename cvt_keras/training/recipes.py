@@ -102,9 +102,9 @@ class Recipe:
     FILE: JSON, {"class": weight}."""
     cache: Literal["disk", "memory", "off"] = "disk"
     """Where decoded images are kept. disk: in files, for later commands too; needs little memory. memory: for this command.
-    off: nowhere, only digests; images of a folder are decoded at each use, other data sets are refused."""
+    off: not kept; images of a folder are decoded at each use, other data sets are refused."""
     cache_dir: str | None = None
-    """The folder for --cache disk; defaults to the user's cache folder, ~/.cache/cvt-keras on Linux."""
+    """The folder for --cache disk and off; defaults to the user's cache folder, ~/.cache/cvt-keras on Linux."""
 
     # === Augmentation ===
     flip: bool = True
@@ -113,9 +113,9 @@ class Recipe:
     crop_padding: int = 4
     """With stretch: random crops. Pad each side by N reflected pixels, then crop to the original size; 0 is off."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """With crop: the least and the largest random area in training, as fractions of the image's area."""
+    """With crop: the smallest and the largest random area in training, as fractions of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """With crop: the least and the largest aspect ratio of the random area, width / height.
+    """With crop: the smallest and the largest aspect ratio of the random area, width / height.
     It is relative to the aspect ratio of --image-size: for 48x96, 1 is an area twice as wide as high."""
     rand_augment: int = 0
     """RandAugment: number of operations per image; 0 is off."""
@@ -253,9 +253,8 @@ class Recipe:
                 f"`crop_pct` must be greater than 0 and at most 1. Received: crop_pct={self.crop_pct}", argument="crop_pct"
             )
         preprocessing = self.preprocessing
-        name, size = "image_size", preprocessing.image_size or ()
-        if preprocessing.resize == "crop":
-            name, size = "crop_pct", preprocessing.crop_from
+        size = preprocessing.crop_from if preprocessing.resize == "crop" else preprocessing.image_size or ()
+        name = "image_size" if self.crop_pct is None or preprocessing.resize == "stretch" else "crop_pct"
         if math.prod(size) > MAX_PIXELS:
             raise RecipeError(
                 f"`{name}` must leave images of at most {MAX_PIXELS:,} pixels. Received: {name}={getattr(self, name)}, "

@@ -66,4 +66,4 @@ def test_a_cache_that_can_not_be_written_is_no_error(photos, tmp_path):
     )
     assert len(images.source.test)
     [note] = images.notes
-    assert note.startswith("`cache_dir` can't be written: ") and note.endswith("decoded for this command only.")
+    assert note.startswith("`cache_dir` can't be used: ") and note.endswith("decoded for this command only.")

@@ -107,7 +107,7 @@ def test_the_metadata_has_the_labels(kind, files, classifier):
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = archive.read("labels.txt").decode().splitlines()
     assert tuple(names) == preprocessing_of(classifier).class_names
-    assert b"resized as in training: resize=stretch, crop_pct=0.875, interpolation=bilinear." in data
+    assert b"resized as in training: resize=stretch, interpolation=bilinear." in data
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     [entry] = [entry for entry in model.metadata if entry.name == b"TFLITE_METADATA"]
     metadata = bytes(model.buffers[entry.buffer].data)
