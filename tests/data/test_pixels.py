@@ -44,6 +44,11 @@ def test_only_the_images_that_are_used_are_read(photos):
     assert read == [101, 105]
 
 
+def test_errors_are_shared_by_all_images_of_a_data_set(photos):
+    images = images_of(photos)
+    assert images[:9].errors is images[[1]].errors is join([images[:2], images[5:]]).errors is images.errors
+
+
 def test_images_of_different_sizes_are_no_array(unequal):
     images = images_of(unequal)
     assert images.shape == (9, None, None, 3)

@@ -10,8 +10,9 @@ import pytest
 from labelled_images import write_image
 
 from cvt_keras.data.record import ImageRecord
+from cvt_keras.errors import DataError
 from cvt_keras.model import cvt_of
-from cvt_keras.training import run
+from cvt_keras.training import plan, run
 from cvt_keras.training.recipes import SMOKE
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -102,3 +103,18 @@ def test_fine_tuning_does_not_test_on_images_that_the_weights_were_trained_on(re
     for before, after in zip(start.weights, model.weights, strict=True):
         assert np.array_equal(before, after) != before.path.endswith(("head/kernel", "head/bias")), before.path
     assert not [layer.name for layer in cvt_of(model).layers if not layer.trainable]  # the saved model can be trained further
+
+
+def test_without_a_cache_a_file_that_changes_during_a_run_is_named(photos, recipe, tmp_path, monkeypatch):
+    own = shutil.copytree(photos, tmp_path / "photos")
+    load_images = plan.load_images
+
+    def changed_later(recipe):
+        loaded = load_images(recipe)
+        for path in own.rglob("*.png"):
+            write_image(path)
+        return loaded
+
+    monkeypatch.setattr(plan, "load_images", changed_later)
+    with pytest.raises(DataError, match="has changed since this command began"):
+        run(dataclasses.replace(recipe, data_dir=own, cache="off", cache_dir=str(tmp_path / "cache")), tmp_path / "run")
