@@ -61,14 +61,13 @@ class Arguments:
 
 
 def splits(arguments, recipe, folder):
-    """The same training images from each place: a dict from the kind of cache to a `Split`. And the number of classes."""
+    """Returns the same training images from each place, a dict of kind of cache -> `Split`, and the number of classes."""
     if arguments.data_dir is not None:
         kinds = ("memory", "disk", "off")
         loaded = {kind: sources.load("folder", arguments.data_dir, recipe.preprocessing, Cache(kind, folder)) for kind in kinds}
         return {kind: source.train for kind, source in loaded.items()}, len(loaded["disk"].class_names)
-    random = np.random.default_rng(0)
     n, shape = arguments.num_images, (*recipe.preprocessing.image_size, 3)
-    labels = random.integers(0, arguments.num_classes, n)
+    labels = np.random.default_rng(0).integers(0, arguments.num_classes, n)
     kept = {}
     for kind in ("memory", "disk"):
         random = np.random.default_rng(1)
@@ -105,7 +104,7 @@ def measure(arguments, recipe, kept, num_classes):
         for name, run in work.items():
             started = time.perf_counter()
             count = run() * recipe.batch_size
-            if turn:  # the first turn compiles, and brings the file of pixels into memory
+            if turn:  # the first turn compiles
                 rates[name].append(count / (time.perf_counter() - started))
     print(
         json.dumps(

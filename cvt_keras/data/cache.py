@@ -25,14 +25,15 @@ from cvt_keras import runs
 from cvt_keras.data import packages
 from cvt_keras.data.images import threads
 from cvt_keras.data.pixels import INDEX_TYPE, Images, row_of_index
-from cvt_keras.errors import BusyError, DataError
+from cvt_keras.errors import BusyError, DataError, RunError
 
-KINDS = ("disk", "memory", "off")
 _FORMAT = 1  # of the files, and of how images are decoded and resized: another number makes a new folder
 _PIXELS, _INDEX = "pixels", "index"
 # Images are held in memory until they are written together, after so many seconds or bytes.
 _BATCH_SECONDS, _BATCH_BYTES = 30, 2**27
 _MIN_IMAGES_FOR_PROGRESS = 200
+# A file that is being written may keep its times. So files that changed a moment ago are read again by the next command.
+_SETTLED_NS = 10**9
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,10 @@ class Store:
             read: function from a row to its pixels, if this store keeps none.
         """
         rows = np.asarray(rows, "int64")
-        if not self.keeps_pixels or self.folder is None or not len(self.index):
-            return Images(read if not self.keeps_pixels else self._in_memory.__getitem__, self.index, rows)
+        if not self.keeps_pixels:
+            return Images(read, self.index, rows)
+        if self.folder is None or not len(self.index):
+            return Images(self._in_memory.__getitem__, self.index, rows)
         with _named_errors(self.folder.parent):
             pixels = np.asarray(np.memmap(self.folder / _PIXELS, "uint8", mode="r", shape=(_end(self.index),)))
         heights, widths, starts = (self.index[name].astype("int64") for name in ("height", "width", "offset"))
@@ -233,17 +236,65 @@ def _extend(path, size, parts):
             raise
 
 
-def each(function, items, unit="images"):
+class Digests:
+    """The digests of files that did not change since an earlier command, by their size, times and inode.
+
+    Args:
+        folder: the folder that keeps them for later commands, or `None`.
+        root: the folder of the files.
+    """
+
+    def __init__(self, folder, root):
+        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+        self.path = folder and folder / f"files-{name}.json"
+        self.root = root
+        self.latest = time.time_ns() - _SETTLED_NS
+        self.states = {}
+        try:
+            self.stored = runs.read_json(self.path) if self.path else {}
+        except (OSError, RunError):
+            self.stored = {}
+
+    def of(self, path):
+        """The SHA-256 of a file in hexadecimal digits, or `None` if it may have changed."""
+        name = str(path.relative_to(self.root))
+        try:
+            state = os.stat(path)
+        except OSError:
+            return None
+        self.states[name] = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+        digest, *stored = self.stored.get(name, [None])
+        return digest if stored == self.states[name] else None
+
+    def keep(self, digests):
+        """Keeps digests for later commands.
+
+        Args:
+            digests: a dict from the paths of files, which were passed to `of`, to their digests.
+        """
+        if self.path is None:
+            return
+        known = {}
+        for path, digest in digests.items():
+            name = str(path.relative_to(self.root))
+            if (state := self.states.get(name)) and max(state[1], state[2]) < self.latest:
+                known[name] = [digest, *state]
+        if known != self.stored:
+            with contextlib.suppress(OSError), runs.whole(self.path) as unfinished:  # without it, files are read again
+                unfinished.write_text(json.dumps(known))
+
+
+def each(function, items, n):
     """Yields `function(item)` for each item in order, from several threads. Shows a progress bar for many items on a terminal.
 
-    Few results wait at a time, so that they fit into memory.
+    Few items are taken and few results wait at a time, so that they fit into memory.
 
     Args:
         function: called in a thread.
-        items: a sequence.
-        unit: what the progress bar counts.
+        items: an iterable.
+        n: the number of items.
     """
-    with ThreadPoolExecutor(threads()) as pool, progress(len(items), unit) as advance:
+    with ThreadPoolExecutor(threads()) as pool, _progress(n) as advance:
         waiting = deque()
         try:
             for item in items:
@@ -260,16 +311,16 @@ def each(function, items, unit="images"):
 
 
 @contextlib.contextmanager
-def progress(n, unit="images"):
-    """Shows a progress bar for many items on a terminal. Yields the function that advances it."""
+def _progress(n):
+    """Shows a progress bar for many images on a terminal. Yields the function that advances it by one image."""
     try:
         from tqdm import tqdm
     except ImportError:
         tqdm = None
     if tqdm is None or n < _MIN_IMAGES_FOR_PROGRESS:
-        yield lambda steps=1: None
+        yield lambda: None
         return
-    with tqdm(total=n, desc=f"reading {unit}", unit=f" {unit}", leave=False, disable=None, file=sys.stdout) as bar:
+    with tqdm(total=n, desc="reading images", unit=" images", leave=False, disable=None, file=sys.stdout) as bar:
         yield bar.update
 
 

@@ -1,13 +1,10 @@
 """A folder of images, with a folder for each class."""
 
-import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 import tempfile
-import time
 import unicodedata
 import zlib
 from collections import Counter
@@ -17,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cvt_keras import runs
 from cvt_keras.data import file_types, images, packages
-from cvt_keras.data.cache import each
+from cvt_keras.data.cache import Digests, each
 from cvt_keras.data.pixels import mean_and_std
 from cvt_keras.data.split import SPLITS, Source, Split, hold_out
-from cvt_keras.errors import ArgumentError, DataError, ImageError, RunError
+from cvt_keras.errors import ArgumentError, DataError, ImageError
 
 # Usual names for the folder of a split, compared in lower case and without `_SPLIT_ENDING`.
 SPLIT_FOLDERS = {
@@ -42,8 +38,6 @@ _IMAGE_NAME = re.compile(
 _MAX_FILES_IN_ERROR = 10  # an error with more broken files lists all of them in a text file
 _MAX_FILES_IN_WARNING = 3
 _MIN_DIGEST_ROWS = 64  # rows of an image that go into the digest of its pixels, if it has as many
-# A file that is being written may keep its times. So files that changed a moment ago are read again by the next command.
-_SETTLED_NS = 10**9
 _HEAD = 64  # first bytes of a file, which tell its format
 _PASS_FOLDER = "Use --data-dir DIR, with one folder of images per class"
 _LAYOUT = "use --data-dir DIR with one folder of images per class, as in DIR/cat/1.jpg and DIR/dog/2.jpg"
@@ -496,7 +490,7 @@ def _read_all(listing, preprocessing, cache):
     room = images.Room()
     with cache.open(listing.root.resolve().name, images.resizing(preprocessing)) as store:
         index, row_of = store.index, store.row_of()
-        files = _Unchanged(store.folder, listing.root)
+        digests = Digests(store.folder, listing.root)
 
         def examine(file):
             with room.place() as reserve:
@@ -507,24 +501,24 @@ def _read_all(listing, preprocessing, cache):
 
         contents, unknown, added = {}, [], set()
         for file in listing.files:
-            digest = files.digest(file.path)
+            digest = digests.of(file.path)
             if digest in row_of:
                 contents[file] = _known(file, digest, index[row_of[digest]])
             else:
                 unknown.append(file)
         with store.adding() as add:
-            for content, pixels in each(examine, unknown):
+            for content, pixels in each(examine, unknown, len(unknown)):
                 contents[content.file] = content
                 if pixels is not None and content.digest not in added:
                     known = {"original": content.pixel_digest, "cut_off": content.cut_off, "one_colour": content.one_colour}
                     add(content.digest, pixels, **known)
                     added.add(content.digest)
         contents = [contents[file] for file in listing.files]
-        files.write(contents)
-        if added and any(content.digest in row_of for content in contents):
+        usable = [content for content in contents if content.usable]
+        digests.keep({content.file.path: content.digest for content in usable})
+        if added and any(content.digest in row_of for content in usable):
             print(f"decoded {_count(len(added), 'new image', 'new images')}; the others are in {store.folder}", flush=True)
         index, row_of = store.index, store.row_of()
-        usable = [content for content in contents if content.usable]
         paths = {row_of[content.digest]: content.file.path for content in usable}
 
         def read(row):
@@ -532,50 +526,6 @@ def _read_all(listing, preprocessing, cache):
                 return _read_again(paths[row], index["id"][row].decode(), preprocessing, reserve)
 
         return contents, store.images([row_of[content.digest] for content in usable], read)
-
-
-class _Unchanged:
-    """Knows the digests of files that did not change since an earlier command, by their size, times and inode.
-
-    Args:
-        folder: the folder that keeps them for later commands, or `None`.
-        root: the folder of images.
-    """
-
-    def __init__(self, folder, root):
-        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-        self.path = folder and folder / f"files-{name}.json"
-        self.root = root
-        self.latest = time.time_ns() - _SETTLED_NS
-        self.states = {}
-        try:
-            self.stored = runs.read_json(self.path) if self.path else {}
-        except (OSError, RunError):
-            self.stored = {}
-
-    def digest(self, path):
-        """The SHA-256 of a file in hexadecimal digits, or `None` if it may have changed."""
-        name = str(path.relative_to(self.root))
-        try:
-            state = os.stat(path)
-        except OSError:
-            return None
-        self.states[name] = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
-        digest, *stored = self.stored.get(name, [None])
-        return digest if stored == self.states[name] else None
-
-    def write(self, contents):
-        """Keeps the digests of these `_Content`s."""
-        if self.path is None:
-            return
-        known = {}
-        for content in contents:
-            name = str(content.file.path.relative_to(self.root))
-            if content.usable and (state := self.states.get(name)) and max(state[1], state[2]) < self.latest:
-                known[name] = [content.digest, *state]
-        if known != self.stored:
-            with contextlib.suppress(OSError), runs.whole(self.path) as unfinished:  # without it, files are read again
-                unfinished.write_text(json.dumps(known))
 
 
 def _known(file, digest, row):

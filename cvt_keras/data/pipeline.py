@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from cvt_keras.data import augment
-from cvt_keras.data.images import fit, stretch
+from cvt_keras.data.images import fit
 from cvt_keras.errors import UserError
 
 EVALUATION_BATCH = 500  # for 32x32 pixels. Divides 5,000 and 10,000: XLA would compile again for a smaller last batch
@@ -48,8 +48,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
         labels = tf.constant(split.labels)
         mirrored_first = tf.random.stateless_uniform((len(split),), key(_FLIP, tf.constant(0, tf.int64))) < 0.5
     steps = batches_per_epoch(split, recipe)
-    preprocessing = recipe.preprocessing
-    crops = preprocessing.resize == "crop"
+    crops = recipe.preprocessing.resize == "crop"
     weights = None if class_weights is None else np.array(class_weights, "float32")
 
     def epoch_batches(epoch):
@@ -89,16 +88,12 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
 
     batches = tf.data.Dataset.range(first_epoch, recipe.epochs).flat_map(epoch_batches)
     if crops:
-        batches = _random_areas(batches, split.images, recipe, lambda step: key(_AREA, step))
-        dataset = batches.map(load, num_parallel_calls=tf.data.AUTOTUNE)
+        dataset = _random_areas(batches, split.images, recipe, lambda step: key(_AREA, step)).map(load, tf.data.AUTOTUNE)
     else:
         read = _reader(split.images)
-
-        def load_whole(step, indices):
-            pixels = stretch(read(indices), preprocessing.image_size, preprocessing.interpolation)
-            return load(step, indices, pixels)
-
-        dataset = batches.map(load_whole, num_parallel_calls=tf.data.AUTOTUNE)
+        dataset = batches.map(
+            lambda step, indices: load(step, indices, fit(read(indices), recipe.preprocessing)), tf.data.AUTOTUNE
+        )
     return _keeping(split.images, dataset.prefetch(tf.data.AUTOTUNE))
 
 

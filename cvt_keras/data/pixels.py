@@ -1,5 +1,6 @@
 """The images of a split: an array, or `Images`, which are read only when they are needed."""
 
+import functools
 import zlib
 
 import numpy as np
@@ -77,13 +78,10 @@ class Images:
 
     def checksum(self):
         """CRC-32 of all pixels, one image after the other, equal to that of the array. Reads no pixels."""
-        total, tables = 0, {}
+        total = 0
         for checksum, height, width in self._index[["checksum", "height", "width"]][self._rows].tolist():
-            size = 3 * height * width
-            if size not in tables:
-                tables[size] = _checksum_tables(size)
             # The CRC-32 of A + B follows from those of A and B, as it is linear in the checksum that it starts from.
-            for i, table in enumerate(tables[size]):
+            for i, table in enumerate(_checksum_tables(3 * height * width)):
                 checksum ^= table[total >> 8 * i & 255]
             total = checksum
         return total
@@ -119,6 +117,7 @@ def row_of_index(id, pixels, offset, **known):
     return row
 
 
+@functools.lru_cache(maxsize=1_000)
 def _checksum_tables(size):
     """What `size` zeros turn each byte of a CRC-32 into: four lists of 256, the lowest byte first."""
     zeros = bytes(size)

@@ -35,15 +35,16 @@ class Split:
 
     def limit(self, n):
         """The first `n` images, or all if `n` is `None`."""
-        return self.take(np.arange(len(self))[:n])
+        return self.take(slice(n))
 
     def take(self, rows):
         """The images at `rows`, in this order.
 
         Args:
-            rows: int `(n,)`.
+            rows: int `(n,)`, or a slice.
         """
-        digests, pixels = (values and tuple(values[row] for row in rows) for values in (self.digests, self.pixels))
+        indices = np.arange(len(self))[rows]
+        digests, pixels = (values and tuple(values[i] for i in indices) for values in (self.digests, self.pixels))
         return Split(self.images[rows], self.labels[rows], digests, pixels)
 
     def followed_by(self, *others):

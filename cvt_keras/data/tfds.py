@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from cvt_keras.data import failures, images, packages, probe
-from cvt_keras.data.cache import progress
+from cvt_keras.data.cache import each
 from cvt_keras.data.pixels import mean_and_std
 from cvt_keras.data.split import Source, Split, fixed_order
 from cvt_keras.errors import ArgumentError, DataError, UnavailableError
@@ -242,28 +241,24 @@ def _read(builder, title, split, keys, preprocessing, cache, shuffle=False):
     small = None not in (height, width) and height <= size[0] and width <= size[1]
     room = images.Room()
 
-    def decode(data):
+    def decode(example):
+        data, label = example
         if small:
-            return images.decode(data)
+            return images.decode(data), label
         with room.place() as reserve:
-            return images.shrink(images.decode(data, reserve), preprocessing).numpy()
+            return images.shrink(images.decode(data, reserve), preprocessing).numpy(), label
 
     n = builder.info.splits[split].num_examples
     resizing = None if small else images.resizing(preprocessing)
     with cache.open(f"{builder.name}-{split}", resizing, _state(builder)) as store:
         first = len(store.index)  # less than n if a command was killed: images are stored in their order on disk
         try:
-            with (
-                ThreadPoolExecutor(images.threads()) as pool,
-                progress(n - first) as advance,
-                store.adding() as add,
-            ):
-                # Not the slice [first:] of TFDS, which mixes the shards in another order.
-                batches = _encoded(builder, split, keys).skip(first).batch(_READ_BATCH).prefetch(1)
-                for files, labels in batches.as_numpy_iterator() if first < n else ():
-                    for image, label in zip(pool.map(decode, files), labels):
-                        add("", image, label=label)
-                    advance(len(files))
+            # Not the slice [first:] of TFDS, which mixes the shards in another order.
+            batches = _encoded(builder, split, keys).skip(first).batch(_READ_BATCH).prefetch(1)
+            examples = (example for batch in batches.as_numpy_iterator() for example in zip(*batch)) if first < n else ()
+            with store.adding() as add:
+                for image, label in each(decode, examples, n - first):
+                    add("", image, label=label)
         except Exception as error:
             if failures.is_out_of_memory(error) or isinstance(error, DataError):
                 raise  # the copy on disk is intact
@@ -311,7 +306,7 @@ def _cut(split, n, title):
             argument="dataset",
             hint="Choose another --dataset",
         )
-    return split.limit(rest), split.take(np.arange(rest, len(split)))
+    return split.limit(rest), split.take(slice(rest, None))
 
 
 def _tfds():

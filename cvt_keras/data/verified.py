@@ -57,15 +57,15 @@ def load(record_file, dataset, data_dir, preprocessing, cache):
         And what `sources.load` raises.
     """
     record = ImageRecord.read(record_file)
-    load = functools.partial(sources.load, dataset, data_dir, preprocessing, skip_broken=True, record=record)
+    load_source = functools.partial(sources.load, dataset, data_dir, preprocessing, skip_broken=True, record=record)
     note = ()
     try:
-        source = load(cache=cache)
+        source = load_source(cache=cache)
     except DataError as error:
         if error.argument != "cache_dir":
             raise
         # The run may come from another machine.
-        source, note = load(cache=Cache("memory")), (f"{error.summary}. The images are decoded for this command only.",)
+        source, note = load_source(cache=Cache("memory")), (f"{error.summary}. The images are decoded for this command only.",)
     images = settle(source, record, Path(record_file).name)
     return dataclasses.replace(images, notes=(*images.notes, *note))
 

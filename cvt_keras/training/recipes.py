@@ -22,6 +22,7 @@ from cvt_keras.variants import VARIANTS, Variant, get_variant, named, to_dict
 
 COMPRESSIONS = ("prune", "cluster", "qat")
 RESIZING = ("resize", "crop_pct", "interpolation")  # fields of a recipe and of `Preprocessing`
+_PAIRS = ("image_size", "scale", "ratio")  # fields that are tuples, and lists in recipe.json
 
 # A flag takes a variant's name. Without this tyro would make flags of the fields of a `Variant` as well.
 _VARIANT_FLAG = tyro.constructors.PrimitiveConstructorSpec(
@@ -177,11 +178,11 @@ class Recipe:
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))  # as in recipe.json
         if isinstance(self.freeze, int) and not isinstance(self.freeze, bool):
             object.__setattr__(self, "freeze", str(self.freeze))  # as the flag gives it
-        for name in ("image_size", "scale", "ratio"):
+        for name in _PAIRS:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))  # as the flag gives it
         for name, hint in get_type_hints(type(self)).items():
-            if name not in ("image_size", "scale", "ratio"):
+            if name not in _PAIRS:
                 _check_type(name, getattr(self, name), hint)
         _check_image_size(self.image_size)
         self._check_pixels()
@@ -310,7 +311,7 @@ class Recipe:
         left out if it is `None`.
         """
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("image_size", "scale", "ratio"):
+        for name in _PAIRS:
             if isinstance(settings[name], tuple):
                 settings[name] = list(settings[name])
         del settings["description"]

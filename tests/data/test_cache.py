@@ -12,7 +12,7 @@ import pytest
 from labelled_images import labelled, noise, write_image
 
 from cvt_keras import runs
-from cvt_keras.data import cache, folder, images, sources, tfds
+from cvt_keras.data import cache, images, sources, tfds
 from cvt_keras.data.cache import Cache
 from cvt_keras.data.pipeline import evaluation_batches, training_batches
 from cvt_keras.data.pixels import INDEX_TYPE
@@ -44,7 +44,7 @@ def decoded(monkeypatch):
 @pytest.fixture
 def load(photos, cache_dir, monkeypatch):
     """Loads `photos`: 50 files."""
-    monkeypatch.setattr(folder, "_SETTLED_NS", 0)  # the files are new
+    monkeypatch.setattr(cache, "_SETTLED_NS", 0)  # the files are new
     return lambda kind="disk", **options: sources.load("folder", photos, cache=Cache(kind, str(cache_dir)), **options)
 
 
@@ -239,7 +239,7 @@ def test_a_list_of_files_that_is_not_written_is_no_error(load, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folder.runs, "whole", full)
+    monkeypatch.setattr(runs, "whole", full)
     load()
 
 
