@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cvt_keras.data import digits, failures, folder, tfds
+from cvt_keras.data import digits, failures, folder, listing, tfds
 from cvt_keras.data.cache import Cache
 from cvt_keras.errors import ArgumentError, DataError, UnavailableError
 from cvt_keras.preprocessing import Preprocessing, size_text
@@ -77,7 +77,7 @@ def load(dataset, data_dir=None, preprocessing=_SMALL, cache=_ON_DISK, skip_brok
 
 def _holds_classes(data_dir):
     path = Path(data_dir).expanduser()
-    return path.is_dir() and folder.holds_classes(path)
+    return path.is_dir() and listing.holds_classes(path)
 
 
 def auto(data_dir, preprocessing, cache):
