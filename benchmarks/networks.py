@@ -761,6 +761,11 @@ class Group:
         return "; ".join(experiment.name for experiment in self.experiments)
 
     @property
+    def size(self):
+        """MACs per image, times epochs, times runs."""
+        return weights_of(self.network).macs * self.epochs * len(self.runs)
+
+    @property
     def program_key(self):
         """Groups with the same share a program."""
         return self.network, self.program_settings, len(self.runs)
@@ -800,6 +805,8 @@ class Group:
             training.append(hits)
             losses.append(loss)
             validation.append(jnp.mean(jnp.argmax(logits, axis=-1) == data.labels, axis=-1))
+            if epoch % 10 == 9:
+                _say(f"epoch {epoch + 1} of {self.epochs}, {100 * jnp.mean(validation[-1]):.2f} on average: {self.names}")
         mirrored = predict(state, hyper, data.images[:, :, ::-1])
         results = jax.device_get((validation, training, losses, logits, mirrored))
         return *results, time.perf_counter() - started
@@ -898,14 +905,14 @@ def run_all(experiments, seeds, data, out, at_once=6, seconds=math.inf, compiler
                 file.write(json.dumps(record) + "\n")
                 _say(_summary(record))
 
-    written, cost = [], 0.0  # seconds per epoch of a run, the most so far
+    written, cost = [], 0.0  # seconds per MAC, epoch and run, the most so far
     while waiting:
         left = seconds - (time.perf_counter() - started)
         ready = [group for group in waiting if programs[group.program_key].done()]
         if not ready and left > 0:
             concurrent.futures.wait([programs[group.program_key] for group in waiting], min(left, 1), "FIRST_COMPLETED")
             continue
-        fitting = [group for group in ready if cost * len(group.runs) * group.epochs <= left]
+        fitting = [group for group in ready if cost * group.size <= left]
         if left <= 0 or not fitting:
             _say(f"out of time: {' | '.join(group.names for group in waiting)}")
             break
@@ -917,7 +924,7 @@ def run_all(experiments, seeds, data, out, at_once=6, seconds=math.inf, compiler
             results = group.train(starts.pop(group).result(), train, predict)
             written.append(writing.submit(write, group, results))
             spent = time.perf_counter() - begun
-            cost = max(cost, spent / len(group.runs) / group.epochs)
+            cost = max(cost, spent / group.size)
             now = time.perf_counter() - started
             _say(f"{now:.0f} s: {len(group.runs)} runs in {spent:.1f} s, compiled in {compile_seconds:.0f} s: {group.names}")
         except Exception:  # one network that fails must not cost the others
@@ -998,7 +1005,11 @@ NETWORKS = {
     "c10, heads of 64": _pooled(_stages(_C10[0], replace(_C10[1], heads=2), replace(_C10[2], heads=4)), whiten="valid"),
 }
 
-# `c10` with one thing changed, whatever that does to its MACs.
+_C12 = NETWORKS["c12"].stages
+# `cvt_cifar_large`, for longer training; above the budget of the others.
+LARGE = {"large": _pooled(_stages(Stage(96, 1, 4, 1, 4), Stage(256, 3, 8, local=1), Stage(512, 6, 16)), whiten="valid")}
+
+# `c10` and `c12` with one thing changed, whatever that does to its MACs.
 ABLATIONS = {
     "c10, layer norm": replace(NETWORKS["c10"], norm="layer"),
     "c10, trained whitening": replace(NETWORKS["c10"], trained_whitening=True),
@@ -1014,6 +1025,11 @@ ABLATIONS = {
     "c10, full keys and values": _pooled(_stages(*(replace(stage, stride_kv=1) for stage in _C10)), whiten="valid"),
     "c10, without blocks": _pooled(tuple(replace(stage, depth=0) for stage in _C10), whiten="valid"),
     "c10, class token": replace(NETWORKS["c10"], class_token=True),
+    "c12, linear projection": _pooled(tuple(replace(s, projection="linear", stride_kv=1) for s in _C12), whiten="valid"),
+    "c12, full keys and values": _pooled(tuple(replace(stage, stride_kv=1) for stage in _C12), whiten="valid"),
+    "c12, without blocks": _pooled(tuple(replace(stage, depth=0) for stage in _C12), whiten="valid"),
+    "c12, class token": replace(NETWORKS["c12"], class_token=True),
+    "c12, no residual convolution": _pooled(tuple(replace(stage, local=0) for stage in _C12), whiten="valid"),
 }
 
 # The settings that the survey behind these experiments proposes, and the same with two changes that helped `c1`.
@@ -1021,6 +1037,8 @@ R = Settings(peak_learning_rate=3e-3, weight_decay=0.3, label_smoothing=0.1, cro
 S = replace(R, weight_decay=0.6, max_pool=True)
 # `S` with the four changes of `FACTORS` that gained most, by top-1 and cross-entropy together.
 W = replace(S, alternating_flip=True, centre_tap=True, dirac=True, peak_learning_rate=4.5e-3, whitening_epsilon=1e-2)
+# With the head of `cvt_cifar`: the recipe `cifar10`.
+V = replace(W, max_pool=False)
 
 
 # What a designed experiment changes in `S`, each in half of its runs: twelve runs after Plackett and Burman, and the same with
@@ -1052,7 +1070,7 @@ def _experiments():
     experiments = {}
 
     def add(name, network, settings, **changes):
-        experiments[name] = Experiment(name, (NETWORKS | ABLATIONS)[network], replace(settings, **changes))
+        experiments[name] = Experiment(name, (NETWORKS | ABLATIONS | LARGE)[network], replace(settings, **changes))
 
     add("first, its recipe", "first", Settings())
     add("first, R", "first", R, head_scale=False)
@@ -1089,18 +1107,30 @@ def _experiments():
     for network in ("c10, heads of 16", "c10, heads of 64"):
         add(f"{network}, W", network, W)
     for network in ("c10", *ABLATIONS):
-        add(f"{network}, 5 epochs", network, W, epochs=5)
+        if network.startswith("c10"):
+            add(f"{network}, 5 epochs", network, W, epochs=5)
+
+    add("cnn, W", "cnn", W)
+    add("c12, V", "c12", V)
+    for network in ("c12", *ABLATIONS):
+        if network.startswith("c12"):
+            add(f"{network}, 5 epochs", network, V, epochs=5)
+    add("c12, width scale, 5 epochs", "c12", V, epochs=5, head_scale=False)
+    longer = replace(V, crop_padding=4, weight_decay=0.3)
+    for name, changes in {"cutmix": {"cutmix": 0.4}, "erase": {"erase": 0.25}}.items():
+        add(f"c12, V, 50 epochs, {name}", "c12", longer, epochs=50, **changes)
+    larger = replace(longer, batch_size=256, cutmix=0.5, drop_path=0.1)
+    add("large, 60 epochs", "large", larger, epochs=60)
+    add("large, 48 epochs, rate 2.25e-3", "large", larger, epochs=48, peak_learning_rate=2.25e-3, weight_decay=0.6)
 
     # Not run yet.
-    add("cnn, W", "cnn", W)
     add("c7, W", "c7", W)
     add("c12, S", "c12", S)
     add("c10, R", "c10", R)
     add("c12, W, float32", "c12", W, precision="float32")
     add("c10, W, 3 Newton-Schulz steps", "c10", W, newton_schulz_steps=3)
-    for name, changes in {"erase": {"erase": 0.25}, "cutmix": {"cutmix": 0.5}}.items():
-        add(f"c12, 50 epochs, {name}", "c12", W, epochs=50, crop_padding=4, weight_decay=0.3, **changes)
-    add("c12, 50 epochs, cutmix, decay 0.12", "c12", W, epochs=50, crop_padding=4, weight_decay=0.12, cutmix=0.5)
+    for name, changes in {"erase 0.5": {"erase": 0.5}, "erase, drop path 0.1": {"erase": 0.25, "drop_path": 0.1}}.items():
+        add(f"c12, V, 50 epochs, {name}", "c12", longer, epochs=50, **changes)
     for network in ("c1, layer norm", "c2"):
         add(f"{network}, S", network, S)
     add("c1, S, smoothing 0.2", "c1", S, label_smoothing=0.2)

@@ -419,14 +419,14 @@ CIFAR10 = Recipe(
 )
 
 CIFAR10_50 = Recipe(
-    """Fifty epochs on CIFAR-10, with light CutMix.
+    """Fifty epochs on CIFAR-10, with random erasing.
 
     cvt-keras train cifar10_50
     Takes five times as long as the recipe cifar10.
     """,
     epochs=50,
     crop_padding=4,
-    cutmix=0.2,  # most boxes are tiny or nearly the whole image: two in five images are really mixed
+    erase=0.25,
     peak_learning_rate=4.5e-3,
     weight_decay=0.3,  # less than in ten epochs, as it acts for more steps; not tuned
     adamw_weight_decay=0.05,
@@ -434,19 +434,19 @@ CIFAR10_50 = Recipe(
 )
 
 CIFAR10_LONG = Recipe(
-    """Two hundred epochs of a larger network on CIFAR-10, for a GPU. Not trained yet, so its accuracy is not known.
+    """Sixty epochs of a larger network on CIFAR-10, for a GPU.
 
     cvt-keras train cifar10_long
+    Not run by this command yet. benchmarks/networks.py trained the network with nearly these settings: 91.7% validation top-1
+    after 48 epochs (n=1, JPEG copy of the data), 2 minutes on an NVIDIA H100 in bfloat16.
     """,
     variant="cvt_cifar_large",
-    epochs=200,
+    epochs=60,
     batch_size=256,
-    rand_augment=2,
-    erase=0.25,
-    mixup=0.2,
-    cutmix=1.0,
-    warmup=0.05,
-    decay="cosine",
+    cutmix=0.2,  # most boxes are tiny or nearly the whole image: two in five images are really mixed
+    peak_learning_rate=2.25e-3,
+    weight_decay=0.6,
+    adamw_weight_decay=0.05,
     label_smoothing=0.1,
 )
 

@@ -109,11 +109,12 @@ def test_it_is_the_projects_network(variant, network, tolerance, images):
     np.testing.assert_allclose(logits, expected, atol=tolerance)
 
 
-def test_cvt_cifar_is_c12():
-    network = networks.NETWORKS["c12"]
-    model = CvT("cvt_cifar", 10, (32, 32, 3))
+@pytest.mark.parametrize("name, network", [("cvt_cifar", "c12"), ("cvt_cifar_large", "large")])
+def test_the_networks_for_cifar_are_here(name, network):
+    network = (networks.NETWORKS | networks.LARGE)[network]
+    model = CvT(name, 10, (32, 32, 3))
     listed = networks.weights_of(network)
-    assert listed.macs == macs("cvt_cifar", (32, 32, 3), 10)
+    assert listed.macs == macs(name, (32, 32, 3), 10)
     assert len(listed.listed) == len(model.trainable_variables)
     for name, variable in _variables(model, network).items():
         assert np.prod(variable.shape) == np.prod(listed.listed[name].shape), name
@@ -243,13 +244,17 @@ def test_the_design_changes_every_pair_of_factors_equally_often():
 
 def test_ablations_change_what_they_name():
     listed = {name: networks.weights_of(network) for name, network in networks.ABLATIONS.items()}
+    for network in ("c10", "c12"):
+        base = networks.weights_of(networks.NETWORKS[network])
+        assert "stage2/token" in listed[f"{network}, class token"].listed
+        assert not any("conv_q" in name for name in listed[f"{network}, linear projection"].listed)
+        assert listed[f"{network}, full keys and values"].macs > base.macs
+        assert listed[f"{network}, without blocks"].macs == base.macs - base.block_macs
+    without = listed["c12, no residual convolution"].listed
+    assert base.listed.keys() - without.keys() == {name for name in base.listed if name.startswith("stage1/local0/")}
     base = networks.weights_of(networks.NETWORKS["c10"])
-    assert "stage2/token" in listed["c10, class token"].listed
     assert listed["c10, trained whitening"].macs == base.macs
     assert listed["c10, trained whitening"].listed.keys() - base.listed.keys() == {"whiten/kernel"}
-    assert not any("conv_q" in name for name in listed["c10, linear projection"].listed)
-    assert listed["c10, full keys and values"].macs > base.macs
-    assert listed["c10, without blocks"].macs == base.macs - base.block_macs
 
 
 def test_the_class_token_sees_the_grid_and_decides(images):
