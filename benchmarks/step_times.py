@@ -37,7 +37,9 @@ class Arguments:
 
     def __post_init__(self):
         if unknown := set(self.changes) - set(NETWORKS):
-            raise ValueError(f"`changes` must be of {', '.join(filter(None, NETWORKS))}. Received: {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"`changes` must be of {', '.join(filter(None, NETWORKS))}. Received: {', '.join(sorted(unknown))}"
+            )
         for name in ("turns", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
