@@ -37,9 +37,8 @@ class Arguments:
 
     def __post_init__(self):
         if unknown := set(self.changes) - set(NETWORKS):
-            raise ValueError(
-                f"`changes` must be of {', '.join(filter(None, NETWORKS))}. Received: {', '.join(sorted(unknown))}"
-            )
+            known = ", ".join(filter(None, NETWORKS))
+            raise ValueError(f"`changes` must be of {known}. Received: {', '.join(sorted(unknown))}")
         for name in ("turns", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
@@ -89,10 +88,14 @@ def main(arguments):
     for name, seconds in times.items():
         median = statistics.median(seconds)
         ratios = [one / other for one, other in zip(seconds, times[""])]
-        print(
-            f"| {name or recipe.variant_name} | {built[name][1] / 1e6:.1f} M | {1000 * median:.0f} | {len(pixels) / median:.0f} | "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        row = (
+            name or recipe.variant_name,
+            f"{built[name][1] / 1e6:.1f} M",
+            f"{1000 * median:.0f}",
+            f"{len(pixels) / median:.0f}",
         )
+        print(f"| {' | '.join((*row, ratio))} |")
     print(f"{environment.device()}, {environment.versions()}")
     return times
 
