@@ -60,7 +60,7 @@ def render(template, path, **values):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "interval": _interval, "duration": _duration, "plain": plain}
+    environment.filters |= {"percent": _percent, "interval": interval, "duration": _duration, "plain": plain}
     text = environment.get_template(template.name).render(values)
     with runs.whole(path) as temporary_path:
         temporary_path.write_text(text, encoding="utf-8")
@@ -146,7 +146,7 @@ def _percent(share, decimals=1):
     return "n/a" if share is None else f"{share:.{decimals}%}"
 
 
-def _interval(scores):
+def interval(scores):
     """The 95% confidence interval of the `top1` of `scores`, as text. Computed, as reports of older versions lack it."""
     if scores.get("top1") is None:
         return "n/a"

@@ -106,9 +106,9 @@ def _names(folders):
 
 def _show(comparison):
     """Prints the table of the runs, then the reasons for missing tests, the notes and the settings that differ."""
-    from cvt_keras.report import compare
+    from cvt_keras.report import compare, page
 
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # fits 80 columns
     for name in (
         "run",
         "top-1",
@@ -127,7 +127,7 @@ def _show(comparison):
         table.add_row(
             f"{number}",
             f"{row[f'{split}_top1']:.2%}" + ("" if run["test"] else "*"),
-            f"{row[f'{split}_top1_low']:.1%}-{row[f'{split}_top1_high']:.1%}",
+            page.interval(run[split]),
             f"{row[f'{split}_loss']:.4f}",
             *((f"{row['only_run_correct']:,}", f"{row['only_baseline_correct']:,}") if tested else ("", "")),
             compare.p_text(row["p_value"]) if tested else "",

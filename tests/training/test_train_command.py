@@ -112,7 +112,7 @@ def test_without_test_images_the_validation_accuracy_is_printed(monkeypatch, cap
     monkeypatch.setattr(loop, "run", lambda recipe, run_dir, resume, name: result)
     assert cli.main(["train", "smoke"]) == 0
     assert (
-        "12.50% top-1 (95% interval: 11.61% to 13.44%) on 5,000 validation images; the run is in runs/x"
+        "12.50% top-1 (95% interval: 11.61% to 13.45%) on 5,000 validation images; the run is in runs/x"
         in capsys.readouterr().out
     )
 
