@@ -94,7 +94,7 @@ def _read(folder, name):
         report=runs.read_json(folder / runs.REPORT),
         settings=read_recipe(folder).settings(),  # an older recipe.json lacks some
         history=runs.read_history(folder),
-        exports=runs.read_json(export)["artifacts"] if export.exists() else [],
+        exports=runs.read_json(export).get("artifacts", []) if export.exists() else [],
     )
 
 

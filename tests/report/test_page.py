@@ -141,7 +141,7 @@ def _rows(run_dir, **changes):
     """The cells of the table of classes, its heads first."""
     runs.write_json(run_dir / runs.REPORT, {**REPORT, **changes})
     page.write(run_dir)
-    table = (run_dir / runs.PAGE).read_text().partition('class="classes"')[2].partition("</table>")[0]
+    table = (run_dir / runs.PAGE).read_text().partition('class="wide classes"')[2].partition("</table>")[0]
     rows = re.findall("<tr>.*?</tr>", table)
     return [[re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
 

@@ -16,6 +16,8 @@ from cvt_keras.report.compare import Run
 from cvt_keras.training.compare import parse
 from cvt_keras.training.predictions import of_run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture
 def two(finished, tmp_path):
@@ -57,6 +59,13 @@ def test_predictions_of_other_images_or_another_model_are_refused(two, capsys, c
         of_run(run)
     assert part in error.value.summary
     assert not (path / runs.PREDICTIONS).exists()
+
+
+def test_images_that_have_moved_are_looked_for_in_data_dir(two, tmp_path, capsys):
+    (Path(two[0]) / runs.PREDICTIONS).unlink()
+    assert cli.main(["compare", *two, "--json", "--data-dir", str(tmp_path / "moved")]) == 0
+    [test] = json.loads(capsys.readouterr().out)["mcnemar"]
+    assert test["reason"].startswith("the predictions of one are unknown: ") and str(tmp_path / "moved") in test["reason"]
 
 
 def test_a_model_that_can_not_be_read_is_named(two, capsys):
