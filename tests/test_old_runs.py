@@ -1,5 +1,6 @@
 """Run folders of version 0.1 can be loaded and resumed. tests/export exports them."""
 
+import json
 import shutil
 import tarfile
 from pathlib import Path
