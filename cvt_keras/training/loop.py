@@ -14,7 +14,7 @@ from cvt_keras.data.pipeline import evaluation_batches, training_batches
 from cvt_keras.errors import OutOfMemoryError, RecipeError
 from cvt_keras.model import build_classifier
 from cvt_keras.preprocessing import size_text
-from cvt_keras.report import figures, metrics, page
+from cvt_keras.report import figures, metrics, page, predictions
 from cvt_keras.training.callbacks import (
     CLASS_WEIGHTS,
     BestWeights,
@@ -271,6 +271,9 @@ def finish(plan, best, history):
         shown = {"images": plan.test.images, "logits": logits, "labels": labels, "class_names": plan.source.class_names}
     with runs.whole(run_dir / runs.MODEL) as unfinished:
         classifier.save(unfinished)
+    if plan.test is not None:
+        answers = predictions.of(plan.test.digests, labels, metrics.predictions(logits), plan.source.class_names)
+        predictions.write(run_dir, answers)
     report = metrics.Report(
         dataset=plan.source.name,
         data_note=". ".join(filter(None, (plan.source.note, plan.source.fallback))),

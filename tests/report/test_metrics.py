@@ -18,6 +18,7 @@ from cvt_keras.report.metrics import (
     per_class,
     predictions,
     reliability,
+    wilson,
     worst,
 )
 
@@ -62,7 +63,7 @@ def test_macro_averages_by_hand():
     assert result["top1"] == 0.5
     assert result["balanced_accuracy"] == pytest.approx((1 / 2 + 1 + 0) / 3)
     assert result["macro_f1"] == pytest.approx((1 / 2 + 4 / 5 + 0) / 3)
-    assert {type(value) for value in result.values()} == {float, int, type(None)}  # as JSON has them
+    assert {type(value) for value in result.values()} == {float, int, list, type(None)}  # as JSON has them
 
 
 def test_rare_classes_count_as_much_as_common_ones():
@@ -121,13 +122,35 @@ def test_per_class_by_hand():
     logits = np.eye(4)[[0, 1, 1, 1, 0]]
     rows = per_class(logits, np.array([0, 0, 1, 1, 2]), ("a", "b", "c", "d"))
     assert rows == [
-        {"name": "a", "top1": 0.5, "precision": 0.5, "f1": 0.5, "images": 2},
-        {"name": "b", "top1": 1.0, "precision": pytest.approx(2 / 3), "f1": pytest.approx(0.8), "images": 2},
-        {"name": "c", "top1": 0.0, "precision": None, "f1": 0.0, "images": 1},
-        {"name": "d", "top1": None, "precision": None, "f1": None, "images": 0},
+        {"name": "a", "top1": 0.5, "top1_interval": wilson(0.5, 2), "precision": 0.5, "f1": 0.5, "images": 2},
+        {
+            **{"name": "b", "top1": 1.0, "top1_interval": wilson(1.0, 2), "precision": pytest.approx(2 / 3)},
+            **{"f1": pytest.approx(0.8), "images": 2},
+        },
+        {"name": "c", "top1": 0.0, "top1_interval": wilson(0.0, 1), "precision": None, "f1": 0.0, "images": 1},
+        {"name": "d", "top1": None, "top1_interval": None, "precision": None, "f1": None, "images": 0},
     ]
     # As JSON has them.
-    assert {type(value) for row in rows for value in row.values()} == {str, float, int, type(None)}
+    assert {type(value) for row in rows for value in row.values()} == {str, float, int, list, type(None)}
+
+
+# Newcombe, "Two-sided confidence intervals for the single proportion", 1998, table I, method 3.
+@pytest.mark.parametrize(
+    "right, images, ends",
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (1, 29, (0.0061, 0.1718))],
+)
+def test_the_wilson_interval_is_that_of_the_literature(right, images, ends):
+    assert wilson(right / images, images) == pytest.approx(ends, abs=5e-5)
+    assert wilson(1 - right / images, images) == pytest.approx([1 - ends[1], 1 - ends[0]], abs=5e-5)
+
+
+def test_few_images_are_those_whose_interval_spans_more_than_20_points():
+    low, high = wilson(0.9, metrics.FEW_IMAGES)
+    assert (round(low, 2), round(high, 2)) == (0.74, 0.97)
+
+
+def test_the_scores_of_a_split_have_the_interval_of_top1():
+    assert evaluate(np.eye(6), np.array([0, 1, 2, 0, 0, 0]))["top1_interval"] == wilson(0.5, 6)
 
 
 def test_a_class_without_test_images_is_no_division_by_zero():
