@@ -1,4 +1,4 @@
-"""ONNX for onnxruntime and everything that reads its files: raw uint8 pixels in, probabilities out, any number of images."""
+"""ONNX files for onnxruntime: any number of images of raw uint8 pixels in, probabilities out."""
 
 import json
 
@@ -10,7 +10,7 @@ from cvt_keras.model import preprocessing_of
 
 from .tflite import frozen, resizing
 
-# The networks need no newer operation, and onnxruntime has read this opset since version 1.10.
+# The networks need no newer operation, and a low opset is read by old runtimes too.
 OPSET = 15
 
 
