@@ -38,7 +38,7 @@ COMMANDS = {
     "cluster": Command("cvt_keras.compression.__main__", "Cluster a run: give each kernel a few distinct values", ("cluster",)),
     "qat": Command("cvt_keras.compression.__main__", "Train a run further for int8 (quantisation-aware training)", ("qat",)),
     "compare": Command("cvt_keras.training.compare", "Compare runs: accuracy, curves, settings, exports"),
-    "export": Command("cvt_keras.export.__main__", "Export a run to SavedModel and TFLite, and verify each file"),
+    "export": Command("cvt_keras.export.__main__", "Export a run to SavedModel, TFLite and ONNX, and verify each file"),
     "convert": Command("cvt_keras.pretrained", "Convert published PyTorch weights to a .keras file"),
     "classify": Command("cvt_keras.export.serving.client", "Classify images with a TF Serving server"),
     "web": Command("cvt_keras.export.web.__main__", "Serve a web page that classifies images in the browser"),

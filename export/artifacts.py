@@ -1,4 +1,4 @@
-"""Exports a run as SavedModel and TFLite files, and verifies each on the run's test images."""
+"""Exports a run as SavedModel, TFLite and ONNX files, and verifies each on the run's test images."""
 
 import dataclasses
 import sys
@@ -20,8 +20,8 @@ from cvt_keras.quantized.model import float_form, quantized_cvt_of
 from cvt_keras.report import page
 from cvt_keras.training.recipes import read_recipe
 
-from . import saved_model, tflite
-from .verify import BOUNDS, FORMATS, LEAST_IMAGES, QUANTIZED, Artifact, batches, checked, summary, verify
+from . import onnx, saved_model, tflite
+from .verify import BOUNDS, DEFAULT_FORMATS, FORMATS, LEAST_IMAGES, QUANTIZED, Artifact, batches, checked, summary, verify
 
 IMAGES = "images.npy"
 FEW_IMAGES = 100  # with fewer, one image counts for more than a point of accuracy
@@ -29,18 +29,18 @@ FEW_IMAGES = 100  # with fewer, one image counts for more than a point of accura
 
 def export(
     run_dir: str | Path,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] = DEFAULT_FORMATS,
     data_dir: str | None = None,
     verify_images: int | None = None,
 ) -> list[Artifact]:
-    """Exports a run as SavedModel and TFLite files into `RUN/export/`, and adds their table to `report.html`.
+    """Exports a run as SavedModel, TFLite and ONNX files into `RUN/export/`, and adds their table to `report.html`.
 
     Verifies each file on the run's test images. For a run on a folder of images, images.csv lists them. A file that exceeds its
     bounds is in the report, but not in `RUN/export/`.
 
     Args:
         run_dir: the folder of a finished run.
-        formats: which of `FORMATS` to write.
+        formats: which of `FORMATS` to write. Defaults to all but `"onnx"`, which needs further packages.
         data_dir: the folder of the run's data set; `None` means the folder in its recipe.
         verify_images: verify on this many test images; `None` means all that the run was tested on.
 
@@ -49,6 +49,7 @@ def export(
 
     Raises:
         ArgumentError: if an argument is invalid, or the Keras backend is not TensorFlow.
+        MissingPackageError: for `"onnx"`, if tf2onnx or onnxruntime is not installed.
         RunError: if `run_dir` holds no finished run, is damaged, or is in use.
         DataError: if the images are missing, or none of the run's test images is among them.
         ExportError: if a file can't be written or run. Files that were verified before it are kept, and are in the report.
@@ -108,7 +109,8 @@ def export(
         with runs.whole(folder / tflite.LABELS) as temporary:
             temporary.write_text(tflite.labels_text(class_names), encoding="utf-8")
         for name in formats:
-            file, path = scratch / name, _place(folder, name)
+            path = _place(folder, name)
+            file = scratch / path.name
             form = _form(name, quantized)
             print(f"{name}: writing, then verifying on {len(images):,} images", flush=True)
             with signals.Held(f"TensorFlow's work on {name}"):
@@ -171,6 +173,8 @@ def _write(classifier, class_names, name, calibration, file):
     try:
         if name == "saved_model":
             saved_model.write(classifier, class_names, file)
+        elif name == "onnx":
+            file.write_bytes(onnx.convert(classifier, class_names))
         else:
             file.write_bytes(tflite.convert(classifier, class_names, name, calibration))
     except (tf.errors.OpError, ConverterError) as error:  # OpError also means a full disk or memory
@@ -189,6 +193,8 @@ def _resized(images, preprocessing):
 
 
 def _place(folder, name):
+    if name == "onnx":
+        return folder / "onnx" / "model.onnx"
     if name != "saved_model":
         return folder / "tflite" / f"{name}.tflite"
     versions = [int(path.name) for path in (folder / name).glob("*") if path.name.isdecimal()]

@@ -37,16 +37,9 @@ def convert(classifier, class_names, kind, calibration=None):
     """
     # A uint8 signature would leave a cast and a float tensor in an int8 file, so the converter makes that input uint8.
     pixels = tf.float32 if kind == "int8" else tf.uint8
-    shape = (1, *classifier.input_shape[1:])
-
-    @tf.function(input_signature=[tf.TensorSpec(shape, pixels, name="images")], autograph=False, jit_compile=False)
-    def serve(images):
-        return {"probabilities": tf.nn.softmax(classifier(tf.cast(images, tf.float32), training=False))}
-
     with tempfile.TemporaryDirectory() as folder, _integer_layer_norm() if kind == "int8" else contextlib.nullcontext():
         # Calibration can't read variables, so freeze them. Save, because a function alone would lose the signature.
-        frozen = convert_variables_to_constants_v2(serve.get_concrete_function())
-        signature = tf.function(lambda images: {"probabilities": frozen(images)[0]}, serve.input_signature, autograph=False)
+        signature = frozen(classifier, (1, *classifier.input_shape[1:]), pixels)
         tf.saved_model.save(tf.Module(), folder, signatures=signature)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]  # phones have no TensorFlow operations
@@ -61,6 +54,23 @@ def convert(classifier, class_names, kind, calibration=None):
             converter.inference_input_type = converter.inference_output_type = tf.uint8
         model = converter.convert()
     return _with_metadata(model, class_names, preprocessing_of(classifier))
+
+
+def frozen(classifier, shape, pixels):
+    """Returns a `tf.function` from `images` to `probabilities`, with the classifier's variables as constants.
+
+    Args:
+        classifier: maps float pixels in 0..255 to logits.
+        shape: `(batch, height, width, channels)` of the images; `batch` may be `None`.
+        pixels: their dtype.
+    """
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, pixels, name="images")], autograph=False, jit_compile=False)
+    def serve(images):
+        return {"probabilities": tf.nn.softmax(classifier(tf.cast(images, tf.float32), training=False))}
+
+    constant = convert_variables_to_constants_v2(serve.get_concrete_function())
+    return tf.function(lambda images: {"probabilities": constant(images)[0]}, serve.input_signature, autograph=False)
 
 
 def calibration_images(split, num_classes, seed, n=CALIBRATION_IMAGES):
@@ -130,6 +140,12 @@ def labels_text(class_names):
     return "".join(f"{' '.join(name.splitlines()) or index}\n" for index, name in enumerate(class_names))
 
 
+def resizing(preprocessing):
+    """How images were resized in training: name -> value. Only networks that crop have a `crop_pct`."""
+    names = [name for name in RESIZING if name != "crop_pct" or preprocessing.resize == "crop"]
+    return {name: getattr(preprocessing, name) for name in names}
+
+
 def _metadata(preprocessing):
     """Builds the `ModelMetadata` of TFLite's metadata_schema.fbs. Slots are the numbers of its fields."""
     builder = flatbuffers.Builder(1024)
@@ -155,9 +171,8 @@ def _metadata(preprocessing):
 
     rgb, image_properties, feature_properties, axis_labels = b"\1", b"\2", b"\1", b"\2"  # the schema's enums
     image_content = table({0: image_properties, 1: table({0: rgb})})
-    names = [name for name in RESIZING if name != "crop_pct" or preprocessing.resize == "crop"]
-    resizing = ", ".join(f"{name}={getattr(preprocessing, name)}" for name in names)
-    description = f"An image of raw pixels, 0 to 255, resized as in training: {resizing}."
+    settings = ", ".join(f"{name}={value}" for name, value in resizing(preprocessing).items())
+    description = f"An image of raw pixels, 0 to 255, resized as in training: {settings}."
     image = table({0: text("images"), 1: text(description), 3: image_content})
     labels = table({0: text(LABELS), 1: text("Names of the classes, in the order of the output."), 2: axis_labels})
     output_content = table({0: feature_properties, 1: table({0: 0})})

@@ -6,6 +6,7 @@ python -m cvt_keras.export.verify ARTIFACT IMAGES.npy ANSWERS.npz [HEIGHT WIDTH]
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import re
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cvt_keras import environment, runs
-from cvt_keras.errors import ArgumentError, ExportError
+from cvt_keras.errors import ArgumentError, ExportError, MissingPackageError
 
 # Pixels per batch, 500 images of 32x32: the memory of attention grows with the image.
 BATCH_PIXELS = 512_000
@@ -54,9 +55,12 @@ BOUNDS = {
     # few hundredths apart.
     "dynamic_int8": Bounds(0.002, None, 0.1),
     "int8": Bounds(0.01, None, 0.25),
+    "onnx": Bounds(0.0, 1e-4),  # as `float32`
 }
 FORMATS = tuple(BOUNDS)  # the one list of what an export can write
-TFLITE_FORMATS = tuple(name for name in FORMATS if name != "saved_model")
+TFLITE_FORMATS = tuple(name for name in FORMATS if name not in ("saved_model", "onnx"))
+DEFAULT_FORMATS = ("saved_model", *TFLITE_FORMATS)
+ONNX_PACKAGES = ("onnx", "onnxruntime", "tf2onnx")  # only `onnx` needs them
 # For the int8 file of a quantised network, which rounds in Keras too. Kernels still round intermediate values differently:
 # by at most 0.10 on 10,000 images, without a loss of accuracy.
 QUANTIZED = Bounds(0.005, 0.2, 0.25)
@@ -73,7 +77,7 @@ class Artifact:
         top1: share of the images that it classifies correctly.
         agreement: share of the images that it classifies as the Keras model does.
         max_abs_diff: largest difference of a probability from the Keras model's.
-        reference_max_abs_diff: largest difference between the default and the reference kernels; `None` for a SavedModel.
+        reference_max_abs_diff: largest difference between the default and the reference kernels; `None` if there are none.
         milliseconds: median time per image, on one thread.
         images: number of test images.
         runtime: name and version of the runtime.
@@ -83,6 +87,7 @@ class Artifact:
         worst_image: index in the test split of the image with the largest difference; if a bound is broken, of that difference.
         device: the processor that it ran on.
         float_tensors: name -> reason, for each tensor that stays float in `int8`; empty for the other formats.
+        opset: the version of ONNX's operations in the file; `None` for the other formats.
     """
 
     name: str
@@ -101,6 +106,7 @@ class Artifact:
     worst_image: int
     device: str
     float_tensors: dict[str, str]
+    opset: int | None
 
 
 def summary(artifact):
@@ -117,6 +123,7 @@ def checked(formats, verify_images):
 
     Raises:
         ArgumentError: if a format is unknown, `formats` is empty, or `verify_images` is below 1.
+        MissingPackageError: for `onnx`, if one of `ONNX_PACKAGES` is not installed.
     """
     formats = [formats] if isinstance(formats, str) else list(formats)
     if not formats or set(formats) - set(FORMATS):
@@ -126,6 +133,13 @@ def checked(formats, verify_images):
     if verify_images is not None and verify_images < 1:
         raise ArgumentError(
             f"`verify_images` must be at least 1. Received: verify_images={verify_images}", argument="verify_images"
+        )
+    missing = [package for package in ONNX_PACKAGES if "onnx" in formats and importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingPackageError(
+            f"the format onnx needs {' and '.join(missing)}",
+            argument="formats",
+            hint="Install what is missing: pip install tf2onnx onnxruntime",
         )
     return tuple(dict.fromkeys(formats))
 
@@ -141,7 +155,7 @@ def verify(name, file, path, images, labels, expected, bounds=None, frame=None):
 
     Args:
         name: one of `FORMATS`.
-        file: the folder of a SavedModel, or a .tflite file.
+        file: the folder of a SavedModel, or a .tflite or .onnx file.
         path: its final path, relative to the run folder.
         images: a .npy file of uint8 `(n, height, width, 3)`.
         labels: int `(n,)`.
@@ -217,6 +231,7 @@ def compare(name, file, path, labels, expected, answers, bounds=None):
         passed=not broken,
         worst_image=int(differences[next((field for field in broken if field in differences), "max_abs_diff")].argmax()),
         float_tensors=dict(zip(answers["float_tensors"].tolist(), answers["float_reasons"].tolist())) if name == "int8" else {},
+        opset=int(answers["opset"]) if "opset" in answers else None,
     )
 
 
@@ -224,16 +239,19 @@ def answer(file, images, frame=None):
     """Runs an artifact.
 
     Args:
-        file: the folder of a SavedModel, or a .tflite file.
+        file: the folder of a SavedModel, or a .tflite or .onnx file.
         images: uint8 `(n, height, width, 3)`.
         frame: `(height, width)` of the files for `serving_bytes`, which have the images in their middle. For a network with
             `resize="crop"`, its `crop_from`: it then cuts out the images without resizing. `None` means the size of the images.
 
     Returns:
-        A dict of `probabilities`, `(n, classes)`; `milliseconds`; `runtime`; and for a .tflite file `reference`, the
-        probabilities of the first `REFERENCE_IMAGES` by the reference kernels; `float_tensors` and `float_reasons`, strings.
+        A dict of `probabilities`, `(n, classes)`; `milliseconds`; `runtime`; for a .tflite file `reference`, the
+        probabilities of the first `REFERENCE_IMAGES` by the reference kernels, and `float_tensors` and `float_reasons`,
+        strings; for an .onnx file `opset`.
     """
-    return _saved_model(file, images, frame) if file.is_dir() else _tflite(file, images)
+    if file.is_dir():
+        return _saved_model(file, images, frame)
+    return (_onnx if file.suffix == ".onnx" else _tflite)(file, images)
 
 
 def _saved_model(folder, images, frame):
@@ -319,6 +337,32 @@ def _float_tensors(interpreter):
         tensor["name"]: reasons.get(tensor["index"], "no operation uses it")
         for tensor in interpreter.get_tensor_details()
         if tensor["dtype"] in (np.float16, np.float32)
+    }
+
+
+def _onnx(file, images):
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(batch):
+        return session.run(["probabilities"], {"images": batch})[0]
+
+    rows = []
+    with _progress(len(images), "onnx") as bar:
+        for batch in batches(images):
+            rows.append(run(batch))
+            bar.update(len(batch))
+    one = np.asarray(images[:1])
+    [opset] = [entry.version for entry in onnx.load(str(file)).opset_import if not entry.domain]
+    return {
+        "probabilities": np.concatenate(rows),
+        "milliseconds": _median_milliseconds(lambda: run(one)),
+        "runtime": f"ONNX Runtime {onnxruntime.__version__}",
+        "opset": opset,
     }
 
 
