@@ -160,6 +160,9 @@ class Recipe:
     """Clip the global norm of the gradients to this value; 0 is off."""
     label_smoothing: float = 0.0
     """Fraction of each label spread evenly over all classes."""
+    keep: float = 0.95
+    """The share of right answers that stay sure. An answer is unsure if its probability is below a threshold, which is the
+    highest that keeps so many of the right answers on the validation images."""
     ema: float = 0.0
     """Decay of the moving average of the weights; 0 is off. The average is validated and saved.
     Batch norm statistics are not averaged."""
@@ -221,6 +224,8 @@ class Recipe:
                 raise RecipeError(
                     f"`{name}` must be at least 0 and less than 1. Received: {name}={getattr(self, name)}", argument=name
                 )
+        if not 0 < self.keep <= 1:
+            raise RecipeError(f"`keep` must be greater than 0 and at most 1. Received: keep={self.keep}", argument="keep")
         if not 0 < self.layer_decay <= 1:
             raise RecipeError(
                 f"`layer_decay` must be greater than 0 and at most 1. Received: layer_decay={self.layer_decay}",
