@@ -445,7 +445,7 @@ def set_calibration(model: keras.Model, calibration: Calibration) -> None:
 
 
 def _calibration_holder(model):
-    """The layer of a classifier that holds its `Calibration`, or `None`: that of its `Preprocessing`, or a quantised network."""
+    """The layer that holds the `Calibration` of a classifier, or `None`: `PixelNormalization`, or a quantised network."""
     parts = getattr(model, "layers", ())
     return next((part for part in parts if isinstance(getattr(part, "calibration", None), Calibration)), None)
 

@@ -52,8 +52,8 @@ class Report:
         kept_epoch: the epoch, from 1, whose weights were kept. `None` in files of older versions.
         test_images: size of the test split, evaluated or not. `None` in files of older versions.
         train_images_per_class: in the order of `class_names`. Empty in files of older versions.
-        calibration: what `calibration_report` returns, on the test split, or on the validation split if that was not evaluated. `None`
-            in files of older versions.
+        calibration: what `calibration_report` returns, on the test split, or on the validation split if the test split was not
+            evaluated. `None` in files of older versions.
     """
 
     dataset: str

@@ -291,7 +291,7 @@ def finish(plan, best, history):
         validation=validation,
         **tested,
         compression=compression,
-        calibration=metrics.calibration(
+        calibration=metrics.calibration_report(
             logits, labels, calibration, recipe.keep, "validation" if plan.test is None else "test"
         ),
         data_warnings=list(plan.warnings),

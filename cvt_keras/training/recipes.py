@@ -160,12 +160,14 @@ class Recipe:
     """Clip the global norm of the gradients to this value; 0 is off."""
     label_smoothing: float = 0.0
     """Fraction of each label spread evenly over all classes."""
-    keep: float = 0.95
-    """The share of right answers that stay sure. An answer is unsure if its probability is below a threshold, which is the
-    highest that keeps so many of the right answers on the validation images."""
     ema: float = 0.0
     """Decay of the moving average of the weights; 0 is off. The average is validated and saved.
     Batch norm statistics are not averaged."""
+
+    # === Answers ===
+    keep: float = 0.95
+    """The share of right answers that stay sure. An answer is unsure if its probability is below a threshold: the highest one
+    that keeps this share of the right answers for validation images."""
 
     # === Machine ===
     seed: int = 0
