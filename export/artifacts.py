@@ -65,7 +65,7 @@ def export(
     source = images_of_run.source
     # A classifier of version 0.1 does not store the size.
     preprocessing = preprocessing_of(classifier).replace(image_size=classifier.input_shape[1:3])
-    class_names = preprocessing.class_names
+    calibration, class_names = calibration_of(classifier), preprocessing.class_names
     if class_names != tuple(source.class_names):
         raise RunError(
             f"{run_dir} was trained on other classes than {source.name} has",
@@ -115,15 +115,17 @@ def export(
                 _write(networks[form], class_names, name, int8_images, file)
             bounds = QUANTIZED if form == "int8" else BOUNDS[name]
             relative = path.relative_to(run_dir).as_posix()
-            temperature = calibration_of(classifier).temperature
-            artifact = verify(name, file, relative, scratch / IMAGES, test.labels, expected[form], bounds, frame, temperature)
+            artifact = verify(
+                *(name, file, relative, scratch / IMAGES, test.labels, expected[form]),
+                *(bounds, frame, calibration.temperature),
+            )
             artifacts.append(artifact)
             print(f"  {summary(artifact)}", flush=True)
             if artifact.passed:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 runs.place(file, path)
             # After each artifact, because the next may fail.
-            _report(folder, artifact, images_of_run, 0 if int8_images is None else len(int8_images))
+            _report(folder, artifact, images_of_run, calibration, 0 if int8_images is None else len(int8_images))
             page.write(run_dir)
     return artifacts
 
@@ -196,7 +198,7 @@ def _place(folder, name):
     return folder / name / str(max(versions, default=0) + 1)
 
 
-def _report(folder, artifact, images_of_run, calibration_images):
+def _report(folder, artifact, images_of_run, calibration, calibration_images):
     """Adds an artifact's row to the report, or replaces it. Keeps the other rows, also those of earlier exports."""
     path = folder / runs.REPORT
     try:
@@ -211,6 +213,7 @@ def _report(folder, artifact, images_of_run, calibration_images):
         "data_note": images_of_run.source.note,
         "held_out": images_of_run.held_out,
         "held_out_note": " ".join(filter(None, (images_of_run.unverified, *images_of_run.notes))),
+        "calibration": calibration.get_config(),
         "versions": environment.versions(),
     }
     if artifact.name == "int8":
