@@ -411,8 +411,8 @@ class _Grpc:
             # Which of the two is filled depends on a flag of the server.
             flat = list(flat.float_val) or array.array("f", flat.tensor_content).tolist()
             width = len(flat) // len(images)
-            unsure = outputs["unsure"] if "unsure" in outputs else None
-            unsure = [] if unsure is None else list(unsure.bool_val) or [bool(byte) for byte in unsure.tensor_content]
+            unsure = outputs["unsure"]  # empty from an export of an older version
+            unsure = list(unsure.bool_val) or list(map(bool, unsure.tensor_content))
             return _answers(names, [flat[i * width : (i + 1) * width] for i in range(len(images))], unsure, images)
 
     def versions(self):
