@@ -203,5 +203,5 @@ def test_a_c_program_runs_it(folder, classifier, test_images, tmp_path):
     command = [str(program), str(folder), str(tmp_path / "images"), "3", "24", "40", *tensors]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     probabilities = np.array([line.split() for line in done.stdout.splitlines()], "float64")
-    expected = keras.ops.softmax(classifier.predict(images.astype("float32"), verbose=0))
+    expected = calibration_of(classifier).probabilities(classifier.predict(images.astype("float32"), verbose=0))
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)

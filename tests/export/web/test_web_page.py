@@ -5,7 +5,6 @@ import socket
 from pathlib import Path
 
 import flatbuffers
-import keras
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -14,7 +13,7 @@ from PIL import Image
 from tensorflow.lite.python import schema_py_generated as schema
 from tools import require_browser
 
-from cvt_keras import Preprocessing
+from cvt_keras import Preprocessing, calibration_of
 from cvt_keras.data import images
 from cvt_keras.data.verified import NOT_VERIFIED
 from cvt_keras.export.verify import TFLITE_FORMATS
@@ -79,7 +78,7 @@ def _stretched(pixels):
 
 
 def _keras(classifier, pixels):
-    return keras.ops.convert_to_numpy(keras.ops.softmax(classifier.predict(pixels[None].astype("float32"), verbose=0)))[0]
+    return calibration_of(classifier).probabilities(classifier.predict(pixels[None].astype("float32"), verbose=0))[0]
 
 
 @pytest.fixture(scope="session")
