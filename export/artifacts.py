@@ -15,7 +15,7 @@ from cvt_keras import environment, runs, signals
 from cvt_keras.data import verified
 from cvt_keras.data.images import fit
 from cvt_keras.errors import DataError, ExportError, OutOfMemoryError, RunError, first_line
-from cvt_keras.model import preprocessing_of
+from cvt_keras.model import calibration_of, preprocessing_of
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
 from cvt_keras.report import page
 from cvt_keras.training.recipes import read_recipe
@@ -66,7 +66,7 @@ def export(
     source = images_of_run.source
     # A classifier of version 0.1 does not store the size.
     preprocessing = preprocessing_of(classifier).replace(image_size=classifier.input_shape[1:3])
-    class_names = preprocessing.class_names
+    calibration, class_names = calibration_of(classifier), preprocessing.class_names
     if class_names != tuple(source.class_names):
         raise RunError(
             f"{run_dir} was trained on other classes than {source.name} has",
@@ -82,10 +82,10 @@ def export(
     quantized = quantized_cvt_of(classifier) is not None
     # The float formats of a quantised network use its weights without the rounding.
     networks = {"int8": classifier, "float": float_form(classifier) if quantized else classifier}
-    calibration = None
+    int8_images = None
     if "int8" in formats and not quantized:  # a quantised network stores the ranges from its training
         drawn = _calibration_images(run_dir, source.train.limit(recipe.train_limit), len(class_names), recipe.seed)
-        calibration = np.concatenate(list(_resized(drawn, preprocessing)))
+        int8_images = np.concatenate(list(_resized(drawn, preprocessing)))
 
     folder = run_dir / runs.EXPORT
     folder.mkdir(exist_ok=True)
@@ -114,17 +114,20 @@ def export(
             form = _form(name, quantized)
             print(f"{name}: writing, then verifying on {len(images):,} images", flush=True)
             with signals.Held(f"TensorFlow's work on {name}"):
-                _write(networks[form], class_names, name, calibration, file)
+                _write(networks[form], class_names, name, int8_images, file)
             bounds = QUANTIZED if form == "int8" else BOUNDS[name]
             relative = path.relative_to(run_dir).as_posix()
-            artifact = verify(name, file, relative, scratch / IMAGES, test.labels, expected[form], bounds, frame)
+            artifact = verify(
+                *(name, file, relative, scratch / IMAGES, test.labels, expected[form]),
+                *(bounds, frame, calibration.temperature),
+            )
             artifacts.append(artifact)
             print(f"  {summary(artifact)}", flush=True)
             if artifact.passed:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 runs.place(file, path)
             # After each artifact, because the next may fail.
-            _report(folder, artifact, images_of_run, 0 if calibration is None else len(calibration))
+            _report(folder, artifact, images_of_run, calibration, 0 if int8_images is None else len(int8_images))
             page.write(run_dir)
     return artifacts
 
@@ -169,21 +172,21 @@ def _form(name, quantized):
     return "int8" if name == "int8" and quantized else "float"
 
 
-def _write(classifier, class_names, name, calibration, file):
+def _write(classifier, class_names, name, int8_images, file):
     try:
         if name == "saved_model":
             saved_model.write(classifier, class_names, file)
         elif name == "onnx":
             file.write_bytes(onnx.convert(classifier, class_names))
         else:
-            file.write_bytes(tflite.convert(classifier, class_names, name, calibration))
+            file.write_bytes(tflite.convert(classifier, class_names, name, int8_images))
     except (tf.errors.OpError, ConverterError) as error:  # OpError also means a full disk or memory
         raise ExportError(f"{name} can't be written: {first_line(error)}") from error
 
 
 def _probabilities(classifier, images):
     logits = [classifier.predict_on_batch(batch.astype("float32")) for batch in batches(images)]
-    return tf.nn.softmax(np.concatenate(logits)).numpy()
+    return calibration_of(classifier).probabilities(np.concatenate(logits))
 
 
 def _resized(images, preprocessing):
@@ -201,7 +204,7 @@ def _place(folder, name):
     return folder / name / str(max(versions, default=0) + 1)
 
 
-def _report(folder, artifact, images_of_run, calibration_images):
+def _report(folder, artifact, images_of_run, calibration, calibration_images):
     """Adds an artifact's row to the report, or replaces it. Keeps the other rows, also those of earlier exports."""
     path = folder / runs.REPORT
     try:
@@ -216,6 +219,7 @@ def _report(folder, artifact, images_of_run, calibration_images):
         "data_note": images_of_run.source.note,
         "held_out": images_of_run.held_out,
         "held_out_note": " ".join(filter(None, (images_of_run.unverified, *images_of_run.notes))),
+        "calibration": calibration.get_config(),
         "versions": environment.versions(),
     }
     if artifact.name == "int8":

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from cvt_keras.errors import ExportError, first_line
-from cvt_keras.model import preprocessing_of
+from cvt_keras.model import calibration_of, preprocessing_of
 
 from .tflite import frozen, resizing
 
@@ -18,10 +18,11 @@ def convert(classifier, class_names):
     """Converts a classifier to the bytes of an ONNX file, in float32.
 
     Input: `images`, uint8 `(batch, height, width, 3)`.
-    Output: `probabilities`, float32 `(batch, classes)`.
+    Output: `probabilities`, float32 `(batch, classes)`, calibrated.
 
     The file's `metadata_props` are texts: `class_names` and `image_size` (height and width) as JSON lists, and how images were
-    resized in training: `resize`, `interpolation` and, with `resize="crop"`, `crop_pct`.
+    resized in training: `resize`, `interpolation` and, with `resize="crop"`, `crop_pct`. `temperature` and `threshold` are those
+    of the classifier's `Calibration`.
 
     Args:
         classifier: maps float pixels in 0..255 to logits, as `build_classifier` returns it, in float32.
@@ -44,7 +45,8 @@ def convert(classifier, class_names):
     for tensor in (*model.graph.input, *model.graph.output):
         tensor.type.tensor_type.shape.dim[0].dim_param = "batch"  # tf2onnx makes up a name for each
     metadata = {"class_names": json.dumps(list(class_names), ensure_ascii=False), "image_size": json.dumps(shape[:2])}
-    metadata |= {name: str(value) for name, value in resizing(preprocessing_of(classifier)).items()}
+    settings = resizing(preprocessing_of(classifier)) | calibration_of(classifier).get_config()
+    metadata |= {name: str(value) for name, value in settings.items()}
     onnx.helper.set_model_props(model, metadata)
     return model.SerializeToString()
 

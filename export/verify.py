@@ -1,12 +1,13 @@
 """Verifies each artifact against the Keras model, on the same test images, in the runtime that its users run.
 
 An artifact runs in its own process, which creates no Keras object:
-python -m cvt_keras.export.verify ARTIFACT IMAGES.npy ANSWERS.npz [HEIGHT WIDTH]
+python -m cvt_keras.export.verify ARTIFACT IMAGES.npy ANSWERS.npz OPTIONS, where OPTIONS are those of `answer` as JSON.
 """
 
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import re
 import signal
 import subprocess
@@ -150,7 +151,7 @@ def batches(images):
     return (np.asarray(images[i : i + n]) for i in range(0, len(images), n))
 
 
-def verify(name, file, path, images, labels, expected, bounds=None, frame=None):
+def verify(name, file, path, images, labels, expected, bounds=None, frame=None, temperature=1.0):
     """Runs an artifact and compares its probabilities with the Keras model's.
 
     Args:
@@ -161,7 +162,7 @@ def verify(name, file, path, images, labels, expected, bounds=None, frame=None):
         labels: int `(n,)`.
         expected: the Keras model's probabilities, float `(n, classes)`.
         bounds: `Bounds`; `None` means `BOUNDS[name]`.
-        frame: as in `answer`.
+        frame, temperature: as in `answer`.
 
     Returns:
         An `Artifact`.
@@ -171,7 +172,8 @@ def verify(name, file, path, images, labels, expected, bounds=None, frame=None):
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "answers.npz"
-        command = [sys.executable, "-m", "cvt_keras.export.verify", *map(str, (file, images, output, *(frame or ())))]
+        options = json.dumps({"frame": frame, "temperature": temperature})
+        command = [sys.executable, "-m", "cvt_keras.export.verify", *map(str, (file, images, output)), options]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ExportError(f"{name} does not run: {why_ended(done.returncode, done.stderr)}")
@@ -235,7 +237,7 @@ def compare(name, file, path, labels, expected, answers, bounds=None):
     )
 
 
-def answer(file, images, frame=None):
+def answer(file, images, frame=None, temperature=1.0):
     """Runs an artifact.
 
     Args:
@@ -243,6 +245,7 @@ def answer(file, images, frame=None):
         images: uint8 `(n, height, width, 3)`.
         frame: `(height, width)` of the files for `serving_bytes`, which have the images in their middle. For a network with
             `resize="crop"`, its `crop_from`: it then cuts out the images without resizing. `None` means the size of the images.
+        temperature: divides the logits of the signature `logits`, which are not calibrated.
 
     Returns:
         A dict of `probabilities`, `(n, classes)`; `milliseconds`; `runtime`; for a .tflite file `reference`, the
@@ -250,11 +253,11 @@ def answer(file, images, frame=None):
         strings; for an .onnx file `opset`.
     """
     if file.is_dir():
-        return _saved_model(file, images, frame)
+        return _saved_model(file, images, frame, temperature)
     return (_onnx if file.suffix == ".onnx" else _tflite)(file, images)
 
 
-def _saved_model(folder, images, frame):
+def _saved_model(folder, images, frame, temperature):
     import tensorflow as tf
 
     # One thread, as for .tflite files. Must be set before TensorFlow starts.
@@ -277,7 +280,7 @@ def _saved_model(folder, images, frame):
         answers[:] = _farthest(
             answers,
             loaded.signatures["serving_bytes"](image_bytes=encoded)["probabilities"].numpy(),
-            tf.nn.softmax(loaded.signatures["logits"](images=tf.constant(batch))["logits"]).numpy(),
+            tf.nn.softmax(loaded.signatures["logits"](images=tf.constant(batch))["logits"] / temperature).numpy(),
         )
         done += len(batch)
     one = tf.constant(images[:1])
@@ -384,4 +387,4 @@ def _median_milliseconds(run):
 
 if __name__ == "__main__":
     artifact, images, output = map(Path, sys.argv[1:4])
-    np.savez(output, **answer(artifact, np.load(images, mmap_mode="r"), [int(side) for side in sys.argv[4:]]))
+    np.savez(output, **answer(artifact, np.load(images, mmap_mode="r"), **json.loads(sys.argv[4])))

@@ -118,7 +118,7 @@ def test_a_run_of_version_0_1_is_exported_outside_the_checkout(name, tmp_path, m
     report = json.loads((tmp_path / name / "export" / "report.json").read_text())
     assert report["artifacts"] == [dataclasses.asdict(artifact)]
     assert set(report) == {
-        *("artifacts", "calibration_images", "data_note", "dataset", "held_out", "held_out_note", "versions"),
+        *("artifacts", "calibration", "calibration_images", "data_note", "dataset", "held_out", "held_out_note", "versions"),
     }
     assert (report["held_out"], report["held_out_note"]) == ("verified", "")  # a set with fixed splits
     assert (report["dataset"], report["calibration_images"]) == ("digits", 0 if name == "qat" else 99)  # of 128

@@ -4,13 +4,12 @@ import importlib.util
 import json
 import shutil
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from tools import require
 
-from cvt_keras import Preprocessing, Stage, Variant, build_classifier, cli
+from cvt_keras import Calibration, Preprocessing, Stage, Variant, build_classifier, calibration_of, cli
 from cvt_keras.errors import ArgumentError, ExportError, MissingPackageError
 from cvt_keras.export import artifacts, export, onnx, verify
 from cvt_keras.export.__main__ import parse
@@ -76,13 +75,14 @@ def test_names_types_and_shapes_are_those_of_the_saved_model(model):
 def test_any_number_of_images_gets_the_answers_of_keras(model, classifier, test_images):
     data = model.SerializeToString()
     for images in (test_images[0][:1], test_images[0][:7]):
-        expected = tf.nn.softmax(classifier.predict_on_batch(images.astype("float32")))
+        expected = calibration_of(classifier).probabilities(classifier.predict_on_batch(images.astype("float32")))
         np.testing.assert_allclose(_answers(data, images), expected, rtol=0, atol=1e-5)
 
 
-def test_the_metadata_has_the_classes_and_the_resizing(model):
+def test_the_metadata_has_the_classes_the_resizing_and_the_calibration(model, classifier):
     metadata = _metadata(model)
-    assert set(metadata) == {"class_names", "image_size", "resize", "interpolation"}
+    assert set(metadata) == {"class_names", "image_size", "resize", "interpolation", "temperature", "threshold"}
+    assert Calibration(float(metadata["temperature"]), float(metadata["threshold"])) == calibration_of(classifier)
     assert json.loads(metadata["class_names"])[:2] == ["airplane", "automobile"]
     assert json.loads(metadata["image_size"]) == [24, 40]
     assert (metadata["resize"], metadata["interpolation"]) == ("stretch", "bilinear")
@@ -108,7 +108,7 @@ def test_the_layers_of_cvt_cifar_convert_exactly():
     model = library.load_from_string(data)
     assert "Erf" in {node.op_type for node in model.graph.node}
     assert _metadata(model) == {"class_names": json.dumps(names, ensure_ascii=False), "image_size": "[16, 20]"} | {
-        name: str(value) for name, value in resizing.items()
+        name: str(value) for name, value in (resizing | Calibration().get_config()).items()
     }
 
 
@@ -119,9 +119,8 @@ def test_a_network_that_cannot_be_converted_raises(monkeypatch):
         raise ValueError("model exceeds 2GB.\nmore")
 
     monkeypatch.setattr(tf2onnx.convert, "from_function", fail)
-    network = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Flatten()])
     with pytest.raises(ExportError) as raised:
-        onnx.convert(network, ["a"])
+        onnx.convert(build_classifier("cvt_tiny", 1), ["a"])
     assert raised.value.summary == "onnx can't be written: model exceeds 2GB"
 
 

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from cvt_keras.errors import DivergedError, MissingPackageError
+from cvt_keras.preprocessing import Calibration
 from cvt_keras.report import metrics
 from cvt_keras.report.metrics import (
     CALIBRATION_BINS,
     best_epoch,
+    calibration_report,
     confusion,
     evaluate,
+    fit_calibration,
     per_class,
     predictions,
     reliability,
@@ -207,3 +210,52 @@ def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     with pytest.raises(MissingPackageError) as error:
         runpy.run_path(metrics.__file__)
     assert error.value.hint == "Install it: pip install scikit-learn" and "pip" not in error.value.summary
+
+
+def _drawn(n, scale=1.0):
+    """Logits of which `logits / scale` are calibrated: labels drawn from their probabilities."""
+    random = np.random.default_rng(0)
+    logits = random.normal(scale=2, size=(n, 4))
+    probabilities = Calibration().probabilities(logits)
+    labels = np.array([random.choice(4, p=row / row.sum()) for row in probabilities.astype("float64")])
+    return logits * scale, labels
+
+
+@pytest.mark.parametrize("scale", [0.4, 3.0])
+def test_the_temperature_undoes_a_scale(scale):
+    logits, labels = _drawn(4000, scale)
+    calibration = fit_calibration(logits, labels, 0.95)
+    assert calibration.temperature == pytest.approx(scale, rel=0.06)
+    report = calibration_report(logits, labels, calibration, 0.95, "test")
+    assert report["ece"] < 0.02 < 0.1 < report["ece_before"]
+    assert report["loss"] < report["loss_before"]
+    assert report["ece_before"] == evaluate(logits, labels)["ece"]
+    # The error of a share of 4000 images is at most 0.008.
+    assert 0.001 < report["ece_before_error"] < 0.01 and 0.001 < report["ece_error"] < 0.01
+    np.testing.assert_array_equal(calibration.probabilities(logits).argmax(axis=1), logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.95, 1.0])
+def test_the_threshold_is_the_highest_that_keeps_the_share(keep):
+    logits, labels = _drawn(500)
+    calibration = fit_calibration(logits, labels, keep)
+    right = calibration.probabilities(logits)[logits.argmax(axis=1) == labels]
+    assert 1 - calibration.unsure(right).mean() >= keep
+    higher = Calibration(calibration.temperature, np.nextafter(np.float32(calibration.threshold), np.float32(1)))
+    assert 1 - higher.unsure(right).mean() < keep
+    report = calibration_report(logits, labels, calibration, keep, "validation")
+    sure = ~calibration.unsure(calibration.probabilities(logits))
+    wrong = logits.argmax(axis=1) != labels
+    assert (report["sure"], report["sure_of_wrong"]) == (sure.mean(), sure[wrong].mean())
+    assert report["sure_of_right"] == 1 - calibration.unsure(right).mean()
+    assert (report["keep"], report["split"], report["threshold"]) == (keep, "validation", calibration.threshold)
+
+
+def test_few_images_that_are_all_right_or_wrong_can_be_calibrated():
+    logits = np.array([[2.0, 0.0], [0.0, 1.0]])
+    right = fit_calibration(logits, np.array([0, 1]), 0.95)
+    assert metrics.TEMPERATURES[0] * 2 < right.temperature < 2  # not endless confidence
+    wrong = fit_calibration(logits, np.array([1, 0]), 0.95)
+    assert wrong.threshold == 0 and wrong.temperature > 10
+    assert calibration_report(logits, np.array([1, 0]), wrong, 0.95, "test")["sure_of_right"] is None
+    assert calibration_report(logits, np.array([0, 1]), right, 0.95, "test")["sure_of_wrong"] is None
