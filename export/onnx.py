@@ -20,9 +20,9 @@ def convert(classifier, class_names):
     Input: `images`, uint8 `(batch, height, width, 3)`.
     Output: `probabilities`, float32 `(batch, classes)`, calibrated.
 
-    The file's `metadata_props` are texts: `class_names` and `image_size` (height and width) as JSON lists, and how images were
-    resized in training: `resize`, `interpolation` and, with `resize="crop"`, `crop_pct`. `temperature` and `threshold` are those
-    of the classifier's `Calibration`.
+    The file's `metadata_props` are texts: `class_names` and `image_size` (height and width) as JSON lists; how images were
+    resized in training: `resize`, `interpolation` and, with `resize="crop"`, `crop_pct`; and `temperature` and `threshold`, as
+    in `Calibration`.
 
     Args:
         classifier: maps float pixels in 0..255 to logits, as `build_classifier` returns it, in float32.
