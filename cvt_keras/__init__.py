@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Whitening,
     )
     from cvt_keras.model import CvT, build_classifier, preprocessing_of
+    from cvt_keras.predict import Classifier, Prediction, load_run
     from cvt_keras.preprocessing import Preprocessing
     from cvt_keras.variants import VARIANTS, Stage, Variant, macs
 
@@ -33,6 +34,7 @@ __all__ = [
     "MLP",
     "VARIANTS",
     "AverageProjection",
+    "Classifier",
     "ConvAttention",
     "ConvProjection",
     "ConvStem",
@@ -41,12 +43,14 @@ __all__ = [
     "CvTBlock",
     "DropPath",
     "PixelNormalization",
+    "Prediction",
     "Preprocessing",
     "ResidualConv",
     "Stage",
     "Variant",
     "Whitening",
     "build_classifier",
+    "load_run",
     "macs",
     "preprocessing_of",
 ]
@@ -60,6 +64,7 @@ if not TYPE_CHECKING:  # with `__getattr__` a type checker would accept any name
                 *("CvTBlock", "DropPath", "MLP", "PixelNormalization", "ResidualConv", "Whitening"),
             ),
             "model": ("CvT", "build_classifier", "preprocessing_of"),
+            "predict.classifier": ("Classifier", "Prediction", "load_run"),
             "preprocessing": ("Preprocessing",),
             "variants": ("VARIANTS", "Stage", "Variant", "macs"),
         },

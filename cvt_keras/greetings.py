@@ -19,6 +19,7 @@ GREETINGS = re.compile(
     r"|cpu_feature_guard\.cc:\d+\] This TensorFlow binary is optimized"
     r"|Unable to register cu\w+ factory"
     r"|computation placer already registered)"
+    r"|INFO: Created TensorFlow Lite XNNPACK delegate"
     r"|To enable the following instructions: .* rebuild TensorFlow"
 )
 _SUCCESS = b"\0"  # the last line if the block did not raise
