@@ -17,7 +17,6 @@ from cvt_keras.predict.classifier import load_run, locate, require_top
 from cvt_keras.predict.evaluation import evaluate, require_folder
 
 _MIN_IMAGES_FOR_PROGRESS = 50
-_MAX_FILE_WIDTH = 60  # of the table's first column; longer names push their row to the right
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _csv(classifier, paths, top):
 
 
 def _table(classifier, paths, top):
-    file_width = min(max((cell_len(terminal.one_line(path)) for path in paths), default=0), _MAX_FILE_WIDTH)
+    file_width = max((cell_len(terminal.one_line(path)) for path in paths), default=0)
     class_width = max(map(cell_len, map(terminal.one_line, classifier.class_names)))
 
     def padded(text, width):
@@ -176,10 +175,12 @@ def _evaluate(classifier, arguments):
 
 
 def _print_results(result):
-    width = max(cell_len(row["name"]) for row in result.per_class)
-    for row in result.per_class:
-        share = "no images" if row["top1"] is None else f"{row['top1']:.2%} of {row['images']:,}"
-        print(f"{row['name']}{' ' * (width - cell_len(row['name']))}  {share}")
+    measured = [row for row in result.per_class if row["images"]]
+    width = max(cell_len(row["name"]) for row in measured)
+    for row in measured:
+        print(f"{row['name']}{' ' * (width - cell_len(row['name']))}  {row['top1']:6.1%} of {row['images']:,}")
+    if missing := [row["name"] for row in result.per_class if not row["images"]]:
+        print(f"no images of {', '.join(missing[:10])}" + (f" and {len(missing) - 10} more" if len(missing) > 10 else ""))
     for reason, n in result.left_out.items():
         print(f"left out: {n:,} {reason}")
     print(f"{result.scores['top1']:.2%} top-1 on {result.scores['images']:,} images")

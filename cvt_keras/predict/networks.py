@@ -73,9 +73,8 @@ class TFLiteNetwork:
             raise MissingPackageError(
                 f"a .tflite file needs LiteRT, which can't be imported: {error}", hint="Install it: pip install ai-edge-litert"
             ) from error
-        description = _DESCRIPTION.search(file.read_bytes())
-        labels = _labels(file)
-        if description is None or labels is None:
+        resizing, labels = resizing_in(file.read_bytes()), _labels(file)
+        if resizing is None or labels is None:
             raise RunError(f"{file} has no metadata of an export, which name the classes and say how to resize", hint=_EXPORT)
         try:
             self.interpreter = Interpreter(str(file), num_threads=images.threads())
@@ -85,10 +84,6 @@ class TFLiteNetwork:
         [self.input], [self.output] = self.interpreter.get_input_details(), self.interpreter.get_output_details()
         self.class_names = labels
         _require_as_many(self.class_names, self.output["shape"][-1], file)
-        # Exports of versions before 0.6 name no resizing: they stretch, which is the default.
-        resizing = dict(pair.split("=") for pair in (description[1] or b"").decode().split(", ") if pair)
-        if "crop_pct" in resizing:
-            resizing["crop_pct"] = float(resizing["crop_pct"])
         self.preprocessing = Preprocessing(class_names=labels, image_size=self.input["shape"][1:3], **resizing)
 
     def prepare(self, pixels):
@@ -122,9 +117,7 @@ class SavedModelNetwork:
             raise RunError(f"{folder} can't be read: {first_line(error)}", hint=_EXPORT) from error
         self.serve = self.loaded.signatures.get(_SIGNATURE)
         # The only strings that an export's graph holds as a variable tensor are its class names.
-        names = (
-            [] if self.serve is None else [captured for captured in self.serve.captured_inputs if captured.dtype == tf.string]
-        )
+        names = [tensor for tensor in getattr(self.serve, "captured_inputs", ()) if tensor.dtype == tf.string]
         if len(names) != 1 or "probabilities" not in self.serve.structured_outputs:
             raise RunError(f"{folder} does not have an export's signature {_SIGNATURE}", hint=_EXPORT)
         self.class_names = tuple(name.decode() for name in names[0].numpy())
@@ -148,6 +141,20 @@ def _fitted(pixels, preprocessing):
 
     with tf.device("CPU:0"):  # also beside a GPU: waiting for it would only cost time
         return images.fit(pixels, preprocessing).numpy()
+
+
+def resizing_in(data):
+    """The fields of `Preprocessing` in the metadata of a `.tflite` file; `None` if it is not of an export.
+
+    Args:
+        data: the bytes of the file.
+    """
+    description = _DESCRIPTION.search(data)
+    if description is None:
+        return None
+    # Exports of versions before 0.6 name none: they stretch, which is the default.
+    pairs = dict(pair.split("=") for pair in (description[1] or b"").decode().split(", ") if pair)
+    return {name: float(value) if name == "crop_pct" else value for name, value in pairs.items()}
 
 
 def _labels(file):
