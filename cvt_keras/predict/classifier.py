@@ -230,8 +230,7 @@ def _versions(folder):
 
 def _run_of(path):
     """The folder of the run that a path is or lies in, such as RUN/export/tflite/int8.tflite; or `None`."""
-    path = path.resolve()
-    return next((folder for folder in (path, *path.parents[:3]) if (folder / runs.RECIPE).exists()), None)
+    return next((folder for folder in (path, *path.resolve().parents[:3]) if (folder / runs.RECIPE).exists()), None)
 
 
 def require_top(top: int) -> None:
