@@ -11,7 +11,7 @@ import tyro
 from rich.cells import cell_len
 
 from cvt_keras import cli, environment, greetings, terminal
-from cvt_keras.data import image_files
+from cvt_keras.data import image_files, packages
 from cvt_keras.errors import ArgumentError, ImageError
 from cvt_keras.predict.classifier import load_run, locate, require_top
 from cvt_keras.predict.evaluation import evaluate, require_folder
@@ -74,6 +74,7 @@ def main(argv):
     environment.start(backend=None)
     with greetings.held_back():
         classifier = load_run(arguments.run)
+        packages.require("tensorflow").config.list_physical_devices()  # beside JAX, it starts only here
     try:
         return _evaluate(classifier, arguments) if arguments.evaluate else _classify(classifier, files, arguments)
     except BrokenPipeError:  # the reader of stdout has closed it, as head does
@@ -112,8 +113,8 @@ def _answers(classifier, files, top):
 
 def _json(classifier, paths, top):
     def write(answer):
-        top = [{"label": label, "probability": probability} for label, probability in answer.top]
-        print(json.dumps({"path": str(answer.path), "label": answer.label, "probability": answer.probability, "top": top}))
+        top = [{"label": label, "probability": round(probability, 6)} for label, probability in answer.top]
+        print(json.dumps({"path": str(answer.path), **top[0], "top": top}))
 
     return write
 

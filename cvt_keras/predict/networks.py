@@ -122,6 +122,8 @@ class SavedModelNetwork:
             raise RunError(f"{folder} does not have an export's signature {_SIGNATURE}", hint=_EXPORT)
         self.class_names = tuple(name.decode() for name in names[0].numpy())
         _require_as_many(self.class_names, self.serve.structured_outputs["probabilities"].shape[-1], folder)
+        # TensorFlow prints some of its greetings at the first call, and the command hides them only while it loads.
+        self([self.prepare(np.zeros((1, 1, 3), "uint8"))])
 
     def prepare(self, pixels):
         from PIL import Image

@@ -58,8 +58,8 @@ def test_json_has_an_object_per_line(main, photos, classifier):
         assert json.loads(line) == {
             "path": str(answer.path),
             "label": answer.label,
-            "probability": answer.probability,
-            "top": [{"label": label, "probability": value} for label, value in answer.top],
+            "probability": round(answer.probability, 6),
+            "top": [{"label": label, "probability": round(value, 6)} for label, value in answer.top],
         }
 
 
