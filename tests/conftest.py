@@ -10,9 +10,8 @@ import pytest
 
 if keras.config.backend() != "tensorflow":
     collect_ignore = [
-        *("benchmarks", "compression", "data", "export", "quantized", "report", "search", "training", "test_architecture.py"),
-        *("predict/test_evaluation.py", "predict/test_predict_command.py"),
-        *("test_environment.py", "test_old_runs.py", "test_runs.py"),
+        *("benchmarks", "compression", "data", "export", "predict", "quantized", "report", "search", "training"),
+        *("test_architecture.py", "test_environment.py", "test_old_runs.py", "test_runs.py"),
     ]
 
 

@@ -20,8 +20,8 @@ from cvt_keras.data import images
 from cvt_keras.errors import MissingPackageError, RunError, first_line
 from cvt_keras.preprocessing import Preprocessing
 
-# Pixels per batch, 512 images of 32x32: the memory of attention grows with the image.
-_BATCH_PIXELS = 2**19
+# Pixels per batch, 256 images of 32x32: the memory of attention grows with the image.
+_BATCH_PIXELS = 2**18
 _SIGNATURE = "serving_bytes"
 _EXPORT = "Use a file that cvt-keras export wrote"
 # The text that an export writes into the metadata of a .tflite file.
