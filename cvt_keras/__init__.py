@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Whitening,
     )
     from cvt_keras.model import CvT, build_classifier, calibration_of, preprocessing_of
+    from cvt_keras.predict import Classifier, Prediction, load_run
     from cvt_keras.preprocessing import Calibration, Preprocessing
     from cvt_keras.variants import VARIANTS, Stage, Variant, macs
 
@@ -34,6 +35,7 @@ __all__ = [
     "VARIANTS",
     "AverageProjection",
     "Calibration",
+    "Classifier",
     "ConvAttention",
     "ConvProjection",
     "ConvStem",
@@ -42,6 +44,7 @@ __all__ = [
     "CvTBlock",
     "DropPath",
     "PixelNormalization",
+    "Prediction",
     "Preprocessing",
     "ResidualConv",
     "Stage",
@@ -49,6 +52,7 @@ __all__ = [
     "Whitening",
     "build_classifier",
     "calibration_of",
+    "load_run",
     "macs",
     "preprocessing_of",
 ]
@@ -62,6 +66,7 @@ if not TYPE_CHECKING:  # with `__getattr__` a type checker would accept any name
                 *("CvTBlock", "DropPath", "MLP", "PixelNormalization", "ResidualConv", "Whitening"),
             ),
             "model": ("CvT", "build_classifier", "calibration_of", "preprocessing_of"),
+            "predict.classifier": ("Classifier", "Prediction", "load_run"),
             "preprocessing": ("Calibration", "Preprocessing"),
             "variants": ("VARIANTS", "Stage", "Variant", "macs"),
         },

@@ -11,6 +11,7 @@ Exit codes:
 """
 
 import contextlib
+import dataclasses
 import importlib
 import shlex
 import sys
@@ -39,6 +40,7 @@ COMMANDS = {
     "qat": Command("cvt_keras.compression.__main__", "Train a run further for int8 (quantisation-aware training)", ("qat",)),
     "compare": Command("cvt_keras.training.compare", "Compare runs: accuracy, curves, settings, exports"),
     "export": Command("cvt_keras.export.__main__", "Export a run to SavedModel, TFLite and ONNX, and verify each file"),
+    "predict": Command("cvt_keras.predict.__main__", "Classify images with a run or an exported file, or evaluate it"),
     "convert": Command("cvt_keras.pretrained", "Convert published PyTorch weights to a .keras file"),
     "classify": Command("cvt_keras.export.serving.client", "Classify images with a TF Serving server"),
     "web": Command("cvt_keras.export.web.__main__", "Serve a web page that classifies images in the browser"),
@@ -110,6 +112,26 @@ def message(error, most_details=MOST_DETAILS):
     if len(error.details) > most_details:
         lines.append(f"  and {len(error.details) - most_details} more")
     return "\n".join([*lines, *([error.hint] if error.hint else [])])
+
+
+def parse_images(arguments_type, argv, **settings):
+    """Parses the flags of a command whose last positional argument, `images`, takes any number of paths.
+
+    Args:
+        arguments_type: a dataclass with a field `images`, a tuple of paths.
+        argv: the arguments.
+        settings: further arguments of `tyro.cli`.
+
+    Raises:
+        SystemExit: by tyro, for invalid flags and for `--help`.
+    """
+    import tyro
+
+    arguments, rest = tyro.cli(arguments_type, args=argv, return_unknown_args=True, **settings)
+    if any(word.startswith("-") and word != "-" for word in rest):
+        return tyro.cli(arguments_type, args=argv, **settings)  # exits, and names the unknown flag
+    # With images on both sides of a flag, tyro takes those before it, and `rest` has those after it.
+    return dataclasses.replace(arguments, images=(*arguments.images, *map(Path, rest)))
 
 
 @contextlib.contextmanager

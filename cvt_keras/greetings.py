@@ -18,7 +18,9 @@ GREETINGS = re.compile(
     r"|cuda_platform\.cc:\d+\] failed call to cuInit"
     r"|cpu_feature_guard\.cc:\d+\] This TensorFlow binary is optimized"
     r"|Unable to register cu\w+ factory"
-    r"|computation placer already registered)"
+    r"|computation placer already registered"
+    r"|util\.cc:\d+\] oneDNN supports DT_UINT8 only)"
+    r"|INFO: Created TensorFlow Lite XNNPACK delegate"
     r"|To enable the following instructions: .* rebuild TensorFlow"
 )
 _SUCCESS = b"\0"  # the last line if the block did not raise

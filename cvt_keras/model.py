@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from keras import layers
 
 from cvt_keras.conversion import checkpoint as checkpoints
-from cvt_keras.errors import ArgumentError
+from cvt_keras.errors import ArgumentError, RunError, first_line
 from cvt_keras.layers import (
     ConvStem,
     ConvTokenEmbedding,
@@ -448,6 +449,36 @@ def _calibration_holder(model):
     """The layer that holds the `Calibration` of a classifier, or `None`: `PixelNormalization`, or a quantised network."""
     parts = getattr(model, "layers", ())
     return next((part for part in parts if isinstance(getattr(part, "calibration", None), Calibration)), None)
+
+
+def load_classifier(file: str | Path) -> keras.Model:
+    """Loads the classifier in a `.keras` file, to predict with.
+
+    A file with a bare `CvT`, as `cvt-keras convert` writes it, gets the normalisation in front that its `Preprocessing` says.
+
+    Args:
+        file: its path.
+
+    Returns:
+        A classifier of raw pixels, as `build_classifier` returns it, quantised or not.
+
+    Raises:
+        RunError: if the file is damaged, or holds another model.
+    """
+    if not zipfile.is_zipfile(file):
+        raise RunError(f"{file} is damaged", hint="If a run wrote it, remove it and resume the run, which writes it again")
+    try:
+        model = keras.saving.load_model(file, compile=False)
+        preprocessing = preprocessing_of(model)
+        if isinstance(model, CvT):
+            height, width, channels = model.input_shape[1:]
+            size = preprocessing.image_size or (224, 224)
+            model = build_classifier(model, input_shape=(height or size[0], width or size[1], channels))
+        return model
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise RunError(f"{file} can't be read: {first_line(error)}") from error
 
 
 def cvt_of(model: keras.Model) -> CvT:

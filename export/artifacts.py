@@ -2,11 +2,9 @@
 
 import dataclasses
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.lite.python.convert import ConverterError
@@ -15,7 +13,7 @@ from cvt_keras import environment, runs, signals
 from cvt_keras.data import verified
 from cvt_keras.data.images import fit
 from cvt_keras.errors import DataError, ExportError, OutOfMemoryError, RunError, first_line
-from cvt_keras.model import calibration_of, preprocessing_of
+from cvt_keras.model import calibration_of, load_classifier, preprocessing_of
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
 from cvt_keras.report import page
 from cvt_keras.training.recipes import read_recipe
@@ -136,16 +134,7 @@ def _read(run_dir):
     """Reads a run's recipe and classifier."""
     runs.require_finished(run_dir)
     recipe = read_recipe(run_dir)
-    if not zipfile.is_zipfile(run_dir / runs.MODEL):
-        raise RunError(f"{run_dir / runs.MODEL} is damaged", hint="Remove it and resume the run, which writes it again")
-    try:
-        classifier = keras.saving.load_model(run_dir / runs.MODEL, compile=False)
-        preprocessing_of(classifier)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise RunError(f"{run_dir / runs.MODEL} can't be read: {first_line(error)}") from error
-    return recipe, classifier
+    return recipe, load_classifier(run_dir / runs.MODEL)
 
 
 def _calibration_images(run_dir, train, num_classes, seed):

@@ -10,8 +10,8 @@ import pytest
 
 if keras.config.backend() != "tensorflow":
     collect_ignore = [
-        *("benchmarks", "compression", "data", "export", "quantized", "report", "search", "training", "test_architecture.py"),
-        *("test_environment.py", "test_old_runs.py", "test_runs.py"),
+        *("benchmarks", "compression", "data", "export", "predict", "quantized", "report", "search", "training"),
+        *("test_architecture.py", "test_environment.py", "test_old_runs.py", "test_runs.py"),
     ]
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 GUIDES = (
-    *("your-photos", "training", "python", "pretrained", "search", "compression"),
+    *("your-photos", "predict", "training", "python", "pretrained", "search", "compression"),
     *("export", "serving", "mobile", "browser"),
 )
 # Each list runs in a folder of its own, in this order: later guides use the runs of earlier ones.
@@ -47,9 +47,9 @@ README_RUN = "runs/cifar10-cifar10-cvt_cifar"
 LEAST_TOP1 = 0.25  # after one epoch of 12,800 images
 # A block that starts a server names the run that it serves. The double takes its place.
 SERVER = re.compile(r'^RUN="\$PWD/(\S+)" docker compose', re.MULTILINE)
-# Not compared with the pages: the device's line, and the class that a network sees after one epoch.
+# Not compared with the pages: the device's line, and the classes that a network sees after one epoch.
 DEVICE = re.compile(r", (?:float32|mixed_\w+), XLA (?:on|off)$")
-ANSWER = re.compile(r"^(?:cvt-keras classify|.*curl)", re.MULTILINE)
+ANSWER = re.compile(r"^(?:cvt-keras (?:classify|predict)|.*curl)", re.MULTILINE)
 
 
 class Block(NamedTuple):

@@ -20,6 +20,7 @@ ALLOWED = {
     "greetings": set(),
     "lazy": set(),
     "signals": set(),
+    "terminal": set(),
     "variants": set(),
     "preprocessing": set(),
     "registration": set(),
@@ -33,6 +34,7 @@ ALLOWED = {
     "pretrained": {"conversion", "environment", "errors", "model", "runs", "variants"},
     "data": {"errors", "preprocessing", "runs"},
     "report": {"errors", "runs"},
+    "predict": {"data", "environment", "errors", "greetings", "lazy", "model", "preprocessing", "report", "runs", "terminal"},
     "training": {
         *("conversion", "data", "environment", "errors", "lazy", "model"),
         *("preprocessing", "report", "runs", "signals", "variants"),
@@ -44,7 +46,10 @@ ALLOWED = {
         *("environment", "errors", "layers", "lazy"),
         *("model", "quantized", "runs", "training"),
     },
-    "export": {"data", "environment", "errors", "lazy", "model", "quantized", "report", "runs", "signals", "training"},
+    "export": {
+        *("data", "environment", "errors", "lazy", "model", "quantized"),
+        *("report", "runs", "signals", "terminal", "training"),
+    },
 }
 # Import Keras and NumPy only, to run on every backend.
 PORTABLE = ("layers", "model", "conversion", "quantized", "training.optimizers")

@@ -148,7 +148,7 @@ def test_help_and_wrong_flags_import_neither_keras_nor_tensorflow(tmp_path):
 CHECKOUT = """
 import contextlib, io, runpy, sys
 for command in ("train.py", "cvt_keras.training", "cvt_keras.pretrained", "cvt_keras.search", "cvt_keras.compression prune",
-                "export", "export.web", "export.serving.client"):
+                "cvt_keras.predict", "export", "export.web", "export.serving.client"):
     name, *arguments = command.split()
     sys.argv = [name, *arguments, "--help"]
     with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -48,6 +48,8 @@ WARNING: All log messages before absl::InitializeLog() is called are written to 
 I0000 00:00:1795749504.486676    2780 port.cc:153] oneDNN custom operations are on. You may see slightly different results.
 I0000 00:00:1795749504.487003    2780 cudart_stub.cc:31] Could not find cuda drivers on your machine, GPU will not be used.
 E0000 00:00:1795749507.129324    2780 cuda_platform.cc:52] failed call to cuInit: INTERNAL: CUDA error: UNKNOWN ERROR (303)
+E0000 00:00:1795749507.129324    2780 util.cc:131] oneDNN supports DT_UINT8 only on platforms with AVX-512. Falling back.
+INFO: Created TensorFlow Lite XNNPACK delegate for CPU.
 """
 LINE = "W0000 00:00:1795749507.129324    2780 gpu_device.cc:2342] Cannot dlopen some GPU libraries.\n"
 

@@ -7,10 +7,24 @@ from pathlib import Path
 from typing import Any, assert_type
 
 import cvt_keras
-from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, macs, preprocessing_of
+from cvt_keras import (
+    VARIANTS,
+    Classifier,
+    CvT,
+    Prediction,
+    Preprocessing,
+    Stage,
+    Variant,
+    build_classifier,
+    load_run,
+    macs,
+    preprocessing_of,
+)
 from cvt_keras.compression import MagnitudePruning, QuantizationAwareTraining, WeightClustering, compress
+from cvt_keras.errors import ImageError
 from cvt_keras.export import Artifact, export
 from cvt_keras.export.serving.client import Answer, Client
+from cvt_keras.predict import Evaluation, evaluate
 from cvt_keras.pretrained import to_torch_state_dict, transformers_config, transformers_processor
 from cvt_keras.search import Choice, Range, SearchResult, search
 from cvt_keras.training import RECIPES, Recipe, RunResult, run
@@ -46,6 +60,14 @@ WeightClustering(clusters=8, layers=lambda path: "mlp" in path)
 QuantizationAwareTraining(keep_zeros=True)
 assert_type(Range(1e-3, 1e-2, log=True).place(2e-3), float)
 assert_type(Choice(("linear", "cosine")).values, tuple[float | str, ...])
+
+# === Answers ===
+answering = assert_type(load_run(Path("runs/mine")), Classifier)
+assert_type(answering.class_names, tuple[str, ...])
+assert_type(answering.predict(["cat.jpg"], top=3), list[Prediction])
+assert_type(answering.predict("cat.jpg")[0].top, tuple[tuple[str, float], ...])
+assert_type(next(answering.classify(["cat.jpg"])), Prediction | ImageError)
+assert_type(evaluate(answering, "photos", page="evaluation.html"), Evaluation)
 
 # === Other programs ===
 assert_type(transformers_config(variant), dict[str, Any])

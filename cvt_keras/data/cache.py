@@ -14,8 +14,6 @@ import os
 import re
 import sys
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +21,7 @@ import numpy as np
 
 from cvt_keras import runs
 from cvt_keras.data import packages
-from cvt_keras.data.images import threads
+from cvt_keras.data.images import in_threads
 from cvt_keras.data.pixels import INDEX_TYPE, Images, row_of_index
 from cvt_keras.errors import BusyError, DataError, RunError
 
@@ -285,29 +283,16 @@ class Digests:
 
 
 def each(function, items, n):
-    """Yields `function(item)` for each item in order, from several threads. Shows a progress bar for many items on a terminal.
-
-    Few items are taken and few results wait at a time, so that they fit into memory.
+    """As `images.in_threads`, with a progress bar for many items on a terminal.
 
     Args:
-        function: called in a thread.
-        items: an iterable.
+        function, items: as there.
         n: the number of items.
     """
-    with ThreadPoolExecutor(threads()) as pool, _progress(n) as advance:
-        waiting = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 4 * threads():
-                    yield waiting.popleft().result()
-                    advance()
-            while waiting:
-                yield waiting.popleft().result()
-                advance()
-        finally:
-            for future in waiting:
-                future.cancel()
+    with _progress(n) as advance:
+        for result in in_threads(function, items):
+            yield result
+            advance()
 
 
 @contextlib.contextmanager

@@ -200,7 +200,7 @@ def _read(file, index, row_of, reserve=None):
         _Content(
             file,
             digest=digest,
-            pixel_digest=_pixel_digest(picture.pixels),
+            pixel_digest=pixel_digest(picture.pixels),
             cut_off=picture.cut_off,
             one_colour=_has_one_colour(picture.pixels),
         ),
@@ -227,7 +227,7 @@ def _read_again(path, digest, preprocessing, reserve):
     return images.shrink(images.decode(data, reserve), preprocessing).numpy()
 
 
-def _pixel_digest(pixels):
+def pixel_digest(pixels):
     """A digest of an image's size and pixels, before it is resized.
 
     Hashing a whole photo cryptographically takes as long as decoding it; a CRC-32 is five times as fast. Two different images

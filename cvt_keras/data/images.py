@@ -10,6 +10,8 @@ import os
 import re
 import threading
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -88,6 +90,31 @@ def threads():
     return min(os.cpu_count() or 1, _MAX_THREADS)
 
 
+def in_threads(function, items, ahead=0):
+    """Yields `function(item)` for each item in order, from several threads.
+
+    Few items are taken and few results wait at a time, so that they fit into memory.
+
+    Args:
+        function: called in a thread.
+        items: an iterable.
+        ahead: how many results may wait; at least four per thread.
+    """
+    ahead = max(ahead, 4 * threads())
+    with ThreadPoolExecutor(threads()) as pool:
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 def decode(data, reserve=None):
     """Returns the pixels of an image file; see `read`."""
     return read(data, reserve).pixels
@@ -149,6 +176,22 @@ def read(data, reserve=None):
         raise
     except Exception as error:  # Pillow raises a dozen types for broken files
         raise ImageError(f"the image is broken: {_reason(error)}") from error
+
+
+def pixels_of(image):
+    """Converts a Pillow image to pixels as `read` does for a file: rotated to its EXIF orientation, without transparency.
+
+    Returns:
+        uint8 `(height, width, 3)`.
+
+    Raises:
+        ImageError: if it can't be read, or its pixels have no known range.
+    """
+    try:
+        image.load()
+    except OSError as error:
+        raise ImageError(f"the image is broken: {_reason(error)}") from error
+    return _rgb(_upright(image))
 
 
 def _kind(data):

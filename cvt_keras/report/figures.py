@@ -41,6 +41,7 @@ TRAINING, VALIDATION, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: s
 MAX_TICK_LABELS = 40
 MAX_CLASSES_WITH_COUNTS = 20  # in a confusion matrix; the cells of a larger one are too small for numbers
 MAX_NAME_WIDTH = 9  # of a class name, in font sizes: about 16 lower-case letters or 9 Chinese characters
+MOST_WRONG_IMAGES = 24
 CLASS_NAMES = "Class names"  # key of the .png metadata
 
 
@@ -56,18 +57,25 @@ def draw(run_dir, history, images=None, logits=None, labels=None, class_names=No
         class_names: in the order of the labels.
         first_epoch: index into `history` of the first epoch whose weights could be kept.
     """
-    figures = {CURVES: curves(history, first_epoch)}
-    legend = None
-    if logits is not None:
-        names = picture_names(class_names)
-        legend = legend_of(class_names) if names.numbered else None
-        figures[CONFUSION] = confusion(metrics.confusion(logits, labels, len(class_names)), names)
-        figures[CALIBRATION] = calibration(logits, labels)
-        figures[MOST_WRONG] = most_wrong(images, logits, labels, names)
     (run_dir / runs.PLOTS).mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        metadata = {CLASS_NAMES: legend} if legend and name in (CONFUSION, MOST_WRONG) else None
-        save(figure, run_dir / runs.PLOTS / name, metadata)
+    save(curves(history, first_epoch), run_dir / runs.PLOTS / CURVES)
+    if logits is not None:
+        draw_results(run_dir / runs.PLOTS, images, logits, labels, class_names)
+
+
+def draw_results(folder, images, logits, labels, class_names):
+    """Writes three figures of test images to a folder: confusion matrix, calibration and the most wrong images.
+
+    Args:
+        folder: the folder.
+        images: as for `most_wrong`.
+        logits, labels, class_names: as for `draw`.
+    """
+    names = picture_names(class_names)
+    metadata = {CLASS_NAMES: legend_of(class_names)} if names.numbered else None
+    save(confusion(metrics.confusion(logits, labels, len(class_names)), names), folder / CONFUSION, metadata)
+    save(calibration(logits, labels), folder / CALIBRATION)
+    save(most_wrong(images, logits, labels, names), folder / MOST_WRONG, metadata)
 
 
 def save(figure, path, metadata=None):
@@ -248,11 +256,11 @@ def calibration(logits, labels):
     return figure
 
 
-def most_wrong(images, logits, labels, names, n=24):
+def most_wrong(images, logits, labels, names, n=MOST_WRONG_IMAGES):
     """Plots the misclassified images with the highest cross-entropy, each with its label and prediction.
 
     Args:
-        images: uint8 arrays `(height, width, 3)` of any size.
+        images: uint8 arrays `(height, width, 3)` of any size; or a dict with those of `metrics.worst` by index.
         logits: float `(n, classes)`.
         labels: int `(n,)`.
         names: a `PictureNames`.

@@ -38,7 +38,7 @@ def write(run_dir):
         kept_epoch=kept_epoch(report, history),
         epochs=_epochs(report),
         export=runs.read_json(export) if export.exists() else {"artifacts": []},
-        classes=_classes(report),
+        classes=classes(report),
         few_images=metrics.FEW_IMAGES,
         pictures={stem: picture(run_dir, path.name) for stem, path in plots.items()},
         numbered={stem for stem, path in plots.items() if path.exists() and figures.is_numbered(path)},
@@ -121,8 +121,15 @@ def _epochs(report):
     return f"{trained} of {epochs}", f"Training stopped after {trained} of {epochs} epochs{reason}."
 
 
-def _classes(report):
-    """A dict per class, the lowest top-1 first and those without test images last. Empty if the report has no such numbers."""
+def classes(report):
+    """The rows of the table of classes.
+
+    Args:
+        report: a dict with `class_names` and `per_class`, and optionally other fields of `metrics.Report`.
+
+    Returns:
+        A dict per class, the lowest top-1 first and those without test images last. Empty if the report has no such numbers.
+    """
     names, weights = report["class_names"], report.get("class_weights")
     images = report.get("train_images_per_class") or [None] * len(names)
     scores = report["per_class"] or [{}] * len(names)

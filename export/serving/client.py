@@ -12,12 +12,10 @@ import http.client
 import importlib.util
 import json
 import operator
-import os
 import random
 import re
 import shlex
 import socket
-import stat
 import sys
 import time
 import types
@@ -28,10 +26,11 @@ from typing import Annotated, Literal, Self
 
 import tyro
 
-from cvt_keras import cli
+from cvt_keras import cli, terminal
+from cvt_keras.data import image_files
 from cvt_keras.errors import ArgumentError, ImageError, MissingPackageError, ServingError
 
-from . import files as image_files
+from . import files as to_send
 
 MODEL = "cvt"  # as in models.config
 SIGNATURE, INPUT = "serving_bytes", "image_bytes"
@@ -188,13 +187,13 @@ class Client:
         images = _checked(images)
         if not images:
             raise ArgumentError("`images` must have at least one image. Received: none", argument="images")
-        files = [image_files.for_server(image) for image in images]
+        files = [to_send.for_server(image) for image in images]
         try:
             return self._predict(files)
         except ImageError:
             if not any(map(operator.is_, files, images)):
                 raise
-        return self._predict([image_files.as_png(image) if file is image else file for file, image in zip(files, images)])
+        return self._predict([to_send.as_png(image) if file is image else file for file, image in zip(files, images)])
 
     def _predict(self, files):
         try:
@@ -223,7 +222,7 @@ class Client:
         for attempt in range(max(tries, 2) if file is image else tries):
             if attempt and file is image:  # training reads some files that a server does not
                 try:
-                    file = image_files.as_png(image)
+                    file = to_send.as_png(image)
                 except ImageError as error:
                     return error
             try:
@@ -319,7 +318,7 @@ def _checked(images):
 def _for_server(image):
     """The bytes to send, or the `ImageError` that says why there are none."""
     try:
-        return image_files.for_server(image)
+        return to_send.for_server(image)
     except ImageError as error:
         return error
 
@@ -528,7 +527,8 @@ def _answers(names, rows, unsure, images):
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Image files or folders, which are searched at any depth.
+    """Image files; folders, which are searched at any depth; patterns such as 'photos/*.jpg'; or - for a list of paths on
+    standard input.
     Formats: JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF, and HEIC with pillow-heif.
     A file that is not an image or can't be read is reported on stderr, with exit code 1.
     Hidden files and system files in folders (Thumbs.db, desktop.ini, @eaDir, __MACOSX and the like) are skipped."""
@@ -559,30 +559,13 @@ def parse(argv):
         ArgumentError: for a number that is too small.
         SystemExit: from tyro, for invalid flags and for `--help`.
     """
-    settings = {"prog": "cvt-keras classify", "description": "Classify images with a TF Serving server.", "args": argv}
-    arguments, rest = tyro.cli(Arguments, **settings, return_unknown_args=True)
-    if any(word.startswith("-") for word in rest):
-        return tyro.cli(Arguments, **settings)  # exits, and names the unknown flag
-    # With images on both sides of a flag, tyro takes those before it, and `rest` has those after it.
-    arguments = dataclasses.replace(arguments, images=(*arguments.images, *map(Path, rest)))
+    arguments = cli.parse_images(
+        Arguments, argv, prog="cvt-keras classify", description="Classify images with a TF Serving server."
+    )
     for name in ("batch", "top"):
         if (value := getattr(arguments, name)) < 1:
             raise _argument_error(name, "be at least 1", value)
     return arguments
-
-
-def _files(paths):
-    """Yields the files of `paths`, which are files or folders, in pairs as `files.within` does."""
-    rule = "be files or folders of images"
-    if not paths:
-        raise ArgumentError(f"`images` must {rule}. Received: none", argument="images")
-    for path in paths:
-        if not path.exists():
-            raise ArgumentError(f"`images` must {rule}. Received: {path}, which does not exist", argument="images")
-        files = list(image_files.within(path)) if path.is_dir() else [(path, None)]
-        if not files:
-            raise ArgumentError(f"`images` must {rule}. Received: {path}, an empty folder", argument="images")
-        yield from files
 
 
 def _labels(file):
@@ -623,26 +606,15 @@ def _line(file, answer, top, labels):
             argument="labels",
         )
     names = labels or {index: str(index) for index in order} | {order[0]: answer.name}
-    columns = ((_escaped(names[index]), f"{probabilities[index]:.4f}") for index in order[:top])
-    return "\t".join([_escaped(file), *(field for pair in columns for field in pair), *(["unsure"] if answer.unsure else [])])
-
-
-def _escaped(name):
-    """Escapes tabs and line breaks, so that a name stays in its column."""
-    return str(name).translate({ord(character): repr(character)[1:-1] for character in "\t\n\r"})
-
-
-def _is_file(stream):
-    try:
-        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
-    except OSError:  # the stream has no file
-        return False
+    columns = ((terminal.one_line(names[index]), f"{probabilities[index]:.4f}") for index in order[:top])
+    unsure = ["unsure"] if answer.unsure else []
+    return "\t".join([terminal.one_line(file), *(field for pair in columns for field in pair), *unsure])
 
 
 def main(argv):
     arguments = parse(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may have characters that stdout can't encode
-    files = list(_files(arguments.images))
+    files = list(image_files.listed(arguments.images))
     labels = _labels(arguments.labels) if arguments.labels else None
     if arguments.protocol == "grpc":
         _without_tensorflow()
@@ -654,7 +626,7 @@ def main(argv):
         with client:
             refused = _classify(client, files, arguments.batch, arguments.top, labels)
     except BrokenPipeError:  # the reader of stdout has closed it, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again at exit
+        terminal.discard_output()
         return 1
     return 1 if refused else 0
 
@@ -666,7 +638,7 @@ def _warn(text):
 def _classify(client, files, batch, top, labels):
     """Prints a line for each file, and returns the number of files without an answer."""
     # Show progress only if the lines go to a file: on a terminal, or through a pipe such as tee, they show it themselves.
-    progress = len(files) > batch and sys.stderr.isatty() and _is_file(sys.stdout)
+    progress = len(files) > batch and sys.stderr.isatty() and terminal.is_file(sys.stdout)
     done = refused = 0
     try:
         for group in _batches(files, batch):
@@ -677,7 +649,7 @@ def _classify(client, files, batch, top, labels):
                 answer = next(answers) if isinstance(image, bytes) else image
                 if isinstance(answer, ImageError):
                     refused += 1
-                    _warn(f"{_escaped(file)}: {answer}")
+                    _warn(f"{terminal.one_line(file)}: {answer}")
                 else:
                     print(_line(file, answer, top, labels))
             sys.stdout.flush()

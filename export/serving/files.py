@@ -4,20 +4,13 @@ Imports neither Keras nor TensorFlow, and Pillow and NumPy only to decode a file
 """
 
 import io
-import os
 import re
-from pathlib import Path
 
-from cvt_keras.data.file_types import JPEG, PNG, READABLE, is_clutter, is_hidden, is_image
-from cvt_keras.errors import ImageError
+from cvt_keras.data.file_types import JPEG, PNG
 
-_HEAD = 64  # bytes that identify a file's type
 # Ends the compressed pixels of a JPEG. 0xFF with a zero or a restart marker behind it does not.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
-
-
-# === What to send ===
 
 
 def for_server(data):
@@ -86,58 +79,3 @@ def _is_plain_png(data):
             return b"IHDR" in types and not (b"tRNS" in types and data[24] == 16)
         at += 12 + int.from_bytes(data[at : at + 4], "big")
     return False
-
-
-# === Files of a folder ===
-
-
-def within(folder):
-    """Yields the files of a folder at any depth, sorted, without hidden files and those that systems leave behind.
-
-    Yields:
-        Pairs `(path, error)`: `error` is an `ImageError` if the path can't be read, else `None`.
-    """
-    seen = set()
-
-    def entries(path):
-        if (identity := os.path.realpath(path)) in seen:  # a link back to a folder that was seen
-            return
-        seen.add(identity)
-        try:
-            children = sorted(path.iterdir())
-        except OSError as error:
-            yield path, _unreadable(error)
-            return
-        for child in children:
-            if is_hidden(child.name) or is_clutter(child.name):
-                continue
-            if child.is_dir():
-                yield from entries(child)
-            elif child.is_file():
-                yield child, None
-            else:
-                yield child, ImageError("a dangling link" if child.is_symlink() and not child.exists() else "not a file")
-
-    yield from entries(Path(folder))
-
-
-def read(file):
-    """Reads the bytes of an image file.
-
-    Raises:
-        ImageError: if it is not an image, or can't be read.
-    """
-    try:
-        with open(file, "rb") as stream:
-            head = stream.read(_HEAD)
-            if not head:
-                raise ImageError("the file is empty")
-            if not is_image(head):  # checked first: it may be a film of gigabytes
-                raise ImageError(f"not a {READABLE}")
-            return head + stream.read()
-    except OSError as error:
-        raise _unreadable(error) from error
-
-
-def _unreadable(error):
-    return ImageError(f"can't be read: {error.strerror or error}")

@@ -504,7 +504,7 @@ def test_pixels_are_compared_at_their_full_size(split_photos):
         pixels[-1, -1, 0] -= i
         write_image(split_photos / path, pixels if i < 3 else pixels.repeat(2, axis=0))
     assert sources.load("folder", split_photos, Preprocessing(image_size=(2, 2))).left_out == {}
-    assert folder._pixel_digest(np.zeros((4, 6, 3), "uint8")) != folder._pixel_digest(np.zeros((6, 4, 3), "uint8"))
+    assert folder.pixel_digest(np.zeros((4, 6, 3), "uint8")) != folder.pixel_digest(np.zeros((6, 4, 3), "uint8"))
 
 
 def test_images_with_only_one_colour_are_counted(photos):

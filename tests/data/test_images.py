@@ -609,3 +609,21 @@ def test_published_weights_see_images_as_in_transformers():
         ours = images.fit(photo, published).numpy().astype(int)
         # Measured: 1 at most, 0.22 on average.
         assert np.abs(ours - theirs.transpose(1, 2, 0)).max() <= 2, shape
+
+
+def test_threads_keep_the_order_and_take_few_items_ahead(monkeypatch):
+    monkeypatch.setattr(images, "threads", lambda: 2)
+    taken = []
+    for ahead, waiting in ((0, 8), (20, 20)):
+        results = images.in_threads(lambda i: i * 2, (taken.append(i) or i for i in range(50)), ahead)
+        assert next(results) == 0
+        assert len(taken) == waiting + 1
+        assert list(results) == [*range(2, 100, 2)]
+        taken.clear()
+
+
+def test_an_error_in_a_thread_ends_the_results():
+    results = images.in_threads(lambda i: 1 // (i - 2), range(50))
+    assert [next(results), next(results)] == [-1, -1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)

@@ -21,10 +21,10 @@ from addresses import unused_address
 from photos import REENCODED, exif, odd_photos, photos, png, with_chunk, with_header
 
 from cvt_keras import calibration_of, cli, preprocessing_of
+from cvt_keras.data import image_files
 from cvt_keras.data.images import decode, stretch
 from cvt_keras.errors import ArgumentError, ImageError, MissingPackageError, ServingError
 from cvt_keras.export.serving import client as module
-from cvt_keras.export.serving import files as image_files
 from cvt_keras.export.serving.client import ADDRESSES, ERASE, Answer, Client, _line
 from cvt_keras.export.serving.files import for_server
 

@@ -1,0 +1,203 @@
+"""The command `cvt-keras predict`: classifies images with a run or an exported file, or evaluates it on labelled ones."""
+
+import csv
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.cells import cell_len
+
+from cvt_keras import cli, environment, greetings, terminal
+from cvt_keras.data import image_files, packages
+from cvt_keras.errors import ArgumentError, ImageError
+from cvt_keras.predict.classifier import load_run, locate, require_top
+from cvt_keras.predict.evaluation import evaluate, require_folder
+
+_MIN_IMAGES_FOR_PROGRESS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder, a .keras file, or a .tflite file or SavedModel folder that cvt-keras export wrote."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")] = ()
+    """Image files; folders, which are searched at any depth; patterns such as 'photos/*.jpg'; or - for a list of paths on
+    standard input.
+    Formats: JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF, and HEIC with pillow-heif.
+    A file that is not an image or can't be read is reported on stderr, with exit code 1.
+    Hidden files and system files in folders (Thumbs.db, desktop.ini, @eaDir, __MACOSX and the like) are skipped."""
+    top: int = 1
+    """Classes to print per image, most probable first."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print a line of JSON per image; with --evaluate, one line with all results."""
+    csv: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print a table of comma-separated values; with --evaluate, a row per class."""
+    evaluate: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Instead of IMAGE...: a folder with a folder of images for each class. Prints the accuracy and writes a page.
+    Images that the run was trained on are left out."""
+    page: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """The page to write with --evaluate; defaults to evaluation/NAME.html in the run folder, where NAME is that of DIR.
+    For a file outside a run folder, defaults to evaluation/NAME.html."""
+
+
+def parse(argv):
+    """Reads the command line. Raises an `ArgumentError` for flags that contradict each other, or an invalid value."""
+    arguments = cli.parse_images(
+        Arguments, argv, prog="cvt-keras predict", description="Classify images, or evaluate a network on labelled ones."
+    )
+    require_top(arguments.top)
+    if arguments.json and arguments.csv:
+        raise ArgumentError("`json` and `csv` exclude each other", argument="csv", hint="Use either --json or --csv")
+    if arguments.evaluate and arguments.images:
+        raise ArgumentError(
+            f"`evaluate` takes no images beside its folder. Received: {arguments.images[0]}",
+            argument="evaluate",
+            hint="Leave out IMAGE... or --evaluate",
+        )
+    if arguments.page and not arguments.evaluate:
+        raise ArgumentError(
+            f"`page` needs `evaluate`. Received: page={arguments.page}", argument="page", hint="Add --evaluate DIR"
+        )
+    return arguments
+
+
+def main(argv):
+    arguments = parse(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may have characters that stdout can't encode
+    locate(arguments.run)
+    files = [] if arguments.evaluate else list(image_files.listed(arguments.images))
+    if arguments.evaluate:
+        require_folder(arguments.evaluate)
+    environment.start(backend=None)
+    with greetings.held_back():
+        classifier = load_run(arguments.run)
+        packages.require("tensorflow").config.list_physical_devices()  # beside JAX, it starts only here
+    try:
+        return _evaluate(classifier, arguments) if arguments.evaluate else _classify(classifier, files, arguments)
+    except BrokenPipeError:  # the reader of stdout has closed it, as head does
+        terminal.discard_output()
+        return 1
+
+
+# === Images ===
+
+
+def _classify(classifier, files, arguments):
+    """Prints a line for each image that can be read. Returns the exit code."""
+    style = _json if arguments.json else _csv if arguments.csv else _table
+    write = style(classifier, [path for path, _ in files], min(arguments.top, len(classifier.class_names)))
+    refused = 0
+    # On a terminal the lines show progress themselves, also through a pipe such as tee.
+    with _progress(len(files), shown=terminal.is_file(sys.stdout)) as bar:
+        for path, answer in _answers(classifier, files, arguments.top):
+            if isinstance(answer, ImageError):
+                refused += 1
+                bar.clear()
+                _warn(f"{terminal.one_line(path)}: {answer}")
+            else:
+                write(answer)
+            bar.update()
+    sys.stdout.flush()
+    return 1 if refused else 0
+
+
+def _answers(classifier, files, top):
+    """Yields each path with its `Prediction` or `ImageError`, in the order of the files."""
+    answers = classifier.classify((path for path, error in files if error is None), top)
+    for path, error in files:
+        yield path, next(answers) if error is None else error
+
+
+def _json(classifier, paths, top):
+    def write(answer):
+        top = [{"label": label, "probability": round(probability, 6)} for label, probability in answer.top]
+        print(json.dumps({"path": str(answer.path), **top[0], "top": top}))
+
+    return write
+
+
+def _csv(classifier, paths, top):
+    rows = csv.writer(sys.stdout, lineterminator="\n")
+    numbers = ["", *(f"_{number}" for number in range(2, top + 1))]
+    rows.writerow(["path", *(f"{name}{number}" for number in numbers for name in ("label", "probability"))])
+
+    def write(answer):
+        rows.writerow([answer.path, *(field for label, value in answer.top for field in (label, f"{value:.6g}"))])
+
+    return write
+
+
+def _table(classifier, paths, top):
+    file_width = max((cell_len(terminal.one_line(path)) for path in paths), default=0)
+    class_width = max(map(cell_len, map(terminal.one_line, classifier.class_names)))
+
+    def padded(text, width):
+        text = terminal.one_line(text)
+        return text + " " * (width - cell_len(text))
+
+    def write(answer):
+        classes = (f"{padded(label, class_width)}  {probability:6.1%}" for label, probability in answer.top)
+        print(padded(answer.path, file_width), *classes, sep="  ")
+
+    return write
+
+
+# === Evaluation ===
+
+
+def _evaluate(classifier, arguments):
+    """Evaluates, prints the results, and writes the page. Returns the exit code."""
+    page = arguments.page or (classifier.run_dir or Path()) / "evaluation" / f"{arguments.evaluate.resolve().name}.html"
+
+    def progress(answers, n):
+        with _progress(n) as bar:
+            for answer in answers:
+                yield answer
+                bar.update()
+
+    result = evaluate(classifier, arguments.evaluate, page, progress)
+    for path, reason in result.unreadable:
+        _warn(f"{terminal.one_line(path)}: {reason}")
+    for warning in result.warnings:
+        _warn(warning)
+    if arguments.json:
+        print(json.dumps({**dataclasses.asdict(result), "page": str(page)}))
+    elif arguments.csv:
+        rows = csv.DictWriter(sys.stdout, ["name", "top1", "precision", "f1", "images"], lineterminator="\n")
+        rows.writeheader()
+        rows.writerows(result.per_class)
+    else:
+        _print_results(result)
+        print(f"the page is {page}")
+    return 1 if result.unreadable else 0
+
+
+def _print_results(result):
+    measured = [row for row in result.per_class if row["images"]]
+    width = max(cell_len(row["name"]) for row in measured)
+    for row in measured:
+        print(f"{row['name']}{' ' * (width - cell_len(row['name']))}  {row['top1']:6.1%} of {row['images']:,}")
+    if missing := [row["name"] for row in result.per_class if not row["images"]]:
+        print(f"no images of {', '.join(missing[:10])}" + (f" and {len(missing) - 10} more" if len(missing) > 10 else ""))
+    for reason, n in result.left_out.items():
+        print(f"left out: {n:,} {reason}")
+    print(f"{result.scores['top1']:.2%} top-1 on {result.scores['images']:,} images")
+
+
+def _progress(n, shown=True):
+    """A progress bar on standard error for many images, if that is a terminal."""
+    from tqdm import tqdm  # imported here to keep --help fast
+
+    hidden = True if n < _MIN_IMAGES_FOR_PROGRESS or not shown else None  # None: shown on a terminal
+    return tqdm(total=n, unit=" images", leave=False, disable=hidden, file=sys.stderr)
+
+
+def _warn(text):
+    print(f"cvt-keras predict: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("predict", sys.argv[1:]))
