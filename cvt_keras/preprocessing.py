@@ -10,6 +10,7 @@ import numpy as np
 
 RESIZES = ("stretch", "crop")
 INTERPOLATIONS = ("bilinear", "bicubic")
+CALIBRATION_FILE = "calibration.json"  # in the archive of a .tflite file, and beside a SavedModel's warm-up requests
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """SavedModel for TF Serving: three signatures, class names, and warm-up requests."""
 
+import json
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -7,10 +9,12 @@ from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from cvt_keras.data.images import fit
 from cvt_keras.model import calibration_of, preprocessing_of
+from cvt_keras.preprocessing import CALIBRATION_FILE
 
 from .decoding import decode
 
-WARM_UP = "assets.extra/tf_serving_warmup_requests"
+EXTRA_ASSETS = "assets.extra"
+WARM_UP = f"{EXTRA_ASSETS}/tf_serving_warmup_requests"
 WARM_UP_BATCHES = (1, 8)
 
 
@@ -24,7 +28,8 @@ def write(classifier, class_names, folder):
             `Preprocessing` says. An image that can't be decoded as in training fails with INVALID_ARGUMENT; see `decoding`.
         `logits(images)`: as `serving_default` -> `logits`, float32 `(batch, classes)`, not calibrated.
 
-    `WARM_UP` holds requests for each signature, which a server replays before it accepts others.
+    `WARM_UP` holds requests for each signature, which a server replays before it accepts others. `calibration.json` beside it
+    has the temperature and the threshold.
 
     Args:
         classifier: maps float pixels in 0..255 to logits, as `build_classifier` returns it.
@@ -66,6 +71,7 @@ def write(classifier, class_names, folder):
     )
     archive.write_out(folder, verbose=False)
     _write_requests(folder / WARM_UP, shape)
+    (folder / EXTRA_ASSETS / CALIBRATION_FILE).write_text(json.dumps(calibration.get_config()))
 
 
 def _write_requests(path, shape):

@@ -15,11 +15,11 @@ from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from cvt_keras.model import calibration_of, cvt_of, preprocessing_of
+from cvt_keras.preprocessing import CALIBRATION_FILE
 from cvt_keras.quantized.model import quantized_cvt_of
 from cvt_keras.training.recipes import RESIZING
 
 LABELS = "labels.txt"
-CALIBRATION = "calibration.json"
 # More images bring more outliers, which widen the ranges of activations and cost precision.
 CALIBRATION_IMAGES = 100
 
@@ -155,7 +155,7 @@ def _with_metadata(model, class_names, preprocessing, calibration):
     data = io.BytesIO(bytes(builder.Output()))
     with zipfile.ZipFile(data, "a") as archive:
         archive.writestr(zipfile.ZipInfo(LABELS), labels_text(class_names))
-        archive.writestr(zipfile.ZipInfo(CALIBRATION), json.dumps(calibration.get_config()))
+        archive.writestr(zipfile.ZipInfo(CALIBRATION_FILE), json.dumps(calibration.get_config()))
     return data.getvalue()
 
 

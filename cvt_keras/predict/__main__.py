@@ -114,7 +114,7 @@ def _answers(classifier, files, top):
 def _json(classifier, paths, top):
     def write(answer):
         top = [{"label": label, "probability": round(probability, 6)} for label, probability in answer.top]
-        print(json.dumps({"path": str(answer.path), **top[0], "top": top}))
+        print(json.dumps({"path": str(answer.path), **top[0], "unsure": answer.unsure, "top": top}))
 
     return write
 
@@ -122,10 +122,11 @@ def _json(classifier, paths, top):
 def _csv(classifier, paths, top):
     rows = csv.writer(sys.stdout, lineterminator="\n")
     numbers = ["", *(f"_{number}" for number in range(2, top + 1))]
-    rows.writerow(["path", *(f"{name}{number}" for number in numbers for name in ("label", "probability"))])
+    rows.writerow(["path", "unsure", *(f"{name}{number}" for number in numbers for name in ("label", "probability"))])
 
     def write(answer):
-        rows.writerow([answer.path, *(field for label, value in answer.top for field in (label, f"{value:.6g}"))])
+        fields = (field for label, value in answer.top for field in (label, f"{value:.6g}"))
+        rows.writerow([answer.path, "yes" if answer.unsure else "no", *fields])
 
     return write
 
@@ -140,7 +141,7 @@ def _table(classifier, paths, top):
 
     def write(answer):
         classes = (f"{padded(label, class_width)}  {probability:6.1%}" for label, probability in answer.top)
-        print(padded(answer.path, file_width), *classes, sep="  ")
+        print(padded(answer.path, file_width), *classes, *(["unsure"] if answer.unsure else []), sep="  ")
 
     return write
 

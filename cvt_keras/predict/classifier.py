@@ -18,7 +18,7 @@ from cvt_keras.predict import networks
 if TYPE_CHECKING:
     import keras
 
-    from cvt_keras.preprocessing import Preprocessing
+    from cvt_keras.preprocessing import Calibration, Preprocessing
 
 _SAVED_MODEL = "saved_model.pb"
 # A batch ends with the image that exceeds this, even if it has fewer images than the network takes.
@@ -36,12 +36,14 @@ class Prediction:
         probability: its probability, in 0..1.
         top: pairs of a class and its probability, the most probable first. Its first is `label`.
         path: the image's file, or `None` if it had none.
+        unsure: whether `probability` is below the threshold of the network's `Calibration`.
     """
 
     label: str
     probability: float
     top: tuple[tuple[str, float], ...]
     path: Path | None = None
+    unsure: bool = False
 
 
 class Classifier:
@@ -53,6 +55,7 @@ class Classifier:
         report: the dict in the run's report.json, or `None`.
         class_names: a tuple, in the order of the network's outputs.
         preprocessing: how images are resized, or `None` for a SavedModel, which resizes them itself.
+        calibration: how logits become probabilities, and when an answer is unsure.
         model: the Keras model from float pixels in 0..255 to logits, or `None` for an exported file.
     """
 
@@ -61,6 +64,7 @@ class Classifier:
     report: dict[str, Any] | None
     class_names: tuple[str, ...]
     preprocessing: Preprocessing | None
+    calibration: Calibration
     model: keras.Model | None
 
     def __init__(self, network: Any, path: Path, run_dir: Path | None = None) -> None:
@@ -72,6 +76,7 @@ class Classifier:
             self.report = runs.read_json(run_dir / runs.REPORT)
         self.class_names = network.class_names
         self.preprocessing = network.preprocessing
+        self.calibration = network.calibration
         self.model = network.model
 
     def predict(self, images: Any, top: int = 1) -> list[Prediction]:
@@ -119,7 +124,7 @@ class Classifier:
             order = np.argsort(-logits, kind="stable")[:top]
             best = tuple((self.class_names[index], float(probabilities[index])) for index in order)
             path = Path(image) if isinstance(image, (str, os.PathLike)) else None
-            yield Prediction(*best[0], best, path)
+            yield Prediction(*best[0], best, path, bool(self.calibration.unsure(probabilities)))
 
     def answers(self, items: Iterable[Any], read: Any) -> Iterator[tuple[Any, Any]]:
         """Runs the network on images that are read in several threads.
@@ -168,8 +173,7 @@ class Classifier:
             raise DivergedError(f"the outputs of {self.path} are NaN or infinite")
         if self._network.gives_probabilities:  # an exported file has its softmax inside
             return np.log(np.maximum(outputs, _LEAST_PROBABILITY)), outputs
-        exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-        return outputs, exponentials / exponentials.sum(axis=1, keepdims=True)
+        return outputs, self.calibration.probabilities(outputs)
 
 
 def load_run(run: str | os.PathLike[str]) -> Classifier:

@@ -120,6 +120,8 @@ def evaluate(
     labels, logits = np.array([image.label for image in evaluated]), np.stack(logits)
     if classifier.model is None:
         logits = np.maximum(logits, np.float32(np.log(_LEAST_PROBABILITY)))
+    else:
+        logits = logits / np.float32(classifier.calibration.temperature)  # the files that it is exported to are calibrated too
     warnings = []
     if record is None:
         warnings.append("It is not known which images the network was trained on, so some of these may be among them.")

@@ -5,12 +5,14 @@ A network has:
     preprocessing: its `Preprocessing`, or `None` if its file does not say how images are resized.
     model: the Keras classifier, or `None`.
     batch_size: the number of images per call.
-    gives_probabilities: whether it returns probabilities instead of logits.
+    gives_probabilities: whether it returns calibrated probabilities instead of logits.
+    calibration: its `Calibration`; one that changes nothing for files of version 0.6 and older.
     prepare(pixels): uint8 `(height, width, 3)` of any size -> what a call takes for this image. Thread-safe.
     __call__(batch): a list of prepared images -> float32 `(n, classes)`.
 """
 
 import io
+import json
 import re
 import zipfile
 
@@ -18,7 +20,7 @@ import numpy as np
 
 from cvt_keras.data import images
 from cvt_keras.errors import MissingPackageError, RunError, first_line
-from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.preprocessing import CALIBRATION_FILE, Calibration, Preprocessing
 
 # Pixels per batch, 256 images of 32x32: the memory of attention grows with the image.
 _BATCH_PIXELS = 2**18
@@ -27,6 +29,7 @@ _EXPORT = "Use a file that cvt-keras export wrote"
 # The text that an export writes into the metadata of a .tflite file.
 _DESCRIPTION = re.compile(rb"An image of raw pixels, 0 to 255(?:, resized as in training: ([\w=., -]+?))?\.\0")
 _LABELS = "labels.txt"
+_EXTRA_ASSETS = "assets.extra"  # of a SavedModel
 
 
 class KerasNetwork:
@@ -35,9 +38,10 @@ class KerasNetwork:
     gives_probabilities = False
 
     def __init__(self, file):
-        from cvt_keras.model import load_classifier, preprocessing_of
+        from cvt_keras.model import calibration_of, load_classifier, preprocessing_of
 
         self.model = load_classifier(file)
+        self.calibration = calibration_of(self.model)
         *size, channels = self.model.input_shape[1:]
         outputs = self.model.output_shape[-1]
         self.preprocessing = preprocessing_of(self.model)
@@ -74,6 +78,7 @@ class TFLiteNetwork:
                 f"a .tflite file needs LiteRT, which can't be imported: {error}", hint="Install it: pip install ai-edge-litert"
             ) from error
         resizing, labels = resizing_in(file.read_bytes()), _labels(file)
+        self.calibration = _calibration(_in_zip(file, CALIBRATION_FILE), file)
         if resizing is None or labels is None:
             raise RunError(f"{file} has no metadata of an export, which name the classes and say how to resize", hint=_EXPORT)
         try:
@@ -122,6 +127,8 @@ class SavedModelNetwork:
             raise RunError(f"{folder} does not have an export's signature {_SIGNATURE}", hint=_EXPORT)
         self.class_names = tuple(name.decode() for name in names[0].numpy())
         _require_as_many(self.class_names, self.serve.structured_outputs["probabilities"].shape[-1], folder)
+        stored = folder / _EXTRA_ASSETS / CALIBRATION_FILE
+        self.calibration = _calibration(stored.read_bytes() if stored.exists() else None, folder)
         # TensorFlow prints some of its greetings at the first call, and the command hides them only while it loads.
         self([self.prepare(np.zeros((1, 1, 3), "uint8"))])
 
@@ -161,11 +168,28 @@ def resizing_in(data):
 
 def _labels(file):
     """The class names in the metadata of a `.tflite` file, or `None`."""
+    text = _in_zip(file, _LABELS)
+    try:
+        return None if text is None else tuple(text.decode().splitlines())
+    except UnicodeDecodeError:
+        return None
+
+
+def _in_zip(file, name):
+    """The bytes of an entry in the zip archive at the end of a `.tflite` file, or `None`."""
     try:
         with zipfile.ZipFile(file) as archive:
-            return tuple(archive.read(_LABELS).decode().splitlines())
-    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError):
+            return archive.read(name)
+    except (zipfile.BadZipFile, KeyError):
         return None
+
+
+def _calibration(data, file):
+    """The `Calibration` in JSON, or one that changes nothing if there is none."""
+    try:
+        return Calibration.from_config(None if data is None else json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise RunError(f"the calibration in {file} is damaged: {error}", hint=_EXPORT) from error
 
 
 def _require_as_many(class_names, outputs, file):

@@ -14,7 +14,7 @@ from cvt_keras.errors import RunError
 from cvt_keras.export import tflite
 from cvt_keras.predict import evaluate
 from cvt_keras.predict.networks import resizing_in
-from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.preprocessing import Calibration, Preprocessing
 
 # Largest difference of a probability from Keras'.
 BOUNDS = {
@@ -36,6 +36,7 @@ def test_an_export_answers_as_keras_does(name, exported, keras_answers, tmp_path
     assert classifier.class_names == keras_answers.class_names
     assert classifier.run_dir == exported and classifier.report == keras_answers.report
     assert classifier.model is None
+    assert classifier.calibration == keras_answers.calibration and classifier.calibration.temperature != 1
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (side, 50, 3), "uint8") for side in (24, 31, 70)]
     (tmp_path / "photo.gif").write_bytes(encoded(images[0], "GIF"))  # a SavedModel alone would refuse it
@@ -44,6 +45,7 @@ def test_an_export_answers_as_keras_does(name, exported, keras_answers, tmp_path
         for label, value in answer.top:
             assert value == pytest.approx(dict(expected.top)[label], abs=BOUNDS[name]), label
         assert answer.path == expected.path
+        assert answer.unsure == (answer.probability < classifier.calibration.threshold)
 
 
 def test_the_newest_version_of_a_saved_model_is_loaded(exported, tmp_path):
@@ -71,7 +73,7 @@ def test_an_exported_file_is_evaluated(exported, keras_answers, tmp_path):
     [Preprocessing(interpolation="bicubic"), Preprocessing(resize="crop", crop_pct=0.875, interpolation="bicubic")],
 )
 def test_resizing_is_read_from_the_metadata(preprocessing):
-    assert Preprocessing(**resizing_in(b"..." + tflite._metadata(preprocessing) + b"...")) == preprocessing
+    assert Preprocessing(**resizing_in(b"..." + tflite._metadata(preprocessing, Calibration()) + b"...")) == preprocessing
 
 
 def test_resizing_in_files_of_older_versions_and_other_projects():

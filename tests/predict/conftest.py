@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from cvt_keras import build_classifier, runs
+from cvt_keras.model import set_calibration
 from cvt_keras.predict import networks
-from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.preprocessing import Calibration, Preprocessing
 
 NAMES = ("apples", "pears", "plums")
 
@@ -22,6 +23,7 @@ def keras_file(tmp_path_factory):
     # The head starts with zeros; with larger weights, the probabilities differ between images.
     random = np.random.default_rng(0)
     classifier.set_weights([value + random.normal(0, 0.3, value.shape) for value in classifier.get_weights()])
+    set_calibration(classifier, Calibration(2.0, 0.5))
     file = tmp_path_factory.mktemp("model") / "fruit.keras"
     classifier.save(file)
     return file

@@ -17,10 +17,10 @@ from cvt_keras.predict import Prediction, networks
 
 
 def _expected(classifier, pixels):
-    """The probabilities of an image by Keras' own functions, on pixels resized as in validation."""
+    """The calibrated probabilities of an image by Keras' own functions, on pixels resized as in validation."""
     fitted = images.fit(pixels, classifier.preprocessing).numpy()
     logits = classifier.model.predict_on_batch(fitted[None].astype("float32"))
-    return keras.ops.convert_to_numpy(keras.ops.softmax(logits))[0]
+    return keras.ops.convert_to_numpy(keras.ops.softmax(logits / 2))[0]
 
 
 def test_paths_arrays_batches_and_pillow_images(classifier, photos):
@@ -34,6 +34,9 @@ def test_paths_arrays_batches_and_pillow_images(classifier, photos):
         assert answer.probability == answer.top[0][1]
         assert [label for label, _ in answer.top] == [classifier.class_names[i] for i in order]
         np.testing.assert_allclose([value for _, value in answer.top], expected[order], atol=1e-6)
+    assert [answer.unsure for answer in classifier.predict(photos.pixels)] == [
+        _expected(classifier, pixels).max() < 0.5 for pixels in photos.pixels.values()
+    ]
     assert classifier.predict([path, pixels])[0].path == path
     assert classifier.predict([path, pixels])[1].path is None
 

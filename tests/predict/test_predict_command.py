@@ -40,16 +40,23 @@ def test_a_folder_is_answered_in_an_aligned_table(main, photos, classifier):
     assert code == 0 and not errors
     expected = classifier.predict(photos.pixels, top=2)
     assert [line.split() for line in lines] == [
-        [str(answer.path), *(field for label, value in answer.top for field in (label, f"{value:.1%}"))] for answer in expected
+        [
+            str(answer.path),
+            *(field for label, value in answer.top for field in (label, f"{value:.1%}")),
+            *(["unsure"] if answer.unsure else []),
+        ]
+        for answer in expected
     ]
-    assert len({len(line) for line in lines}) == 1  # so the columns are aligned, as the last has a fixed width
+    assert {answer.unsure for answer in expected} == {False, True}
+    # So the columns are aligned, as the last has a fixed width.
+    assert len({len(line.removesuffix("  unsure")) for line in lines}) == 1
 
 
 def test_one_class_is_printed_by_default(main, photos, classifier):
     [path, *_] = photos.pixels
     [answer] = classifier.predict(path)
     _, [line], _ = main(path)
-    assert line.split() == [str(path), answer.label, f"{answer.probability:.1%}"]
+    assert line.removesuffix("  unsure").split() == [str(path), answer.label, f"{answer.probability:.1%}"]
 
 
 def test_json_has_an_object_per_line(main, photos, classifier):
@@ -59,6 +66,7 @@ def test_json_has_an_object_per_line(main, photos, classifier):
             "path": str(answer.path),
             "label": answer.label,
             "probability": round(answer.probability, 6),
+            "unsure": answer.unsure,
             "top": [{"label": label, "probability": round(value, 6)} for label, value in answer.top],
         }
 
@@ -66,9 +74,10 @@ def test_json_has_an_object_per_line(main, photos, classifier):
 def test_csv_has_a_header_and_a_column_per_class(main, photos, classifier):
     _, lines, _ = main(photos.folder, "--csv", "--top", "9")
     rows = [*csv.DictReader(lines)]
-    assert [*rows[0]] == ["path", "label", "probability", "label_2", "probability_2", "label_3", "probability_3"]
+    assert [*rows[0]] == ["path", "unsure", "label", "probability", "label_2", "probability_2", "label_3", "probability_3"]
     for row, answer in zip(rows, classifier.predict(photos.pixels, top=3), strict=True):
         assert (row["path"], row["label"], row["label_3"]) == (str(answer.path), answer.label, answer.top[2][0])
+        assert row["unsure"] == ("yes" if answer.unsure else "no")
         assert float(row["probability_3"]) == pytest.approx(answer.top[2][1], rel=1e-5)
 
 
