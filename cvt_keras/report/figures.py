@@ -1,4 +1,4 @@
-"""Figures of a run: curves, confusion matrix, calibration, most wrong images.
+"""Figures of a run: curves, confusion matrix, calibration, most wrong images. And that of an image with its Grad-CAM.
 
 matplotlib draws them, not a chart library in JavaScript: the report is then one page without scripts, which opens offline and
 in a mail, and its figures can be copied.
@@ -11,6 +11,7 @@ import itertools
 import unicodedata
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
@@ -19,7 +20,7 @@ from cvt_keras.errors import MissingPackageError
 from cvt_keras.report import metrics
 
 try:
-    from matplotlib import font_manager, ft2font
+    from matplotlib import colormaps, font_manager, ft2font
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.textpath import text_to_path
@@ -34,14 +35,16 @@ CONFUSION = "confusion.png"
 CALIBRATION = "calibration.png"
 MOST_WRONG = "most_wrong.png"
 
+COLOURS = "inferno"  # of maps: brightness rises evenly, also for colour-blind readers
 TRAINING, VALIDATION, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: safe for colour-blind readers
+WORST_IMAGES = 24
 MAX_TICK_LABELS = 40
 MAX_CLASSES_WITH_COUNTS = 20  # in a confusion matrix; the cells of a larger one are too small for numbers
 MAX_NAME_WIDTH = 9  # of a class name, in font sizes: about 16 lower-case letters or 9 Chinese characters
 CLASS_NAMES = "Class names"  # key of the .png metadata
 
 
-def draw(run_dir, history, images=None, logits=None, labels=None, class_names=None, first_epoch=0):
+def draw(run_dir, history, images=None, logits=None, labels=None, class_names=None, first_epoch=0, maps=None):
     """Writes the figures of a run to its folder: the curves and, if there are test images, the other three.
 
     Args:
@@ -52,6 +55,7 @@ def draw(run_dir, history, images=None, logits=None, labels=None, class_names=No
         labels: int `(n,)`.
         class_names: in the order of the labels.
         first_epoch: index into `history` of the first epoch whose weights could be kept.
+        maps: as in `most_wrong`.
     """
     figures = {CURVES: curves(history, first_epoch)}
     legend = None
@@ -60,7 +64,7 @@ def draw(run_dir, history, images=None, logits=None, labels=None, class_names=No
         legend = legend_of(class_names) if names.numbered else None
         figures[CONFUSION] = confusion(metrics.confusion(logits, labels, len(class_names)), names)
         figures[CALIBRATION] = calibration(logits, labels)
-        figures[MOST_WRONG] = most_wrong(images, logits, labels, names)
+        figures[MOST_WRONG] = most_wrong(images, logits, labels, names, maps)
     (run_dir / runs.PLOTS).mkdir(exist_ok=True)
     for name, figure in figures.items():
         metadata = {CLASS_NAMES: legend} if legend and name in (CONFUSION, MOST_WRONG) else None
@@ -198,29 +202,36 @@ def calibration(logits, labels):
     return figure
 
 
-def most_wrong(images, logits, labels, names, n=24):
-    """Plots the misclassified images with the highest cross-entropy, each with its label and prediction.
+def most_wrong(images, logits, labels, names, maps=None):
+    """Plots the `WORST_IMAGES` misclassified images with the highest cross-entropy, each with its label and prediction.
 
     Args:
         images: uint8 arrays `(height, width, 3)` of any size.
         logits: float `(n, classes)`.
         labels: int `(n,)`.
         names: a `PictureNames`.
-        n: the maximum number of images.
+        maps: a pair, for the images that `metrics.worst` returns: their pixels as the network sees them, `(n, height, width,
+            3)` in 0..255, and their Grad-CAM for the predicted class, `(n, height, width)`. Each overlay is below its image.
 
     Returns:
         A `Figure`.
     """
-    worst = metrics.worst(logits, labels, n)
+    worst = metrics.worst(logits, labels, WORST_IMAGES)
     columns = 6
     rows = max(1, -(-len(worst) // columns))
-    figure = Figure(figsize=(columns * 1.6, rows * 2 + 0.4), layout="constrained")
+    overlaid = maps is not None and len(worst) > 0
+    figure = Figure(figsize=(columns * 1.6, rows * (3.6 if overlaid else 2) + 0.4), layout="constrained")
     title = "Most wrong test images: label, prediction" if len(worst) else "No test image is misclassified"
-    figure.suptitle(title, x=0.01, ha="left")
+    figure.suptitle(f"{title}. Below: Grad-CAM for the prediction" if overlaid else title, x=0.01, ha="left")
     predicted = metrics.predictions(logits)
     probabilities = softmax(logits, axis=1)
-    for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+    grid = figure.subplots(rows * (2 if overlaid else 1), columns, squeeze=False)
+    for axes in grid.flat:
         axes.axis("off")
+    if overlaid:
+        for axes, pixels, values in zip(grid[1::2].flat, *maps):
+            axes.imshow(overlay(pixels, values, values.max()), interpolation="nearest")
+    for place, axes in enumerate(grid[:: 2 if overlaid else 1].flat):
         if place < len(worst):
             i = worst[place]
             axes.imshow(images[i], interpolation="nearest")
@@ -234,6 +245,65 @@ def most_wrong(images, logits, labels, names, n=24):
                 parse_math=False,  # a class name may contain a dollar sign
             )
     return figure
+
+
+# === Grad-CAM ===
+
+
+def explanation(image, maps, classes, probabilities, names):
+    """Plots an image and, for some classes, Grad-CAM as an overlay and as the map itself. All classes have one colour scale.
+
+    Args:
+        image: the pixels that the network sees, `(height, width, 3)` in 0..255.
+        maps: for each class a map of `attention.grad_cam`, `(n, height, width)`.
+        classes: the indices of the classes, `(n,)`.
+        probabilities: of these classes, `(n,)`.
+        names: a `PictureNames` of all classes.
+
+    Returns:
+        A `Figure`.
+    """
+    columns = len(maps) + 1
+    tall = image.shape[0] / image.shape[1]
+    figure = Figure(figsize=(columns * 2.2, 4.4 * min(max(tall, 0.4), 2.5) + 0.5), layout="constrained")
+    grid = figure.subplots(2, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    top = np.max(maps)
+    grid[0, 0].imshow(np.uint8(image), interpolation="nearest")
+    grid[0, 0].set_title("image", fontsize=9)
+    for (above, below), values, i, probability in zip(grid[:, 1:].T, maps, classes, probabilities, strict=True):
+        above.imshow(overlay(image, values, top), interpolation="nearest")
+        above.set_title(
+            f"{'class ' if names.numbered else ''}{names.texts[i]} {probability:.1%}",
+            fontsize=9,
+            fontfamily=names.families,
+            parse_math=False,
+        )
+        shown = below.imshow(
+            values, cmap=COLOURS, vmin=0, vmax=top or 1, aspect=tall * values.shape[1] / values.shape[0], interpolation="nearest"
+        )
+    bar = figure.colorbar(shown, ax=grid[1, 0], location="right", fraction=0.1, label="Grad-CAM")
+    bar.ax.yaxis.set_ticks_position("left")
+    return figure
+
+
+def overlay(image, values, top):
+    """Lays a map over the grey form of an image.
+
+    Args:
+        image: `(height, width, 3)` in 0..255.
+        values: the map, floats of at least 0, of any size: it is stretched bilinearly.
+        top: the value of the brightest colour.
+
+    Returns:
+        Floats in 0..1, `(height, width, 3)`.
+    """
+    height, width = image.shape[:2]
+    scaled = np.asarray(values, "float32") / (top or 1)
+    stretched = np.asarray(Image.fromarray(scaled).resize((width, height), Image.Resampling.BILINEAR))
+    grey = np.asarray(image, "float32").mean(axis=-1, keepdims=True) / 255
+    return (0.5 * grey + 0.5 * colormaps[COLOURS](stretched)[..., :3]).clip(0, 1)
 
 
 # === Class names ===

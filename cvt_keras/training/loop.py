@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from cvt_keras import environment, runs
+from cvt_keras import attention, environment, runs
 from cvt_keras.data.pipeline import evaluation_batches, training_batches
-from cvt_keras.errors import OutOfMemoryError, RecipeError
+from cvt_keras.errors import ArgumentError, OutOfMemoryError, RecipeError
 from cvt_keras.model import build_classifier
 from cvt_keras.preprocessing import size_text
 from cvt_keras.report import figures, metrics, page
@@ -269,6 +269,7 @@ def finish(plan, best, history):
             "confusion": metrics.confusion(logits, labels, plan.num_classes).tolist(),
         }
         shown = {"images": plan.test.images, "logits": logits, "labels": labels, "class_names": plan.source.class_names}
+        shown["maps"] = _maps(classifier, plan, logits)
     with runs.whole(run_dir / runs.MODEL) as unfinished:
         classifier.save(unfinished)
     report = metrics.Report(
@@ -308,6 +309,20 @@ def finish(plan, best, history):
 
 def _logits(classifier, split, plan):
     return classifier.predict(evaluation_batches(split, plan.num_classes, plan.recipe.preprocessing), verbose=0)
+
+
+def _maps(classifier, plan, logits):
+    """The pixels and the Grad-CAM of the most wrong test images for `figures.most_wrong`, or `None` if there are none."""
+    worst = metrics.worst(logits, plan.test.labels, figures.WORST_IMAGES)
+    predicted = iter(metrics.predictions(logits)[worst])
+    pixels, maps = [], []
+    try:
+        for images, _ in evaluation_batches(plan.test.take(worst), plan.num_classes, plan.recipe.preprocessing):
+            pixels.extend(images.numpy())
+            maps.extend(attention.grad_cam(classifier, images, [next(predicted) for _ in images]))
+    except ArgumentError:  # a network with int8 rounding
+        return None
+    return (pixels, maps) if maps else None
 
 
 def _images_per_second(plan, history):
