@@ -129,8 +129,9 @@ def grad_cam(model: keras.Model, images: Any, classes: Any = None, stage: int = 
     Each channel of the tokens is weighted by the mean gradient of the class's logit. The map is the weighted sum over the
     channels, negative values set to 0.
 
-    If the last stage has a cls token, its grid influences the logits only through that token. So its map is taken one block
-    earlier, at the input of the stage's last block.
+    At the last stage the tokens are those after the norm, which the pooling reads. The mean of the weighted sum over the grid is
+    then the logit without its bias, divided by the number of tokens, as in CAM (Zhou et al., arXiv 1512.04150). If the last
+    stage has a cls token, the logits depend on its grid through that token only. So the tokens are the input of its last block.
 
     Args:
         model: a classifier that `build_classifier` made, or a `CvT` with a head.
@@ -156,8 +157,8 @@ def grad_cam(model: keras.Model, images: Any, classes: Any = None, stage: int = 
         raise ArgumentError(f"`stage` must be from {-stages} to {stages - 1}. Received: stage={stage!r}", argument="stage")
     stage %= stages
     cut = next(i for i, layer in enumerate(layers) if layer.name == f"stage{stage}")
-    if stage == stages - 1 and network.variant.stages[stage].cls_token:
-        cut -= 1  # the stage's last block
+    if stage == stages - 1:
+        cut += -1 if network.variant.stages[stage].cls_token else 2  # the stage's last block, or the pooling
     for layer in layers[:cut]:
         x = _apply(layer, x)
     grid, *cls_token = _parts(x)

@@ -222,7 +222,8 @@ def most_wrong(images, logits, labels, names, maps=None):
     overlaid = maps is not None and len(worst) > 0
     figure = Figure(figsize=(columns * 1.6, rows * (3.6 if overlaid else 2) + 0.4), layout="constrained")
     title = "Most wrong test images: label, prediction" if len(worst) else "No test image is misclassified"
-    figure.suptitle(f"{title}. Below: Grad-CAM for the prediction" if overlaid else title, x=0.01, ha="left")
+    note = ". Below: what speaks for the prediction (Grad-CAM)" if overlaid else ""
+    figure.suptitle(title + note, x=0.01, ha="left")
     predicted = metrics.predictions(logits)
     probabilities = softmax(logits, axis=1)
     grid = figure.subplots(rows * (2 if overlaid else 1), columns, squeeze=False)
@@ -265,7 +266,7 @@ def explanation(image, maps, classes, probabilities, names):
     """
     columns = len(maps) + 1
     tall = image.shape[0] / image.shape[1]
-    figure = Figure(figsize=(columns * 2.2, 4.4 * min(max(tall, 0.4), 2.5) + 0.5), layout="constrained")
+    figure = Figure(figsize=(columns * 2 + 0.8, 4 * min(max(tall, 0.4), 2.5) + 0.4), layout="constrained")
     grid = figure.subplots(2, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -283,8 +284,7 @@ def explanation(image, maps, classes, probabilities, names):
         shown = below.imshow(
             values, cmap=COLOURS, vmin=0, vmax=top or 1, aspect=tall * values.shape[1] / values.shape[0], interpolation="nearest"
         )
-    bar = figure.colorbar(shown, ax=grid[1, 0], location="right", fraction=0.1, label="Grad-CAM")
-    bar.ax.yaxis.set_ticks_position("left")
+    figure.colorbar(shown, ax=grid, aspect=40, pad=0.01, label="Grad-CAM")
     return figure
 
 
