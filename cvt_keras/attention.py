@@ -1,7 +1,7 @@
 """What a network looks at: its attention maps, attention rollout, and Grad-CAM.
 
 All maps are NumPy arrays over grids of tokens. The functions call the layers one by one, in inference mode. They run on the
-TensorFlow and JAX backends, under every dtype policy, and add nothing to the model.
+TensorFlow and JAX backends, under mixed precision too, and add nothing to the model.
 """
 
 from __future__ import annotations
@@ -70,11 +70,8 @@ def attention_maps(model: keras.Model, images: Any) -> list[AttentionMap]:
         grid, *cls_token = _parts(x)
         keys = layer.attention.conv_k.compute_output_shape(grid.shape)
         x, weights = layer(grid, *cls_token, return_attention_scores=True)
-        maps.append(
-            AttentionMap(
-                stage, block, ops.convert_to_numpy(weights), tuple(grid.shape[1:3]), tuple(keys[1:3]), bool(cls_token)
-            )
-        )
+        weights = ops.convert_to_numpy(weights)
+        maps.append(AttentionMap(stage, block, weights, tuple(grid.shape[1:3]), tuple(keys[1:3]), bool(cls_token)))
         block += 1
     return maps
 
@@ -85,8 +82,8 @@ def rollout(maps: Sequence[AttentionMap]) -> np.ndarray:
     Each block passes half of a token's share to the token itself, by the shortcut, and half to the tokens that it attends to,
     averaged over the heads. Shares start at what the head reads: the cls token, or all tokens of the last stage equally.
 
-    CvT needs one more rule, as keys and stages have grids of their own: a token of a coarser grid passes its share evenly to the
-    area that it covers, when the coarser grid is stretched over the finer one. So uniform attention gives a uniform map, and
+    CvT needs one more rule, as keys and stages have grids of their own. A token of a coarser grid passes its share evenly to the
+    area that it covers when the coarser grid is stretched over the finer one. So uniform attention gives a uniform map, and
     whatever the map shows comes from attention. The rule ignores that convolutions also see the neighbours of that area.
 
     A stage's learned cls token is no part of the image: the share that stays on it is left out.
@@ -129,9 +126,9 @@ def grad_cam(model: keras.Model, images: Any, classes: Any = None, stage: int = 
     Each channel of the tokens is weighted by the mean gradient of the class's logit. The map is the weighted sum over the
     channels, negative values set to 0.
 
-    At the last stage the tokens are those after the norm, which the pooling reads. The mean of the weighted sum over the grid is
-    then the logit without its bias, divided by the number of tokens, as in CAM (Zhou et al., arXiv 1512.04150). If the last
-    stage has a cls token, the logits depend on its grid through that token only. So the tokens are the input of its last block.
+    At the last stage the tokens are those after the norm, which the pooling reads. Before negative values are set to 0, the map
+    then adds up to the logit without its bias, as in CAM (Zhou et al., arXiv 1512.04150). If the last stage has a cls token, the
+    logits depend on its grid through that token only. So the tokens are the input of its last block.
 
     Args:
         model: a classifier that `build_classifier` made, or a `CvT` with a head.
@@ -198,7 +195,8 @@ def _checked(model, images):
     images = ops.convert_to_tensor(images)
     expected = model.input_shape
     if len(images.shape) != 4 or not all(side in (None, size) for side, size in zip(expected, images.shape)):
-        raise ArgumentError(f"`images` must have the shape {expected}. Received: shape {tuple(images.shape)}", argument="images")
+        shape = tuple(images.shape)
+        raise ArgumentError(f"`images` must have the shape {expected}. Received: shape {shape}", argument="images")
     network = model if isinstance(model, CvT) else model.layers[-1]
     network.variant.grids(*images.shape[1:3])
     return ops.cast(images, "float32")
@@ -223,7 +221,7 @@ def _parts(x):
 
 
 def _spread(shares, grid):
-    """Spreads shares over a finer grid: `(B, h, w)` -> `(B, *grid)`. Each cell's share goes evenly to the area that it covers."""
+    """Spreads the share of each token evenly over the area that it covers in a finer grid: `(B, h, w)` -> `(B, *grid)`."""
     rows, columns = (_overlaps(n, length) for n, length in zip(shares.shape[1:], grid))
     return np.einsum("bhw,hy,wx->byx", shares, rows, columns)
 

@@ -192,12 +192,12 @@ def test_what_does_not_fit_is_refused(paper, monkeypatch):
     sequential = keras.Sequential([keras.Input((16, 16, 3)), keras.layers.Flatten()])
     for model, name in ((quantize(fixed), "QuantizedCvT"), (sequential, "Flatten"), (None, "NoneType")):
         for function in (attention_maps, grad_cam):
-            with pytest.raises(ArgumentError, match="`model`.*int8") as error:
+            with pytest.raises(ArgumentError, match=r"`model`.*int8") as error:
                 function(model, images)
             assert name in error.value.summary and error.value.argument == "model"
     headless = CvT(Variant(STAGES), 0, (16, 16, 3))
     assert len(attention_maps(headless, images)) == 3
-    with pytest.raises(ArgumentError, match="`model`.*num_classes=0"):
+    with pytest.raises(ArgumentError, match=r"`model`.*num_classes=0"):
         grad_cam(headless, images)
     for wrong in (images[0], images[..., :1], _images(1, 24, 16, 3)):
         with pytest.raises(ArgumentError, match="`images`"):
@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_refused(paper, monkeypatch):
 
 
 def _squares(n, seed):
-    """Noise with a green or blue square of 4x4 pixels somewhere, or with none. Images, labels, and row and column of the square."""
+    """Noise with a green or blue square of 4x4 pixels, or with none. Returns images, labels, and rows and columns of the squares."""
     random = np.random.default_rng(seed)
     images, labels = random.uniform(96, 160, (n, 16, 16, 3)).astype("float32"), random.integers(0, 3, n)
     places = 4 * random.integers(0, 4, (n, 2))

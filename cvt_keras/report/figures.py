@@ -281,9 +281,8 @@ def explanation(image, maps, classes, probabilities, names):
             fontfamily=names.families,
             parse_math=False,
         )
-        shown = below.imshow(
-            values, cmap=COLOURS, vmin=0, vmax=top or 1, aspect=tall * values.shape[1] / values.shape[0], interpolation="nearest"
-        )
+        cell = tall * values.shape[1] / values.shape[0]  # height over width
+        shown = below.imshow(values, cmap=COLOURS, vmin=0, vmax=top or 1, aspect=cell, interpolation="nearest")
     figure.colorbar(shown, ax=grid, aspect=40, pad=0.01, label="Grad-CAM")
     return figure
 
