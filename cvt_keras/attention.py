@@ -82,8 +82,8 @@ def rollout(maps: Sequence[AttentionMap]) -> np.ndarray:
     Each block passes half of a token's share to the token itself, by the shortcut, and half to the tokens that it attends to,
     averaged over the heads. Shares start at what the head reads: the cls token, or all tokens of the last stage equally.
 
-    CvT needs one more rule, as keys and stages have grids of their own. A token of a coarser grid passes its share evenly to the
-    area that it covers when the coarser grid is stretched over the finer one. So uniform attention gives a uniform map, and
+    CvT needs one more rule, as keys and stages have grids of their own. A token of a coarser grid passes its share evenly to
+    the area that it covers when the coarser grid is stretched over the finer one. So uniform attention gives a uniform map, and
     whatever the map shows comes from attention. The rule ignores that convolutions also see the neighbours of that area.
 
     A stage's learned cls token is no part of the image: the share that stays on it is left out.
@@ -127,8 +127,8 @@ def grad_cam(model: keras.Model, images: Any, classes: Any = None, stage: int = 
     channels, negative values set to 0.
 
     At the last stage the tokens are those after the norm, which the pooling reads. Before negative values are set to 0, the map
-    then adds up to the logit without its bias, as in CAM (Zhou et al., arXiv 1512.04150). If the last stage has a cls token, the
-    logits depend on its grid through that token only. So the tokens are the input of its last block.
+    then adds up to the logit without its bias, as in CAM (Zhou et al., arXiv 1512.04150). If the last stage has a cls token,
+    the logits depend on its grid through that token only. So the tokens are the input of its last block.
 
     Args:
         model: a classifier that `build_classifier` made, or a `CvT` with a head.

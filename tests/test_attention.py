@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_refused(paper, monkeypatch):
 
 
 def _squares(n, seed):
-    """Noise with a green or blue square of 4x4 pixels, or with none. Returns images, labels, and rows and columns of the squares."""
+    """Noise with a green or blue square of 4x4 pixels, or none. Returns images, labels, and rows and columns of the squares."""
     random = np.random.default_rng(seed)
     images, labels = random.uniform(96, 160, (n, 16, 16, 3)).astype("float32"), random.integers(0, 3, n)
     places = 4 * random.integers(0, 4, (n, 2))
