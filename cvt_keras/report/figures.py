@@ -35,7 +35,7 @@ CONFUSION = "confusion.png"
 CALIBRATION = "calibration.png"
 MOST_WRONG = "most_wrong.png"
 
-COLOURS = "inferno"  # of maps: brightness rises evenly, also for colour-blind readers
+MAP_COLOURS = "inferno"  # of maps: brightness rises evenly, also for colour-blind readers
 TRAINING, VALIDATION, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: safe for colour-blind readers
 WORST_IMAGES = 24
 MAX_TICK_LABELS = 40
@@ -282,7 +282,7 @@ def explanation(image, maps, classes, probabilities, names):
             parse_math=False,
         )
         cell = tall * values.shape[1] / values.shape[0]  # height over width
-        shown = below.imshow(values, cmap=COLOURS, vmin=0, vmax=top or 1, aspect=cell, interpolation="nearest")
+        shown = below.imshow(values, cmap=MAP_COLOURS, vmin=0, vmax=top or 1, aspect=cell, interpolation="nearest")
     figure.colorbar(shown, ax=grid, aspect=40, pad=0.01, label="Grad-CAM")
     return figure
 
@@ -302,7 +302,7 @@ def overlay(image, values, top):
     scaled = np.asarray(values, "float32") / (top or 1)
     stretched = np.asarray(Image.fromarray(scaled).resize((width, height), Image.Resampling.BILINEAR))
     grey = np.asarray(image, "float32").mean(axis=-1, keepdims=True) / 255
-    return (0.5 * grey + 0.5 * colormaps[COLOURS](stretched)[..., :3]).clip(0, 1)
+    return (0.5 * grey + 0.5 * colormaps[MAP_COLOURS](stretched)[..., :3]).clip(0, 1)
 
 
 # === Class names ===
