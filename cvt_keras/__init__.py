@@ -23,8 +23,8 @@ if TYPE_CHECKING:
         ResidualConv,
         Whitening,
     )
-    from cvt_keras.model import CvT, build_classifier, preprocessing_of
-    from cvt_keras.preprocessing import Preprocessing
+    from cvt_keras.model import CvT, build_classifier, calibration_of, preprocessing_of
+    from cvt_keras.preprocessing import Calibration, Preprocessing
     from cvt_keras.variants import VARIANTS, Stage, Variant, macs
 
 __version__ = "0.6.0"
@@ -33,6 +33,7 @@ __all__ = [
     "MLP",
     "VARIANTS",
     "AverageProjection",
+    "Calibration",
     "ConvAttention",
     "ConvProjection",
     "ConvStem",
@@ -47,6 +48,7 @@ __all__ = [
     "Variant",
     "Whitening",
     "build_classifier",
+    "calibration_of",
     "macs",
     "preprocessing_of",
 ]
@@ -59,8 +61,8 @@ if not TYPE_CHECKING:  # with `__getattr__` a type checker would accept any name
                 *("AverageProjection", "ConvAttention", "ConvProjection", "ConvStem", "ConvTokenEmbedding"),
                 *("CvTBlock", "DropPath", "MLP", "PixelNormalization", "ResidualConv", "Whitening"),
             ),
-            "model": ("CvT", "build_classifier", "preprocessing_of"),
-            "preprocessing": ("Preprocessing",),
+            "model": ("CvT", "build_classifier", "calibration_of", "preprocessing_of"),
+            "preprocessing": ("Calibration", "Preprocessing"),
             "variants": ("VARIANTS", "Stage", "Variant", "macs"),
         },
     )

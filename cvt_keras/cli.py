@@ -22,7 +22,7 @@ from cvt_keras.errors import RunError, UserError
 
 MOST_DETAILS = 10  # lines of an error's `details` that are printed
 # Arguments that are positional on the command line. Each other argument has a flag of its name.
-POSITIONAL = {"RECIPE", "run", "source", "out", "images"}
+POSITIONAL = {"RECIPE", "run", "runs", "source", "out", "images"}
 
 
 class Command(NamedTuple):
@@ -37,7 +37,8 @@ COMMANDS = {
     "prune": Command("cvt_keras.compression.__main__", "Prune a run: set its smallest weights to zero", ("prune",)),
     "cluster": Command("cvt_keras.compression.__main__", "Cluster a run: give each kernel a few distinct values", ("cluster",)),
     "qat": Command("cvt_keras.compression.__main__", "Train a run further for int8 (quantisation-aware training)", ("qat",)),
-    "export": Command("cvt_keras.export.__main__", "Export a run to SavedModel and TFLite, and verify each file"),
+    "compare": Command("cvt_keras.training.compare", "Compare runs: accuracy, curves, settings, exports"),
+    "export": Command("cvt_keras.export.__main__", "Export a run to SavedModel, TFLite and ONNX, and verify each file"),
     "convert": Command("cvt_keras.pretrained", "Convert published PyTorch weights to a .keras file"),
     "classify": Command("cvt_keras.export.serving.client", "Classify images with a TF Serving server"),
     "web": Command("cvt_keras.export.web.__main__", "Serve a web page that classifies images in the browser"),

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.preprocessing import Calibration, Preprocessing
 from cvt_keras.variants import ACTIVATIONS, ATTENTION_SCALES, NORMS, PROJECTION_KERNEL_SIZE, PROJECTIONS, pooled
 
 # As in the authors' code. Keras' defaults are 1e-3 and 0.99. Keras' momentum is 1 - PyTorch's.
@@ -125,13 +125,14 @@ def _activate(x, activation):
 
 @keras.saving.register_keras_serializable(package="cvt_keras")
 class PixelNormalization(layers.Normalization):
-    """Normalises raw pixels. It is the first layer of a classifier, and holds the classifier's `Preprocessing`.
+    """Normalises raw pixels. It is the first layer of a classifier, and holds its `Preprocessing` and its `Calibration`.
 
     It computes in float32 whatever the policy: bfloat16 has 8 bits of precision, and subtracting the mean would cancel most of
     them.
 
     Args:
         preprocessing: a `Preprocessing` with mean and std, or its config.
+        calibration: a `Calibration` or its config; `None` means one that changes nothing. The layer only stores it.
 
     Input shape: `(batch, height, width, channels)`, pixels in 0..255.
     Output shape: the same, `(pixel / 255 - mean) / std`.
@@ -140,8 +141,9 @@ class PixelNormalization(layers.Normalization):
         ValueError: if mean or std is missing.
     """
 
-    def __init__(self, preprocessing, **kwargs):
+    def __init__(self, preprocessing, calibration=None, **kwargs):
         self.preprocessing = Preprocessing.from_config(preprocessing)
+        self.calibration = Calibration.from_config(calibration)
         self.preprocessing.require_channels(len(self.preprocessing.mean or ()))
         super().__init__(
             mean=[255 * value for value in self.preprocessing.mean],
@@ -153,7 +155,7 @@ class PixelNormalization(layers.Normalization):
         config = super().get_config()
         for name in ("axis", "mean", "variance", "invert"):
             config.pop(name, None)
-        return {**config, "preprocessing": self.preprocessing.get_config()}
+        return {**config, "preprocessing": self.preprocessing.get_config(), "calibration": self.calibration.get_config()}
 
 
 @keras.saving.register_keras_serializable(package="cvt_keras")

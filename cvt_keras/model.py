@@ -23,7 +23,7 @@ from cvt_keras.layers import (
     linear_initializer,
     make_norm,
 )
-from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.preprocessing import Calibration, Preprocessing
 from cvt_keras.variants import Variant, get_variant, is_integer, to_dict
 
 
@@ -420,6 +420,34 @@ def preprocessing_of(model: keras.Model) -> Preprocessing:
     if preprocessing := checkpoints.preprocessing_in(model):
         return preprocessing
     raise ValueError(f"`model` must be a `CvT` or a classifier around one. Received: {type(model).__name__}")
+
+
+def calibration_of(model: keras.Model) -> Calibration:
+    """Returns the `Calibration` of a classifier; one that changes nothing if it has none, as in files of older versions."""
+    holder = _calibration_holder(model)
+    return Calibration() if holder is None else holder.calibration
+
+
+def set_calibration(model: keras.Model, calibration: Calibration) -> None:
+    """Stores a `Calibration` in a classifier, which then saves it. Its logits stay the same.
+
+    Args:
+        model: a classifier of raw pixels, quantised or not.
+        calibration: a `Calibration`.
+
+    Raises:
+        ValueError: if the model is no such classifier.
+    """
+    holder = _calibration_holder(model)
+    if holder is None:
+        raise ValueError(f"`model` must be a classifier of raw pixels around a `CvT`. Received: {type(model).__name__}")
+    holder.calibration = calibration
+
+
+def _calibration_holder(model):
+    """The layer that holds the `Calibration` of a classifier, or `None`: `PixelNormalization`, or a quantised network."""
+    parts = getattr(model, "layers", ())
+    return next((part for part in parts if isinstance(getattr(part, "calibration", None), Calibration)), None)
 
 
 def cvt_of(model: keras.Model) -> CvT:

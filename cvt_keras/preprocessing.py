@@ -1,10 +1,12 @@
-"""What a classifier needs to know about its images and classes, as data: no Keras is imported here."""
+"""What a classifier needs to know about its images, classes and probabilities, as data: no Keras is imported here."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
+
+import numpy as np
 
 RESIZES = ("stretch", "crop")
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -101,6 +103,53 @@ class Preprocessing:
             values = getattr(self, name)
             if values is None or len(values) != channels:
                 raise ValueError(f"`{name}` must have one number for each of {channels} channels. Received: {name}={values}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How to turn a classifier's logits into probabilities that match how often it is right.
+
+    Args:
+        temperature: probabilities are `softmax(logits / temperature)`; 1 leaves them as they are. The predicted class is the
+            same at every temperature (Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599, section 4.2).
+        threshold: an answer whose highest probability is below it is unsure; 0 means that none is.
+
+    Raises:
+        ValueError: for a value of the wrong type or range; the message names it.
+    """
+
+    temperature: float = 1.0
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "threshold"):
+            value = _plain(getattr(self, name))
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"`{name}` must be a number. Received: {name}={value!r}")
+            object.__setattr__(self, name, float(value))
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`temperature` must be positive and finite. Received: temperature={self.temperature}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"`threshold` must be between 0 and 1. Received: threshold={self.threshold}")
+
+    @classmethod
+    def from_config(cls, config: "Calibration | Mapping[str, Any] | None") -> "Calibration":
+        """Returns a `Calibration` from itself or the dict of `get_config`; from `None`, one that changes nothing."""
+        return config if isinstance(config, Calibration) else cls(**(config or {}))
+
+    def get_config(self) -> dict[str, float]:
+        """Returns the fields as JSON types, for `from_config`."""
+        return dataclasses.asdict(self)
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Returns `softmax(logits / temperature)`, float32, for logits `(..., classes)`."""
+        scaled = np.asarray(logits, "float64") / self.temperature
+        exponentials = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+        return (exponentials / exponentials.sum(axis=-1, keepdims=True)).astype("float32")
+
+    def unsure(self, probabilities: np.ndarray) -> np.ndarray:
+        """Returns which answers are unsure, bool `(...)`, for probabilities `(..., classes)`."""
+        return np.asarray(probabilities).max(axis=-1) < self.threshold
 
 
 def size_text(image_size: Sequence[int]) -> str:

@@ -17,6 +17,7 @@ except ImportError:  # Windows has none
 
 RECIPE = "recipe.json"
 IMAGES = "images.csv"
+PREDICTIONS = "predictions.csv"
 HISTORY = "history.csv"
 MODEL = "model.keras"
 REPORT = "report.json"
@@ -217,7 +218,7 @@ def _sync(path):
 
 def write_csv(path, rows):
     """Writes a list of dicts with the same keys atomically."""
-    with whole(path) as unfinished, open(unfinished, "w", newline="") as file:
+    with whole(path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, rows[0] if rows else ())
         table.writeheader()
         table.writerows(rows)

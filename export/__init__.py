@@ -1,4 +1,4 @@
-"""Exports: SavedModel and TFLite files, each verified in the runtime that its users run.
+"""Exports: SavedModel, TFLite and ONNX files, each verified in the runtime that its users run.
 
 Names are imported on first use: `export` needs TensorFlow, the serving client and the web page do not.
 """

@@ -12,15 +12,15 @@ from rich.table import Table
 
 from cvt_keras import cli, environment, runs
 
-from .verify import FORMATS, checked, summary
+from .verify import DEFAULT_FORMATS, FORMATS, checked, summary
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder."""
-    formats: tuple[Literal[FORMATS], ...] = FORMATS  # type: ignore[valid-type]  # a checker wants literal names
-    """Formats to write."""
+    formats: tuple[Literal[FORMATS], ...] = DEFAULT_FORMATS  # type: ignore[valid-type]  # a checker wants literal names
+    """Formats to write. onnx needs pip install tf2onnx onnxruntime."""
     data_dir: str | None = None
     """Folder of the run's data set, if it has moved."""
     verify_images: int | None = None
@@ -29,7 +29,7 @@ class Arguments:
 
 def parse(argv):
     """Parses the command line. Raises an `ArgumentError` for an invalid value."""
-    description = "Export a run to SavedModel and TFLite, and verify each file. Writes to RUN/export."
+    description = "Export a run to SavedModel, TFLite and ONNX, and verify each file. Writes to RUN/export."
     arguments = tyro.cli(Arguments, prog="cvt-keras export", description=description, args=argv)
     checked(arguments.formats, arguments.verify_images)
     return arguments

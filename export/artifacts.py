@@ -1,4 +1,4 @@
-"""Exports a run as SavedModel and TFLite files, and verifies each on the run's test images."""
+"""Exports a run as SavedModel, TFLite and ONNX files, and verifies each on the run's test images."""
 
 import dataclasses
 import sys
@@ -15,13 +15,13 @@ from cvt_keras import environment, runs, signals
 from cvt_keras.data import verified
 from cvt_keras.data.images import fit
 from cvt_keras.errors import DataError, ExportError, OutOfMemoryError, RunError, first_line
-from cvt_keras.model import preprocessing_of
+from cvt_keras.model import calibration_of, preprocessing_of
 from cvt_keras.quantized.model import float_form, quantized_cvt_of
 from cvt_keras.report import page
 from cvt_keras.training.recipes import read_recipe
 
-from . import saved_model, tflite
-from .verify import BOUNDS, FORMATS, LEAST_IMAGES, QUANTIZED, Artifact, batches, checked, summary, verify
+from . import onnx, saved_model, tflite
+from .verify import BOUNDS, DEFAULT_FORMATS, FORMATS, LEAST_IMAGES, QUANTIZED, Artifact, batches, checked, summary, verify
 
 IMAGES = "images.npy"
 FEW_IMAGES = 100  # with fewer, one image counts for more than a point of accuracy
@@ -29,18 +29,18 @@ FEW_IMAGES = 100  # with fewer, one image counts for more than a point of accura
 
 def export(
     run_dir: str | Path,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] = DEFAULT_FORMATS,
     data_dir: str | None = None,
     verify_images: int | None = None,
 ) -> list[Artifact]:
-    """Exports a run as SavedModel and TFLite files into `RUN/export/`, and adds their table to `report.html`.
+    """Exports a run as SavedModel, TFLite and ONNX files into `RUN/export/`, and adds their table to `report.html`.
 
     Verifies each file on the run's test images. For a run on a folder of images, images.csv lists them. A file that exceeds its
     bounds is in the report, but not in `RUN/export/`.
 
     Args:
         run_dir: the folder of a finished run.
-        formats: which of `FORMATS` to write.
+        formats: which of `FORMATS` to write. Defaults to all but `"onnx"`, which needs further packages.
         data_dir: the folder of the run's data set; `None` means the folder in its recipe.
         verify_images: verify on this many test images; `None` means all that the run was tested on.
 
@@ -49,6 +49,7 @@ def export(
 
     Raises:
         ArgumentError: if an argument is invalid, or the Keras backend is not TensorFlow.
+        MissingPackageError: for `"onnx"`, if tf2onnx or onnxruntime is not installed.
         RunError: if `run_dir` holds no finished run, is damaged, or is in use.
         DataError: if the images are missing, or none of the run's test images is among them.
         ExportError: if a file can't be written or run. Files that were verified before it are kept, and are in the report.
@@ -65,7 +66,7 @@ def export(
     source = images_of_run.source
     # A classifier of version 0.1 does not store the size.
     preprocessing = preprocessing_of(classifier).replace(image_size=classifier.input_shape[1:3])
-    class_names = preprocessing.class_names
+    calibration, class_names = calibration_of(classifier), preprocessing.class_names
     if class_names != tuple(source.class_names):
         raise RunError(
             f"{run_dir} was trained on other classes than {source.name} has",
@@ -81,10 +82,10 @@ def export(
     quantized = quantized_cvt_of(classifier) is not None
     # The float formats of a quantised network use its weights without the rounding.
     networks = {"int8": classifier, "float": float_form(classifier) if quantized else classifier}
-    calibration = None
+    int8_images = None
     if "int8" in formats and not quantized:  # a quantised network stores the ranges from its training
         drawn = _calibration_images(run_dir, source.train.limit(recipe.train_limit), len(class_names), recipe.seed)
-        calibration = np.concatenate(list(_resized(drawn, preprocessing)))
+        int8_images = np.concatenate(list(_resized(drawn, preprocessing)))
 
     folder = run_dir / runs.EXPORT
     folder.mkdir(exist_ok=True)
@@ -108,21 +109,25 @@ def export(
         with runs.whole(folder / tflite.LABELS) as temporary:
             temporary.write_text(tflite.labels_text(class_names), encoding="utf-8")
         for name in formats:
-            file, path = scratch / name, _place(folder, name)
+            path = _place(folder, name)
+            file = scratch / path.name
             form = _form(name, quantized)
             print(f"{name}: writing, then verifying on {len(images):,} images", flush=True)
             with signals.Held(f"TensorFlow's work on {name}"):
-                _write(networks[form], class_names, name, calibration, file)
+                _write(networks[form], class_names, name, int8_images, file)
             bounds = QUANTIZED if form == "int8" else BOUNDS[name]
             relative = path.relative_to(run_dir).as_posix()
-            artifact = verify(name, file, relative, scratch / IMAGES, test.labels, expected[form], bounds, frame)
+            artifact = verify(
+                *(name, file, relative, scratch / IMAGES, test.labels, expected[form]),
+                *(bounds, frame, calibration.temperature),
+            )
             artifacts.append(artifact)
             print(f"  {summary(artifact)}", flush=True)
             if artifact.passed:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 runs.place(file, path)
             # After each artifact, because the next may fail.
-            _report(folder, artifact, images_of_run, 0 if calibration is None else len(calibration))
+            _report(folder, artifact, images_of_run, calibration, 0 if int8_images is None else len(int8_images))
             page.write(run_dir)
     return artifacts
 
@@ -167,19 +172,21 @@ def _form(name, quantized):
     return "int8" if name == "int8" and quantized else "float"
 
 
-def _write(classifier, class_names, name, calibration, file):
+def _write(classifier, class_names, name, int8_images, file):
     try:
         if name == "saved_model":
             saved_model.write(classifier, class_names, file)
+        elif name == "onnx":
+            file.write_bytes(onnx.convert(classifier, class_names))
         else:
-            file.write_bytes(tflite.convert(classifier, class_names, name, calibration))
+            file.write_bytes(tflite.convert(classifier, class_names, name, int8_images))
     except (tf.errors.OpError, ConverterError) as error:  # OpError also means a full disk or memory
         raise ExportError(f"{name} can't be written: {first_line(error)}") from error
 
 
 def _probabilities(classifier, images):
     logits = [classifier.predict_on_batch(batch.astype("float32")) for batch in batches(images)]
-    return tf.nn.softmax(np.concatenate(logits)).numpy()
+    return calibration_of(classifier).probabilities(np.concatenate(logits))
 
 
 def _resized(images, preprocessing):
@@ -189,13 +196,15 @@ def _resized(images, preprocessing):
 
 
 def _place(folder, name):
+    if name == "onnx":
+        return folder / "onnx" / "model.onnx"
     if name != "saved_model":
         return folder / "tflite" / f"{name}.tflite"
     versions = [int(path.name) for path in (folder / name).glob("*") if path.name.isdecimal()]
     return folder / name / str(max(versions, default=0) + 1)
 
 
-def _report(folder, artifact, images_of_run, calibration_images):
+def _report(folder, artifact, images_of_run, calibration, calibration_images):
     """Adds an artifact's row to the report, or replaces it. Keeps the other rows, also those of earlier exports."""
     path = folder / runs.REPORT
     try:
@@ -210,6 +219,7 @@ def _report(folder, artifact, images_of_run, calibration_images):
         "data_note": images_of_run.source.note,
         "held_out": images_of_run.held_out,
         "held_out_note": " ".join(filter(None, (images_of_run.unverified, *images_of_run.notes))),
+        "calibration": calibration.get_config(),
         "versions": environment.versions(),
     }
     if artifact.name == "int8":

@@ -6,7 +6,7 @@ import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from cvt_keras.data.images import fit
-from cvt_keras.model import preprocessing_of
+from cvt_keras.model import calibration_of, preprocessing_of
 
 from .decoding import decode
 
@@ -18,11 +18,11 @@ def write(classifier, class_names, folder):
     """Writes a SavedModel.
 
     Signatures:
-        `serving_default(images)`: uint8 `(batch, height, width, 3)` -> `probabilities`, float32 `(batch, classes)`, and
-            `classes`, strings `(batch,)`.
+        `serving_default(images)`: uint8 `(batch, height, width, 3)` -> `probabilities`, float32 `(batch, classes)`, calibrated;
+            `classes`, strings `(batch,)`; and `unsure`, bool `(batch,)`.
         `serving_bytes(image_bytes)`: JPEG or PNG files, strings `(batch,)` -> the same. They are resized as the classifier's
             `Preprocessing` says. An image that can't be decoded as in training fails with INVALID_ARGUMENT; see `decoding`.
-        `logits(images)`: as `serving_default` -> `logits`, float32 `(batch, classes)`.
+        `logits(images)`: as `serving_default` -> `logits`, float32 `(batch, classes)`, not calibrated.
 
     `WARM_UP` holds requests for each signature, which a server replays before it accepts others.
 
@@ -33,14 +33,20 @@ def write(classifier, class_names, folder):
     """
     shape = classifier.input_shape[1:]
     names = tf.constant(list(class_names))
+    calibration = calibration_of(classifier)
     preprocessing = preprocessing_of(classifier).replace(image_size=shape[:2])  # classifiers of version 0.1 store no size
 
     def logits(images):
         return classifier(tf.cast(images, tf.float32), training=False)
 
     def answer(images):
-        probabilities = tf.nn.softmax(logits(images))
-        return {"probabilities": probabilities, "classes": tf.gather(names, tf.argmax(probabilities, axis=-1))}
+        values = logits(images)
+        probabilities = tf.nn.softmax(values / calibration.temperature)
+        return {
+            "probabilities": probabilities,
+            "classes": tf.gather(names, tf.argmax(values, axis=-1)),  # rounding might make probabilities equal
+            "unsure": tf.reduce_max(probabilities, axis=-1) < calibration.threshold,
+        }
 
     def decode_all(image_bytes):
         spec = tf.TensorSpec(shape, tf.uint8)

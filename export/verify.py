@@ -1,11 +1,13 @@
 """Verifies each artifact against the Keras model, on the same test images, in the runtime that its users run.
 
 An artifact runs in its own process, which creates no Keras object:
-python -m cvt_keras.export.verify ARTIFACT IMAGES.npy ANSWERS.npz [HEIGHT WIDTH]
+python -m cvt_keras.export.verify ARTIFACT IMAGES.npy ANSWERS.npz OPTIONS, where OPTIONS are those of `answer` as JSON.
 """
 
 import dataclasses
 import importlib.metadata
+import importlib.util
+import json
 import re
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from cvt_keras import environment, runs
-from cvt_keras.errors import ArgumentError, ExportError
+from cvt_keras.errors import ArgumentError, ExportError, MissingPackageError
 
 # Pixels per batch, 500 images of 32x32: the memory of attention grows with the image.
 BATCH_PIXELS = 512_000
@@ -54,9 +56,12 @@ BOUNDS = {
     # few hundredths apart.
     "dynamic_int8": Bounds(0.002, None, 0.1),
     "int8": Bounds(0.01, None, 0.25),
+    "onnx": Bounds(0.0, 1e-4),  # as `float32`
 }
 FORMATS = tuple(BOUNDS)  # the one list of what an export can write
-TFLITE_FORMATS = tuple(name for name in FORMATS if name != "saved_model")
+TFLITE_FORMATS = tuple(name for name in FORMATS if name not in ("saved_model", "onnx"))
+DEFAULT_FORMATS = ("saved_model", *TFLITE_FORMATS)
+ONNX_PACKAGES = ("onnx", "onnxruntime", "tf2onnx")  # only `onnx` needs them
 # For the int8 file of a quantised network, which rounds in Keras too. Kernels still round intermediate values differently:
 # by at most 0.10 on 10,000 images, without a loss of accuracy.
 QUANTIZED = Bounds(0.005, 0.2, 0.25)
@@ -73,7 +78,7 @@ class Artifact:
         top1: share of the images that it classifies correctly.
         agreement: share of the images that it classifies as the Keras model does.
         max_abs_diff: largest difference of a probability from the Keras model's.
-        reference_max_abs_diff: largest difference between the default and the reference kernels; `None` for a SavedModel.
+        reference_max_abs_diff: largest difference between the default and the reference kernels; `None` if there are none.
         milliseconds: median time per image, on one thread.
         images: number of test images.
         runtime: name and version of the runtime.
@@ -83,6 +88,7 @@ class Artifact:
         worst_image: index in the test split of the image with the largest difference; if a bound is broken, of that difference.
         device: the processor that it ran on.
         float_tensors: name -> reason, for each tensor that stays float in `int8`; empty for the other formats.
+        opset: the version of ONNX's operations in the file; `None` for the other formats.
     """
 
     name: str
@@ -101,6 +107,7 @@ class Artifact:
     worst_image: int
     device: str
     float_tensors: dict[str, str]
+    opset: int | None
 
 
 def summary(artifact):
@@ -117,6 +124,7 @@ def checked(formats, verify_images):
 
     Raises:
         ArgumentError: if a format is unknown, `formats` is empty, or `verify_images` is below 1.
+        MissingPackageError: for `onnx`, if one of `ONNX_PACKAGES` is not installed.
     """
     formats = [formats] if isinstance(formats, str) else list(formats)
     if not formats or set(formats) - set(FORMATS):
@@ -127,6 +135,13 @@ def checked(formats, verify_images):
         raise ArgumentError(
             f"`verify_images` must be at least 1. Received: verify_images={verify_images}", argument="verify_images"
         )
+    missing = [package for package in ONNX_PACKAGES if "onnx" in formats and importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingPackageError(
+            f"the format onnx needs {' and '.join(missing)}",
+            argument="formats",
+            hint="Install what is missing: pip install tf2onnx onnxruntime",
+        )
     return tuple(dict.fromkeys(formats))
 
 
@@ -136,18 +151,18 @@ def batches(images):
     return (np.asarray(images[i : i + n]) for i in range(0, len(images), n))
 
 
-def verify(name, file, path, images, labels, expected, bounds=None, frame=None):
+def verify(name, file, path, images, labels, expected, bounds=None, frame=None, temperature=1.0):
     """Runs an artifact and compares its probabilities with the Keras model's.
 
     Args:
         name: one of `FORMATS`.
-        file: the folder of a SavedModel, or a .tflite file.
+        file: the folder of a SavedModel, or a .tflite or .onnx file.
         path: its final path, relative to the run folder.
         images: a .npy file of uint8 `(n, height, width, 3)`.
         labels: int `(n,)`.
         expected: the Keras model's probabilities, float `(n, classes)`.
         bounds: `Bounds`; `None` means `BOUNDS[name]`.
-        frame: as in `answer`.
+        frame, temperature: as in `answer`.
 
     Returns:
         An `Artifact`.
@@ -157,7 +172,8 @@ def verify(name, file, path, images, labels, expected, bounds=None, frame=None):
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "answers.npz"
-        command = [sys.executable, "-m", "cvt_keras.export.verify", *map(str, (file, images, output, *(frame or ())))]
+        options = json.dumps({"frame": frame, "temperature": temperature})
+        command = [sys.executable, "-m", "cvt_keras.export.verify", *map(str, (file, images, output)), options]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ExportError(f"{name} does not run: {why_ended(done.returncode, done.stderr)}")
@@ -217,26 +233,31 @@ def compare(name, file, path, labels, expected, answers, bounds=None):
         passed=not broken,
         worst_image=int(differences[next((field for field in broken if field in differences), "max_abs_diff")].argmax()),
         float_tensors=dict(zip(answers["float_tensors"].tolist(), answers["float_reasons"].tolist())) if name == "int8" else {},
+        opset=int(answers["opset"]) if "opset" in answers else None,
     )
 
 
-def answer(file, images, frame=None):
+def answer(file, images, frame=None, temperature=1.0):
     """Runs an artifact.
 
     Args:
-        file: the folder of a SavedModel, or a .tflite file.
+        file: the folder of a SavedModel, or a .tflite or .onnx file.
         images: uint8 `(n, height, width, 3)`.
         frame: `(height, width)` of the files for `serving_bytes`, which have the images in their middle. For a network with
             `resize="crop"`, its `crop_from`: it then cuts out the images without resizing. `None` means the size of the images.
+        temperature: divides the logits of the signature `logits`, which are not calibrated.
 
     Returns:
-        A dict of `probabilities`, `(n, classes)`; `milliseconds`; `runtime`; and for a .tflite file `reference`, the
-        probabilities of the first `REFERENCE_IMAGES` by the reference kernels; `float_tensors` and `float_reasons`, strings.
+        A dict of `probabilities`, `(n, classes)`; `milliseconds`; `runtime`; for a .tflite file `reference`, the
+        probabilities of the first `REFERENCE_IMAGES` by the reference kernels, and `float_tensors` and `float_reasons`,
+        strings; for an .onnx file `opset`.
     """
-    return _saved_model(file, images, frame) if file.is_dir() else _tflite(file, images)
+    if file.is_dir():
+        return _saved_model(file, images, frame, temperature)
+    return (_onnx if file.suffix == ".onnx" else _tflite)(file, images)
 
 
-def _saved_model(folder, images, frame):
+def _saved_model(folder, images, frame, temperature):
     import tensorflow as tf
 
     # One thread, as for .tflite files. Must be set before TensorFlow starts.
@@ -259,7 +280,7 @@ def _saved_model(folder, images, frame):
         answers[:] = _farthest(
             answers,
             loaded.signatures["serving_bytes"](image_bytes=encoded)["probabilities"].numpy(),
-            tf.nn.softmax(loaded.signatures["logits"](images=tf.constant(batch))["logits"]).numpy(),
+            tf.nn.softmax(loaded.signatures["logits"](images=tf.constant(batch))["logits"] / temperature).numpy(),
         )
         done += len(batch)
     one = tf.constant(images[:1])
@@ -322,6 +343,32 @@ def _float_tensors(interpreter):
     }
 
 
+def _onnx(file, images):
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(batch):
+        return session.run(["probabilities"], {"images": batch})[0]
+
+    rows = []
+    with _progress(len(images), "onnx") as bar:
+        for batch in batches(images):
+            rows.append(run(batch))
+            bar.update(len(batch))
+    one = np.asarray(images[:1])
+    [opset] = [entry.version for entry in onnx.load(str(file)).opset_import if not entry.domain]
+    return {
+        "probabilities": np.concatenate(rows),
+        "milliseconds": _median_milliseconds(lambda: run(one)),
+        "runtime": f"ONNX Runtime {onnxruntime.__version__}",
+        "opset": opset,
+    }
+
+
 def _progress(n, description):
     """A progress bar, on a terminal only, that disappears when it is full."""
     from tqdm import tqdm  # imported here to keep --help fast
@@ -340,4 +387,4 @@ def _median_milliseconds(run):
 
 if __name__ == "__main__":
     artifact, images, output = map(Path, sys.argv[1:4])
-    np.savez(output, **answer(artifact, np.load(images, mmap_mode="r"), [int(side) for side in sys.argv[4:]]))
+    np.savez(output, **answer(artifact, np.load(images, mmap_mode="r"), **json.loads(sys.argv[4])))

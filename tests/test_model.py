@@ -10,9 +10,21 @@ from keras import ops
 from layer_battery import PRECISIONS
 
 import cvt_keras
-from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, build_classifier, macs, preprocessing_of
+from cvt_keras import (
+    VARIANTS,
+    Calibration,
+    CvT,
+    Preprocessing,
+    Stage,
+    Variant,
+    build_classifier,
+    calibration_of,
+    macs,
+    preprocessing_of,
+)
 from cvt_keras.conversion.layouts import microsoft_weights
 from cvt_keras.errors import ArgumentError, CheckpointError
+from cvt_keras.model import set_calibration
 from cvt_keras.pretrained import to_torch_state_dict
 
 TINY = VARIANTS["cvt_tiny"]
@@ -626,3 +638,17 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_modules_are_attributes_of_the_package():
     assert cvt_keras.layers.MLP is cvt_keras.MLP
     assert cvt_keras.variants.VARIANTS is cvt_keras.VARIANTS
+
+
+def test_a_classifier_saves_its_calibration(tmp_path):
+    classifier = build_classifier("cvt_tiny", num_classes=2)
+    assert calibration_of(classifier) == Calibration()
+    set_calibration(classifier, Calibration(1.5, 0.25))
+    classifier.save(tmp_path / "model.keras")
+    reloaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert calibration_of(reloaded) == Calibration(1.5, 0.25)
+    np.testing.assert_array_equal(reloaded(np.ones((1, 32, 32, 3))), classifier(np.ones((1, 32, 32, 3))))
+    network = CvT("cvt_tiny", 2, (32, 32, 3))
+    assert calibration_of(network) == Calibration()
+    with pytest.raises(ValueError, match="CvT"):
+        set_calibration(network, Calibration())

@@ -1,5 +1,7 @@
 """Run folders of version 0.1 can be loaded and resumed. tests/export exports them."""
 
+import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from cvt_keras import CvT, cli, preprocessing_of, runs
 from cvt_keras.errors import DifferentRunError
+from cvt_keras.report import predictions
 from cvt_keras.training import RECIPES, run
 
 ARCHIVES = Path(__file__).parent / "golden" / "old_runs"
@@ -45,6 +48,18 @@ def test_fine_tuning_can_start_from_a_model_of_version_0_1(old_run):
     assert (model.preprocessing.mean, model.preprocessing.std) == ((0.3057,) * 3, (0.3239,) * 3)  # those of its training images
     assert model.preprocessing.class_names is None
     assert model.output_shape == (None, 3)
+
+
+def test_a_run_of_version_0_1_is_compared_by_the_predictions_of_its_model(old_run, monkeypatch, capsys):
+    run_dir = old_run("plain")
+    monkeypatch.chdir(run_dir.parent)
+    shutil.copytree("plain", "later")
+    predictions.write("later", predictions.of(None, [0] * 64, [0] * 64, "0123456789"))
+    assert cli.main(["compare", "plain", "later", "--json"]) == 0
+    [test] = json.loads(capsys.readouterr().out)["mcnemar"]
+    assert test["reason"] == "the test images differ"  # their labels do
+    rows, report = predictions.read("plain"), runs.read_json(run_dir / runs.REPORT)
+    assert sum(row.label == row.prediction for row in rows) == round(report["test"]["top1"] * len(rows)) and len(rows) == 64
 
 
 def test_an_interrupted_run_of_version_0_1_ends_like_an_uninterrupted_one(old_run, capsys):

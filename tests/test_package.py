@@ -86,7 +86,9 @@ def test_every_requirement_has_a_pin():
     extras = PROJECT["project"]["optional-dependencies"]
     needed = {name: _names(extras[name]) for name in extras}
     pins = _names(_lines("requirements.txt"))
-    commands = _names(PROJECT["project"]["dependencies"]) | needed["train"] | needed["compress"] | needed["search"]
+    commands = (
+        _names(PROJECT["project"]["dependencies"]) | needed["train"] | needed["compress"] | needed["search"] | needed["onnx"]
+    )
     assert commands - {"numpy"} <= pins  # TensorFlow pins NumPy
     assert pins <= commands | needed["pretrained"]
     assert needed["dev"] | needed["jax"] == _names(_lines("requirements-dev.txt"))

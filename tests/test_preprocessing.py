@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import math
+import re
 
 import numpy as np
 import pytest
 
-from cvt_keras import Preprocessing
+from cvt_keras import Calibration, Preprocessing
 
 
 def test_it_is_frozen_and_compares_by_value():
@@ -96,3 +98,32 @@ def test_an_unknown_key_is_named_beside_the_known_ones():
 def test_statistics_of_missing_channels_are_refused(preprocessing):
     with pytest.raises(ValueError, match="3 channels"):
         preprocessing.require_channels(3)
+
+
+def test_a_calibration_divides_logits_and_marks_unsure_answers():
+    calibration = Calibration(2, np.float32(0.75))
+    assert calibration == Calibration.from_config(calibration.get_config()) == Calibration.from_config(calibration)
+    assert calibration.get_config() == {"temperature": 2.0, "threshold": 0.75}
+    assert Calibration.from_config(None) == Calibration(1.0, 0.0)
+    probabilities = calibration.probabilities(np.array([[2 * math.log(3), 0.0], [2000.0, 0.0], [0.0, 2.0]]))
+    np.testing.assert_allclose(probabilities[:, 0], [0.75, 1, 1 / (1 + math.e)], atol=1e-6)
+    assert probabilities.dtype == np.float32
+    assert list(calibration.unsure(np.array([[0.75, 0.25], [0.3, 0.7]]))) == [False, True]
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"temperature": 0}, "temperature=0.0"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": "1"}, "temperature='1'"),
+        ({"temperature": True}, "temperature=True"),
+        ({"threshold": -0.1}, "threshold=-0.1"),
+        ({"threshold": 1.1}, "threshold=1.1"),
+        ({"threshold": None}, "threshold=None"),
+    ],
+)
+def test_an_invalid_calibration_is_refused(fields, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        Calibration(**fields)

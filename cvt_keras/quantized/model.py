@@ -5,7 +5,7 @@ from keras import layers, ops
 
 from cvt_keras.layers import ConvStem, ConvTokenEmbedding, CvTBlock, ResidualConv, Whitening
 from cvt_keras.model import block_settings, cvt_of, embedding_settings, preprocessing_of
-from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.preprocessing import Calibration, Preprocessing
 from cvt_keras.quantized.layers import (
     PIXELS,
     QuantizedBlock,
@@ -30,6 +30,7 @@ class QuantizedCvT(keras.Model):
         num_classes: outputs of the head.
         input_shape: `(height, width, channels)` of the images.
         preprocessing: a `Preprocessing` or its dict. The first convolution holds its mean and std.
+        calibration: a `Calibration` or its dict, which is stored only.
         quantized: whether weights and activations are rounded. `False` is the same network in floats.
 
     Input shape: `(batch, height, width, channels)`, pixels in 0..255.
@@ -39,7 +40,17 @@ class QuantizedCvT(keras.Model):
         ValueError: for the projection `"avg"`.
     """
 
-    def __init__(self, variant, num_classes, input_shape, preprocessing=None, quantized=True, name="cvt", trainable=True):
+    def __init__(
+        self,
+        variant,
+        num_classes,
+        input_shape,
+        preprocessing=None,
+        calibration=None,
+        quantized=True,
+        name="cvt",
+        trainable=True,
+    ):
         variant = get_variant(variant)
         if any(stage.projection == "avg" for stage in variant.stages):
             raise ValueError("`projection` must be dw_bn or linear, as TFLite has no integer form of avg. Received: avg")
@@ -73,6 +84,7 @@ class QuantizedCvT(keras.Model):
         self.variant = variant
         self.num_classes = num_classes
         self.preprocessing = Preprocessing.from_config(preprocessing)
+        self.calibration = Calibration.from_config(calibration)
         self.quantized = quantized
 
     def get_config(self):
@@ -81,6 +93,7 @@ class QuantizedCvT(keras.Model):
             "num_classes": self.num_classes,
             "input_shape": list(self.input_shape[1:]),
             "preprocessing": self.preprocessing.get_config(),
+            "calibration": self.calibration.get_config(),
             "quantized": self.quantized,
             "name": self.name,
             "trainable": self.trainable,

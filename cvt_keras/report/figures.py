@@ -7,6 +7,7 @@ in a mail, and its figures can be copied.
 import collections
 import contextlib
 import functools
+import io
 import itertools
 import unicodedata
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ CALIBRATION = "calibration.png"
 MOST_WRONG = "most_wrong.png"
 
 MAP_COLOURS = "inferno"  # of maps: brightness rises evenly, also for colour-blind readers
+# Okabe and Ito's other colours come after these two. Yellow is left out: it is too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 TRAINING, VALIDATION, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: safe for colour-blind readers
 WORST_IMAGES = 24
 MAX_TICK_LABELS = 40
@@ -80,8 +83,15 @@ def save(figure, path, metadata=None):
         metadata: a dict of key -> text to store in the file, or `None`.
     """
     with runs.whole(path) as temporary_path:
-        FigureCanvasAgg(figure)
-        figure.savefig(temporary_path, format="png", dpi=144, metadata=metadata)
+        temporary_path.write_bytes(png(figure, metadata))
+
+
+def png(figure, metadata=None):
+    """The bytes of a `Figure` as .png. For `metadata` see `save`."""
+    FigureCanvasAgg(figure)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=144, metadata=metadata)
+    return file.getvalue()
 
 
 def is_numbered(path):
@@ -134,6 +144,46 @@ def curves(history, first_epoch=0):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         style(axes)
+    return figure
+
+
+def compared_curves(histories, kept_epochs, names):
+    """Plots validation accuracy, validation and training cross-entropy of several runs by epoch. Rings mark the kept epochs.
+
+    Args:
+        histories: a history per run, as `runs.read_history` returns it.
+        kept_epochs: the epoch per run, from 1, whose weights were kept, or `None` if it is unknown.
+        names: a name per run.
+
+    Returns:
+        A `Figure`.
+    """
+    labels = picture_names(names)
+    figure = Figure(figsize=(10, 3.9 + 0.2 * -(-len(names) // 3)), layout="constrained")
+    panels = {
+        "val_accuracy": "Accuracy, validation",
+        "val_cross_entropy": "Cross-entropy, validation, nats",
+        "cross_entropy": "Cross-entropy, training, nats",
+    }
+    for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items()):
+        lines = []
+        for i, (history, kept) in enumerate(zip(histories, kept_epochs)):
+            colour = COLOURS[i % len(COLOURS)]
+            dashes = ("-", "--", ":")[i // len(COLOURS) % 3]
+            epochs, values = [row["epoch"] for row in history], [row[key] for row in history]
+            lines += axes.plot(epochs, values, dashes, marker="o", color=colour, markersize=3)
+            if kept is not None and key != "cross_entropy":
+                axes.plot(kept, values[epochs.index(kept)], "o", color=colour, markersize=9, fillstyle="none")
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        style(axes)
+        if key == "val_accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+    texts = [text if labels.numbered else f"{number}: {text}" for number, text in enumerate(labels.texts, start=1)]
+    legend = figure.legend(lines, texts, loc="outside lower left", ncols=3, frameon=False, fontsize="small")
+    for text in legend.get_texts():
+        text.set(fontfamily=labels.families, parse_math=False)  # a name may contain a dollar sign
     return figure
 
 

@@ -1,14 +1,17 @@
 """The numbers of report.json, from logits and labels."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from cvt_keras.errors import DivergedError, MissingPackageError
+from cvt_keras.preprocessing import Calibration
 
 try:
     import sklearn.metrics
+    from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
 except ImportError as error:
     raise MissingPackageError(
@@ -16,6 +19,9 @@ except ImportError as error:
     ) from error
 
 CALIBRATION_BINS = 15  # Guo et al., arXiv 1706.04599
+FEW_IMAGES = 30  # the 95% interval of a top-1 of 90% on 30 images reaches from 74% to 97%
+TEMPERATURES = 0.05, 20.0  # the bounds of `fit_calibration`
+RESAMPLES = 200  # for the standard error of the calibration error
 ADVICE = "Train again in another --run-dir, at a lower --peak-learning-rate"
 
 
@@ -35,8 +41,8 @@ class Report:
         train_seconds: time in `fit`, including compilation and validation.
         train_images_per_second: throughput in the median epoch, without validation.
         validation, test: the dicts that `evaluate` returns. `test` is `None` if the test split was not evaluated. Files of
-            older versions lack `macro_f1` and `balanced_accuracy`.
-        per_class, confusion: metrics of the test split, or `None`.
+            older versions lack `macro_f1`, `balanced_accuracy` and `top1_interval`.
+        per_class, confusion: metrics of the test split, or `None`. Files of older versions lack `top1_interval` of a class.
         device: name of the device that the run trained on.
         versions: package -> version.
         compression: measurements of a compressed network, or `None`.
@@ -47,6 +53,8 @@ class Report:
         kept_epoch: the epoch, from 1, whose weights were kept. `None` in files of older versions.
         test_images: size of the test split, evaluated or not. `None` in files of older versions.
         train_images_per_class: in the order of `class_names`. Empty in files of older versions.
+        calibration: what `calibration_report` returns, on the test split, or on the validation split if the test split was not
+            evaluated. `None` in files of older versions.
     """
 
     dataset: str
@@ -77,6 +85,7 @@ class Report:
     kept_epoch: int | None = None
     test_images: int | None = None
     train_images_per_class: list[int] = field(default_factory=list)
+    calibration: dict | None = None
 
 
 def best_epoch(history, first_epoch=0):
@@ -109,6 +118,7 @@ def evaluate(logits, labels):
         A dict:
         - `top1`, `top5`: fractions of 1. Among equal logits the class with the lowest index comes first, as in `argmax`. `top5`
           is `None` for fewer than 6 classes.
+        - `top1_interval`: the 95% confidence interval of `top1`, as `wilson` returns it.
         - `macro_f1`, `balanced_accuracy`: F1 and recall, averaged over the classes that have images. Rare classes count as
           much as common ones.
         - `loss`: cross-entropy in nats, without label smoothing or class weights.
@@ -124,8 +134,10 @@ def evaluate(logits, labels):
     _, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
         labels, predicted, labels=np.unique(labels), average="macro", zero_division=0
     )
+    top1 = float(np.mean(predicted == labels))
     return {
-        "top1": float(np.mean(predicted == labels)),
+        "top1": top1,
+        "top1_interval": wilson(top1, len(labels)),
         "top5": _top5(logits, labels) if logits.shape[1] > 5 else None,
         "macro_f1": float(f1),
         "balanced_accuracy": float(recall),
@@ -139,8 +151,9 @@ def per_class(logits, labels, class_names):
     """Computes the metrics of each class.
 
     Returns:
-        A dict per class: `name`, `top1` (its recall), `precision`, `f1` and `images`. A metric that is 0 / 0 is `None`: `top1`
-        of a class without images, `precision` of a class that is never predicted, `f1` of a class with neither.
+        A dict per class: `name`, `top1` (its recall), `top1_interval` (see `wilson`), `precision`, `f1` and `images`. A metric
+        that is 0 / 0 is `None`: `top1` and its interval of a class without images, `precision` of a class that is never
+        predicted, `f1` of a class with neither.
     """
     precision, recall, f1, images = sklearn.metrics.precision_recall_fscore_support(
         labels, predictions(logits), labels=range(len(class_names)), zero_division=np.nan
@@ -150,10 +163,30 @@ def per_class(logits, labels, class_names):
         {
             "name": name,
             **{key: None if np.isnan(share) else float(share) for key, share in zip(("top1", "precision", "f1"), row)},
+            "top1_interval": wilson(float(row[0]), int(count)) if count else None,
             "images": int(count),
         }
         for name, row, count in zip(class_names, shares, images)
     ]
+
+
+def wilson(share, images):
+    """The 95% confidence interval of a share by Wilson's score, without continuity correction (Wilson, 1927).
+
+    Unlike the usual `share +- 1.96 * sqrt(share * (1 - share) / images)`, it is sound for few images and for shares near 0 or 1
+    (Brown, Cai and DasGupta, "Interval Estimation for a Binomial Proportion", 2001).
+
+    Args:
+        share: the observed share, in 0..1.
+        images: the number of images, at least 1.
+
+    Returns:
+        A list of its ends, in 0..1.
+    """
+    z2 = 1.959964**2 / images  # of the normal distribution, squared
+    centre = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(z2 * share * (1 - share) + z2 * z2 / 4) / (1 + z2)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
 def confusion(logits, labels, num_classes):
@@ -184,8 +217,16 @@ def reliability(logits, labels):
     Returns:
         Three arrays `(CALIBRATION_BINS,)`: mean confidence and accuracy per bin (NaN if it is empty), and number of images.
     """
-    correct = predictions(logits) == labels
+    return _binned(*_confidence(logits, labels))
+
+
+def _confidence(logits, labels):
+    """The probability of the predicted class, and whether it is right: two arrays `(n,)`."""
     confidence = np.exp(log_softmax(np.asarray(logits, np.float64), axis=1).max(axis=1))
+    return confidence, predictions(logits) == labels
+
+
+def _binned(confidence, correct):
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     images = np.bincount(bins, minlength=CALIBRATION_BINS)
     filled = np.where(images, images, np.nan)
@@ -196,6 +237,78 @@ def reliability(logits, labels):
 def calibration_error(confidence, accuracy, images):
     """The expected calibration error: |accuracy - confidence| of the bins of `reliability`, averaged over images."""
     return float(np.nansum(images * np.abs(accuracy - confidence)) / images.sum())
+
+
+def fit_calibration(logits, labels, keep):
+    """Fits a `Calibration` to validation images.
+
+    The temperature has the lowest cross-entropy. Labels are smoothed by 1 / (n + 2), as in Platt scaling, so that a few images
+    that are all right do not lead to endless confidence.
+
+    Args:
+        logits: float `(n, classes)`.
+        labels: int `(n,)`.
+        keep: the share of right answers that stay sure, more than 0 and at most 1.
+    """
+    logits = np.asarray(logits, np.float64)
+    right = predictions(logits) == labels
+    smoothing = 1 / (len(labels) + 2)
+
+    def cross_entropy(log_temperature):
+        logs = log_softmax(logits / np.exp(log_temperature), axis=1)
+        return -(1 - smoothing) * logs[np.arange(len(labels)), labels].mean() - smoothing * logs.mean()
+
+    fitted = minimize_scalar(cross_entropy, bounds=np.log(TEMPERATURES), method="bounded")
+    calibration = Calibration(float(np.exp(fitted.x)))
+    confidence = calibration.probabilities(logits).max(axis=1)
+    # The largest threshold that keeps so many: of 20 right answers and 0.95, the second lowest confidence.
+    sure = np.quantile(confidence[right], 1 - keep, method="lower") if right.any() else 0.0
+    return dataclasses.replace(calibration, threshold=float(sure))
+
+
+def calibration_report(logits, labels, fitted, keep, split):
+    """Measures what a `Calibration` does to the answers for images.
+
+    Args:
+        logits, labels: as in `evaluate`.
+        fitted: the `Calibration`.
+        keep: as in `fit_calibration`.
+        split: `"test"` or `"validation"`, the split of the images.
+
+    Returns:
+        A dict:
+        - `temperature`, `threshold`, `keep`, `split`: as given.
+        - `ece_before`, `ece`: the expected calibration error of the logits, and after calibration.
+        - `ece_before_error`, `ece_error`: their standard errors, from `RESAMPLES` bootstrap samples of the images.
+        - `loss_before`, `loss`: cross-entropy in nats.
+        - `sure`: the share of answers that are sure; `sure_of_right` and `sure_of_wrong`: of the right and of the wrong ones,
+          `None` without any.
+    """
+    scaled = np.asarray(logits, np.float64) / fitted.temperature
+    sure = ~fitted.unsure(fitted.probabilities(logits))
+    right = predictions(logits) == labels
+    return {
+        **fitted.get_config(),
+        "keep": keep,
+        "split": split,
+        **_error_and_loss(logits, labels, "_before"),
+        **_error_and_loss(scaled, labels, ""),
+        "sure": float(sure.mean()),
+        "sure_of_right": float(sure[right].mean()) if right.any() else None,
+        "sure_of_wrong": float(sure[~right].mean()) if not right.all() else None,
+    }
+
+
+def _error_and_loss(logits, labels, suffix):
+    confidence, correct = _confidence(logits, labels)
+    random = np.random.default_rng(0)
+    samples = (random.integers(len(labels), size=len(labels)) for _ in range(RESAMPLES))
+    errors = [calibration_error(*_binned(confidence[sample], correct[sample])) for sample in samples]
+    return {
+        f"ece{suffix}": calibration_error(*_binned(confidence, correct)),
+        f"ece{suffix}_error": float(np.std(errors)),
+        f"loss{suffix}": float(np.mean(_losses(logits, labels))),
+    }
 
 
 def _require_distinct(logits):

@@ -33,12 +33,13 @@ def write(run_dir):
         TEMPLATES / "run.html",
         run_dir / runs.PAGE,
         report=report,
-        compression=_compression(report),
+        compression=compression(report),
         history=[{name: _rounded(name, value) for name, value in row.items()} for row in history],
-        kept_epoch=_kept_epoch(report, history),
+        kept_epoch=kept_epoch(report, history),
         epochs=_epochs(report),
         export=runs.read_json(export) if export.exists() else {"artifacts": []},
         classes=_classes(report),
+        few_images=metrics.FEW_IMAGES,
         pictures={stem: picture(run_dir, path.name) for stem, path in plots.items()},
         numbered={stem for stem, path in plots.items() if path.exists() and figures.is_numbered(path)},
     )
@@ -59,7 +60,7 @@ def render(template, path, **values):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "duration": _duration, "plain": _plain}
+    environment.filters |= {"percent": _percent, "interval": interval, "duration": _duration, "plain": plain}
     text = environment.get_template(template.name).render(values)
     with runs.whole(path) as temporary_path:
         temporary_path.write_text(text, encoding="utf-8")
@@ -68,10 +69,15 @@ def render(template, path, **values):
 def picture(folder, name):
     """A figure of a run or a search as a data URI; empty if the file is missing."""
     path = folder / runs.PLOTS / name
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path.exists() else ""
+    return data_uri(path.read_bytes()) if path.exists() else ""
 
 
-def _compression(report):
+def data_uri(png):
+    """The bytes of a .png as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def compression(report):
     """The compression steps as text; empty for an uncompressed network."""
     settings = report["recipe"].get("compression")
     methods, steps = [], []
@@ -92,7 +98,7 @@ def _compression(report):
     return text
 
 
-def _kept_epoch(report, history):
+def kept_epoch(report, history):
     """The epoch whose weights were kept, from 1, or `None` if it is unknown: an older run may not have stored it."""
     if report.get("kept_epoch") is not None:
         return report["kept_epoch"]
@@ -140,10 +146,18 @@ def _percent(share, decimals=1):
     return "n/a" if share is None else f"{share:.{decimals}%}"
 
 
+def interval(scores):
+    """The 95% confidence interval of the `top1` of `scores`, as text. Computed, as reports of older versions lack it."""
+    if scores.get("top1") is None:
+        return "n/a"
+    low, high = metrics.wilson(scores["top1"], scores["images"])
+    return f"{low:.1%} to {high:.1%}"
+
+
 def _duration(seconds):
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.1f} s"
 
 
-def _plain(value):
+def plain(value):
     """A JSON value as text, strings without quotes."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -24,13 +24,16 @@ def parse(argv):
 def main(argv):
     name, arguments = parse(argv)
     environment.start()
+    from cvt_keras.report import metrics
     from cvt_keras.training.loop import run
 
     with cli.resumable("train", argv):
         result = run(arguments.recipe, arguments.run_dir, resume=arguments.resume, name=name)
     split = "test" if result.report.test else "validation"  # a run from Python may have left the test images untouched
     scores = getattr(result.report, split)
-    print(f"{scores['top1']:.2%} top-1 on {scores['images']:,} {split} images; the run is in {result.run_dir}")
+    low, high = metrics.wilson(scores["top1"], scores["images"])  # the report of an older version lacks it
+    interval = f"95% interval: {low:.2%} to {high:.2%}"
+    print(f"{scores['top1']:.2%} top-1 ({interval}) on {scores['images']:,} {split} images; the run is in {result.run_dir}")
 
 
 if __name__ == "__main__":

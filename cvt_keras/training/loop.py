@@ -12,9 +12,9 @@ import tensorflow as tf
 from cvt_keras import attention, environment, runs
 from cvt_keras.data.pipeline import evaluation_batches, training_batches
 from cvt_keras.errors import ArgumentError, OutOfMemoryError, RecipeError
-from cvt_keras.model import build_classifier
+from cvt_keras.model import build_classifier, set_calibration
 from cvt_keras.preprocessing import size_text
-from cvt_keras.report import figures, metrics, page
+from cvt_keras.report import figures, metrics, page, predictions
 from cvt_keras.training.callbacks import (
     CLASS_WEIGHTS,
     BestWeights,
@@ -258,7 +258,10 @@ def finish(plan, best, history):
     classifier.set_weights(best.weights)
     compression = plan.compressor.check(classifier)
     # Before the model is written, as this raises for a model whose outputs are NaN or the same for every class.
-    validation = metrics.evaluate(_logits(classifier, plan.validation, plan), plan.validation.labels)
+    logits, labels = _logits(classifier, plan.validation, plan), plan.validation.labels
+    validation = metrics.evaluate(logits, labels)
+    calibration = metrics.fit_calibration(logits, labels, recipe.keep)
+    set_calibration(classifier, calibration)
     tested = {"test": None, "per_class": None, "confusion": None}
     shown = {}
     if plan.test is not None:
@@ -272,6 +275,9 @@ def finish(plan, best, history):
         shown["maps"] = _maps(classifier, plan, logits)
     with runs.whole(run_dir / runs.MODEL) as unfinished:
         classifier.save(unfinished)
+    if plan.test is not None:
+        answers = predictions.of(plan.test.digests, labels, metrics.predictions(logits), plan.source.class_names)
+        predictions.write(run_dir, answers)
     report = metrics.Report(
         dataset=plan.source.name,
         data_note=". ".join(filter(None, (plan.source.note, plan.source.fallback))),
@@ -289,6 +295,9 @@ def finish(plan, best, history):
         validation=validation,
         **tested,
         compression=compression,
+        calibration=metrics.calibration_report(
+            logits, labels, calibration, recipe.keep, "validation" if plan.test is None else "test"
+        ),
         data_warnings=list(plan.warnings),
         left_out=plan.source.left_out,
         class_weights=plan.class_weights and dict(zip(plan.source.class_names, plan.class_weights)),

@@ -164,6 +164,11 @@ class Recipe:
     """Decay of the moving average of the weights; 0 is off. The average is validated and saved.
     Batch norm statistics are not averaged."""
 
+    # === Answers ===
+    keep: float = 0.95
+    """The share of right answers that stay sure. An answer is unsure if its probability is below a threshold: the highest one
+    that keeps this share of the right answers for validation images."""
+
     # === Machine ===
     seed: int = 0
     """Seed for the initial weights, data order, augmentation and stochastic depth."""
@@ -221,6 +226,8 @@ class Recipe:
                 raise RecipeError(
                     f"`{name}` must be at least 0 and less than 1. Received: {name}={getattr(self, name)}", argument=name
                 )
+        if not 0 < self.keep <= 1:
+            raise RecipeError(f"`keep` must be greater than 0 and at most 1. Received: keep={self.keep}", argument="keep")
         if not 0 < self.layer_decay <= 1:
             raise RecipeError(
                 f"`layer_decay` must be greater than 0 and at most 1. Received: layer_decay={self.layer_decay}",

@@ -78,11 +78,14 @@ class Answer:
 
     Args:
         name: the most probable class.
-        probabilities: one per class, in the order of the export's labels.txt.
+        probabilities: one per class, in the order of the export's labels.txt; calibrated on validation images.
+        unsure: whether the highest probability is below the threshold that training chose. `False` from exports of version 0.6
+            and older.
     """
 
     name: str
     probabilities: list[float]
+    unsure: bool = False
 
 
 class Client:
@@ -408,7 +411,9 @@ class _Grpc:
             # Which of the two is filled depends on a flag of the server.
             flat = list(flat.float_val) or array.array("f", flat.tensor_content).tolist()
             width = len(flat) // len(images)
-            return _answers(names, [flat[i * width : (i + 1) * width] for i in range(len(images))], images)
+            unsure = outputs["unsure"]  # empty from an export of an older version
+            unsure = list(unsure.bool_val) or list(map(bool, unsure.tensor_content))
+            return _answers(names, [flat[i * width : (i + 1) * width] for i in range(len(images))], unsure, images)
 
     def versions(self):
         request = self.messages[1].GetModelStatusRequest()
@@ -440,7 +445,8 @@ class _Rest:
         body = json.dumps({"signature_name": SIGNATURE, "instances": instances})
         rows = self._call("POST", f"{self.path}:predict", lambda answer: answer["predictions"], body)
         with _read(*OTHER_MODEL):
-            return _answers([row["classes"] for row in rows], [row["probabilities"] for row in rows], images)
+            unsure = [row["unsure"] for row in rows if "unsure" in row]
+            return _answers([row["classes"] for row in rows], [row["probabilities"] for row in rows], unsure, images)
 
     def versions(self):
         def available(answer):
@@ -509,10 +515,11 @@ class _Socket(socket.socket):
         self.settimeout(seconds)
 
 
-def _answers(names, rows, images):
-    if not len(names) == len(rows) == len(images) or not all(rows):
+def _answers(names, rows, unsure, images):
+    unsure = unsure or [False] * len(images)
+    if not len(names) == len(rows) == len(unsure) == len(images) or not all(rows):
         raise ValueError(f"{len(images)} images, {len(names)} names")  # which `_read` turns into a `_Failure`
-    return [Answer(name, row) for name, row in zip(names, rows)]
+    return [Answer(*answer) for answer in zip(names, rows, unsure)]
 
 
 # === Command line ===
@@ -607,7 +614,7 @@ def _batches(files, size):
 
 
 def _line(file, answer, top, labels):
-    """Formats an answer: file, class, probability, next class, and so on, separated by tabs."""
+    """Formats an answer: file, class, probability, next class, and so on, then `unsure` if it is, separated by tabs."""
     probabilities = answer.probabilities
     order = sorted(range(len(probabilities)), key=lambda index: -probabilities[index])
     if labels and (len(labels) != len(probabilities) or labels[order[0]] != answer.name):
@@ -617,7 +624,7 @@ def _line(file, answer, top, labels):
         )
     names = labels or {index: str(index) for index in order} | {order[0]: answer.name}
     columns = ((_escaped(names[index]), f"{probabilities[index]:.4f}") for index in order[:top])
-    return "\t".join([_escaped(file), *(field for pair in columns for field in pair)])
+    return "\t".join([_escaped(file), *(field for pair in columns for field in pair), *(["unsure"] if answer.unsure else [])])
 
 
 def _escaped(name):

@@ -20,6 +20,7 @@ const status = (text) => ($("status").textContent = text);
 
 let labels = [];
 let resizing = {}; // of the run: resize, crop_pct, interpolation
+let threshold = 0; // an answer is unsure if its highest probability is below it
 let network = null;
 const results = new Set(); // of {pixels, card, name, label}
 
@@ -99,6 +100,9 @@ async function runNetwork(result) {
   verdict.hidden = !labels.includes(label); // the data set may have renamed the class since the training
   verdict.textContent = top === label ? "✓ correct" : `✗ wrong: the label is ${label}`;
   verdict.classList.toggle("wrong", top !== label);
+  const unsure = card.querySelector(".unsure");
+  unsure.hidden = !(probabilities[order[0]] < threshold);
+  unsure.textContent = `Unsure: the probability is below ${percent(threshold)}`;
   card.querySelector("ol").replaceChildren(
     ...order.slice(0, labels.length > ALL_CLASSES ? TOP_CLASSES : ALL_CLASSES).map((label) => {
       const bar = copy("bar");
@@ -110,7 +114,7 @@ async function runNetwork(result) {
     }),
   );
   card.querySelector(".time").textContent = `${median.toFixed(2)} ms with ${network.name} (median of ${RUNS} runs)`;
-  status(`${result.name}: ${top}, ${percent(probabilities[order[0]])}`);
+  status(`${result.name}: ${top}, ${percent(probabilities[order[0]])}${unsure.hidden ? "" : ", unsure"}`);
 }
 
 /** Returns a card with both pictures and no classes yet. */
@@ -250,7 +254,7 @@ async function showSamples() {
 status("Loading …"); // not in the HTML, where it would stay if JavaScript is off
 enqueue(async () => {
   const run = await readJson("run.json");
-  ({ labels, resizing } = run);
+  ({ labels, resizing, threshold } = run);
   run.artifacts.forEach(addModelChoice);
   const [first] = run.artifacts;
   $(first.name).checked = true;

@@ -13,6 +13,7 @@ from ..verify import TFLITE_FORMATS
 WEB = Path(__file__).parent
 HOST = "127.0.0.1"
 LABELS = "export/labels.txt"
+REPORT = "export/report.json"
 
 PAGE = ("index.html", "style.css", "icon.svg", "app.js", "files.js", "formats.js", "network.js", "pixels.js")
 PACKAGES = "node_modules/@litertjs"
@@ -79,6 +80,7 @@ class Server(ThreadingHTTPServer):
             return _file(WEB / (path[1:] or "index.html"))
         if path == "/run.json":
             run = {"labels": self.labels(), "artifacts": artifacts(self.run_dir), "resizing": self.resizing}
+            run["threshold"] = self.threshold()
             return json.dumps(run).encode(), TYPES["json"]
         if path in (f"/{kind}.tflite" for kind in TFLITE_FORMATS):
             return _file(self.run_dir / "export" / "tflite" / path[1:])
@@ -92,6 +94,13 @@ class Server(ThreadingHTTPServer):
 
     def labels(self):
         return (self.run_dir / LABELS).read_text(encoding="utf-8").split("\n")[:-1]
+
+    def threshold(self):
+        """The probability below which an answer is unsure; 0 for an export of an older version."""
+        try:
+            return float(json.loads((self.run_dir / REPORT).read_text())["calibration"]["threshold"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return 0.0
 
     def handle_error(self, request, client_address):
         """Prints nothing when a browser closes the connection."""

@@ -43,7 +43,7 @@ def trained(request, cifar10_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exported(request, trained, tmp_path_factory):
-    """A copy of the run, exported in every format. Not to be written to."""
+    """A copy of the run, exported in every default format. Not to be written to."""
     with _made_once(request, tmp_path_factory, "exported") as (run_dir, missing):
         if missing:
             shutil.copytree(trained, run_dir)

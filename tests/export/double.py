@@ -202,7 +202,8 @@ class _Prediction(prediction_service_pb2_grpc.PredictionServiceServicer):
             elif self.double.tensor_content:
                 tensor.tensor_content = value.tobytes()
             else:
-                tensor.float_val.extend(value.ravel().tolist())
+                values = tensor.bool_val if value.dtype == bool else tensor.float_val
+                values.extend(value.ravel().tolist())
         return response
 
 

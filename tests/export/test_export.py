@@ -20,7 +20,7 @@ from cvt_keras.data import sources
 from cvt_keras.data.images import fit
 from cvt_keras.errors import ArgumentError, BusyError, DataError, ExportError, NoRunError, RunError
 from cvt_keras.export import artifacts, export, verify
-from cvt_keras.export.verify import BOUNDS, Artifact
+from cvt_keras.export.verify import BOUNDS, DEFAULT_FORMATS, Artifact
 
 ROOT = Path(__file__).parent.parent.parent
 OLD_RUNS = ROOT / "tests" / "golden" / "old_runs"
@@ -59,10 +59,10 @@ def _save_another_network(run_dir):
     keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten()]).save(run_dir / "model.keras")
 
 
-def test_every_format_is_exported_and_reported(exported):
+def test_every_default_format_is_exported_and_reported(exported):
     folder = exported / "export"
     report = json.loads((folder / "report.json").read_text())
-    assert [row["name"] for row in report["artifacts"]] == list(BOUNDS)
+    assert [row["name"] for row in report["artifacts"]] == list(DEFAULT_FORMATS)
     fields = {field.name for field in dataclasses.fields(Artifact)}
     for row in report["artifacts"]:
         assert set(row) == fields
@@ -118,7 +118,7 @@ def test_a_run_of_version_0_1_is_exported_outside_the_checkout(name, tmp_path, m
     report = json.loads((tmp_path / name / "export" / "report.json").read_text())
     assert report["artifacts"] == [dataclasses.asdict(artifact)]
     assert set(report) == {
-        *("artifacts", "calibration_images", "data_note", "dataset", "held_out", "held_out_note", "versions"),
+        *("artifacts", "calibration", "calibration_images", "data_note", "dataset", "held_out", "held_out_note", "versions"),
     }
     assert (report["held_out"], report["held_out_note"]) == ("verified", "")  # a set with fixed splits
     assert (report["dataset"], report["calibration_images"]) == ("digits", 0 if name == "qat" else 99)  # of 128
@@ -132,7 +132,7 @@ def test_a_second_export_adds_a_version_and_keeps_the_other_rows(exported, tmp_p
     assert cli.main(["export", str(run_dir), "--formats", "saved_model", "--verify-images", "20"]) == 0
     assert sorted(path.name for path in (run_dir / "export" / "saved_model").iterdir()) == ["1", "2"]
     rows = json.loads((run_dir / "export" / "report.json").read_text())["artifacts"]
-    assert [row["name"] for row in rows] == list(BOUNDS)
+    assert [row["name"] for row in rows] == list(DEFAULT_FORMATS)
     assert [row["images"] for row in rows] == [20, 256, 256, 256, 256]
     assert rows[0]["path"] == "export/saved_model/2"
 
@@ -178,7 +178,7 @@ def test_a_file_that_exceeds_its_bounds_fails_and_is_not_written(trained, tmp_pa
         (lambda run_dir: (run_dir / "recipe.json").write_text('{"epoch": 1}'), {}, RunError, None, "Received: epoch"),
         (lambda run_dir: None, {"data_dir": "nowhere"}, DataError, "data_dir", "nowhere"),
         (lambda run_dir: None, {"verify_images": 0}, ArgumentError, "verify_images", "verify_images=0"),
-        (lambda run_dir: None, {"formats": ["onnx"]}, ArgumentError, "formats", "saved_model, float32"),
+        (lambda run_dir: None, {"formats": ["coreml"]}, ArgumentError, "formats", "saved_model, float32"),
         (lambda run_dir: None, {"formats": ()}, ArgumentError, "formats", "formats=[]"),
     ],
 )

@@ -13,7 +13,7 @@ from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 from tensorflow_serving.apis import prediction_log_pb2
 from tools import require
 
-from cvt_keras import Preprocessing, preprocessing_of
+from cvt_keras import Preprocessing, calibration_of, preprocessing_of
 from cvt_keras.data import images
 from cvt_keras.data.images import stretch
 from cvt_keras.export import saved_model
@@ -41,7 +41,7 @@ def test_signatures_have_the_documented_names_shapes_and_types(loaded):
         for name, signature in loaded.signatures.items()
     }
     images = {"images": ((None, 24, 40, 3), "uint8")}
-    answer = {"probabilities": ((None, 10), "float32"), "classes": ((None,), "string")}
+    answer = {"probabilities": ((None, 10), "float32"), "classes": ((None,), "string"), "unsure": ((None,), "bool")}
     assert shapes == {
         "serving_default": (images, answer),
         "serving_bytes": ({"image_bytes": ((None,), "string")}, answer),
@@ -60,14 +60,19 @@ def test_every_signature_matches_keras(batch, loaded, classifier, test_images):
         loaded.signatures["serving_default"](images=tf.constant(images)),
         loaded.signatures["serving_bytes"](image_bytes=files),
     ):
-        np.testing.assert_allclose(answer["probabilities"], tf.nn.softmax(logits), atol=1e-5)
+        calibration = calibration_of(classifier)
+        assert calibration.temperature != 1 and 0 < calibration.threshold < 1
+        expected = calibration.probabilities(logits)
+        np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
+        near = np.abs(expected.max(axis=1) - calibration.threshold) < 1e-5
+        assert ((answer["unsure"].numpy() == calibration.unsure(expected)) | near).all()
         assert [name.decode() for name in answer["classes"].numpy()] == list(names[logits.argmax(axis=1)])
 
 
 def test_photos_of_every_kind_match_training(loaded, classifier):
     kinds = {kind: data for kind, data in photos().items() if kind not in REENCODED}
     pixels = np.stack([stretch(images.decode(data), (24, 40)) for data in kinds.values()])
-    expected = tf.nn.softmax(classifier(pixels.astype("float32"), training=False)).numpy()
+    expected = calibration_of(classifier).probabilities(classifier(pixels.astype("float32"), training=False))
     answers = loaded.signatures["serving_bytes"](image_bytes=tf.constant(list(kinds.values())))["probabilities"].numpy()
     largest = dict(zip(kinds, np.abs(answers - expected).max(axis=1)))
     # The pixels are equal; the network computes in another order.
@@ -198,5 +203,5 @@ def test_a_c_program_runs_it(folder, classifier, test_images, tmp_path):
     command = [str(program), str(folder), str(tmp_path / "images"), "3", "24", "40", *tensors]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     probabilities = np.array([line.split() for line in done.stdout.splitlines()], "float64")
-    expected = keras.ops.softmax(classifier.predict(images.astype("float32"), verbose=0))
+    expected = calibration_of(classifier).probabilities(classifier.predict(images.astype("float32"), verbose=0))
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)

@@ -1,4 +1,5 @@
 import io
+import json
 import zipfile
 
 import flatbuffers
@@ -9,10 +10,11 @@ from ai_edge_litert.interpreter import Interpreter
 from flatbuffers.table import Table
 from tensorflow.lite.python import schema_py_generated as schema
 
-from cvt_keras import Preprocessing, Stage, Variant, build_classifier, preprocessing_of
+from cvt_keras import Calibration, Preprocessing, Stage, Variant, build_classifier, preprocessing_of
 from cvt_keras.data.split import Split
 from cvt_keras.export import tflite, verify
 from cvt_keras.export.verify import TFLITE_FORMATS
+from cvt_keras.model import set_calibration
 
 
 @pytest.fixture(scope="module")
@@ -146,4 +148,23 @@ def test_calibration_covers_0_to_255():
 
 def test_the_metadata_says_how_to_resize():
     preprocessing = Preprocessing(resize="crop", crop_pct=0.9, interpolation="bicubic")
-    assert b"resize=crop, crop_pct=0.9, interpolation=bicubic." in tflite._metadata(preprocessing)
+    assert b"resize=crop, crop_pct=0.9, interpolation=bicubic." in tflite._metadata(preprocessing, Calibration())
+
+
+def test_a_file_has_calibrated_probabilities_and_says_when_an_answer_is_unsure(tmp_path, litert):
+    variant = Variant((Stage(dim=16, depth=1, heads=1),))
+    classifier = build_classifier(variant, 2, (16, 16, 3))
+    set_calibration(classifier, Calibration(0.02, 0.625))  # far apart, as an untrained network's logits are close together
+    before = classifier.get_weights()
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype="uint8")
+    logits = keras.ops.convert_to_numpy(classifier(images.astype("float32")))
+    for kind, tolerance in (("float32", 1e-4), ("int8", 0.06)):
+        file = tmp_path / f"{kind}.tflite"
+        file.write_bytes(tflite.convert(classifier, ["a", "b"], kind, images))
+        expected = keras.ops.softmax(logits / 0.02)
+        np.testing.assert_allclose(litert(file, images), expected, atol=tolerance)
+    with zipfile.ZipFile(file) as archive:
+        assert json.loads(archive.read("calibration.json")) == {"temperature": 0.02, "threshold": 0.625}
+    assert b"An answer is unsure if the highest is below 0.6250." in file.read_bytes()
+    for now, then in zip(classifier.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, then)

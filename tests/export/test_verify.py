@@ -6,7 +6,7 @@ import tensorflow as tf
 from cvt_keras import Preprocessing
 from cvt_keras.errors import ExportError
 from cvt_keras.export import saved_model, verify
-from cvt_keras.export.verify import BOUNDS, FORMATS, TFLITE_FORMATS, Bounds, compare
+from cvt_keras.export.verify import BOUNDS, DEFAULT_FORMATS, FORMATS, TFLITE_FORMATS, Bounds, compare
 
 LABELS = np.arange(1000) % 10
 
@@ -179,6 +179,6 @@ def test_why_ended_names_the_last_line_or_the_signal(code, stderr, why):
 
 
 def test_every_format_has_bounds():
-    assert list(BOUNDS) == list(FORMATS) == ["saved_model", "float32", "float16", "dynamic_int8", "int8"]
-    assert FORMATS[1:] == TFLITE_FORMATS
+    assert list(BOUNDS) == list(FORMATS) == ["saved_model", "float32", "float16", "dynamic_int8", "int8", "onnx"]
+    assert FORMATS[1:-1] == TFLITE_FORMATS and FORMATS[:-1] == DEFAULT_FORMATS
     assert all(bounds.top1_drop <= 0.01 for bounds in BOUNDS.values())

@@ -5,9 +5,10 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from layer_battery import Case, check_config, check_layers
 
-from cvt_keras import Stage, Variant, build_classifier, preprocessing_of
+from cvt_keras import Calibration, Stage, Variant, build_classifier, calibration_of, preprocessing_of
 from cvt_keras.compression.quantization import QuantizationAwareTraining, _kernels
 from cvt_keras.export import tflite
+from cvt_keras.model import set_calibration
 from cvt_keras.quantized import layers
 from cvt_keras.quantized.layers import (
     FakeQuantize,
@@ -383,6 +384,7 @@ def test_the_whole_network_becomes_integers(variant, tmp_path):
         kernel = classifier.get_layer("cvt").get_layer("whitening").kernel
         kernel.assign(np.where(np.arange(kernel.shape[-1]) % 3, kernel, 0))
     network, _ = _calibrated(classifier, images)
+    set_calibration(network, Calibration(temperature := 0.5))
     interpreter = Interpreter(
         model_content=tflite.convert(network, [str(i) for i in range(10)], "int8"),
         experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
@@ -390,7 +392,7 @@ def test_the_whole_network_becomes_integers(variant, tmp_path):
     interpreter.allocate_tensors()
     assert {tensor["dtype"] for tensor in interpreter.get_tensor_details()} <= {np.uint8, np.int8, np.int32, np.int64}
     [pixels], [output] = interpreter.get_input_details(), interpreter.get_output_details()
-    for image, expected in zip(images[:4], keras.ops.softmax(network(images[:4]))):
+    for image, expected in zip(images[:4], keras.ops.softmax(network(images[:4]) / temperature)):
         interpreter.set_tensor(pixels["index"], image[None].astype("uint8"))
         interpreter.invoke()
         probabilities = interpreter.get_tensor(output["index"])[0] / 256
@@ -398,6 +400,7 @@ def test_the_whole_network_becomes_integers(variant, tmp_path):
     network.save(tmp_path / "model.keras")
     reloaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(reloaded(images[:4]), network(images[:4]))
+    assert calibration_of(reloaded) == Calibration(temperature)
 
 
 def test_training_leaves_the_whitening_kernel_as_it_is():

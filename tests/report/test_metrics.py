@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 
 from cvt_keras.errors import DivergedError, MissingPackageError
+from cvt_keras.preprocessing import Calibration
 from cvt_keras.report import metrics
 from cvt_keras.report.metrics import (
     CALIBRATION_BINS,
     best_epoch,
+    calibration_report,
     confusion,
     evaluate,
+    fit_calibration,
     per_class,
     predictions,
     reliability,
+    wilson,
     worst,
 )
 
@@ -62,7 +66,7 @@ def test_macro_averages_by_hand():
     assert result["top1"] == 0.5
     assert result["balanced_accuracy"] == pytest.approx((1 / 2 + 1 + 0) / 3)
     assert result["macro_f1"] == pytest.approx((1 / 2 + 4 / 5 + 0) / 3)
-    assert {type(value) for value in result.values()} == {float, int, type(None)}  # as JSON has them
+    assert {type(value) for value in result.values()} == {float, int, list, type(None)}  # as JSON has them
 
 
 def test_rare_classes_count_as_much_as_common_ones():
@@ -121,13 +125,35 @@ def test_per_class_by_hand():
     logits = np.eye(4)[[0, 1, 1, 1, 0]]
     rows = per_class(logits, np.array([0, 0, 1, 1, 2]), ("a", "b", "c", "d"))
     assert rows == [
-        {"name": "a", "top1": 0.5, "precision": 0.5, "f1": 0.5, "images": 2},
-        {"name": "b", "top1": 1.0, "precision": pytest.approx(2 / 3), "f1": pytest.approx(0.8), "images": 2},
-        {"name": "c", "top1": 0.0, "precision": None, "f1": 0.0, "images": 1},
-        {"name": "d", "top1": None, "precision": None, "f1": None, "images": 0},
+        {"name": "a", "top1": 0.5, "top1_interval": wilson(0.5, 2), "precision": 0.5, "f1": 0.5, "images": 2},
+        {
+            **{"name": "b", "top1": 1.0, "top1_interval": wilson(1.0, 2), "precision": pytest.approx(2 / 3)},
+            **{"f1": pytest.approx(0.8), "images": 2},
+        },
+        {"name": "c", "top1": 0.0, "top1_interval": wilson(0.0, 1), "precision": None, "f1": 0.0, "images": 1},
+        {"name": "d", "top1": None, "top1_interval": None, "precision": None, "f1": None, "images": 0},
     ]
     # As JSON has them.
-    assert {type(value) for row in rows for value in row.values()} == {str, float, int, type(None)}
+    assert {type(value) for row in rows for value in row.values()} == {str, float, int, list, type(None)}
+
+
+# Newcombe, "Two-sided confidence intervals for the single proportion", 1998, table I, method 3.
+@pytest.mark.parametrize(
+    "right, images, ends",
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (1, 29, (0.0061, 0.1718))],
+)
+def test_the_wilson_interval_is_that_of_the_literature(right, images, ends):
+    assert wilson(right / images, images) == pytest.approx(ends, abs=5e-5)
+    assert wilson(1 - right / images, images) == pytest.approx([1 - ends[1], 1 - ends[0]], abs=5e-5)
+
+
+def test_few_images_are_those_whose_interval_spans_more_than_20_points():
+    low, high = wilson(0.9, metrics.FEW_IMAGES)
+    assert (round(low, 2), round(high, 2)) == (0.74, 0.97)
+
+
+def test_the_scores_of_a_split_have_the_interval_of_top1():
+    assert evaluate(np.eye(6), np.array([0, 1, 2, 0, 0, 0]))["top1_interval"] == wilson(0.5, 6)
 
 
 def test_a_class_without_test_images_is_no_division_by_zero():
@@ -184,3 +210,52 @@ def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     with pytest.raises(MissingPackageError) as error:
         runpy.run_path(metrics.__file__)
     assert error.value.hint == "Install it: pip install scikit-learn" and "pip" not in error.value.summary
+
+
+def _drawn(n, scale=1.0):
+    """Logits of which `logits / scale` are calibrated: labels drawn from their probabilities."""
+    random = np.random.default_rng(0)
+    logits = random.normal(scale=2, size=(n, 4))
+    probabilities = Calibration().probabilities(logits)
+    labels = np.array([random.choice(4, p=row / row.sum()) for row in probabilities.astype("float64")])
+    return logits * scale, labels
+
+
+@pytest.mark.parametrize("scale", [0.4, 3.0])
+def test_the_temperature_undoes_a_scale(scale):
+    logits, labels = _drawn(4000, scale)
+    calibration = fit_calibration(logits, labels, 0.95)
+    assert calibration.temperature == pytest.approx(scale, rel=0.06)
+    report = calibration_report(logits, labels, calibration, 0.95, "test")
+    assert report["ece"] < 0.02 < 0.1 < report["ece_before"]
+    assert report["loss"] < report["loss_before"]
+    assert report["ece_before"] == evaluate(logits, labels)["ece"]
+    # The error of a share of 4000 images is at most 0.008.
+    assert 0.001 < report["ece_before_error"] < 0.01 and 0.001 < report["ece_error"] < 0.01
+    np.testing.assert_array_equal(calibration.probabilities(logits).argmax(axis=1), logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.95, 1.0])
+def test_the_threshold_is_the_highest_that_keeps_the_share(keep):
+    logits, labels = _drawn(500)
+    calibration = fit_calibration(logits, labels, keep)
+    right = calibration.probabilities(logits)[logits.argmax(axis=1) == labels]
+    assert 1 - calibration.unsure(right).mean() >= keep
+    higher = Calibration(calibration.temperature, np.nextafter(np.float32(calibration.threshold), np.float32(1)))
+    assert 1 - higher.unsure(right).mean() < keep
+    report = calibration_report(logits, labels, calibration, keep, "validation")
+    sure = ~calibration.unsure(calibration.probabilities(logits))
+    wrong = logits.argmax(axis=1) != labels
+    assert (report["sure"], report["sure_of_wrong"]) == (sure.mean(), sure[wrong].mean())
+    assert report["sure_of_right"] == 1 - calibration.unsure(right).mean()
+    assert (report["keep"], report["split"], report["threshold"]) == (keep, "validation", calibration.threshold)
+
+
+def test_few_images_that_are_all_right_or_wrong_can_be_calibrated():
+    logits = np.array([[2.0, 0.0], [0.0, 1.0]])
+    right = fit_calibration(logits, np.array([0, 1]), 0.95)
+    assert metrics.TEMPERATURES[0] * 2 < right.temperature < 2  # not endless confidence
+    wrong = fit_calibration(logits, np.array([1, 0]), 0.95)
+    assert wrong.threshold == 0 and wrong.temperature > 10
+    assert calibration_report(logits, np.array([1, 0]), wrong, 0.95, "test")["sure_of_right"] is None
+    assert calibration_report(logits, np.array([0, 1]), right, 0.95, "test")["sure_of_wrong"] is None

@@ -141,15 +141,15 @@ def _rows(run_dir, **changes):
     """The cells of the table of classes, its heads first."""
     runs.write_json(run_dir / runs.REPORT, {**REPORT, **changes})
     page.write(run_dir)
-    table = (run_dir / runs.PAGE).read_text().partition('class="classes"')[2].partition("</table>")[0]
+    table = (run_dir / runs.PAGE).read_text().partition('class="wide classes"')[2].partition("</table>")[0]
     rows = re.findall("<tr>.*?</tr>", table)
     return [[re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
 
 
 def test_classes_show_their_training_images_and_weights(run_dir):
     heads, hard, easy = _rows(run_dir)
-    assert heads == ["class", "top-1 (recall)", "precision", "F1", "test images"]
-    assert hard[1:] == ["20.0%", "n/a", "0.0%", "100"]
+    assert heads == ["class", "top-1 (recall)", "95% interval", "precision", "F1", "test images"]
+    assert hard[1:] == ["20.0%", "13.3% to 28.9%", "n/a", "0.0%", "100"]
     counts = {"train_images_per_class": [44_000, 1000], "class_weights": {"easy": 0.5114, "<script>hard</script>": 22.5}}
     heads, hard, easy = _rows(run_dir, **counts)
     assert heads[-2:] == ["training images", "weight in the loss"]
@@ -164,7 +164,24 @@ def test_classes_show_their_training_images_and_weights(run_dir):
 def test_a_class_without_test_images_says_so_and_comes_last(run_dir):
     empty = {"name": "easy", "top1": None, "precision": None, "f1": None, "images": 0}
     _, _, easy = _rows(run_dir, per_class=[empty, REPORT["per_class"][1]])
-    assert easy == ["easy", "no test images", "n/a", "n/a", "0"]
+    assert easy == ["easy", "no test images", "n/a", "n/a", "n/a", "0"]
+
+
+def test_top1_has_an_interval_also_in_a_report_of_an_older_version(run_dir):
+    text = _text_with(run_dir)
+    assert "top1_interval" not in REPORT["test"]
+    assert "81.2%79.3% to 83.1%" in text.replace(" 79", "79") and "72.8% to 77.1%" in text
+
+
+def test_a_note_counts_the_classes_with_few_test_images(run_dir):
+    assert "rough estimate" not in _text_with(run_dir)
+    easy, hard = REPORT["per_class"]
+    empty = {**easy, "name": "empty", "top1": None, "images": 0}
+    classes = {"class_names": ["easy", "hard", "empty"]}
+    text = _text_with(run_dir, **classes, per_class=[{**easy, "images": 29}, {**hard, "images": 30}, empty])
+    assert "Top-1 is a rough estimate for 1 class with fewer than 30 test images" in text
+    text = _text_with(run_dir, **classes, per_class=[{**easy, "images": 29}, {**hard, "images": 1}, empty])
+    assert "for 2 classes with" in text
 
 
 def test_the_page_names_early_stopping(run_dir):

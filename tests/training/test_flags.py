@@ -92,6 +92,7 @@ def test_every_field_has_a_flag():
         "--decay": ("decay", "cosine"),
         "--label-smoothing": ("label_smoothing", 0.25),
         "--ema": ("ema", 0.25),
+        "--keep": ("keep", 0.5),
         "--resize": ("resize", "crop"),
         "--crop-pct": ("crop_pct", 0.9),
         "--interpolation": ("interpolation", "bicubic"),

@@ -14,7 +14,7 @@ import tensorflow as tf
 from eager import eagerly
 from PIL import Image
 
-from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, attention, preprocessing_of, runs
+from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, attention, calibration_of, preprocessing_of, runs
 from cvt_keras.data import sources, tfds
 from cvt_keras.data.pipeline import evaluation_batches
 from cvt_keras.data.split import Split
@@ -105,7 +105,7 @@ def test_the_report_has_all_fields(finished, recipe):
         *("dataset", "data_note", "variant", "recipe", "epochs", "seed", "image_size", "class_names", "parameters", "macs"),
         *("train_seconds", "train_images_per_second", "test", "validation", "per_class", "device", "versions"),
         *("confusion", "train_images", "compression", "data_warnings", "left_out", "class_weights"),
-        *("epochs_trained", "kept_epoch", "test_images", "train_images_per_class"),
+        *("epochs_trained", "kept_epoch", "test_images", "train_images_per_class", "calibration"),
     }
     assert report.compression is None
     assert report.train_images == recipe.train_limit
@@ -132,6 +132,23 @@ def test_the_saved_model_has_the_scores_of_the_report(finished, recipe):
     assert report.parameters == sum(int(np.prod(v.shape)) for v in model.trainable_variables)
 
 
+def test_the_saved_model_is_calibrated_on_the_validation_images(finished, recipe):
+    report, run_dir = finished
+    model = keras.saving.load_model(run_dir / "model.keras")
+    source = tfds.cifar10(recipe.data_dir, recipe.preprocessing, recipe.pixel_cache)
+    validation, test = source.validation.limit(recipe.validation_limit), source.test.limit(100)
+    logits = [model.predict(np.asarray(split.images, "float32"), verbose=0) for split in (validation, test)]
+    calibration = metrics.fit_calibration(logits[0], validation.labels, recipe.keep)
+    stored = calibration_of(model)
+    assert stored.temperature == pytest.approx(calibration.temperature, rel=1e-3)
+    assert stored.threshold == pytest.approx(calibration.threshold, rel=1e-3)
+    expected = metrics.calibration_report(logits[1], test.labels, stored, recipe.keep, "test")
+    measured = dict(report.calibration)
+    assert measured.pop("split") == expected.pop("split") == "test"
+    assert measured == pytest.approx(expected, rel=1e-3)
+    assert report.calibration["ece_before"] == pytest.approx(report.test["ece"])
+
+
 def test_training_learns(finished):
     report, _ = finished
     assert report.validation["top1"] > 0.2  # chance is 0.1
@@ -152,6 +169,7 @@ def test_the_best_validation_epoch_is_kept(recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "Stopwatch", SpoilLastEpoch)
     report = run(recipe, tmp_path / "run", evaluate_test=False)
+    assert report.calibration["split"] == "validation"
     first, last = (row["val_accuracy"] for row in runs.read_history(tmp_path / "run"))
     assert first > last == pytest.approx(0.1, abs=0.01)
     assert report.validation["top1"] == pytest.approx(first, abs=1e-4)
@@ -480,6 +498,7 @@ def _same_backbone(run_dir, weights):
 def test_fine_tuning_starts_from_the_weights(short, weights, tmp_path, capsys):
     recipe = dataclasses.replace(short, weights=weights, variant=None, image_size=48, peak_learning_rate=0.0)
     report = run(recipe, tmp_path / "run", evaluate_test=False)
+    assert report.calibration["split"] == "validation"
     classifier = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert classifier.input_shape == (None, 48, 48, 3)
     assert preprocessing_of(classifier) == Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), CIFAR10_CLASSES, (48, 48))
@@ -509,6 +528,7 @@ def test_with_weights_the_activation_comes_from_them_and_not_from_the_variants_n
     CvT(gelu, 10, (16, 16, 3)).save(tmp_path / "gelu.keras")
     recipe = dataclasses.replace(short, weights=str(tmp_path / "gelu.keras"), variant="cvt_tiny")
     report = run(recipe, tmp_path / "run", evaluate_test=False)
+    assert report.calibration["split"] == "validation"
     assert report.recipe["variant"]["activation"] == "gelu"
     assert report.variant == "cvt_tiny-gelu"
     assert run(recipe, tmp_path / "run", resume=True, evaluate_test=False) == report

@@ -70,6 +70,8 @@ def test_a_recipe_documents_its_command(name):
         ({"weights": 3}, ["`weights` must be str or None", "weights=3"]),
         ({"ema": -0.5}, ["ema=-0.5"]),
         ({"ema": 1.0}, ["ema=1.0"]),
+        ({"keep": 0.0}, ["keep=0.0"]),
+        ({"keep": 1.1}, ["keep=1.1"]),
         ({"epochs": 2.5}, ["`epochs` must be int", "epochs=2.5"]),
         ({"epochs": "3"}, ["epochs='3'"]),
         ({"epochs": True}, ["epochs=True"]),

@@ -12,6 +12,7 @@ from labelled_images import write_image
 from cvt_keras.data.record import ImageRecord
 from cvt_keras.errors import DataError
 from cvt_keras.model import cvt_of
+from cvt_keras.report import predictions
 from cvt_keras.training import plan, run
 from cvt_keras.training.recipes import SMOKE
 
@@ -72,6 +73,14 @@ def test_the_record_has_every_image(result, photos):
     splits = [image.split for image in record.images.values()]
     assert splits.count("train") == result.report.train_images
     assert splits.count("test") == result.report.test["images"]
+
+
+def test_the_predictions_have_the_digests_of_the_test_images(result):
+    record = ImageRecord.read(result.run_dir / "images.csv")
+    rows = predictions.read(result.run_dir)
+    assert {row.image: row.label for row in rows} == {
+        digest: image.label for digest, image in record.images.items() if image.split == "test"
+    }
 
 
 def test_fine_tuning_does_not_test_on_images_that_the_weights_were_trained_on(result, recipe, photos, tmp_path, capsys):

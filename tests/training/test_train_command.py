@@ -111,7 +111,10 @@ def test_without_test_images_the_validation_accuracy_is_printed(monkeypatch, cap
     result = SimpleNamespace(report=report, run_dir="runs/x")
     monkeypatch.setattr(loop, "run", lambda recipe, run_dir, resume, name: result)
     assert cli.main(["train", "smoke"]) == 0
-    assert "12.50% top-1 on 5,000 validation images; the run is in runs/x" in capsys.readouterr().out
+    assert (
+        "12.50% top-1 (95% interval: 11.61% to 13.45%) on 5,000 validation images; the run is in runs/x"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,9 @@ def test_the_command_trains_and_prints_accuracy_and_folder(cifar10_dir, tmp_path
     assert cli.main(argv) == 0
     report = json.loads((run_dir / "report.json").read_text())
     printed = capsys.readouterr().out
-    assert f"{report['test']['top1']:.2%} top-1 on 256 test images" in printed
+    low, high = report["test"]["top1_interval"]
+    interval = f"95% interval: {low:.2%} to {high:.2%}"
+    assert f"{report['test']['top1']:.2%} top-1 ({interval}) on 256 test images; the run is in {run_dir}" in printed
     assert str(run_dir) in printed
     assert "cores" in printed and "float32" in printed and "64 training" in printed
     assert cli.main(argv) == 2

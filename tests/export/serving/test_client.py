@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import os
 import pty
 import random
@@ -13,19 +14,18 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import grpc
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from addresses import unused_address
 from photos import REENCODED, exif, odd_photos, photos, png, with_chunk, with_header
 
-from cvt_keras import cli, preprocessing_of
+from cvt_keras import calibration_of, cli, preprocessing_of
 from cvt_keras.data.images import decode, stretch
 from cvt_keras.errors import ArgumentError, ImageError, MissingPackageError, ServingError
 from cvt_keras.export.serving import client as module
 from cvt_keras.export.serving import files as image_files
-from cvt_keras.export.serving.client import ADDRESSES, ERASE, Client
+from cvt_keras.export.serving.client import ADDRESSES, ERASE, Answer, Client, _line
 from cvt_keras.export.serving.files import for_server
 
 COMMAND = [sys.executable, "-m", "cvt_keras.export.serving.client"]
@@ -109,13 +109,22 @@ def peer():
 
 @both
 def test_answers_match_keras(protocol, server, images, test_images, classifier):
-    expected = keras.ops.softmax(classifier.predict(test_images[0][:70].astype("float32"), verbose=0))
+    calibration = calibration_of(classifier)
+    expected = calibration.probabilities(classifier.predict(test_images[0][:70].astype("float32"), verbose=0))
     names = preprocessing_of(classifier).class_names
     with _client(server, protocol) as client:
         answers = client.classify(images)
         assert client.classify([]) == []
     np.testing.assert_allclose([answer.probabilities for answer in answers], expected, atol=1e-5)
-    assert [answer.name for answer in answers] == [names[row.argmax()] for row in np.array(expected)]
+    assert [answer.name for answer in answers] == [names[row.argmax()] for row in expected]
+    unsure = [answer.unsure for answer in answers]
+    assert unsure == calibration.unsure(expected).tolist() and 0 < sum(unsure) < len(unsure)
+
+
+def test_an_unsure_answer_ends_its_line():
+    answer = Answer("b", [0.25, 0.75], unsure=True)
+    assert _line("x.png", answer, 1, ["a", "b"]) == "x.png\tb\t0.7500\tunsure"
+    assert _line("x.png", dataclasses.replace(answer, unsure=False), 1, ["a", "b"]) == "x.png\tb\t0.7500"
 
 
 def test_grpc_reads_both_encodings_of_a_tensor(server, images):
@@ -125,6 +134,7 @@ def test_grpc_reads_both_encodings_of_a_tensor(server, images):
         by_tensor_content = client.classify(images[:3])
     for one, other in zip(by_float_val, by_tensor_content, strict=True):
         np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-7)
+        assert one.unsure == other.unsure
 
 
 @both
@@ -150,7 +160,7 @@ def test_lines_are_written_in_order_and_batches(protocol, folder, server, export
     assert _main(server, protocol, *flags, "--labels", labels) == 0
     assert [(asked.protocol, asked.images) for asked in server.asked] == [(protocol, 3), (protocol, 3), (protocol, 2)]
     out, err = capsys.readouterr()
-    rows = [line.split("\t") for line in out.splitlines()]
+    rows = [line.removesuffix("\tunsure").split("\t") for line in out.splitlines()]
     files = [folder / f"{number}.png" for number in range(6)] + [folder / "deeper" / "6.PNG", folder / "0.png"]
     assert sorted(row[0] for row in rows[:-1]) == sorted(map(str, files[:-1])) and rows[-1][0] == str(files[-1])
     assert rows[-1][1:] == next(row[1:] for row in rows if row[0] == str(files[-1]))
@@ -165,10 +175,11 @@ def test_lines_are_written_in_order_and_batches(protocol, folder, server, export
     out, err = capsys.readouterr()
     assert err == "cvt-keras classify: without --labels (the export's labels.txt), classes after the first are numbers\n"
     for row, bare in zip(rows, out.splitlines()):
-        assert bare.split("\t")[1] == row[1] and [names[int(index)] for index in bare.split("\t")[3::2]] == row[3::2]
+        bare = bare.removesuffix("\tunsure").split("\t")
+        assert bare[1] == row[1] and [names[int(index)] for index in bare[3::2]] == row[3::2]
     assert _main(server, protocol, folder / "0.png") == 0
     out, err = capsys.readouterr()
-    assert len(out.split("\t")) == 3 and not err
+    assert len(out.removesuffix("\tunsure\n").split("\t")) == 3 and not err
 
 
 def test_images_may_stand_on_both_sides_of_a_flag(folder, server, capsys):
@@ -366,7 +377,7 @@ def test_unreadable_images_are_not_sent(server):
 def test_photos_of_every_kind_match_training(protocol, server, classifier):
     kinds = photos()
     pixels = np.stack([stretch(decode(data), (24, 40)) for data in kinds.values()])
-    expected = tf.nn.softmax(classifier(pixels.astype("float32"), training=False)).numpy()
+    expected = calibration_of(classifier).probabilities(classifier(pixels.astype("float32"), training=False))
     with _client(server, protocol) as client:
         answers = client.classify(kinds.values())
     largest = {kind: np.abs(answer.probabilities - row).max() for kind, answer, row in zip(kinds, answers, expected)}
@@ -379,7 +390,7 @@ def test_images_that_the_server_refuses_are_decoded_by_the_client(protocol, retr
     kinds = odd_photos()
     assert [kind for kind, data in kinds.items() if for_server(data) is not data] == []
     pixels = np.stack([stretch(decode(data), (24, 40)) for data in (*kinds.values(), images[0])])
-    expected = tf.nn.softmax(classifier(pixels.astype("float32"), training=False)).numpy()
+    expected = calibration_of(classifier).probabilities(classifier(pixels.astype("float32"), training=False))
     with _client(server, protocol, retries=retries) as client:
         answers = client.classify([*kinds.values(), images[0]])
         # All in one request, then each alone, and each that is refused once more.

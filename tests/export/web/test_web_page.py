@@ -5,7 +5,6 @@ import socket
 from pathlib import Path
 
 import flatbuffers
-import keras
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -14,10 +13,11 @@ from PIL import Image
 from tensorflow.lite.python import schema_py_generated as schema
 from tools import require_browser
 
-from cvt_keras import Preprocessing
+from cvt_keras import Preprocessing, calibration_of
 from cvt_keras.data import images
 from cvt_keras.data.verified import NOT_VERIFIED
 from cvt_keras.export.verify import TFLITE_FORMATS
+from cvt_keras.export.web.server import Server
 from cvt_keras.training.recipes import RESIZING
 
 WAIT = 30_000  # milliseconds: the machine may be busy
@@ -79,7 +79,7 @@ def _stretched(pixels):
 
 
 def _keras(classifier, pixels):
-    return keras.ops.convert_to_numpy(keras.ops.softmax(classifier.predict(pixels[None].astype("float32"), verbose=0)))[0]
+    return calibration_of(classifier).probabilities(classifier.predict(pixels[None].astype("float32"), verbose=0))[0]
 
 
 @pytest.fixture(scope="session")
@@ -283,6 +283,20 @@ def test_a_sample(page, names, test_images):
     card = _new_card(page, page.get_by_role("button", name="cat", exact=True).click)
     np.testing.assert_array_equal(_network_input(card), pixels[list(labels).index(3)])
     assert card.locator(".file").text_content() == "test image, labelled cat"
+
+
+def test_an_unsure_answer_says_so(exported, open_page, serve, monkeypatch, test_images, classifier):
+    first = float(_keras(classifier, test_images[0][0]).max())
+    monkeypatch.setattr(Server, "threshold", lambda server: first + 1e-3)
+    page = open_page(serve(exported))
+    card = _choose(page, _file(_encoded(test_images[0][0])))
+    assert card.locator(".unsure").text_content() == f"Unsure: the probability is below {100 * (first + 1e-3):.1f}%"
+    assert page.get_by_role("status").text_content().endswith("%, unsure")
+    page.evaluate("""async () => {
+      const { Network } = await import("/network.js");
+      Network.prototype.run = async () => ({ probabilities: [1, ...Array(9).fill(0)], milliseconds: 1 });
+    }""")
+    assert not _choose(page, _file(_encoded(test_images[0][1]))).locator(".unsure").is_visible()
 
 
 def test_a_samples_result_is_marked_correct_or_wrong_in_words(exported, names, open_page, samples, serve):

@@ -48,6 +48,7 @@ def test_labels_and_files_of_the_run_are_served(server, exported):
     run = json.loads(body)
     assert run["labels"] == (exported / "export" / "labels.txt").read_text().splitlines()
     assert [artifact["name"] for artifact in run["artifacts"]] == list(TFLITE_FORMATS)
+    assert 0 < run["threshold"] == json.loads((exported / "export" / "report.json").read_text())["calibration"]["threshold"]
     for artifact in run["artifacts"]:
         response, body = _ask(server, f"/{artifact['name']}.tflite")
         assert body == (exported / "export" / "tflite" / f"{artifact['name']}.tflite").read_bytes()
@@ -219,7 +220,9 @@ def test_the_command_serves_how_the_run_resizes(settings, expected, tmp_path, in
     monkeypatch.setattr(command.Server, "serve_forever", lambda server: answers.append(server.find("/run.json")[0]))
     monkeypatch.setattr(command, "Samples", lambda *arguments: types.SimpleNamespace(stop=lambda: None))
     command.main([str(tmp_path), "--port", "0"])
-    resizing = json.loads(answers[0])["resizing"]
+    run = json.loads(answers[0])
+    assert run["threshold"] == 0  # this export has no report
+    resizing = run["resizing"]
     assert resizing == dict(zip(RESIZING, expected, strict=True))
 
 
