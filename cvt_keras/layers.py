@@ -626,7 +626,8 @@ class ConvAttention(layers.Layer):
 
     Input shape: tokens `(batch, height, width, dim)`; optionally `cls_token` `(batch, 1, dim)`.
     Output shape: `(batch, ceil(height / stride_q), ceil(width / stride_q), dim)`; with a cls token a pair: the grid and
-        `(batch, 1, dim)`.
+        `(batch, 1, dim)`. If `call` gets `return_attention_scores=True`, a pair: this output, and the weights after the
+        softmax, float32 `(batch, heads, queries, keys)`. Queries and keys are in row-major order, the cls token first.
 
     Raises:
         ValueError: if `heads` does not divide `dim`, or if the tokens are not a grid with `dim` channels.
@@ -686,7 +687,7 @@ class ConvAttention(layers.Layer):
         for linear in (self.proj_q, self.proj_k, self.proj_v, self.proj):
             linear.build((None, None, self.dim))
 
-    def call(self, tokens, cls_token=None):
+    def call(self, tokens, cls_token=None, return_attention_scores=False):
         grid_q = self.conv_q(tokens)
         # By default scaled by the whole width, not a head's, as in the authors' code. Scaling the query is cheapest.
         width = self.dim if self.attention_scale == "dim" else self.dim // self.heads
@@ -696,14 +697,17 @@ class ConvAttention(layers.Layer):
 
         scores = ops.matmul(q, ops.transpose(k, (0, 1, 3, 2)))  # (B, heads, Nq, Nk)
         # In half precision, small softmax weights would round to the same value.
-        weights = ops.cast(ops.softmax(ops.cast(scores, "float32")), v.dtype)
-        x = ops.transpose(ops.matmul(weights, v), (0, 2, 1, 3))  # (B, heads, Nq, dim/heads) -> (B, Nq, heads, dim/heads)
+        weights = ops.softmax(ops.cast(scores, "float32"))
+        x = ops.matmul(ops.cast(weights, v.dtype), v)
+        x = ops.transpose(x, (0, 2, 1, 3))  # (B, heads, Nq, dim/heads) -> (B, Nq, heads, dim/heads)
         x = self.proj(ops.reshape(x, (-1, ops.shape(x)[1], self.dim)))  # -> (B, Nq, dim)
 
         _, height, width, _ = ops.shape(grid_q)
         if cls_token is None:
-            return ops.reshape(x, (-1, height, width, self.dim))  # (B, H*W, dim) -> (B, H, W, dim)
-        return ops.reshape(x[:, 1:], (-1, height, width, self.dim)), x[:, :1]
+            output = ops.reshape(x, (-1, height, width, self.dim))  # (B, H*W, dim) -> (B, H, W, dim)
+        else:
+            output = ops.reshape(x[:, 1:], (-1, height, width, self.dim)), x[:, :1]
+        return (output, weights) if return_attention_scores else output
 
     def _split_heads(self, x):
         x = ops.reshape(x, (-1, ops.shape(x)[1], self.heads, self.dim // self.heads))  # (B, N, dim) -> (B, N, heads, -1)
@@ -712,6 +716,17 @@ class ConvAttention(layers.Layer):
     def compute_output_shape(self, tokens_shape, cls_token_shape=None):
         grid = self.conv_q.compute_output_shape(tokens_shape)
         return grid if cls_token_shape is None else (grid, cls_token_shape)
+
+    def compute_output_spec(self, tokens, cls_token=None, return_attention_scores=False):
+        output = super().compute_output_spec(tokens, cls_token)
+        if not return_attention_scores:
+            return output
+        grids = (conv.compute_output_shape(tokens.shape) for conv in (self.conv_q, self.conv_k))
+        lengths = (
+            None if height is None or width is None else height * width + (cls_token is not None)
+            for _, height, width, _ in grids
+        )
+        return output, keras.KerasTensor((tokens.shape[0], self.heads, *lengths), "float32")
 
     def get_config(self):
         return {
@@ -868,7 +883,7 @@ class CvTBlock(layers.Layer):
         mlp_conv: `conv` of the `MLP`.
 
     Input shape: tokens `(batch, height, width, dim)`; optionally `cls_token` `(batch, 1, dim)`.
-    Output shape: the same; with a cls token a pair.
+    Output shape: the same; with a cls token a pair. `return_attention_scores=True` adds the weights, as in `ConvAttention`.
     """
 
     def __init__(
@@ -924,12 +939,15 @@ class CvTBlock(layers.Layer):
         self.norm2.build(tokens_shape)
         self.mlp.build(tokens_shape)
 
-    def call(self, tokens, cls_token=None):
+    def call(self, tokens, cls_token=None, return_attention_scores=False):
         # The paper's x is one sequence. Here the grid and the cls token are separate; only attention mixes them.
         x = [tokens] if cls_token is None else [tokens, cls_token]
-        x = _add(x, self.drop_path(self.attention(*self._normalized(self.norm1, x))))
+        attended = self.attention(*self._normalized(self.norm1, x), return_attention_scores=return_attention_scores)
+        attended, weights = attended if return_attention_scores else (attended, None)
+        x = _add(x, self.drop_path(attended))
         x = _add(x, self.drop_path(_each(self.mlp, self._normalized(self.norm2, x))))
-        return x[0] if cls_token is None else tuple(x)
+        output = x[0] if cls_token is None else tuple(x)
+        return (output, weights) if return_attention_scores else output
 
     def _normalized(self, norm, x):
         if self.norm_type == "layer" or len(x) == 1:
@@ -941,6 +959,12 @@ class CvTBlock(layers.Layer):
 
     def compute_output_shape(self, tokens_shape, cls_token_shape=None):
         return tokens_shape if cls_token_shape is None else (tokens_shape, cls_token_shape)
+
+    def compute_output_spec(self, tokens, cls_token=None, return_attention_scores=False):
+        output = super().compute_output_spec(tokens, cls_token)
+        if not return_attention_scores:
+            return output
+        return output, self.attention.compute_output_spec(tokens, cls_token, return_attention_scores=True)[1]
 
     def get_config(self):
         return {

@@ -21,7 +21,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 GUIDES = (
     *("your-photos", "predict", "training", "python", "pretrained", "search", "compression"),
-    *("export", "serving", "mobile", "browser"),
+    *("export", "serving", "mobile", "browser", "what-it-sees"),
 )
 # Each list runs in a folder of its own, in this order: later guides use the runs of earlier ones.
 FOLDERS = (("README.md",), tuple(f"docs/guides/{name}.md" for name in GUIDES))

@@ -31,12 +31,13 @@ ALLOWED = {
     "conversion": {"errors", "preprocessing", "variants"},
     "model": {"conversion", "errors", "layers", "preprocessing", "variants"},
     "quantized": {"layers", "model", "preprocessing", "variants"},
+    "attention": {"errors", "layers", "model", "variants"},
     "pretrained": {"conversion", "environment", "errors", "model", "runs", "variants"},
     "data": {"errors", "preprocessing", "runs"},
     "report": {"errors", "runs"},
     "predict": {"data", "environment", "errors", "greetings", "lazy", "model", "preprocessing", "report", "runs", "terminal"},
     "training": {
-        *("conversion", "data", "environment", "errors", "lazy", "model"),
+        *("attention", "conversion", "data", "environment", "errors", "lazy", "model"),
         *("preprocessing", "report", "runs", "signals", "variants"),
     },
     "search": {
@@ -52,7 +53,9 @@ ALLOWED = {
     },
 }
 # Import Keras and NumPy only, to run on every backend.
-PORTABLE = ("layers", "model", "conversion", "quantized", "training.optimizers")
+PORTABLE = ("layers", "model", "conversion", "quantized", "attention", "training.optimizers")
+# Keras has no gradients of its own.
+OWN_BACKENDS = {"attention": {"jax", "tensorflow"}}
 # The modules of training that export may import: what a run is, not how it is trained.
 EXPORT_KNOWS = {"cvt_keras.training", "cvt_keras.training.recipes"}
 
@@ -139,7 +142,8 @@ def test_export_does_not_import_how_a_run_is_trained():
 def test_the_network_imports_keras_and_numpy_only(part):
     for module in MODULES:
         if f"{module}.".startswith(f"cvt_keras.{part}."):
-            assert set(_imports(module, own=False)) <= {"keras", "numpy", *sys.stdlib_module_names}, module
+            known = {"keras", "numpy", *sys.stdlib_module_names} | OWN_BACKENDS.get(part, set())
+            assert set(_imports(module, own=False)) <= known, module
 
 
 def test_only_figures_import_matplotlib():

@@ -301,6 +301,24 @@ def test_attention_scales_by_the_width_of_all_heads_or_of_one(attention_scale):
     np.testing.assert_allclose(ops.convert_to_numpy(layer(tokens[None]))[0], _attention_by_hand(layer, tokens), atol=1e-5)
 
 
+@pytest.mark.parametrize("shapes", [[GRID], [GRID, CLS]])
+@pytest.mark.parametrize("cls", [layers.ConvAttention, layers.CvTBlock])
+def test_attention_scores_are_returned_beside_the_same_output(cls, shapes):
+    layer = cls(16, 4) if cls is layers.ConvAttention else cls(16, 4, 32)
+    inputs = [np.random.default_rng(0).normal(size=shape).astype("float32") for shape in shapes]
+    expected = keras.tree.flatten(layer(*inputs))
+    output, scores = layer(*inputs, return_attention_scores=True)
+    for value, other in zip(expected, keras.tree.flatten(output), strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(value), ops.convert_to_numpy(other))
+    np.testing.assert_allclose(ops.convert_to_numpy(scores).sum(axis=-1), 1, rtol=1e-5)
+    for known in (shapes, [(None, None, None, 16), *shapes[1:]]):
+        symbols = [keras.KerasTensor(shape) for shape in known]
+        output, symbol = layer(*symbols, return_attention_scores=True)
+        assert len(keras.tree.flatten(output)) == len(shapes)
+        sizes = scores.shape if known is shapes else (None, 4, None, None)
+        assert symbol.shape == tuple(sizes) and symbol.dtype == "float32"
+
+
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
 def test_softmax_is_float32_in_half_precision(precision, monkeypatch):
     dtypes, softmax = [], ops.softmax

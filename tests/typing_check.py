@@ -20,6 +20,7 @@ from cvt_keras import (
     macs,
     preprocessing_of,
 )
+from cvt_keras.attention import AttentionMap, attention_maps, grad_cam, rollout
 from cvt_keras.compression import MagnitudePruning, QuantizationAwareTraining, WeightClustering, compress
 from cvt_keras.errors import ImageError
 from cvt_keras.export import Artifact, export
@@ -45,6 +46,9 @@ assert_type(model.features([]), dict[str, Any])
 classifier = build_classifier(variant, mean=[0.5] * 3, std=[0.25] * 3, class_names=["cat", "dog"])
 assert_type(preprocessing_of(classifier), Preprocessing)
 Preprocessing(mean=[0.5], std=(0.25,), class_names=["cat", "dog"], image_size=(32, 32))
+maps = assert_type(attention_maps(classifier, []), list[AttentionMap])
+assert_type(maps[0].key_grid, tuple[int, int])
+rollout(maps).sum() + grad_cam(classifier, [], classes=[0, 1], stage=1).sum()
 
 # === Training and what follows it ===
 recipe = assert_type(RECIPES["smoke"], Recipe)

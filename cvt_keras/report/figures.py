@@ -1,4 +1,4 @@
-"""Figures of a run: curves, confusion matrix, calibration, most wrong images.
+"""Figures of a run: curves, confusion matrix, calibration, most wrong images. And that of an image with its Grad-CAM.
 
 matplotlib draws them, not a chart library in JavaScript: the report is then one page without scripts, which opens offline and
 in a mail, and its figures can be copied.
@@ -12,6 +12,7 @@ import itertools
 import unicodedata
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
@@ -20,7 +21,7 @@ from cvt_keras.errors import MissingPackageError
 from cvt_keras.report import metrics
 
 try:
-    from matplotlib import font_manager, ft2font
+    from matplotlib import colormaps, font_manager, ft2font
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.textpath import text_to_path
@@ -35,6 +36,7 @@ CONFUSION = "confusion.png"
 CALIBRATION = "calibration.png"
 MOST_WRONG = "most_wrong.png"
 
+MAP_COLOURS = "inferno"  # of maps: brightness rises evenly, also for colour-blind readers
 # Okabe and Ito's other colours come after these two. Yellow is left out: it is too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 TRAINING, VALIDATION, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito: safe for colour-blind readers
@@ -45,7 +47,7 @@ MOST_WRONG_IMAGES = 24
 CLASS_NAMES = "Class names"  # key of the .png metadata
 
 
-def draw(run_dir, history, images=None, logits=None, labels=None, class_names=None, first_epoch=0):
+def draw(run_dir, history, images=None, logits=None, labels=None, class_names=None, first_epoch=0, maps=None):
     """Writes the figures of a run to its folder: the curves and, if there are test images, the other three.
 
     Args:
@@ -56,26 +58,27 @@ def draw(run_dir, history, images=None, logits=None, labels=None, class_names=No
         labels: int `(n,)`.
         class_names: in the order of the labels.
         first_epoch: index into `history` of the first epoch whose weights could be kept.
+        maps: as in `most_wrong`.
     """
     (run_dir / runs.PLOTS).mkdir(exist_ok=True)
     save(curves(history, first_epoch), run_dir / runs.PLOTS / CURVES)
     if logits is not None:
-        draw_results(run_dir / runs.PLOTS, images, logits, labels, class_names)
+        draw_results(run_dir / runs.PLOTS, images, logits, labels, class_names, maps)
 
 
-def draw_results(folder, images, logits, labels, class_names):
+def draw_results(folder, images, logits, labels, class_names, maps=None):
     """Writes three figures of test images to a folder: confusion matrix, calibration and the most wrong images.
 
     Args:
         folder: the folder.
-        images: as for `most_wrong`.
+        images, maps: as for `most_wrong`.
         logits, labels, class_names: as for `draw`.
     """
     names = picture_names(class_names)
     metadata = {CLASS_NAMES: legend_of(class_names)} if names.numbered else None
     save(confusion(metrics.confusion(logits, labels, len(class_names)), names), folder / CONFUSION, metadata)
     save(calibration(logits, labels), folder / CALIBRATION)
-    save(most_wrong(images, logits, labels, names), folder / MOST_WRONG, metadata)
+    save(most_wrong(images, logits, labels, names, maps), folder / MOST_WRONG, metadata)
 
 
 def save(figure, path, metadata=None):
@@ -256,7 +259,7 @@ def calibration(logits, labels):
     return figure
 
 
-def most_wrong(images, logits, labels, names, n=MOST_WRONG_IMAGES):
+def most_wrong(images, logits, labels, names, maps=None):
     """Plots the misclassified images with the highest cross-entropy, each with its label and prediction.
 
     Args:
@@ -264,21 +267,29 @@ def most_wrong(images, logits, labels, names, n=MOST_WRONG_IMAGES):
         logits: float `(n, classes)`.
         labels: int `(n,)`.
         names: a `PictureNames`.
-        n: the maximum number of images.
+        maps: a pair, for the images that `metrics.worst` returns: their pixels as the network sees them, `(n, height, width,
+            3)` in 0..255, and their Grad-CAM for the predicted class, `(n, height, width)`. Each overlay is below its image.
 
     Returns:
         A `Figure`.
     """
-    worst = metrics.worst(logits, labels, n)
+    worst = metrics.worst(logits, labels, MOST_WRONG_IMAGES)
     columns = 6
     rows = max(1, -(-len(worst) // columns))
-    figure = Figure(figsize=(columns * 1.6, rows * 2 + 0.4), layout="constrained")
+    overlaid = maps is not None and len(worst) > 0
+    figure = Figure(figsize=(columns * 1.6, rows * (3.6 if overlaid else 2) + 0.4), layout="constrained")
     title = "Most wrong test images: label, prediction" if len(worst) else "No test image is misclassified"
-    figure.suptitle(title, x=0.01, ha="left")
+    note = ". Below: what speaks for the prediction (Grad-CAM)" if overlaid else ""
+    figure.suptitle(title + note, x=0.01, ha="left")
     predicted = metrics.predictions(logits)
     probabilities = softmax(logits, axis=1)
-    for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+    grid = figure.subplots(rows * (2 if overlaid else 1), columns, squeeze=False)
+    for axes in grid.flat:
         axes.axis("off")
+    if overlaid:
+        for axes, pixels, values in zip(grid[1::2].flat, *maps):
+            axes.imshow(overlay(pixels, values, values.max()), interpolation="nearest")
+    for place, axes in enumerate(grid[:: 2 if overlaid else 1].flat):
         if place < len(worst):
             i = worst[place]
             axes.imshow(images[i], interpolation="nearest")
@@ -292,6 +303,63 @@ def most_wrong(images, logits, labels, names, n=MOST_WRONG_IMAGES):
                 parse_math=False,  # a class name may contain a dollar sign
             )
     return figure
+
+
+# === Grad-CAM ===
+
+
+def explanation(image, maps, classes, probabilities, names):
+    """Plots an image and, for some classes, Grad-CAM as an overlay and as the map itself. All classes have one colour scale.
+
+    Args:
+        image: the pixels that the network sees, `(height, width, 3)` in 0..255.
+        maps: for each class a map of `attention.grad_cam`, `(n, height, width)`.
+        classes: the indices of the classes, `(n,)`.
+        probabilities: of these classes, `(n,)`.
+        names: a `PictureNames` of all classes.
+
+    Returns:
+        A `Figure`.
+    """
+    columns = len(maps) + 1
+    tall = image.shape[0] / image.shape[1]
+    figure = Figure(figsize=(columns * 2 + 0.8, 4 * min(max(tall, 0.4), 2.5) + 0.4), layout="constrained")
+    grid = figure.subplots(2, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    top = np.max(maps)
+    grid[0, 0].imshow(np.uint8(image), interpolation="nearest")
+    grid[0, 0].set_title("image", fontsize=9)
+    for (above, below), values, i, probability in zip(grid[:, 1:].T, maps, classes, probabilities, strict=True):
+        above.imshow(overlay(image, values, top), interpolation="nearest")
+        above.set_title(
+            f"{'class ' if names.numbered else ''}{names.texts[i]} {probability:.1%}",
+            fontsize=9,
+            fontfamily=names.families,
+            parse_math=False,
+        )
+        cell = tall * values.shape[1] / values.shape[0]  # height over width
+        shown = below.imshow(values, cmap=MAP_COLOURS, vmin=0, vmax=top or 1, aspect=cell, interpolation="nearest")
+    figure.colorbar(shown, ax=grid, aspect=40, pad=0.01, label="Grad-CAM")
+    return figure
+
+
+def overlay(image, values, top):
+    """Lays a map over the grey form of an image.
+
+    Args:
+        image: `(height, width, 3)` in 0..255.
+        values: the map, floats of at least 0, of any size: it is stretched bilinearly.
+        top: the value of the brightest colour.
+
+    Returns:
+        Floats in 0..1, `(height, width, 3)`.
+    """
+    height, width = image.shape[:2]
+    scaled = np.asarray(values, "float32") / (top or 1)
+    stretched = np.asarray(Image.fromarray(scaled).resize((width, height), Image.Resampling.BILINEAR))
+    grey = np.asarray(image, "float32").mean(axis=-1, keepdims=True) / 255
+    return (0.5 * grey + 0.5 * colormaps[MAP_COLOURS](stretched)[..., :3]).clip(0, 1)
 
 
 # === Class names ===

@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from cvt_keras import environment, runs
+from cvt_keras import attention, environment, runs
 from cvt_keras.data.pipeline import evaluation_batches, training_batches
-from cvt_keras.errors import OutOfMemoryError, RecipeError
+from cvt_keras.errors import ArgumentError, OutOfMemoryError, RecipeError
 from cvt_keras.model import build_classifier, set_calibration
 from cvt_keras.preprocessing import size_text
 from cvt_keras.report import figures, metrics, page, predictions
@@ -263,7 +263,6 @@ def finish(plan, best, history):
     calibration = metrics.fit_calibration(logits, labels, recipe.keep)
     set_calibration(classifier, calibration)
     tested = {"test": None, "per_class": None, "confusion": None}
-    shown = {}
     if plan.test is not None:
         logits, labels = _logits(classifier, plan.test, plan), plan.test.labels
         tested = {
@@ -271,7 +270,6 @@ def finish(plan, best, history):
             "per_class": metrics.per_class(logits, labels, plan.source.class_names),
             "confusion": metrics.confusion(logits, labels, plan.num_classes).tolist(),
         }
-        shown = {"images": plan.test.images, "logits": logits, "labels": labels, "class_names": plan.source.class_names}
     with runs.whole(run_dir / runs.MODEL) as unfinished:
         classifier.save(unfinished)
     if plan.test is not None:
@@ -307,6 +305,10 @@ def finish(plan, best, history):
         device=environment.device(),
         versions=environment.versions(),
     )
+    shown = {}
+    if plan.test is not None:  # after the model is written: the maps need memory
+        shown = {"images": plan.test.images, "labels": labels, "class_names": plan.source.class_names}
+        shown |= {"logits": logits / calibration.temperature, "maps": _maps(classifier, plan, logits)}
     figures.draw(run_dir, history, **shown, first_epoch=plan.compressor.first_epoch)
     # Remove the page of an earlier report without test results: with that page the run would count as finished.
     (run_dir / runs.PAGE).unlink(missing_ok=True)
@@ -317,6 +319,20 @@ def finish(plan, best, history):
 
 def _logits(classifier, split, plan):
     return classifier.predict(evaluation_batches(split, plan.num_classes, plan.recipe.preprocessing), verbose=0)
+
+
+def _maps(classifier, plan, logits):
+    """The pixels and the Grad-CAM of the most wrong test images for `figures.most_wrong`, or `None` if there are none."""
+    worst = metrics.worst(logits, plan.test.labels, figures.MOST_WRONG_IMAGES)
+    predicted = iter(metrics.predictions(logits)[worst])
+    pixels, maps = [], []
+    try:
+        for images, _ in evaluation_batches(plan.test.take(worst), plan.num_classes, plan.recipe.preprocessing):
+            pixels.extend(images.numpy())
+            maps.extend(attention.grad_cam(classifier, images, [next(predicted) for _ in images]))
+    except ArgumentError:  # a network with int8 rounding
+        return None
+    return (pixels, maps) if maps else None
 
 
 def _images_per_second(plan, history):

@@ -127,6 +127,41 @@ def test_the_titles_of_the_most_wrong_do_not_overlap(name, shown):
     assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
 
 
+def test_each_of_the_most_wrong_has_its_map_below_it(shown):
+    pixels, maps = np.full((3, 8, 12, 3), 255.0), np.zeros((3, 2, 3))
+    maps[0, 0, 0] = maps[1, 1, 2] = 1
+    figure = figures.most_wrong(**shown, names=figures.picture_names(NAMES), maps=(pixels, maps))
+    pictures = [axes.images[0].get_array() if axes.images else None for axes in figure.axes]
+    assert len(pictures) == 12 and [picture is None for picture in pictures] == [False, False, False, True, True, True] * 2
+    assert [picture[0, 0, 0] for picture in pictures[:3]] == [2, 1, 0]
+    first, second, empty = (np.asarray(picture).sum(axis=-1) for picture in pictures[6:9])
+    assert first.shape == (8, 12) and first[0, 0] == first.max() and second[-1, -1] == second.max()
+    assert first[-1, -1] < first.max() and second[0, 0] < second.max()
+    assert np.ptp(empty) == 0
+    assert "Grad-CAM" in figure._suptitle.get_text()
+    shown["logits"] = np.eye(3, dtype="float32")[shown["labels"]]
+    assert "Grad-CAM" not in figures.most_wrong(**shown, names=figures.picture_names(NAMES))._suptitle.get_text()
+
+
+def test_an_explanation_shows_image_maps_and_overlays_in_one_scale(tmp_path):
+    image, maps = np.full((20, 40, 3), 200, "uint8"), np.zeros((2, 2, 4), "float32")
+    maps[0, 0, 0], maps[1, 1, 3] = 4, 1
+    figure = figures.explanation(image, maps, [2, 1], [0.75, 0.125], figures.picture_names(NAMES))
+    picture, strong, weak, blank, *below = figure.axes
+    assert [axes.get_title() for axes in (picture, strong, weak)] == ["image", "c 75.0%", "$b 12.5%"]
+    np.testing.assert_array_equal(picture.images[0].get_array(), image)
+    assert np.ptp(strong.images[0].get_array()) > 2 * np.ptp(weak.images[0].get_array())
+    assert not blank.images
+    for axes, values in zip(below, maps):
+        np.testing.assert_array_equal(axes.images[0].get_array(), values)
+        assert axes.images[0].get_clim() == (0, 4)
+    figures.save(figure, tmp_path / "explanation.png")
+    drawn = np.asarray(Image.open(tmp_path / "explanation.png"))
+    assert drawn.shape[1] > 400 and drawn.std() > 1
+    numbered = figures.PictureNames(["1", "2", "3"], figures.picture_names(NAMES).families, numbered=True)
+    assert figures.explanation(image, maps * 0, [2, 1], [0.75, 0.125], numbered).axes[1].get_title() == "class 3 75.0%"
+
+
 def test_a_perfect_network_has_no_wrong_images(shown):
     shown["logits"] = np.eye(3, dtype="float32")[shown["labels"]]
     figure = figures.most_wrong(**shown, names=figures.picture_names(NAMES))

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import keras
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from eager import eagerly
+from PIL import Image
 
-from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, calibration_of, preprocessing_of, runs
+from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, attention, calibration_of, preprocessing_of, runs
 from cvt_keras.data import sources, tfds
+from cvt_keras.data.pipeline import evaluation_batches
+from cvt_keras.data.split import Split
 from cvt_keras.data.tfds import CIFAR10_CLASSES
 from cvt_keras.errors import (
     BusyError,
@@ -23,7 +27,8 @@ from cvt_keras.errors import (
     RecipeError,
 )
 from cvt_keras.layers import Whitening
-from cvt_keras.report import metrics
+from cvt_keras.quantized.model import quantize
+from cvt_keras.report import figures, metrics
 from cvt_keras.training import loop, plan
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.variants import macs, to_dict
@@ -61,6 +66,24 @@ def test_a_run_leaves_its_folder(finished, recipe):
         *("curves.png", "confusion.png", "calibration.png", "most_wrong.png")
     }
     assert f"{report.test['top1']:.1%}" in (run_dir / "report.html").read_text()
+
+
+def test_the_most_wrong_images_have_the_maps_of_their_predictions(finished, recipe):
+    classifier = keras.saving.load_model(finished[1] / "model.keras")
+    images = np.random.default_rng(0).integers(0, 256, (40, 48, 48, 3)).astype("uint8")
+    source = Split(images, np.random.default_rng(1).integers(0, 10, 40))
+    settled = types.SimpleNamespace(test=source, num_classes=10, recipe=recipe)
+    logits = loop._logits(classifier, source, settled)
+    worst = metrics.worst(logits, source.labels, figures.MOST_WRONG_IMAGES)
+    pixels, maps = loop._maps(classifier, settled, logits)
+    seen = np.concatenate([batch for batch, _ in evaluation_batches(source.take(worst), 10, recipe.preprocessing)])
+    np.testing.assert_array_equal(pixels, seen)
+    np.testing.assert_allclose(maps, attention.grad_cam(classifier, seen, logits[worst].argmax(axis=1)), atol=1e-6)
+    assert loop._maps(quantize(classifier), settled, logits) is None
+    right = Split(images, logits.argmax(axis=1))
+    assert loop._maps(classifier, types.SimpleNamespace(test=right, num_classes=10, recipe=recipe), logits) is None
+    with Image.open(finished[1] / "plots" / "most_wrong.png") as picture:
+        assert picture.height > 1.2 * picture.width  # an overlay below each image
 
 
 def _tensorboard_accuracies(run_dir):
