@@ -34,7 +34,7 @@ ALLOWED = {
     "attention": {"errors", "layers", "model", "variants"},
     "pretrained": {"conversion", "environment", "errors", "model", "runs", "variants"},
     "data": {"errors", "preprocessing", "runs"},
-    "report": {"errors", "runs"},
+    "report": {"errors", "preprocessing", "runs"},
     "predict": {"data", "environment", "errors", "greetings", "lazy", "model", "preprocessing", "report", "runs", "terminal"},
     "training": {
         *("attention", "conversion", "data", "environment", "errors", "lazy", "model"),
@@ -48,7 +48,7 @@ ALLOWED = {
         *("model", "quantized", "runs", "training"),
     },
     "export": {
-        *("data", "environment", "errors", "lazy", "model", "quantized"),
+        *("data", "environment", "errors", "lazy", "model", "preprocessing", "quantized"),
         *("report", "runs", "signals", "terminal", "training"),
     },
 }

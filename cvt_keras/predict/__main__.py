@@ -167,7 +167,8 @@ def _evaluate(classifier, arguments):
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(result), "page": str(page)}))
     elif arguments.csv:
-        rows = csv.DictWriter(sys.stdout, ["name", "top1", "precision", "f1", "images"], lineterminator="\n")
+        columns = ["name", "top1", "precision", "f1", "images"]
+        rows = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
         rows.writeheader()
         rows.writerows(result.per_class)
     else:

@@ -23,7 +23,7 @@ def keras_file(tmp_path_factory):
     # The head starts with zeros; with larger weights, the probabilities differ between images.
     random = np.random.default_rng(0)
     classifier.set_weights([value + random.normal(0, 0.3, value.shape) for value in classifier.get_weights()])
-    set_calibration(classifier, Calibration(2.0, 0.5))
+    set_calibration(classifier, Calibration(2.0, 0.742))
     file = tmp_path_factory.mktemp("model") / "fruit.keras"
     classifier.save(file)
     return file

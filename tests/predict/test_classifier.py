@@ -35,7 +35,7 @@ def test_paths_arrays_batches_and_pillow_images(classifier, photos):
         assert [label for label, _ in answer.top] == [classifier.class_names[i] for i in order]
         np.testing.assert_allclose([value for _, value in answer.top], expected[order], atol=1e-6)
     assert [answer.unsure for answer in classifier.predict(photos.pixels)] == [
-        _expected(classifier, pixels).max() < 0.5 for pixels in photos.pixels.values()
+        _expected(classifier, pixels).max() < 0.742 for pixels in photos.pixels.values()
     ]
     assert classifier.predict([path, pixels])[0].path == path
     assert classifier.predict([path, pixels])[1].path is None
