@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 from rich.cells import cell_len
 
 from cvt_keras import cli, environment, greetings, terminal
-from cvt_keras.data import image_files, packages
+from cvt_keras.data import image_files, images, packages
 from cvt_keras.errors import ArgumentError, ImageError
 from cvt_keras.predict.classifier import load_run, locate, require_top
 from cvt_keras.predict.evaluation import evaluate, require_folder
+from cvt_keras.predict.networks import KerasNetwork
 
 _MIN_IMAGES_FOR_PROGRESS = 50
 
@@ -38,6 +40,9 @@ class Arguments:
     evaluate: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Instead of IMAGE...: a folder with a folder of images for each class. Prints the accuracy and writes a page.
     Images that the run was trained on are left out."""
+    explain: Annotated[Path | None, tyro.conf.arg(metavar="OUT.png")] = None
+    """Draw what speaks for the most probable classes of the image (Grad-CAM): for --top classes, by default three.
+    For one image, and a run or .keras file."""
     page: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The page to write with --evaluate; defaults to evaluation/NAME.html in the run folder, where NAME is that of DIR.
     For a file outside a run folder, defaults to evaluation/NAME.html."""
@@ -57,6 +62,12 @@ def parse(argv):
             argument="evaluate",
             hint="Leave out IMAGE... or --evaluate",
         )
+    if arguments.explain and arguments.evaluate:
+        raise ArgumentError(
+            f"`explain` needs an image. Received: evaluate={arguments.evaluate}",
+            argument="explain",
+            hint="Leave out --evaluate",
+        )
     if arguments.page and not arguments.evaluate:
         raise ArgumentError(
             f"`page` needs `evaluate`. Received: page={arguments.page}", argument="page", hint="Add --evaluate DIR"
@@ -69,6 +80,8 @@ def main(argv):
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may have characters that stdout can't encode
     locate(arguments.run)
     files = [] if arguments.evaluate else list(image_files.listed(arguments.images))
+    if arguments.explain:
+        _require_explainable(arguments.run, files)
     if arguments.evaluate:
         require_folder(arguments.evaluate)
     environment.start(backend=None)
@@ -76,7 +89,12 @@ def main(argv):
         classifier = load_run(arguments.run)
         packages.require("tensorflow").config.list_physical_devices()  # beside JAX, it starts only here
     try:
-        return _evaluate(classifier, arguments) if arguments.evaluate else _classify(classifier, files, arguments)
+        if arguments.evaluate:
+            return _evaluate(classifier, arguments)
+        code = _classify(classifier, files, arguments)
+        if arguments.explain and code == 0:
+            _explain(classifier, files[0][0], arguments)
+        return code
     except BrokenPipeError:  # the reader of stdout has closed it, as head does
         terminal.discard_output()
         return 1
@@ -144,6 +162,38 @@ def _table(classifier, paths, top):
         print(padded(answer.path, file_width), *classes, *(["unsure"] if answer.unsure else []), sep="  ")
 
     return write
+
+
+# === Explanation ===
+
+
+def _require_explainable(run, files):
+    """Raises an `ArgumentError` unless Grad-CAM can be drawn: of one image, by a Keras model."""
+    if len(files) != 1:
+        raise ArgumentError(f"`explain` needs one image. Received: {len(files):,} images", argument="explain")
+    network, file = locate(run)
+    if network is not KerasNetwork:
+        raise ArgumentError(
+            f"`explain` needs a Keras model, as an exported file has no gradients. Received: run={file}",
+            argument="explain",
+            hint="Use the run folder or its model.keras",
+        )
+
+
+def _explain(classifier, path, arguments):
+    """Draws the image with the Grad-CAM of its most probable classes."""
+    from cvt_keras import attention
+    from cvt_keras.report import figures
+
+    pixels = images.fit(images.decode(image_files.read(path)), classifier.preprocessing).numpy()
+    [answer] = classifier.predict(path, top=arguments.top if arguments.top > 1 else 3)
+    classes = [classifier.class_names.index(label) for label, _ in answer.top]
+    maps = attention.grad_cam(classifier.model, np.repeat(pixels[None], len(classes), axis=0), classes)
+    probabilities = [probability for _, probability in answer.top]
+    names = figures.picture_names(classifier.class_names)
+    arguments.explain.parent.mkdir(parents=True, exist_ok=True)
+    figures.save(figures.explanation(pixels, maps, classes, probabilities, names), arguments.explain)
+    print(f"the picture is {arguments.explain}", file=sys.stderr)
 
 
 # === Evaluation ===

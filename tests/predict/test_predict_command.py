@@ -10,10 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from cvt_keras import cli, terminal
 from cvt_keras.predict import __main__ as command
 from cvt_keras.predict import evaluation
+from cvt_keras.report import figures
 
 
 @pytest.fixture(autouse=True)
@@ -196,3 +198,33 @@ def test_a_folder_that_can_not_be_evaluated(main, photos, capsys):
     assert code == 1 and "folders that are not classes of the network: bananas. Its classes are apples, pears, plums" in error
     code, _, [error] = main("--evaluate", photos.folder / "nowhere")
     assert code == 1 and "does not exist" in error
+
+
+def test_explain_draws_the_most_probable_classes(main, photos, tmp_path, monkeypatch):
+    drawn = []
+    explanation = figures.explanation
+    monkeypatch.setattr(figures, "explanation", lambda *arguments: drawn.append(arguments) or explanation(*arguments))
+    [path, *_] = photos.pixels
+    out = tmp_path / "new" / "out.png"
+    code, [line], errors = main(path, "--explain", out)
+    assert code == 0 and len(line.removesuffix("  unsure").split()) == 3
+    assert errors[-1] == f"the picture is {out}"
+    assert Image.open(out).size[0] > 100
+    [(image, maps, classes, probabilities, _)] = drawn
+    assert image.shape == (16, 24, 3) and len(maps) == len(classes) == 3
+    assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) == pytest.approx(1)
+    main(path, "--explain", out, "--top", "2")
+    assert len(drawn[1][2]) == 2
+
+
+def test_explain_needs_one_image_and_a_keras_model(photos, tmp_path, capsys):
+    (tmp_path / "a.tflite").touch()
+    [path, *_] = photos.pixels
+    for words, message in (
+        (["a.keras", str(photos.folder), "--explain", "x.png"], "`explain` needs one image. Received: 6 images"),
+        (["a.tflite", str(path), "--explain", "x.png"], "`explain` needs a Keras model"),
+        (["a.keras", "--evaluate", ".", "--explain", "x.png"], "`explain` needs an image"),
+    ):
+        (tmp_path / words[0]).touch()
+        assert cli.main(["predict", str(tmp_path / words[0]), *words[1:]]) == 2
+        assert message in capsys.readouterr().err
