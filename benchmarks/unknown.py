@@ -7,7 +7,6 @@ how well its highest probability tells such images from the others.
 import dataclasses
 from pathlib import Path
 
-import keras
 import numpy as np
 import tyro
 from sklearn.metrics import roc_auc_score
@@ -18,6 +17,7 @@ from cvt_keras.data import sources
 from cvt_keras.data.images import stretch
 from cvt_keras.data.pipeline import evaluation_batches
 from cvt_keras.data.split import SPLITS
+from cvt_keras.model import load_classifier, preprocessing_of
 from cvt_keras.preprocessing import Calibration
 from cvt_keras.report.metrics import calibration_report, evaluate, fit_calibration
 from cvt_keras.training import RECIPES
@@ -114,7 +114,11 @@ def main(arguments):
     )
     source = dataclasses.replace(source, train=source.train.limit(recipe.train_limit))
     if arguments.model and arguments.model.exists():
-        classifier = keras.saving.load_model(arguments.model, compile=False)
+        classifier = load_classifier(arguments.model)
+        if preprocessing_of(classifier).class_names != source.class_names:
+            raise ValueError(
+                f"`model` must have been trained on {', '.join(source.class_names)}. Received: model={arguments.model}"
+            )
     else:
         classifier, *_ = fit("recipe", "", recipe, source)
         if arguments.model:
@@ -144,8 +148,9 @@ def main(arguments):
         f"{report['ece']:.3f} ± {report['ece_error']:.3f} after"
     )
     print("| images | n | AUROC before calibration | AUROC | unsure |\n| --- | --- | --- | --- | --- |")
-    print(f"| known classes, right answers | | | | {1 - report['sure_of_right']:.1%} |")
-    print(f"| known classes, wrong answers | | | | {1 - report['sure_of_wrong']:.1%} |")
+    for kind in ("right", "wrong"):
+        sure = report[f"sure_of_{kind}"]
+        print(f"| known classes, {kind} answers | | | | {'none' if sure is None else f'{1 - sure:.1%}'} |")
     measured = rows(test[0], {name: logits(images) for name, images in others.items()}, calibration)
     for name, count, before, after, unsure in measured:
         print(f"| {name} | {count:,} | {before:.3f} | {after:.3f} | {unsure:.1%} |")

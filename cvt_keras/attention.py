@@ -96,10 +96,13 @@ def rollout(maps: Sequence[AttentionMap]) -> np.ndarray:
         every class.
 
     Raises:
-        ArgumentError: if there are no maps.
+        ArgumentError: unless there is a map of each block, in order.
     """
-    if not maps:
-        raise ArgumentError("`maps` must hold the maps of all blocks. Received: none", argument="maps")
+    blocks = [(block.stage, block.block) for block in maps]
+    after = [{(stage, block + 1), (stage + 1, 0)} for stage, block in blocks]
+    if blocks[:1] != [(0, 0)] or not all(block in allowed for block, allowed in zip(blocks[1:], after)):
+        received = ", ".join(f"stage {stage} block {block}" for stage, block in blocks) or "none"
+        raise ArgumentError(f"`maps` must hold the maps of all blocks, in order. Received: {received}", argument="maps")
     last = maps[-1]
     batch, _, queries, _ = last.weights.shape
     shares = np.zeros((batch, queries))

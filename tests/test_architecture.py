@@ -36,6 +36,7 @@ ALLOWED = {
     "data": {"errors", "preprocessing", "runs"},
     "report": {"errors", "preprocessing", "runs"},
     "predict": {
+        "quantized",
         "attention",
         "data",
         "environment",
@@ -50,7 +51,7 @@ ALLOWED = {
     },
     "training": {
         *("attention", "conversion", "data", "environment", "errors", "lazy", "model"),
-        *("preprocessing", "report", "runs", "signals", "variants"),
+        *("preprocessing", "quantized", "report", "runs", "signals", "variants"),
     },
     "search": {
         *("data", "environment", "errors", "lazy", "preprocessing", "report", "runs", "signals", "training", "variants"),

@@ -189,7 +189,7 @@ def pixels_of(image):
     """
     try:
         image.load()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: it was closed
         raise ImageError(f"the image is broken: {_reason(error)}") from error
     return _rgb(_upright(image))
 

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 from rich.cells import cell_len
 
-from cvt_keras import cli, environment, greetings, terminal
+from cvt_keras import cli, environment, greetings, runs, terminal
 from cvt_keras.data import image_files, images, packages
 from cvt_keras.errors import ArgumentError, ImageError
 from cvt_keras.predict.classifier import load_run, locate, require_top
@@ -31,8 +31,8 @@ class Arguments:
     Formats: JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF, and HEIC with pillow-heif.
     A file that is not an image or can't be read is reported on stderr, with exit code 1.
     Hidden files and system files in folders (Thumbs.db, desktop.ini, @eaDir, __MACOSX and the like) are skipped."""
-    top: int = 1
-    """Classes to print per image, most probable first."""
+    top: int | None = None
+    """Classes to print per image, most probable first; defaults to 1. With --explain, also those to draw; defaults to 3."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print a line of JSON per image; with --evaluate, one line with all results."""
     csv: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -44,8 +44,8 @@ class Arguments:
     """Draw what speaks for the most probable classes of the image (Grad-CAM): for --top classes, by default three.
     For one image, and a run or .keras file."""
     page: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """The page to write with --evaluate; defaults to evaluation/NAME.html in the run folder, where NAME is that of DIR.
-    For a file outside a run folder, defaults to evaluation/NAME.html."""
+    """The page to write with --evaluate; defaults to evaluation/NAME.html in the run folder, where NAME is that of DIR. For a
+    file outside a run folder, defaults to evaluation/NAME.html. With --json or --csv, no page is written by default."""
 
 
 def parse(argv):
@@ -53,7 +53,14 @@ def parse(argv):
     arguments = cli.parse_images(
         Arguments, argv, prog="cvt-keras predict", description="Classify images, or evaluate a network on labelled ones."
     )
-    require_top(arguments.top)
+    if arguments.top is not None:
+        require_top(arguments.top)
+        if arguments.evaluate:
+            raise ArgumentError(
+                f"`top` can't be combined with `evaluate`. Received: top={arguments.top}",
+                argument="top",
+                hint="Leave out --top",
+            )
     if arguments.json and arguments.csv:
         raise ArgumentError("`json` and `csv` exclude each other", argument="csv", hint="Use either --json or --csv")
     if arguments.evaluate and arguments.images:
@@ -91,6 +98,8 @@ def main(argv):
     try:
         if arguments.evaluate:
             return _evaluate(classifier, arguments)
+        if arguments.explain:
+            _require_gradients(classifier)
         code = _classify(classifier, files, arguments)
         if arguments.explain and code == 0:
             _explain(classifier, files[0][0], arguments)
@@ -106,11 +115,12 @@ def main(argv):
 def _classify(classifier, files, arguments):
     """Prints a line for each image that can be read. Returns the exit code."""
     style = _json if arguments.json else _csv if arguments.csv else _table
-    write = style(classifier, [path for path, _ in files], min(arguments.top, len(classifier.class_names)))
+    top = arguments.top or 1
+    write = style(classifier, [path for path, _ in files], min(top, len(classifier.class_names)))
     refused = 0
     # On a terminal the lines show progress themselves, also through a pipe such as tee.
     with _progress(len(files), shown=terminal.is_file(sys.stdout)) as bar:
-        for path, answer in _answers(classifier, files, arguments.top):
+        for path, answer in _answers(classifier, files, top):
             if isinstance(answer, ImageError):
                 refused += 1
                 bar.clear()
@@ -180,13 +190,25 @@ def _require_explainable(run, files):
         )
 
 
+def _require_gradients(classifier):
+    """Raises an `ArgumentError` for a network with int8 rounding."""
+    from cvt_keras.quantized.model import quantized_cvt_of
+
+    if quantized_cvt_of(classifier.model) is not None:
+        raise ArgumentError(
+            f"`explain` needs a network without int8 rounding, which has no gradients. Received: run={classifier.path}",
+            argument="explain",
+            hint="Explain the run that it started from",
+        )
+
+
 def _explain(classifier, path, arguments):
     """Draws the image with the Grad-CAM of its most probable classes."""
     from cvt_keras import attention
     from cvt_keras.report import figures
 
     pixels = images.fit(images.decode(image_files.read(path)), classifier.preprocessing).numpy()
-    [answer] = classifier.predict(path, top=arguments.top if arguments.top > 1 else 3)
+    [answer] = classifier.predict(path, top=arguments.top or 3)
     classes = [classifier.class_names.index(label) for label, _ in answer.top]
     maps = attention.grad_cam(classifier.model, np.repeat(pixels[None], len(classes), axis=0), classes)
     probabilities = [probability for _, probability in answer.top]
@@ -201,7 +223,11 @@ def _explain(classifier, path, arguments):
 
 def _evaluate(classifier, arguments):
     """Evaluates, prints the results, and writes the page. Returns the exit code."""
-    page = arguments.page or (classifier.run_dir or Path()) / "evaluation" / f"{arguments.evaluate.resolve().name}.html"
+    page = arguments.page
+    if page is None and not (arguments.json or arguments.csv):
+        page = (classifier.run_dir or Path()) / "evaluation" / f"{arguments.evaluate.resolve().name}.html"
+    if page is not None:  # before the work
+        runs.require_writable(page.parent, argument="page")
 
     def progress(answers, n):
         with _progress(n) as bar:
@@ -215,7 +241,7 @@ def _evaluate(classifier, arguments):
     for warning in result.warnings:
         _warn(warning)
     if arguments.json:
-        print(json.dumps({**dataclasses.asdict(result), "page": str(page)}))
+        print(json.dumps({**dataclasses.asdict(result), "page": page and str(page)}))
     elif arguments.csv:
         columns = ["name", "top1", "precision", "f1", "images"]
         rows = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
@@ -236,7 +262,8 @@ def _print_results(result):
         print(f"no images of {', '.join(missing[:10])}" + (f" and {len(missing) - 10} more" if len(missing) > 10 else ""))
     for reason, n in result.left_out.items():
         print(f"left out: {n:,} {reason}")
-    print(f"{result.scores['top1']:.2%} top-1 on {result.scores['images']:,} images")
+    low, high = result.scores["top1_interval"]
+    print(f"{result.scores['top1']:.2%} top-1 (95% interval: {low:.2%} to {high:.2%}) on {result.scores['images']:,} images")
 
 
 def _progress(n, shown=True):

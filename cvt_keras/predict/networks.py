@@ -128,6 +128,8 @@ class SavedModelNetwork:
         self.class_names = tuple(name.decode() for name in names[0].numpy())
         _require_as_many(self.class_names, self.serve.structured_outputs["probabilities"].shape[-1], folder)
         stored = folder / _EXTRA_ASSETS / CALIBRATION_FILE
+        if "unsure" in self.serve.structured_outputs and not stored.exists():
+            raise RunError(f"{folder} is not complete: {stored.relative_to(folder)} is missing", hint=_EXPORT)
         self.calibration = _calibration(stored.read_bytes() if stored.exists() else None, folder)
         # TensorFlow prints some of its greetings at the first call, and the command hides them only while it loads.
         self([self.prepare(np.zeros((1, 1, 3), "uint8"))])

@@ -267,8 +267,8 @@ def most_wrong(images, logits, labels, names, maps=None):
         logits: float `(n, classes)`.
         labels: int `(n,)`.
         names: a `PictureNames`.
-        maps: a pair, for the images that `metrics.worst` returns: their pixels as the network sees them, `(n, height, width,
-            3)` in 0..255, and their Grad-CAM for the predicted class, `(n, height, width)`. Each overlay is below its image.
+        maps: a dict: the index of an image -> its pixels as the network sees them, `(height, width, 3)` in 0..255, and its
+            Grad-CAM for the predicted class, `(height, width)`. Each overlay is below its image.
 
     Returns:
         A `Figure`.
@@ -276,7 +276,7 @@ def most_wrong(images, logits, labels, names, maps=None):
     worst = metrics.worst(logits, labels, MOST_WRONG_IMAGES)
     columns = 6
     rows = max(1, -(-len(worst) // columns))
-    overlaid = maps is not None and len(worst) > 0
+    overlaid = bool(maps) and len(worst) > 0
     figure = Figure(figsize=(columns * 1.6, rows * (3.6 if overlaid else 2) + 0.4), layout="constrained")
     title = "Most wrong test images: label, prediction" if len(worst) else "No test image is misclassified"
     note = ". Below: what speaks for the prediction (Grad-CAM)" if overlaid else ""
@@ -287,7 +287,8 @@ def most_wrong(images, logits, labels, names, maps=None):
     for axes in grid.flat:
         axes.axis("off")
     if overlaid:
-        for axes, pixels, values in zip(grid[1::2].flat, *maps):
+        for axes, i in zip(grid[1::2].flat, worst):
+            pixels, values = maps[i]
             axes.imshow(overlay(pixels, values, values.max()), interpolation="nearest")
     for place, axes in enumerate(grid[:: 2 if overlaid else 1].flat):
         if place < len(worst):

@@ -243,7 +243,7 @@ def fit_calibration(logits, labels, keep):
     """Fits a `Calibration` to validation images.
 
     The temperature has the lowest cross-entropy. Labels are smoothed by 1 / (n + 2), as in Platt scaling, so that a few images
-    that are all right do not lead to endless confidence.
+    that are all right do not lead to a temperature near 0.
 
     Args:
         logits: float `(n, classes)`.
@@ -261,9 +261,13 @@ def fit_calibration(logits, labels, keep):
     fitted = minimize_scalar(cross_entropy, bounds=np.log(TEMPERATURES), method="bounded")
     calibration = Calibration(float(np.exp(fitted.x)))
     confidence = calibration.probabilities(logits).max(axis=1)
-    # The largest threshold that keeps so many: of 20 right answers and 0.95, the second lowest confidence.
-    sure = np.quantile(confidence[right], 1 - keep, method="lower") if right.any() else 0.0
-    return dataclasses.replace(calibration, threshold=float(sure))
+    threshold = 0.0
+    if right.any():
+        # The highest that keeps so many: of 20 right answers and 0.95, the second lowest confidence.
+        ascending = np.sort(confidence[right])
+        dropped = int(len(ascending) * (1 - keep) + 1e-9)  # 20 * (1 - 0.95) is a little more than 1, or less
+        threshold = float(ascending[min(dropped, len(ascending) - 1)])
+    return dataclasses.replace(calibration, threshold=threshold)
 
 
 def calibration_report(logits, labels, fitted, keep, split):

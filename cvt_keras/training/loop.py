@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import re
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -11,9 +12,11 @@ import tensorflow as tf
 
 from cvt_keras import attention, environment, runs
 from cvt_keras.data.pipeline import evaluation_batches, training_batches
-from cvt_keras.errors import ArgumentError, OutOfMemoryError, RecipeError
+from cvt_keras.data.split import Split
+from cvt_keras.errors import OutOfMemoryError, RecipeError
 from cvt_keras.model import build_classifier, set_calibration
 from cvt_keras.preprocessing import size_text
+from cvt_keras.quantized.model import quantized_cvt_of
 from cvt_keras.report import figures, metrics, page, predictions
 from cvt_keras.training.callbacks import (
     CLASS_WEIGHTS,
@@ -252,30 +255,62 @@ def finish(plan, best, history):
     Returns:
         A `RunResult`.
     """
-    recipe, run_dir = plan.recipe, plan.run_dir
+    run_dir = plan.run_dir
     # The saved model is float32, whatever the precision of training, and has no optimizer.
     classifier = plan.compressor.wrap(_build(plan, "float32"))
     classifier.set_weights(best.weights)
     compression = plan.compressor.check(classifier)
     # Before the model is written, as this raises for a model whose outputs are NaN or the same for every class.
-    logits, labels = _logits(classifier, plan.validation, plan), plan.validation.labels
-    validation = metrics.evaluate(logits, labels)
-    calibration = metrics.fit_calibration(logits, labels, recipe.keep)
+    validation = _Evaluated(plan.validation, _logits(classifier, plan.validation, plan))
+    calibration = metrics.fit_calibration(validation.logits, validation.split.labels, plan.recipe.keep)
     set_calibration(classifier, calibration)
-    tested = {"test": None, "per_class": None, "confusion": None}
-    if plan.test is not None:
-        logits, labels = _logits(classifier, plan.test, plan), plan.test.labels
-        tested = {
-            "test": metrics.evaluate(logits, labels),
-            "per_class": metrics.per_class(logits, labels, plan.source.class_names),
-            "confusion": metrics.confusion(logits, labels, plan.num_classes).tolist(),
-        }
+    test = None if plan.test is None else _Evaluated(plan.test, _logits(classifier, plan.test, plan))
+    scores = _scores(plan, validation, test, calibration)
     with runs.whole(run_dir / runs.MODEL) as unfinished:
         classifier.save(unfinished)
-    if plan.test is not None:
-        answers = predictions.of(plan.test.digests, labels, metrics.predictions(logits), plan.source.class_names)
-        predictions.write(run_dir, answers)
-    report = metrics.Report(
+    if test is not None:
+        predicted = metrics.predictions(test.logits)
+        predictions.write(run_dir, predictions.of(test.split.digests, test.split.labels, predicted, plan.source.class_names))
+    report = _report(plan, classifier, history, compression, scores)
+    shown = {}
+    if test is not None:
+        calibrated = test.logits / calibration.temperature
+        shown = {"images": test.split.images, "logits": calibrated, "labels": test.split.labels}
+        shown |= {"class_names": plan.source.class_names, "maps": _maps(classifier, plan, calibrated)}
+    figures.draw(run_dir, history, **shown, first_epoch=plan.compressor.first_epoch)
+    # Remove the page of an earlier report without test results: with that page the run would count as finished.
+    (run_dir / runs.PAGE).unlink(missing_ok=True)
+    runs.write_json(run_dir / runs.REPORT, dataclasses.asdict(report))
+    page.write(run_dir)
+    return RunResult(run_dir, report, history)
+
+
+class _Evaluated(NamedTuple):
+    split: Split
+    logits: np.ndarray
+
+
+def _logits(classifier, split, plan):
+    return classifier.predict(evaluation_batches(split, plan.num_classes, plan.recipe.preprocessing), verbose=0)
+
+
+def _scores(plan, validation, test, calibration):
+    """The fields of the report that come from logits."""
+    scores = {"validation": metrics.evaluate(validation.logits, validation.split.labels)}
+    scores |= {"test": None, "per_class": None, "confusion": None}
+    if test is not None:
+        labels = test.split.labels
+        scores["test"] = metrics.evaluate(test.logits, labels)
+        scores["per_class"] = metrics.per_class(test.logits, labels, plan.source.class_names)
+        scores["confusion"] = metrics.confusion(test.logits, labels, plan.num_classes).tolist()
+    name, judged = ("validation", validation) if test is None else ("test", test)
+    scores["calibration"] = metrics.calibration_report(judged.logits, judged.split.labels, calibration, plan.recipe.keep, name)
+    return scores
+
+
+def _report(plan, classifier, history, compression, scores):
+    recipe = plan.recipe
+    return metrics.Report(
         dataset=plan.source.name,
         data_note=". ".join(filter(None, (plan.source.note, plan.source.fallback))),
         variant=recipe.variant_name,
@@ -289,12 +324,8 @@ def finish(plan, best, history):
         macs=macs(recipe.variant, plan.image_shape, plan.num_classes),
         train_seconds=sum(row["seconds"] for row in history),
         train_images_per_second=_images_per_second(plan, history),
-        validation=validation,
-        **tested,
+        **scores,
         compression=compression,
-        calibration=metrics.calibration_report(
-            logits, labels, calibration, recipe.keep, "validation" if plan.test is None else "test"
-        ),
         data_warnings=list(plan.warnings),
         left_out=plan.source.left_out,
         class_weights=plan.class_weights and dict(zip(plan.source.class_names, plan.class_weights)),
@@ -305,34 +336,28 @@ def finish(plan, best, history):
         device=environment.device(),
         versions=environment.versions(),
     )
-    shown = {}
-    if plan.test is not None:  # after the model is written: the maps need memory
-        shown = {"images": plan.test.images, "labels": labels, "class_names": plan.source.class_names}
-        shown |= {"logits": logits / calibration.temperature, "maps": _maps(classifier, plan, logits)}
-    figures.draw(run_dir, history, **shown, first_epoch=plan.compressor.first_epoch)
-    # Remove the page of an earlier report without test results: with that page the run would count as finished.
-    (run_dir / runs.PAGE).unlink(missing_ok=True)
-    runs.write_json(run_dir / runs.REPORT, dataclasses.asdict(report))
-    page.write(run_dir)
-    return RunResult(run_dir, report, history)
-
-
-def _logits(classifier, split, plan):
-    return classifier.predict(evaluation_batches(split, plan.num_classes, plan.recipe.preprocessing), verbose=0)
 
 
 def _maps(classifier, plan, logits):
-    """The pixels and the Grad-CAM of the most wrong test images for `figures.most_wrong`, or `None` if there are none."""
+    """Grad-CAM for the predicted class of the most wrong test images, for `figures.most_wrong`.
+
+    Returns:
+        A dict: the index of an image -> its pixels as the network sees them, and its map. It is empty for a network with int8
+        rounding, which has no gradients, and where the memory does not suffice.
+    """
+    maps = {}
+    if quantized_cvt_of(classifier) is not None:
+        return maps
     worst = metrics.worst(logits, plan.test.labels, figures.MOST_WRONG_IMAGES)
-    predicted = iter(metrics.predictions(logits)[worst])
-    pixels, maps = [], []
+    predicted, indices = iter(metrics.predictions(logits)[worst]), iter(worst.tolist())
     try:
         for images, _ in evaluation_batches(plan.test.take(worst), plan.num_classes, plan.recipe.preprocessing):
-            pixels.extend(images.numpy())
-            maps.extend(attention.grad_cam(classifier, images, [next(predicted) for _ in images]))
-    except ArgumentError:  # a network with int8 rounding
-        return None
-    return (pixels, maps) if maps else None
+            drawn = attention.grad_cam(classifier, images, [next(predicted) for _ in images])
+            maps |= {next(indices): pair for pair in zip(images.numpy(), drawn)}
+    except tf.errors.ResourceExhaustedError:
+        warn("too little memory for the Grad-CAM of the most wrong images, which the report shows without")
+        return {}
+    return maps
 
 
 def _images_per_second(plan, history):

@@ -5,7 +5,7 @@ import sys
 
 from cvt_keras import environment, runs
 from cvt_keras.data import verified
-from cvt_keras.errors import DataError, RunError, first_line
+from cvt_keras.errors import DataError, RunError
 from cvt_keras.report import metrics, predictions
 from cvt_keras.training.recipes import read_recipe
 
@@ -40,9 +40,8 @@ def of_run(run, data_dir=None):
 def _computed(run, data_dir):
     print(f"{run.name} has no {runs.PREDICTIONS}: computing the predictions from {runs.MODEL}", file=sys.stderr, flush=True)
     environment.start()
-    import keras
-
     from cvt_keras.data.pipeline import evaluation_batches
+    from cvt_keras.model import load_classifier
 
     recipe, expected = read_recipe(run.folder), run.report["test"]
     images_of_run = verified.load(
@@ -58,10 +57,7 @@ def _computed(run, data_dir):
             f"Received: {len(test):,} test images",
             argument="data_dir",
         )
-    try:
-        classifier = keras.saving.load_model(run.folder / runs.MODEL, compile=False)
-    except Exception as error:
-        raise RunError(f"{run.folder / runs.MODEL} can't be read: {first_line(error)}") from error
+    classifier = load_classifier(run.folder / runs.MODEL)
     with contextlib.redirect_stdout(sys.stderr):  # the progress bar
         logits = classifier.predict(evaluation_batches(test, len(source.class_names), recipe.preprocessing))
     predicted = metrics.predictions(logits)

@@ -48,6 +48,31 @@ def test_an_export_answers_as_keras_does(name, exported, keras_answers, tmp_path
         assert answer.unsure == (answer.probability < classifier.calibration.threshold)
 
 
+def test_files_of_older_versions_are_not_calibrated(exported, tmp_path):
+    data = (exported / "export" / "tflite" / "float32.tflite").read_bytes()
+    file = tmp_path / "old.tflite"
+    file.write_bytes(data)
+    with zipfile.ZipFile(file) as archive:
+        labels, model = archive.read("labels.txt"), data[: archive.infolist()[0].header_offset]
+    file.write_bytes(model)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("labels.txt", labels)
+    classifier = load_run(file)
+    assert classifier.calibration == Calibration()
+    assert not classifier.predict(np.zeros((24, 40, 3), "uint8"))[0].unsure
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("calibration.json", '{"temperature": 0}')
+    with pytest.raises(RunError, match=r"calibration in .* is damaged: .*temperature=0"):
+        load_run(file)
+
+
+def test_a_saved_model_without_its_threshold_is_refused(exported, tmp_path):
+    shutil.copytree(exported / "export" / "saved_model" / "1", tmp_path / "1")
+    (tmp_path / "1" / "assets.extra" / "calibration.json").unlink()
+    with pytest.raises(RunError, match=r"calibration\.json is missing"):
+        load_run(tmp_path / "1")
+
+
 def test_the_newest_version_of_a_saved_model_is_loaded(exported, tmp_path):
     shutil.copytree(exported / "export" / "saved_model" / "1", tmp_path / "10")
     (tmp_path / "9").mkdir()

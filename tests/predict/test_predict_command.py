@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -118,6 +119,7 @@ def test_paths_come_from_standard_input_and_globs(main, photos, monkeypatch):
         (["a.png", "--json", "--csv"], "`json` and `csv` exclude each other"),
         (["a.png", "--evaluate", "b"], "`evaluate` takes no images beside its folder. Received: a.png"),
         (["a.png", "--page", "b.html"], "`page` needs `evaluate`. Received: page=b.html"),
+        (["--evaluate", "b", "--top", "2"], "`top` can't be combined with `evaluate`. Received: top=2"),
     ],
 )
 def test_wrong_arguments_end_with_2(arguments, message, main):
@@ -173,7 +175,8 @@ def test_evaluation_prints_accuracy_and_writes_a_page(main, photos, tmp_path, pa
     code, lines, errors = main("--evaluate", photos.folder)
     assert code == 0 and pages == [Path("evaluation/photos.html")]
     assert lines[-1] == "the page is evaluation/photos.html"
-    assert lines[-2].endswith("% top-1 on 6 images") and lines[2] == "no images of plums"
+    assert re.fullmatch(r"[\d.]+% top-1 \(95% interval: [\d.]+% to [\d.]+%\) on 6 images", lines[-2])
+    assert lines[2] == "no images of plums"
     assert len(errors) == 1 and errors[0].startswith("cvt-keras predict: It is not known which images")
 
     (photos.folder / "pears" / "bad.png").write_text("hello")
@@ -183,6 +186,7 @@ def test_evaluation_prints_accuracy_and_writes_a_page(main, photos, tmp_path, pa
     assert result["page"] == str(tmp_path / "page.html") and pages[-1] == tmp_path / "page.html"
     assert result["scores"]["images"] == 6 and result["left_out"] == {"can't be read": 1}
     _, rows, _ = main("--evaluate", photos.folder, "--csv")
+    assert pages[-1] is None
     assert [row["name"] for row in csv.DictReader(rows)] == ["apples", "pears", "plums"]
 
 

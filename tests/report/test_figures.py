@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from cvt_keras.errors import MissingPackageError
-from cvt_keras.report import figures
+from cvt_keras.report import figures, metrics
 
 HISTORY = [
     {
@@ -130,7 +130,9 @@ def test_the_titles_of_the_most_wrong_do_not_overlap(name, shown):
 def test_each_of_the_most_wrong_has_its_map_below_it(shown):
     pixels, maps = np.full((3, 8, 12, 3), 255.0), np.zeros((3, 2, 3))
     maps[0, 0, 0] = maps[1, 1, 2] = 1
-    figure = figures.most_wrong(**shown, names=figures.picture_names(NAMES), maps=(pixels, maps))
+    worst = metrics.worst(shown["logits"], shown["labels"], 3)
+    drawn = dict(zip(worst.tolist(), zip(pixels, maps)))
+    figure = figures.most_wrong(**shown, names=figures.picture_names(NAMES), maps=drawn)
     pictures = [axes.images[0].get_array() if axes.images else None for axes in figure.axes]
     assert len(pictures) == 12 and [picture is None for picture in pictures] == [False, False, False, True, True, True] * 2
     assert [picture[0, 0, 0] for picture in pictures[:3]] == [2, 1, 0]

@@ -251,6 +251,13 @@ def test_the_threshold_is_the_highest_that_keeps_the_share(keep):
     assert (report["keep"], report["split"], report["threshold"]) == (keep, "validation", calibration.threshold)
 
 
+@pytest.mark.parametrize("n, unsure", [(19, 0), (20, 1), (39, 1), (40, 2), (100, 5)])
+def test_the_threshold_drops_as_many_as_it_may(n, unsure):
+    logits = np.stack([np.linspace(1, 3, n), np.zeros(n)], axis=1)
+    calibration = fit_calibration(logits, np.zeros(n, int), 0.95)
+    assert calibration.unsure(calibration.probabilities(logits)).sum() == unsure
+
+
 def test_few_images_that_are_all_right_or_wrong_can_be_calibrated():
     logits = np.array([[2.0, 0.0], [0.0, 1.0]])
     right = fit_calibration(logits, np.array([0, 1]), 0.95)

@@ -75,13 +75,15 @@ def test_the_most_wrong_images_have_the_maps_of_their_predictions(finished, reci
     settled = types.SimpleNamespace(test=source, num_classes=10, recipe=recipe)
     logits = loop._logits(classifier, source, settled)
     worst = metrics.worst(logits, source.labels, figures.MOST_WRONG_IMAGES)
-    pixels, maps = loop._maps(classifier, settled, logits)
+    drawn = loop._maps(classifier, settled, logits)
+    assert list(drawn) == worst.tolist()
+    pixels, maps = zip(*drawn.values())
     seen = np.concatenate([batch for batch, _ in evaluation_batches(source.take(worst), 10, recipe.preprocessing)])
     np.testing.assert_array_equal(pixels, seen)
     np.testing.assert_allclose(maps, attention.grad_cam(classifier, seen, logits[worst].argmax(axis=1)), atol=1e-6)
-    assert loop._maps(quantize(classifier), settled, logits) is None
+    assert loop._maps(quantize(classifier), settled, logits) == {}
     right = Split(images, logits.argmax(axis=1))
-    assert loop._maps(classifier, types.SimpleNamespace(test=right, num_classes=10, recipe=recipe), logits) is None
+    assert loop._maps(classifier, types.SimpleNamespace(test=right, num_classes=10, recipe=recipe), logits) == {}
     with Image.open(finished[1] / "plots" / "most_wrong.png") as picture:
         assert picture.height > 1.2 * picture.width  # an overlay below each image
 
@@ -147,6 +149,11 @@ def test_the_saved_model_is_calibrated_on_the_validation_images(finished, recipe
     assert measured.pop("split") == expected.pop("split") == "test"
     assert measured == pytest.approx(expected, rel=1e-3)
     assert report.calibration["ece_before"] == pytest.approx(report.test["ece"])
+    settled = types.SimpleNamespace(recipe=dataclasses.replace(recipe, keep=0.5))
+    evaluated = [loop._Evaluated(split, rows) for split, rows in zip((validation, test), logits)]
+    settled.source = types.SimpleNamespace(class_names=report.class_names)
+    settled.num_classes = 10
+    assert loop._scores(settled, *evaluated, stored)["calibration"]["keep"] == 0.5
 
 
 def test_training_learns(finished):

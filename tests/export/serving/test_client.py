@@ -121,6 +121,14 @@ def test_answers_match_keras(protocol, server, images, test_images, classifier):
     assert unsure == calibration.unsure(expected).tolist() and 0 < sum(unsure) < len(unsure)
 
 
+@both
+def test_an_older_export_has_no_unsure_answers(protocol, server, images, monkeypatch):
+    old = {"probabilities": np.full((1, 2), 0.5, "float32"), "classes": np.array([b"one"], object)}
+    monkeypatch.setattr(server, "_run", lambda *_: old)
+    with _client(server, protocol) as client:
+        assert client.classify(images[:1])[0] == Answer("one", [0.5, 0.5], unsure=False)
+
+
 def test_an_unsure_answer_ends_its_line():
     answer = Answer("b", [0.25, 0.75], unsure=True)
     assert _line("x.png", answer, 1, ["a", "b"]) == "x.png\tb\t0.7500\tunsure"
