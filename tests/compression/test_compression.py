@@ -19,7 +19,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from tensorflow.lite.python import schema_py_generated as schema
 
-from cvt_keras import cli, runs
+from cvt_keras import calibration_of, cli, runs
 from cvt_keras.compression import compress, methods
 from cvt_keras.compression.__main__ import Arguments
 from cvt_keras.compression.kernels import kernels, share_of_zeros
@@ -187,16 +187,19 @@ def test_the_int8_file_has_the_ranges_of_the_training(compressed, exported):
     in_file = np.array([tensor["quantization"] for tensor in _interpreter(file).get_tensor_details()])
     by_channel = [scales for _, scales in _constants(file) if len(scales) > 1]
     compared = 0
-    for layer in _classifier(compressed("prune-qat"))._flatten_layers():
+    classifier = _classifier(compressed("prune-qat"))
+    for layer in classifier._flatten_layers():
+        # In the file, the head divides the logits by the temperature.
+        divisor = calibration_of(classifier).temperature if "/head" in layer.path else 1
         if isinstance(layer, FakeQuantize) and layer.axis is None:
-            minimum, maximum = float(np.asarray(layer.minimum)), float(np.asarray(layer.maximum))
+            minimum, maximum = (float(np.asarray(limit)) / divisor for limit in (layer.minimum, layer.maximum))
             scale = (maximum - minimum) / 255
             zero_point = round(-128 - minimum / scale)
             near = np.isclose(in_file[:, 0], scale, rtol=1e-5) & (in_file[:, 1] == zero_point)
             assert near.any(), (layer.path, scale, zero_point)
             compared += 1
         elif isinstance(layer, QuantizedConv):
-            expected = np.asarray(layer.kernel_quantizer.maximum) / 127
+            expected = np.asarray(layer.kernel_quantizer.maximum) / 127 / divisor
             assert any(len(scales) == len(expected) and np.allclose(scales, expected, rtol=1e-5) for scales in by_channel)
             compared += 1
     assert compared > 40

@@ -410,7 +410,8 @@ def test_a_screen_reader_reads_results_and_errors(page, test_images, names):
     status = page.get_by_role("status")
     card = _choose(page, _file(_encoded(test_images[0][0]), "cat.png"))
     top, share = card.get_by_role("heading").text_content(), card.locator(".share").first.text_content()
-    _expect()(status).to_have_text(f"cat.png: {top}, {share}")
+    unsure = ", unsure" if card.locator(".unsure").is_visible() else ""
+    _expect()(status).to_have_text(f"cat.png: {top}, {share}{unsure}")
     _choose(page, _file(b"hello", "notes.txt", "text/plain"))
     _expect()(status).to_contain_text("notes.txt: This file is not an image that this page can read.")
     assert page.get_by_label("Choose images").get_attribute("type") == "file"
