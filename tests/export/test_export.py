@@ -30,8 +30,10 @@ OLD_RUNS = ROOT / "tests" / "golden" / "old_runs"
 def verified_in_process(monkeypatch):
     """Runs artifacts in this process and hardly times them, which saves seconds per file."""
 
-    def in_process(name, file, path, images, labels, expected, bounds, frame):
-        return verify.compare(name, file, path, labels, expected, verify.answer(file, np.load(images), frame), bounds)
+    def in_process(name, file, path, images, labels, expected, bounds, frame, temperature):
+        return verify.compare(
+            name, file, path, labels, expected, verify.answer(file, np.load(images), frame, temperature), bounds
+        )
 
     monkeypatch.setattr(artifacts, "verify", in_process)
     monkeypatch.setattr(verify, "TIMED", 1)
@@ -93,7 +95,7 @@ def test_a_run_that_crops_is_calibrated_and_verified_on_middles(trained, cifar10
         used["calibration"] = calibration
         file.touch()
 
-    def verify(name, file, path, images, labels, expected, bounds, frame):
+    def verify(name, file, path, images, labels, expected, bounds, frame, temperature):
         used.update(images=np.load(images), frame=frame)
         raise ExportError("enough")
 
