@@ -19,7 +19,7 @@ from cvt_keras.preprocessing import Calibration, Preprocessing
 # Largest difference of a probability from Keras'.
 BOUNDS = {
     "export/tflite/float32.tflite": 1e-4,
-    "export/tflite/int8.tflite": 0.2,
+    "export/tflite/int8.tflite": 0.3,  # the run's temperature, below 1, widens the steps of 8 bits
     "export/saved_model/1": 1e-4,
     "export/saved_model": 1e-4,
 }
@@ -90,6 +90,7 @@ def test_an_exported_file_is_evaluated(exported, keras_answers, tmp_path):
             (tmp_path / name / f"{i}.png").write_bytes(encoded(random.integers(0, 256, (24, 40, 3), "uint8")))
     scores = evaluate(load_run(exported / "export" / "tflite" / "float32.tflite"), tmp_path).scores
     expected = evaluate(keras_answers, tmp_path).scores
+    assert scores.pop("top1_interval") == pytest.approx(expected.pop("top1_interval"), abs=1e-3)
     assert scores == pytest.approx(expected, abs=1e-3)
 
 
