@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cvt_keras.preprocessing import Preprocessing
     from cvt_keras.variants import VARIANTS, Stage, Variant, macs
 
-__version__ = "0.6.0"
+__version__ = "0.6.1"
 
 __all__ = [
     "MLP",
