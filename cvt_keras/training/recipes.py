@@ -429,7 +429,7 @@ CIFAR10_50 = Recipe(
     """Fifty epochs on CIFAR-10, with random erasing.
 
     cvt-keras train cifar10_50
-    Takes five times as long as the recipe cifar10.
+    89.8% test top-1 (n=1, JPEG copy of the data), five times as long as the recipe cifar10.
     """,
     epochs=50,
     crop_padding=4,
