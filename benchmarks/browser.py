@@ -23,6 +23,7 @@ from playwright.sync_api import sync_playwright
 from cvt_keras import environment
 from cvt_keras.export.web.__main__ import installation
 from cvt_keras.export.web.server import RUNTIME, WEB, Server, artifacts
+from measuring import require_at_least_one
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # The last flags keep Chromium from contacting Google's hosts.
@@ -51,9 +52,7 @@ class Arguments:
     """Turns per file. The result is the median of the turns' medians."""
 
     def __post_init__(self):
-        for name in ("runs", "turns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
+        require_at_least_one(self, "runs", "turns")
         if not artifacts(self.run):
             raise ValueError(
                 f"`run` must be an exported run. Received: run={self.run}. Export it first: cvt-keras export {self.run}"

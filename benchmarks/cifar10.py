@@ -22,8 +22,7 @@ from cvt_keras.layers import ConvTokenEmbedding, CvTBlock, PixelNormalization, W
 from cvt_keras.report.metrics import evaluate
 from cvt_keras.training import RECIPES, Recipe, run
 from cvt_keras.training.callbacks import BestWeights, Stopwatch
-from cvt_keras.training.loop import adapt_whitening
-from cvt_keras.training.optimizers import make_optimizer
+from cvt_keras.training.loop import adapt_whitening, compile_classifier
 from cvt_keras.training.plan import resolve
 from cvt_keras.variants import get_variant, named
 from result_tables import add_rows
@@ -156,12 +155,7 @@ def fit(network, change, recipe, source):
     classifier, cost = build(network, change, recipe, source, recipe.precision)
     adapt_whitening(classifier, source.train, recipe.preprocessing)
     classes, steps = len(source.class_names), batches_per_epoch(source.train, recipe)
-    classifier.compile(
-        make_optimizer(recipe, classifier, steps * recipe.epochs),
-        loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
-        metrics=["accuracy"],
-        jit_compile=recipe.xla == "on",
-    )
+    compile_classifier(classifier, recipe, steps * recipe.epochs)
     best, stopwatch, seconds = BestWeights(), Stopwatch(), []
     record = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seconds.append(stopwatch.train_seconds))
     validation = evaluation_batches(source.validation, classes, recipe.preprocessing) if len(source.validation) else None

@@ -1005,11 +1005,26 @@ NETWORKS = {
     "c10, heads of 64": _pooled(_stages(_C10[0], replace(_C10[1], heads=2), replace(_C10[2], heads=4)), whiten="valid"),
 }
 
-_C12 = NETWORKS["c12"].stages
 # `cvt_cifar_large`, for longer training; above the budget of the others.
 LARGE = {"large": _pooled(_stages(Stage(96, 1, 4, 1, 4), Stage(256, 3, 8, local=1), Stage(512, 6, 16)), whiten="valid")}
 
-# `c10` and `c12` with one thing changed, whatever that does to its MACs.
+
+def _papers_ablations(name):
+    """A network with one of the paper's ablations each."""
+    network = NETWORKS[name]
+
+    def changed(**changes):
+        return replace(network, stages=tuple(replace(stage, **changes) for stage in network.stages))
+
+    return {
+        f"{name}, linear projection": changed(projection="linear", stride_kv=1),
+        f"{name}, full keys and values": changed(stride_kv=1),
+        f"{name}, without blocks": changed(depth=0),
+        f"{name}, class token": replace(network, class_token=True),
+    }
+
+
+# `c10` and `c12` with one thing changed, whatever that does to their MACs.
 ABLATIONS = {
     "c10, layer norm": replace(NETWORKS["c10"], norm="layer"),
     "c10, trained whitening": replace(NETWORKS["c10"], trained_whitening=True),
@@ -1021,15 +1036,9 @@ ABLATIONS = {
         whiten="valid",
     ),
     "c10, linear MLP": _pooled(_C10, whiten="valid"),
-    "c10, linear projection": _pooled(_stages(*(replace(s, projection="linear", stride_kv=1) for s in _C10)), whiten="valid"),
-    "c10, full keys and values": _pooled(_stages(*(replace(stage, stride_kv=1) for stage in _C10)), whiten="valid"),
-    "c10, without blocks": _pooled(tuple(replace(stage, depth=0) for stage in _C10), whiten="valid"),
-    "c10, class token": replace(NETWORKS["c10"], class_token=True),
-    "c12, linear projection": _pooled(tuple(replace(s, projection="linear", stride_kv=1) for s in _C12), whiten="valid"),
-    "c12, full keys and values": _pooled(tuple(replace(stage, stride_kv=1) for stage in _C12), whiten="valid"),
-    "c12, without blocks": _pooled(tuple(replace(stage, depth=0) for stage in _C12), whiten="valid"),
-    "c12, class token": replace(NETWORKS["c12"], class_token=True),
-    "c12, no residual convolution": _pooled(tuple(replace(stage, local=0) for stage in _C12), whiten="valid"),
+    **_papers_ablations("c10"),
+    **_papers_ablations("c12"),
+    "c12, no residual convolution": _pooled(tuple(replace(s, local=0) for s in NETWORKS["c12"].stages), whiten="valid"),
 }
 
 # The settings that the survey behind these experiments proposes, and the same with two changes that helped `c1`.
@@ -1106,15 +1115,13 @@ def _experiments():
     add("c10, W, batch 256", "c10", W, batch_size=256, peak_learning_rate=4.5e-3 * math.sqrt(2))
     for network in ("c10, heads of 16", "c10, heads of 64"):
         add(f"{network}, W", network, W)
-    for network in ("c10", *ABLATIONS):
-        if network.startswith("c10"):
-            add(f"{network}, 5 epochs", network, W, epochs=5)
+    for network in ("c10", *(name for name in ABLATIONS if name.startswith("c10"))):
+        add(f"{network}, 5 epochs", network, W, epochs=5)
 
     add("cnn, W", "cnn", W)
     add("c12, V", "c12", V)
-    for network in ("c12", *ABLATIONS):
-        if network.startswith("c12"):
-            add(f"{network}, 5 epochs", network, V, epochs=5)
+    for network in ("c12", *(name for name in ABLATIONS if name.startswith("c12"))):
+        add(f"{network}, 5 epochs", network, V, epochs=5)
     add("c12, width scale, 5 epochs", "c12", V, epochs=5, head_scale=False)
     longer = replace(V, crop_padding=4, weight_decay=0.3)
     for name, changes in {"cutmix": {"cutmix": 0.4}, "erase": {"erase": 0.25}}.items():

@@ -22,8 +22,9 @@ from cvt_keras.data.cache import Cache
 from cvt_keras.data.pipeline import training_batches
 from cvt_keras.data.split import Split
 from cvt_keras.training import RECIPES
-from cvt_keras.training.optimizers import make_optimizer
+from cvt_keras.training.loop import compile_classifier
 from cvt_keras.training.plan import resolve
+from measuring import require_at_least_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,7 @@ class Arguments:
     def __post_init__(self):
         if self.recipe not in RECIPES:
             raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}. Received: recipe={self.recipe!r}")
-        for name in ("num_classes", "steps", "turns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
+        require_at_least_one(self, "num_classes", "steps", "turns")
         least = RECIPES[self.recipe].batch_size
         if self.num_images < least:
             raise ValueError(f"`num_images` must be at least a batch, {least}. Received: num_images={self.num_images}")
@@ -129,11 +128,7 @@ def training_on_one_batch(recipe, num_classes, batches, steps):
     keras.utils.set_random_seed(0)
     shape = (*recipe.preprocessing.image_size, 3)
     model = build_classifier(recipe.variant, num_classes, shape, dtype=recipe.precision)
-    model.compile(
-        make_optimizer(recipe, model, 10**6),
-        keras.losses.CategoricalCrossentropy(from_logits=True),
-        jit_compile=recipe.xla == "on",
-    )
+    compile_classifier(model, recipe, 10**6)
     batch = tf.data.Dataset.from_tensors(next(iter(batches))).repeat()
 
     def train():

@@ -15,9 +15,10 @@ from cifar10 import CHANGES, CNN, build
 from cvt_keras import Preprocessing, environment
 from cvt_keras.data import tfds
 from cvt_keras.training import RECIPES
-from cvt_keras.training.optimizers import make_optimizer
+from cvt_keras.training.loop import compile_classifier
 from cvt_keras.training.plan import resolve
 from cvt_keras.variants import get_variant, named
+from measuring import require_at_least_one
 
 NETWORKS = {**CHANGES, CNN: lambda variant: variant}
 
@@ -39,9 +40,7 @@ class Arguments:
         if unknown := set(self.changes) - set(NETWORKS):
             known = ", ".join(filter(None, NETWORKS))
             raise ValueError(f"`changes` must be of {known}. Received: {', '.join(sorted(unknown))}")
-        for name in ("turns", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
+        require_at_least_one(self, "turns", "steps")
 
 
 def compiled(change, recipe, source):
@@ -56,11 +55,7 @@ def compiled(change, recipe, source):
     recipe = dataclasses.replace(recipe, variant=named(NETWORKS[change](get_variant(recipe.variant))))
     network = CNN if change == CNN else "recipe"
     classifier, cost = build(network, "" if network == CNN else change, recipe, source, recipe.precision)
-    classifier.compile(
-        make_optimizer(recipe, classifier, 10_000),
-        loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
-        jit_compile=recipe.xla == "on",
-    )
+    compile_classifier(classifier, recipe, 10_000)
     return classifier, cost
 
 

@@ -6,7 +6,6 @@ Needs PyTorch, transformers and this project's requirements except TensorFlow.
 
 import dataclasses
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -17,10 +16,11 @@ import transformers
 import tyro
 from transformers import CvtConfig, CvtForImageClassification
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # to run without installing the package
+sys.path[:0] = map(str, Path(__file__).parents[:2])  # to run without installing the package
 
 from cvt_keras import environment
 from cvt_keras.pretrained import transformers_config
+from measuring import image_rates, require_at_least_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +45,7 @@ class Arguments:
     """Repetitions; the result is their median. One more before them compiles, and is not counted."""
 
     def __post_init__(self):
-        for name in ("image_size", "num_classes", "batch_size", "steps", "repetitions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
+        require_at_least_one(self, "image_size", "num_classes", "batch_size", "steps", "repetitions")
 
 
 def training_seconds(arguments):
@@ -77,14 +75,12 @@ def training_seconds(arguments):
 
 def main(arguments):
     seconds = training_seconds(arguments)
-    rates = [arguments.steps * arguments.batch_size / second for second in seconds]
+    rates = image_rates(arguments.steps * arguments.batch_size, seconds)
     on_gpu = torch.cuda.is_available()
     result = {
         **dataclasses.asdict(arguments),
         "device": torch.cuda.get_device_name() if on_gpu else environment.cpu(),
-        "images_per_second": statistics.median(rates),
-        "images_per_second_min": min(rates),
-        "images_per_second_max": max(rates),
+        **rates,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import resource
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -19,11 +18,12 @@ import numpy as np
 import tyro
 from keras import ops
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # to run without installing the package
+sys.path[:0] = map(str, Path(__file__).parents[:2])  # to run without installing the package
 
 from cvt_keras import CvT, environment, macs
 from cvt_keras.training.optimizers import decays
 from cvt_keras.variants import get_variant
+from measuring import image_rates, require_at_least_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,7 @@ class Arguments:
     """Repetitions; the result is their median. One more before them compiles, and is not counted."""
 
     def __post_init__(self):
-        for name in ("image_size", "num_classes", "batch_size", "steps", "repetitions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={getattr(self, name)}")
+        require_at_least_one(self, "image_size", "num_classes", "batch_size", "steps", "repetitions")
         get_variant(self.variant).grids(self.image_size, self.image_size)
 
 
@@ -149,19 +147,17 @@ def main(arguments):
     seconds, xla = training_seconds(arguments)
     # Read before the large matrices are allocated: they may need more than a small network.
     memory = peak_bytes() if peak_bytes else _process_peak_bytes()
-    rates = [arguments.steps * arguments.batch_size / second for second in seconds]
+    rates = image_rates(arguments.steps * arguments.batch_size, seconds)
     shape = (arguments.image_size, arguments.image_size, 3)
     # The backward pass computes two products for each one of the forward pass.
-    flops = 3 * 2 * macs(arguments.variant, shape, arguments.num_classes) * statistics.median(rates)
+    flops = 3 * 2 * macs(arguments.variant, shape, arguments.num_classes) * rates["images_per_second"]
     product = matrix_product_rate(arguments.precision)
     result = {
         **dataclasses.asdict(arguments),
         "backend": keras.config.backend(),
         "xla": "on" if xla else "off",
         "device": name,
-        "images_per_second": statistics.median(rates),
-        "images_per_second_min": min(rates),
-        "images_per_second_max": max(rates),
+        **rates,
         "peak_memory_bytes": memory,
         "peak_memory_of": "device" if peak_bytes else "process",
         "matrix_product_flops": product,

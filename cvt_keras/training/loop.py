@@ -97,7 +97,8 @@ def fit(plan):
     """
     recipe, run_dir, compressor = plan.recipe, plan.run_dir, plan.compressor
     keras.utils.set_random_seed(recipe.seed)
-    classifier = _compiled(plan, _starting_classifier(plan))
+    classifier = _starting_classifier(plan)
+    compile_classifier(classifier, recipe, plan.steps_per_epoch * recipe.epochs)
     if not plan.resumed:
         runs.write_json(run_dir / runs.RECIPE, recipe.settings())
         _write_record(plan)
@@ -193,10 +194,16 @@ def _starting_classifier(plan):
     return classifier
 
 
-def _compiled(plan, classifier):
-    recipe = plan.recipe
+def compile_classifier(classifier, recipe, steps):
+    """Compiles a classifier as a recipe says.
+
+    Args:
+        classifier: a `keras.Model` of logits.
+        recipe: a `Recipe`; `precision` and `xla` are not `"auto"`.
+        steps: the number of steps of the whole training.
+    """
     classifier.compile(
-        optimizer=make_optimizer(recipe, classifier, plan.steps_per_epoch * recipe.epochs),
+        optimizer=make_optimizer(recipe, classifier, steps),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
         # The loss depends on label smoothing. The plain cross-entropy can be compared between runs.
         metrics=["accuracy", keras.metrics.CategoricalCrossentropy(from_logits=True, name="cross_entropy")],
@@ -204,10 +211,9 @@ def _compiled(plan, classifier):
     )
     # `fit` would create these variables in its first step, and trace the step a second time, which is slow.
     classifier.optimizer.build(classifier.trainable_variables)
-    blank = np.zeros((1, plan.num_classes), "float32")
+    blank = np.zeros((1, classifier.output_shape[-1]), "float32")
     classifier.compute_loss(None, blank, blank)
     classifier.compute_metrics(None, blank, blank)  # `fit` resets the metrics
-    return classifier
 
 
 def _build(plan, dtype):
