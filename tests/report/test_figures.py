@@ -4,6 +4,7 @@ import runpy
 import sys
 import warnings
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -174,8 +175,10 @@ def test_a_perfect_network_has_no_wrong_images(shown):
 @pytest.fixture
 def matplotlibs_fonts(monkeypatch):
     """Hides all fonts but matplotlib's own: Latin, Greek, Cyrillic, Hebrew, Arabic, some emoji and symbols."""
-    own = [entry for entry in figures.font_manager.fontManager.ttflist if "mpl-data" in pathlib.Path(entry.fname).parts]
-    monkeypatch.setattr(figures.font_manager.fontManager, "ttflist", own)
+    manager = figures.font_manager.fontManager
+    monkeypatch.setattr(manager, "ttflist", [])  # read anew: the user's cache of it can be of an environment that is gone
+    for path in sorted(pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf")):
+        manager.addfont(path)
 
 
 @pytest.mark.parametrize(
