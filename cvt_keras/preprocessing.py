@@ -142,9 +142,13 @@ class Calibration:
         """Returns the fields as JSON types, for `from_config`."""
         return dataclasses.asdict(self)
 
+    def scaled(self, logits: np.ndarray) -> np.ndarray:
+        """Returns `logits / temperature`, float64: logits whose softmax is calibrated."""
+        return np.asarray(logits, "float64") / self.temperature
+
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Returns `softmax(logits / temperature)`, float32, for logits `(..., classes)`."""
-        scaled = np.asarray(logits, "float64") / self.temperature
+        scaled = self.scaled(logits)
         exponentials = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
         return (exponentials / exponentials.sum(axis=-1, keepdims=True)).astype("float32")
 

@@ -1,4 +1,4 @@
-"""What commands that print a line per file share."""
+"""What commands share that write to a terminal."""
 
 import os
 import stat
@@ -16,6 +16,24 @@ def is_file(stream):
         return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
     except OSError:  # the stream has no file
         return False
+
+
+def progress(n, description=None, stream=None, least=0):
+    """A bar that counts images, on a terminal only, and disappears when it is full.
+
+    Args:
+        n: the number of images.
+        description: what is done to them; optional.
+        stream: defaults to standard output.
+        least: with fewer images, no bar is shown.
+
+    Returns:
+        A `tqdm` bar, which is a context manager.
+    """
+    from tqdm import tqdm  # imported here to keep --help fast
+
+    hidden = True if n < least else None  # None: shown on a terminal
+    return tqdm(total=n, desc=description, unit=" images", leave=False, disable=hidden, file=stream or sys.stdout)
 
 
 def discard_output():

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cvt_keras import environment, runs
+from cvt_keras import environment, runs, terminal
 from cvt_keras.errors import ArgumentError, ExportError, MissingPackageError
+from cvt_keras.preprocessing import Calibration
 
 # Pixels per batch, 500 images of 32x32: the memory of attention grows with the image.
 BATCH_PIXELS = 512_000
@@ -44,6 +45,12 @@ class Bounds:
     top1_drop: float
     max_abs_diff: float | None = None
     reference_max_abs_diff: float | None = None
+
+    def at(self, temperature):
+        """Returns the bounds for logits divided by `temperature`: below 1, it magnifies what rounding does to the logits."""
+        scale = 1 / min(1.0, temperature)
+        differences = {name: getattr(self, name) for name in ("max_abs_diff", "reference_max_abs_diff")}
+        return dataclasses.replace(self, **{name: bound and min(1.0, bound * scale) for name, bound in differences.items()})
 
 
 BOUNDS = {
@@ -151,7 +158,7 @@ def batches(images):
     return (np.asarray(images[i : i + n]) for i in range(0, len(images), n))
 
 
-def verify(name, file, path, images, labels, expected, bounds=None, frame=None, temperature=1.0):
+def verify(name, file, path, images, labels, expected, bounds=None, **options):
     """Runs an artifact and compares its probabilities with the Keras model's.
 
     Args:
@@ -162,7 +169,7 @@ def verify(name, file, path, images, labels, expected, bounds=None, frame=None, 
         labels: int `(n,)`.
         expected: the Keras model's probabilities, float `(n, classes)`.
         bounds: `Bounds`; `None` means `BOUNDS[name]`.
-        frame, temperature: as in `answer`.
+        options: the other arguments of `answer`.
 
     Returns:
         An `Artifact`.
@@ -172,8 +179,7 @@ def verify(name, file, path, images, labels, expected, bounds=None, frame=None, 
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "answers.npz"
-        options = json.dumps({"frame": frame, "temperature": temperature})
-        command = [sys.executable, "-m", "cvt_keras.export.verify", *map(str, (file, images, output)), options]
+        command = [sys.executable, "-m", "cvt_keras.export.verify", *map(str, (file, images, output)), json.dumps(options)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise ExportError(f"{name} does not run: {why_ended(done.returncode, done.stderr)}")
@@ -237,7 +243,7 @@ def compare(name, file, path, labels, expected, answers, bounds=None):
     )
 
 
-def answer(file, images, frame=None, temperature=1.0):
+def answer(file, images, frame=None, class_names=None, calibration=None):
     """Runs an artifact.
 
     Args:
@@ -245,30 +251,39 @@ def answer(file, images, frame=None, temperature=1.0):
         images: uint8 `(n, height, width, 3)`.
         frame: `(height, width)` of the files for `serving_bytes`, which have the images in their middle. For a network with
             `resize="crop"`, its `crop_from`: it then cuts out the images without resizing. `None` means the size of the images.
-        temperature: divides the logits of the signature `logits`, which are not calibrated.
+        class_names: those that a SavedModel must answer with, in the order of its probabilities; `None` means any.
+        calibration: the config of the `Calibration` that a SavedModel must have; `None` means one that changes nothing.
 
     Returns:
         A dict of `probabilities`, `(n, classes)`; `milliseconds`; `runtime`; for a .tflite file `reference`, the
         probabilities of the first `REFERENCE_IMAGES` by the reference kernels, and `float_tensors` and `float_reasons`,
         strings; for an .onnx file `opset`.
+
+    Raises:
+        ExportError: if the outputs of a SavedModel contradict each other.
     """
     if file.is_dir():
-        return _saved_model(file, images, frame, temperature)
+        return _saved_model(file, images, frame, class_names, Calibration.from_config(calibration))
     return (_onnx if file.suffix == ".onnx" else _tflite)(file, images)
 
 
-def _saved_model(folder, images, frame, temperature):
+def _saved_model(folder, images, frame, class_names, calibration):
     import tensorflow as tf
 
     # One thread, as for .tflite files. Must be set before TensorFlow starts.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    loaded = tf.saved_model.load(str(folder))
-    serve = loaded.signatures["serving_default"]
-    with _progress(len(images), "SavedModel") as bar:
+    signatures = tf.saved_model.load(str(folder)).signatures
+
+    def serve(name, **inputs):
+        outputs = {key: value.numpy() for key, value in signatures[name](**inputs).items()}
+        _require_agreement(outputs, class_names, calibration)
+        return outputs["probabilities"]
+
+    with terminal.progress(len(images), "SavedModel") as bar:
         rows = []
         for batch in batches(images):
-            rows.append(serve(images=tf.constant(batch))["probabilities"].numpy())
+            rows.append(serve("serving_default", images=tf.constant(batch)))
             bar.update(len(batch))
     probabilities = np.concatenate(rows)
     # The other signatures must agree. Where one does not, its answer replaces the default's, so `compare` sees it.
@@ -279,13 +294,24 @@ def _saved_model(folder, images, frame, temperature):
         answers = probabilities[done : done + len(batch)]
         answers[:] = _farthest(
             answers,
-            loaded.signatures["serving_bytes"](image_bytes=encoded)["probabilities"].numpy(),
-            tf.nn.softmax(loaded.signatures["logits"](images=tf.constant(batch))["logits"] / temperature).numpy(),
+            serve("serving_bytes", image_bytes=encoded),
+            calibration.probabilities(signatures["logits"](images=tf.constant(batch))["logits"]),
         )
         done += len(batch)
     one = tf.constant(images[:1])
-    milliseconds = _median_milliseconds(lambda: serve(images=one)["probabilities"].numpy())
+    milliseconds = _median_milliseconds(lambda: signatures["serving_default"](images=one)["probabilities"].numpy())
     return {"probabilities": probabilities, "milliseconds": milliseconds, "runtime": f"TensorFlow {tf.__version__}"}
+
+
+def _require_agreement(outputs, class_names, calibration):
+    """Raises ExportError if `classes` or `unsure` of a SavedModel contradict its `probabilities`."""
+    probabilities = outputs["probabilities"]
+    if not np.array_equal(outputs["unsure"], calibration.unsure(probabilities)):
+        raise ExportError(f"`unsure` contradicts `probabilities` at the threshold {calibration.threshold}")
+    if class_names is not None:
+        answered = [class_names.index(name.decode()) for name in outputs["classes"]]
+        if not np.array_equal(probabilities[range(len(answered)), answered], probabilities.max(axis=1), equal_nan=True):
+            raise ExportError("`classes` contradicts `probabilities`")
 
 
 def _farthest(default, *others):
@@ -304,7 +330,7 @@ def _tflite(file, images):
         interpreter.allocate_tensors()
         [input_], [output] = interpreter.get_input_details(), interpreter.get_output_details()
         rows = []
-        with _progress(len(images), f"{file.stem}, {kernels} kernels") as bar:
+        with terminal.progress(len(images), f"{file.stem}, {kernels} kernels") as bar:
             for image in images:
                 interpreter.set_tensor(input_["index"], image[None])
                 interpreter.invoke()
@@ -355,7 +381,7 @@ def _onnx(file, images):
         return session.run(["probabilities"], {"images": batch})[0]
 
     rows = []
-    with _progress(len(images), "onnx") as bar:
+    with terminal.progress(len(images), "onnx") as bar:
         for batch in batches(images):
             rows.append(run(batch))
             bar.update(len(batch))
@@ -367,13 +393,6 @@ def _onnx(file, images):
         "runtime": f"ONNX Runtime {onnxruntime.__version__}",
         "opset": opset,
     }
-
-
-def _progress(n, description):
-    """A progress bar, on a terminal only, that disappears when it is full."""
-    from tqdm import tqdm  # imported here to keep --help fast
-
-    return tqdm(total=n, desc=description, unit=" images", leave=False, disable=None, file=sys.stdout)
 
 
 def _median_milliseconds(run):

@@ -33,7 +33,7 @@ ALLOWED = {
     "quantized": {"layers", "model", "preprocessing", "variants"},
     "attention": {"errors", "layers", "model", "variants"},
     "pretrained": {"conversion", "environment", "errors", "model", "runs", "variants"},
-    "data": {"errors", "preprocessing", "runs"},
+    "data": {"errors", "preprocessing", "runs", "terminal"},
     "report": {"errors", "preprocessing", "runs"},
     "predict": {
         "quantized",

@@ -12,14 +12,13 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cvt_keras import runs
+from cvt_keras import runs, terminal
 from cvt_keras.data import packages
 from cvt_keras.data.images import in_threads
 from cvt_keras.data.pixels import INDEX_TYPE, Images, row_of_index
@@ -299,13 +298,11 @@ def each(function, items, n):
 def _progress(n):
     """Shows a progress bar for many images on a terminal. Yields the function that advances it by one image."""
     try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None
-    if tqdm is None or n < _MIN_IMAGES_FOR_PROGRESS:
+        bar = terminal.progress(n, "reading images", least=_MIN_IMAGES_FOR_PROGRESS)
+    except ImportError:  # of tqdm
         yield lambda: None
         return
-    with tqdm(total=n, desc="reading images", unit=" images", leave=False, disable=None, file=sys.stdout) as bar:
+    with bar:
         yield bar.update
 
 

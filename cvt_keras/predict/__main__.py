@@ -119,7 +119,8 @@ def _classify(classifier, files, arguments):
     write = style(classifier, [path for path, _ in files], min(top, len(classifier.class_names)))
     refused = 0
     # On a terminal the lines show progress themselves, also through a pipe such as tee.
-    with _progress(len(files), shown=terminal.is_file(sys.stdout)) as bar:
+    least = _MIN_IMAGES_FOR_PROGRESS if terminal.is_file(sys.stdout) else len(files) + 1
+    with terminal.progress(len(files), stream=sys.stderr, least=least) as bar:
         for path, answer in _answers(classifier, files, top):
             if isinstance(answer, ImageError):
                 refused += 1
@@ -230,7 +231,7 @@ def _evaluate(classifier, arguments):
         runs.require_writable(page.parent, argument="page")
 
     def progress(answers, n):
-        with _progress(n) as bar:
+        with terminal.progress(n, stream=sys.stderr, least=_MIN_IMAGES_FOR_PROGRESS) as bar:
             for answer in answers:
                 yield answer
                 bar.update()
@@ -264,14 +265,6 @@ def _print_results(result):
         print(f"left out: {n:,} {reason}")
     low, high = result.scores["top1_interval"]
     print(f"{result.scores['top1']:.2%} top-1 (95% interval: {low:.2%} to {high:.2%}) on {result.scores['images']:,} images")
-
-
-def _progress(n, shown=True):
-    """A progress bar on standard error for many images, if that is a terminal."""
-    from tqdm import tqdm  # imported here to keep --help fast
-
-    hidden = True if n < _MIN_IMAGES_FOR_PROGRESS or not shown else None  # None: shown on a terminal
-    return tqdm(total=n, unit=" images", leave=False, disable=hidden, file=sys.stderr)
 
 
 def _warn(text):

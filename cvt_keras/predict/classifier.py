@@ -24,7 +24,8 @@ _SAVED_MODEL = "saved_model.pb"
 # A batch ends with the image that exceeds this, even if it has fewer images than the network takes.
 _BATCH_BYTES = 64_000_000
 _KINDS = "paths, uint8 arrays (height, width, 3), a batch of these, or Pillow images"
-_LEAST_PROBABILITY = np.finfo("float32").tiny  # an int8 file rounds probabilities to 0, which has no logarithm
+# An int8 file rounds probabilities to 0, which would add an infinite loss. As in Keras' cross-entropy.
+_LEAST_PROBABILITY = 1e-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,8 @@ class Classifier:
                 yield answer
                 continue
             logits, probabilities = answer
-            # Stable: among equal ones the lowest index wins, as in `argmax`.
-            order = np.argsort(-logits, kind="stable")[:top]
+            # Rounding can make probabilities equal. Among equal logits too, the lowest index wins, as in `argmax`.
+            order = np.lexsort((-logits, -probabilities))[:top]
             best = tuple((self.class_names[index], float(probabilities[index])) for index in order)
             path = Path(image) if isinstance(image, (str, os.PathLike)) else None
             yield Prediction(*best[0], best, path, bool(self.calibration.unsure(probabilities)))
@@ -172,7 +173,7 @@ class Classifier:
         if not np.isfinite(outputs).all():
             raise DivergedError(f"the outputs of {self.path} are NaN or infinite")
         if self._network.gives_probabilities:  # an exported file has its softmax inside
-            return np.log(np.maximum(outputs, _LEAST_PROBABILITY)), outputs
+            return np.log(np.maximum(outputs, np.float32(_LEAST_PROBABILITY))), outputs
         return outputs, self.calibration.probabilities(outputs)
 
 

@@ -23,8 +23,6 @@ from cvt_keras.errors import DataError, ImageError
 if TYPE_CHECKING:
     from cvt_keras.predict.classifier import Classifier
 
-# An exported file in int8 rounds probabilities to 0, of which each would add an endless loss. As in Keras' cross-entropy.
-_LEAST_PROBABILITY = 1e-7
 TRAINED_ON = "trained on by this run, or by one that its weights come from"
 
 
@@ -118,10 +116,8 @@ def evaluate(
         reasons = "; ".join(f"{reason}: {n:,}" for reason, n in left_out.items()) or "it is empty"
         raise _error(f"`data_dir` has no image to evaluate on. Received: {data_dir} ({reasons})", "Choose another folder")
     labels, logits = np.array([image.label for image in evaluated]), np.stack(logits)
-    if classifier.model is None:
-        logits = np.maximum(logits, np.float32(np.log(_LEAST_PROBABILITY)))
-    else:
-        logits = logits / np.float32(classifier.calibration.temperature)  # the files that it is exported to are calibrated too
+    if classifier.model is not None:  # an exported file is calibrated already
+        logits = classifier.calibration.scaled(logits)
     warnings = []
     if record is None:
         warnings.append("It is not known which images the network was trained on, so some of these may be among them.")
@@ -203,6 +199,7 @@ def _write_page(path, classifier, data_dir, result, paths, logits, labels):
             data_dir=str(data_dir),
             evaluation=dataclasses.asdict(result),
             classes=page.classes(dataclasses.asdict(result)),
+            few_images=metrics.FEW_IMAGES,
             pictures={Path(name).stem: page.picture(Path(folder), name) for name in names},
             numbered=figures.is_numbered(plots / figures.CONFUSION),
         )

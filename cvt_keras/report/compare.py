@@ -9,6 +9,7 @@ from cvt_keras.errors import UserError
 from cvt_keras.report import figures, metrics, page
 
 _SCORES = ("top1", "top5", "macro_f1", "balanced_accuracy", "loss", "ece", "images")
+_CALIBRATION = ("split", "temperature", "threshold", "ece_before", "ece", "sure_of_right", "sure_of_wrong")
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,14 @@ def compare(compared, predict):
 
     Args:
         compared: two or more `Run`s.
-        predict: a function from a `Run` to its list of `Prediction`, which may raise a `UserError`. It is called only for runs
+        predict: a function from a `Run` to its list of `Row`, which may raise a `UserError`. It is called only for runs
             that may have the same test images as the first.
 
     Returns:
         A dict that survives JSON:
         - `runs`: a dict per run: name, folder, size of the network, times, `exports`, and metrics with `top1_interval`:
-          `validation`, `test` (`None` if it was not evaluated) and `per_class`.
+          `validation`, `test` (`None` if it was not evaluated) and `per_class`, all before calibration; `calibration` as in
+          report.json, `None` for a run of version 0.6 or older.
         - `mcnemar`: a dict for each run but the first, as `mcnemar` returns it, with `run` and `baseline`, their names. If the
           test is not possible, it has a `reason` in place of the numbers.
         - `differences`: setting -> its values, one per run. Nested settings have names such as `variant.stages[0].dim`.
@@ -66,7 +68,7 @@ def mcnemar(baseline, predictions):
     2013).
 
     Args:
-        baseline, predictions: lists of `Prediction` for the same images, in any order.
+        baseline, predictions: lists of `Row` for the same images, in any order.
 
     Returns:
         A dict: `images`, `only_run_correct`, `only_baseline_correct` and `p_value`. `None` if the images or labels differ.
@@ -127,12 +129,14 @@ def table(comparison):
     artifacts = list(dict.fromkeys(artifact["name"] for row in comparison["runs"] for artifact in row["exports"]))
     rows = []
     for run in comparison["runs"]:
-        row = {name: value for name, value in run.items() if name not in ("validation", "test", "per_class", "exports")}
+        nested = ("validation", "test", "per_class", "calibration", "exports")
+        row = {name: value for name, value in run.items() if name not in nested}
         for split in ("test", "validation"):
             scores = run[split] or {}
             low, high = scores.get("top1_interval", (None, None))
             row |= {f"{split}_{name}": scores.get(name) for name in _SCORES}
             row |= {f"{split}_top1_low": low, f"{split}_top1_high": high}
+        row |= {f"calibration_{name}": (run["calibration"] or {}).get(name) for name in _CALIBRATION}
         row |= {name: tests.get(run["name"], {}).get(name) for name in ("only_run_correct", "only_baseline_correct", "p_value")}
         exports = {artifact["name"]: artifact for artifact in run["exports"]}
         for name in artifacts:
@@ -166,6 +170,7 @@ def _summary(run):
         "validation": _with_interval(report["validation"]),
         "test": _with_interval(report["test"]) if report["test"] else None,
         "per_class": [_with_interval(scores) for scores in report["per_class"] or ()],
+        "calibration": report.get("calibration"),
         "exports": run.exports,
     }
 
@@ -193,7 +198,7 @@ def _tests(compared, predict):
 
 
 def _answers(run, predict):
-    """The list of `Prediction` and "", or `None` and the reason why there is none."""
+    """The list of `Row` and "", or `None` and the reason why there is none."""
     try:
         return predict(run), ""
     except UserError as error:

@@ -288,7 +288,6 @@ def calibration_report(logits, labels, fitted, keep, split):
         - `sure`: the share of answers that are sure; `sure_of_right` and `sure_of_wrong`: of the right and of the wrong ones,
           `None` without any.
     """
-    scaled = np.asarray(logits, np.float64) / fitted.temperature
     sure = ~fitted.unsure(fitted.probabilities(logits))
     right = predictions(logits) == labels
     return {
@@ -296,7 +295,7 @@ def calibration_report(logits, labels, fitted, keep, split):
         "keep": keep,
         "split": split,
         **_error_and_loss(logits, labels, "_before"),
-        **_error_and_loss(scaled, labels, ""),
+        **_error_and_loss(fitted.scaled(logits), labels, ""),
         "sure": float(sure.mean()),
         "sure_of_right": float(sure[right].mean()) if right.any() else None,
         "sure_of_wrong": float(sure[~right].mean()) if not right.all() else None,

@@ -60,7 +60,7 @@ def render(template, path, **values):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "interval": interval, "duration": _duration, "plain": plain}
+    environment.filters |= {"percent": _percent, "unsure": _unsure, "interval": interval, "duration": _duration, "plain": plain}
     text = environment.get_template(template.name).render(values)
     with runs.whole(path) as temporary_path:
         temporary_path.write_text(text, encoding="utf-8")
@@ -151,6 +151,11 @@ def _rounded(name, value):
 
 def _percent(share, decimals=1):
     return "n/a" if share is None else f"{share:.{decimals}%}"
+
+
+def _unsure(sure):
+    """The share of unsure answers as a percentage, from that of sure ones."""
+    return _percent(None if sure is None else 1 - sure)
 
 
 def interval(scores):

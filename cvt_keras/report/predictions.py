@@ -8,8 +8,8 @@ from cvt_keras import runs
 from cvt_keras.errors import RunError
 
 
-class Prediction(NamedTuple):
-    """The answer for a test image.
+class Row(NamedTuple):
+    """A row of predictions.csv: the answer for a test image.
 
     Args:
         image: the SHA-256 of its file, as in images.csv. In a data set that is not a folder: its index in the test split.
@@ -32,10 +32,10 @@ def of(digests, labels, predicted, class_names):
         class_names: in the order of the labels.
 
     Returns:
-        A list of `Prediction`.
+        A list of `Row`.
     """
     images = map(str, range(len(labels))) if digests is None else digests
-    return [Prediction(*row) for row in zip(images, *([class_names[i] for i in values] for values in (labels, predicted)))]
+    return [Row(*row) for row in zip(images, *([class_names[i] for i in values] for values in (labels, predicted)))]
 
 
 def write(run_dir, predictions):
@@ -47,7 +47,7 @@ def read(run_dir):
     """Reads predictions.csv from a run folder.
 
     Returns:
-        A list of `Prediction`, or `None` without the file, as in runs of older versions.
+        A list of `Row`, or `None` without the file, as in runs of older versions.
 
     Raises:
         RunError: if the file is damaged.
@@ -56,9 +56,9 @@ def read(run_dir):
     try:
         with open(path, encoding="utf-8", newline="") as file:
             header, *rows = csv.reader(file)
-        if tuple(header) != Prediction._fields:
+        if tuple(header) != Row._fields:
             raise ValueError(f"its columns are {', '.join(header)}")
-        return [Prediction(*row) for row in rows]
+        return [Row(*row) for row in rows]
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, csv.Error) as error:

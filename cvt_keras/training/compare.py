@@ -64,10 +64,10 @@ def main(argv):
     if path is not None:
         runs.require_writable(path.parent, argument="out")
     from cvt_keras.report import compare
-    from cvt_keras.training import predictions
+    from cvt_keras.training.recomputed import predictions_of
 
     compared = [_read(folder, name) for folder, name in zip(arguments.runs, _names(arguments.runs))]
-    comparison = compare.compare(compared, lambda run: predictions.of_run(run, arguments.data_dir))
+    comparison = compare.compare(compared, lambda run: predictions_of(run, arguments.data_dir))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         compare.write(path, compared, comparison)

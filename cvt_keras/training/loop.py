@@ -280,7 +280,7 @@ def finish(plan, best, history):
     report = _report(plan, classifier, history, compression, scores)
     shown = {}
     if test is not None:
-        calibrated = test.logits / calibration.temperature
+        calibrated = calibration.scaled(test.logits)
         shown = {"images": test.split.images, "logits": calibrated, "labels": test.split.labels}
         shown |= {"class_names": plan.source.class_names, "maps": _maps(classifier, plan, calibrated)}
     figures.draw(run_dir, history, **shown, first_epoch=plan.compressor.first_epoch)

@@ -30,10 +30,8 @@ OLD_RUNS = ROOT / "tests" / "golden" / "old_runs"
 def verified_in_process(monkeypatch):
     """Runs artifacts in this process and hardly times them, which saves seconds per file."""
 
-    def in_process(name, file, path, images, labels, expected, bounds, frame, temperature):
-        return verify.compare(
-            name, file, path, labels, expected, verify.answer(file, np.load(images), frame, temperature), bounds
-        )
+    def in_process(name, file, path, images, labels, expected, bounds, **options):
+        return verify.compare(name, file, path, labels, expected, verify.answer(file, np.load(images), **options), bounds)
 
     monkeypatch.setattr(artifacts, "verify", in_process)
     monkeypatch.setattr(verify, "TIMED", 1)
@@ -95,8 +93,8 @@ def test_a_run_that_crops_is_calibrated_and_verified_on_middles(trained, cifar10
         used["calibration"] = calibration
         file.touch()
 
-    def verify(name, file, path, images, labels, expected, bounds, frame, temperature):
-        used.update(images=np.load(images), frame=frame)
+    def verify(name, file, path, images, labels, expected, bounds, **options):
+        used.update(images=np.load(images), frame=options["frame"])
         raise ExportError("enough")
 
     monkeypatch.setattr(artifacts, "_write", write)
@@ -295,7 +293,7 @@ def test_a_failure_keeps_the_earlier_files_in_the_report(trained, tmp_path, monk
 
 @pytest.mark.usefixtures("written_before")
 def test_ctrl_c_leaves_nothing_half_written(trained, tmp_path, monkeypatch, capsys):
-    def stop(*_):
+    def stop(*_, **options):
         raise KeyboardInterrupt
 
     run_dir = _copy(trained, tmp_path)

@@ -1,3 +1,5 @@
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from cvt_keras import Preprocessing
 from cvt_keras.errors import ExportError
 from cvt_keras.export import saved_model, verify
 from cvt_keras.export.verify import BOUNDS, DEFAULT_FORMATS, FORMATS, TFLITE_FORMATS, Bounds, compare
+from cvt_keras.preprocessing import Calibration
 
 LABELS = np.arange(1000) % 10
 
@@ -115,7 +118,7 @@ def test_a_signature_that_disagrees_counts_as_a_difference(wrong, tmp_path):
 
         def serve(images):
             rows = tf.repeat(probabilities, tf.shape(images)[0], axis=0)
-            return {"logits": tf.math.log(rows)} if name == "logits" else {"probabilities": rows}
+            return {"logits": tf.math.log(rows)} if name == "logits" else {"probabilities": rows, "unsure": rows[:, 0] < 0}
 
         return tf.function(serve).get_concrete_function(tf.TensorSpec(*spec, name=input_name))
 
@@ -138,6 +141,35 @@ def test_serving_bytes_of_a_network_that_crops_agrees(tmp_path):
     answers = verify.answer(tmp_path / "1", images, network.preprocessing.crop_from)
     expected = tf.nn.softmax(images.reshape(5, -1).astype("float32") / 51)
     np.testing.assert_allclose(answers["probabilities"], expected, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("threads_stay")
+@pytest.mark.parametrize(
+    "fault, class_names, threshold",
+    [
+        ("`classes` contradicts", ["b", "a", "c"], 0.4),
+        ("`unsure` contradicts", ["a", "b", "c"], 0.9),
+        (None, ["a", "b", "c"], 0.4),
+    ],
+)
+def test_classes_and_unsure_must_match_the_probabilities(fault, class_names, threshold, tmp_path):
+    network = keras.Sequential([keras.Input((1, 1, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten()])
+    network.preprocessing = Preprocessing(image_size=(1, 1))
+    network.add(holder := keras.layers.Identity())
+    holder.calibration = Calibration(temperature=2.0, threshold=0.4)
+    saved_model.write(network, ["a", "b", "c"], tmp_path / "1")
+    images = np.array([[[[255, 0, 0]]]] * 4, "uint8")  # probabilities of 0.45, 0.27 and 0.27
+    calibration = {"temperature": 2.0, "threshold": threshold}
+    with pytest.raises(ExportError, match=fault) if fault else contextlib.nullcontext():
+        verify.answer(tmp_path / "1", images, class_names=class_names, calibration=calibration)
+
+
+def test_a_temperature_below_one_widens_the_bounds():
+    bounds = Bounds(0.005, 0.2, 0.25)
+    assert bounds.at(2.0) == bounds.at(1.0) == bounds
+    assert bounds.at(0.5) == Bounds(0.005, 0.4, 0.5)
+    assert bounds.at(0.1) == Bounds(0.005, 1.0, 1.0)
+    assert Bounds(0.0).at(0.5) == Bounds(0.0)
 
 
 def test_the_farthest_answer_of_the_signatures_counts():

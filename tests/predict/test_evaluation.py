@@ -104,7 +104,14 @@ def test_the_page_shows_results_and_what_was_left_out(classifier, photos, tmp_pa
     (photos.folder / "apples" / "<bad>.png").write_text("hello")
     evaluate(classifier, photos.folder, tmp_path / "pages" / "page.html")
     text = (tmp_path / "pages" / "page.html").read_text()
-    for part in ("fruit.keras", "1 file was left out", "&lt;bad&gt;.png", "plums", "It is not known which images"):
+    for part in (
+        "fruit.keras",
+        "1 file was left out",
+        "&lt;bad&gt;.png",
+        "plums",
+        "It is not known which images",
+        "rough estimate for 2 classes",
+    ):
         assert part in text, part
     assert text.count("data:image/png;base64,") == 3
     assert "<script" not in text

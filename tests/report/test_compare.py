@@ -7,7 +7,7 @@ import pytest
 
 from cvt_keras.errors import DataError
 from cvt_keras.report import compare, figures, metrics
-from cvt_keras.report.predictions import Prediction
+from cvt_keras.report.predictions import Row
 
 HISTORY = [
     {"epoch": epoch, "val_accuracy": accuracy, "val_loss": 1.0, "val_cross_entropy": 0.9, "cross_entropy": 1.0}
@@ -21,6 +21,10 @@ REPORT = {
     **{"recipe": {}, "validation": {**SPLIT, "top1": 0.75}, "test": SPLIT},
     "per_class": [{"name": "a", "top1": 1.0, "images": 4}, {"name": "b", "top1": None, "images": 0}],
 }
+CALIBRATION = {
+    **{"split": "test", "temperature": 0.875, "threshold": 0.5, "keep": 0.95, "ece_before": 0.0625, "ece": 0.03125},
+    **{"sure_of_right": 0.75, "sure_of_wrong": None},
+}
 ARTIFACT = {
     **{"name": "int8", "bytes": 1_740_000, "milliseconds": 0.4, "top1": 0.5, "agreement": 0.986, "images": 4},
     **{"passed": True, "runtime": "LiteRT 2"},
@@ -33,7 +37,7 @@ def _run(name="one", exports=(), settings=None, **changes):
 
 def _predictions(correct):
     """A prediction per character: "+" for a correct one."""
-    return [Prediction(f"{i}", "a", "a" if sign == "+" else "b") for i, sign in enumerate(correct)]
+    return [Row(f"{i}", "a", "a" if sign == "+" else "b") for i, sign in enumerate(correct)]
 
 
 def _compared(*compared, **correct):
@@ -178,6 +182,13 @@ def test_the_table_has_a_row_per_run_with_the_same_columns(comparison):
     assert [(row["only_run_correct"], row["only_baseline_correct"]) for row in rows] == [(None, None), (2, 1)]
 
 
+def test_the_table_has_the_calibration():
+    one, two = compare.table(_compared(_run("one"), _run("two", calibration=CALIBRATION), one="+", two="+"))
+    names = [name for name in two if name.startswith("calibration_")]
+    assert [two[name] for name in names] == ["test", 0.875, 0.5, 0.0625, 0.03125, 0.75, None]
+    assert [one[name] for name in names] == [None] * 7
+
+
 def _page(tmp_path, compared, comparison):
     compare.write(tmp_path / "page.html", compared, comparison)
     text = (tmp_path / "page.html").read_text()
@@ -187,10 +198,15 @@ def _page(tmp_path, compared, comparison):
 
 
 def test_the_page_shows_everything(tmp_path):
-    compared = [_run("one", [ARTIFACT]), _run("two", settings={"seed": 1}), _run("three", dataset="folder")]
+    compared = [
+        _run("one", [ARTIFACT]),
+        _run("two", settings={"seed": 1}, calibration=CALIBRATION),
+        _run("three", dataset="folder"),
+    ]
     text = _page(tmp_path, compared, _compared(*compared, one="++--", two="-+++"))
     for part in (
         *("3 runs compared", "50.00%", "15.0% to 85.0%", "0.5000", "1.25 M", "54.9 M", "10.0 min", "222", "n/a"),
+        *("|Calibration|", "|two|test|0.875|6.2%|3.1%|50.0%|25.0%|n/a|"),
         *("|two|2|1|0.625|4|", "|No test for|three|: the data sets differ: digits and folder.|", "against|one|"),
         *("|seed|0|1|0|", "|dataset|digits|digits|folder|"),
         *("int8", "1.74", "98.60%", "LiteRT 2", "passed", "100.0% (51.0% to 100.0%)", "no test images"),
@@ -204,7 +220,7 @@ def test_the_page_of_runs_without_tests_exports_or_differences_leaves_them_out(t
     assert "Nothing: all settings" in text and "Exports" in text
     plain = [_run("one", test=None, per_class=None), _run("two", test=None, per_class=None)]
     text = _page(tmp_path, plain, _compared(*plain))
-    assert "Exports" not in text and "Test images" not in text and "per class" not in text
+    assert "Exports" not in text and "Test images" not in text and "per class" not in text and "|Calibration|" not in text
 
 
 def test_small_p_values_are_no_zero():

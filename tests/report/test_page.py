@@ -179,7 +179,7 @@ def test_a_note_counts_the_classes_with_few_test_images(run_dir):
     empty = {**easy, "name": "empty", "top1": None, "images": 0}
     classes = {"class_names": ["easy", "hard", "empty"]}
     text = _text_with(run_dir, **classes, per_class=[{**easy, "images": 29}, {**hard, "images": 30}, empty])
-    assert "Top-1 is a rough estimate for 1 class with fewer than 30 test images" in text
+    assert "Top-1 is a rough estimate for 1 class with fewer than 30 images" in text
     text = _text_with(run_dir, **classes, per_class=[{**easy, "images": 29}, {**hard, "images": 1}, empty])
     assert "for 2 classes with" in text
 
@@ -258,10 +258,10 @@ def test_exports_are_on_the_page_if_there_are_any(run_dir):
     (run_dir / runs.EXPORT).mkdir()
     runs.write_json(
         run_dir / runs.EXPORT / runs.REPORT,
-        {"artifacts": [artifact, {**artifact, "name": "float16", "passed": False, "broken": ["top1_drop"]}]},
+        {"artifacts": [{**artifact, "opset": 15}, {**artifact, "name": "float16", "passed": False, "broken": ["top1_drop"]}]},
     )
     text = _written(run_dir).text
-    for part in ("Exports", "int8", "1.40", "98.00%", "0.031", "2.5", "LiteRT 2", "passed", "FAILED: top1_drop"):
+    for part in ("Exports", "int8", "1.40", "98.00%", "0.031", "2.5", "LiteRT 2, opset 15", "passed", "FAILED: top1_drop"):
         assert part in text, part
 
 

@@ -14,7 +14,7 @@ from cvt_keras.errors import UserError
 from cvt_keras.report import predictions
 from cvt_keras.report.compare import Run
 from cvt_keras.training.compare import parse
-from cvt_keras.training.predictions import of_run
+from cvt_keras.training.recomputed import predictions_of
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -56,7 +56,7 @@ def test_predictions_of_other_images_or_another_model_are_refused(two, capsys, c
     runs.write_json(path / runs.REPORT, {**report, "test": {**report["test"], **changes}})
     run = Run("two", path, runs.read_json(path / runs.REPORT), {}, [], [])
     with pytest.raises(UserError) as error:
-        of_run(run)
+        predictions_of(run)
     assert part in error.value.summary
     assert not (path / runs.PREDICTIONS).exists()
 
@@ -74,7 +74,7 @@ def test_a_model_that_can_not_be_read_is_named(two, capsys):
     (folder / runs.MODEL).write_text("hello")
     assert cli.main(["compare", *two, "--json"]) == 0
     [test] = json.loads(capsys.readouterr().out)["mcnemar"]
-    assert test["reason"].startswith(f"the predictions of two are unknown: {folder / runs.MODEL} can't be read: ")
+    assert test["reason"].startswith(f"the predictions of two are unknown: {folder / runs.MODEL} is damaged")
 
 
 def test_the_command_prints_a_table_and_writes_a_page(two, tmp_path, monkeypatch, capsys):

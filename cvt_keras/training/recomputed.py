@@ -1,4 +1,4 @@
-"""The predictions of a finished run: stored ones, or computed from its model.keras and its images."""
+"""The predictions of a finished run. For a run of an older version they are computed again, from its model and images."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ from cvt_keras.training.recipes import read_recipe
 MOST_CHANGED = 0.002  # share of the test images; another device rounds differently
 
 
-def of_run(run, data_dir=None):
+def predictions_of(run, data_dir=None):
     """The predictions of a run for its test images.
 
     Args:
@@ -20,7 +20,7 @@ def of_run(run, data_dir=None):
         data_dir: the folder of the run's data set; `None` means the folder in its recipe.
 
     Returns:
-        A list of `Prediction`. If the run has no predictions.csv, as of older versions, they are computed, which is said on
+        A list of `Row`. If the run has no predictions.csv, as of older versions, they are computed, which is said on
         standard error, and written to it.
 
     Raises:
