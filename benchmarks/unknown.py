@@ -35,11 +35,11 @@ class Arguments:
     unknown: tuple[str, ...] = ("cat", "truck")
     """The classes to leave out of the training."""
     epochs: int | None = None
-    """Instead of the recipe's."""
+    """Overrides the recipe's epochs."""
     train_limit: int | None = None
     """Train on the first N images only."""
     seed: int = 0
-    """Of the training."""
+    """Seed for training."""
     model: Path | None = None
     """Save the trained classifier to this .keras file; if it exists, load it instead of training."""
     data_dir: str | None = None

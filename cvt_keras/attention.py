@@ -124,7 +124,7 @@ def rollout(maps: Sequence[AttentionMap]) -> np.ndarray:
 
 
 def grad_cam(model: keras.Model, images: Any, classes: Any = None, stage: int = -1) -> np.ndarray:
-    """Returns where the tokens of a stage speak for a class (Grad-CAM, Selvaraju et al., arXiv 1610.02391).
+    """Returns the evidence for a class in the tokens of a stage (Grad-CAM, Selvaraju et al., arXiv 1610.02391).
 
     Each channel of the tokens is weighted by the mean gradient of the class's logit. The map is the weighted sum over the
     channels, negative values set to 0.

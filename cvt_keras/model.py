@@ -472,7 +472,9 @@ def load_classifier(file: str | Path) -> keras.Model:
         preprocessing = preprocessing_of(model)
         if isinstance(model, CvT):
             height, width, channels = model.input_shape[1:]
-            size = preprocessing.image_size or (224, 224)
+            if preprocessing.image_size is None and None in (height, width):
+                raise ValueError("it does not say how large its images are")
+            size = preprocessing.image_size or (height, width)
             model = build_classifier(model, input_shape=(height or size[0], width or size[1], channels))
         return model
     except MemoryError:

@@ -77,9 +77,7 @@ class Preprocessing:
         """
         if isinstance(config, Preprocessing):
             return config
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := set(config or {}) - set(known):
-            raise ValueError(f"`preprocessing` has the keys {', '.join(known)}. Received: {', '.join(sorted(unknown))}")
+        _require_known("preprocessing", cls, config)
         return cls(**(config or {}))
 
     def get_config(self) -> dict[str, Any]:
@@ -135,8 +133,15 @@ class Calibration:
 
     @classmethod
     def from_config(cls, config: "Calibration | Mapping[str, Any] | None") -> "Calibration":
-        """Returns a `Calibration` from itself or the dict of `get_config`; from `None`, one that changes nothing."""
-        return config if isinstance(config, Calibration) else cls(**(config or {}))
+        """Returns a `Calibration` from itself or the dict of `get_config`; from `None`, one that changes nothing.
+
+        Raises:
+            ValueError: for an unknown key or an invalid value.
+        """
+        if isinstance(config, Calibration):
+            return config
+        _require_known("calibration", cls, config)
+        return cls(**(config or {}))
 
     def get_config(self) -> dict[str, float]:
         """Returns the fields as JSON types, for `from_config`."""
@@ -155,6 +160,13 @@ class Calibration:
     def unsure(self, probabilities: np.ndarray) -> np.ndarray:
         """Returns which answers are unsure, bool `(...)`, for probabilities `(..., classes)`."""
         return np.asarray(probabilities).max(axis=-1) < self.threshold
+
+
+def _require_known(name: str, cls: type, config: Mapping[str, Any] | None) -> None:
+    """Raises ValueError if `config` has a key that is not a field of `cls`."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    if unknown := set(config or {}) - set(known):
+        raise ValueError(f"`{name}` has the keys {', '.join(known)}. Received: {', '.join(sorted(unknown))}")
 
 
 def size_text(image_size: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from cvt_keras.errors import BusyError, NoRunError, OccupiedError, RunError
+from cvt_keras.errors import ArgumentError, BusyError, NoRunError, OccupiedError, RunError
 
 try:
     import fcntl
@@ -102,8 +102,26 @@ def require_writable(folder, argument="run_dir"):
         raise RunError(
             f"`{argument}` can't be written: {folder}. {reason}",
             argument=argument,
-            hint=f"Choose another folder with --{argument.replace('_', '-')}",
+            hint=f"Choose another place with --{argument.replace('_', '-')}",
         )
+
+
+def require_writable_file(path, argument):
+    """Raises unless a file can be written. Called before the work.
+
+    Args:
+        path: the file.
+        argument: the name of the caller's argument, for the error.
+
+    Raises:
+        ArgumentError: if `path` is a folder.
+        RunError: if its folder can't be written to.
+    """
+    if path.is_dir():
+        raise ArgumentError(
+            f"`{argument}` must be a file. Received: {path}, which is a folder", argument=argument, hint="Name a file in it"
+        )
+    require_writable(path.parent, argument)
 
 
 @contextlib.contextmanager

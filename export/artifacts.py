@@ -113,7 +113,7 @@ def export(
             print(f"{name}: writing, then verifying on {len(images):,} images", flush=True)
             with signals.Held(f"TensorFlow's work on {name}"):
                 _write(networks[form], class_names, name, int8_images, file)
-            bounds = (QUANTIZED if form == "int8" else BOUNDS[name]).at(calibration.temperature)
+            bounds = (QUANTIZED if form == "int8" else BOUNDS[name]).scaled_for(calibration.temperature)
             relative = path.relative_to(run_dir).as_posix()
             options = {"frame": frame, "class_names": class_names, "calibration": calibration.get_config()}
             artifact = verify(name, file, relative, scratch / IMAGES, test.labels, expected[form], bounds, **options)

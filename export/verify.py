@@ -30,6 +30,7 @@ TIMED, WARM_UP = 200, 20
 REFERENCE_IMAGES = 200
 # It takes so many images to break a bound; fewer may be chance.
 LEAST_IMAGES = 3
+MOST_MAGNIFIED = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +47,14 @@ class Bounds:
     max_abs_diff: float | None = None
     reference_max_abs_diff: float | None = None
 
-    def at(self, temperature):
-        """Returns the bounds for logits divided by `temperature`: below 1, it magnifies what rounding does to the logits."""
-        scale = 1 / min(1.0, temperature)
+    def scaled_for(self, temperature):
+        """Returns the bounds for logits that are divided by `temperature`: below 1, it magnifies what rounding does to them.
+
+        The bounds at most double. Else a low temperature would allow any difference.
+        """
+        scale = min(MOST_MAGNIFIED, 1 / min(1.0, temperature))
         differences = {name: getattr(self, name) for name in ("max_abs_diff", "reference_max_abs_diff")}
-        return dataclasses.replace(self, **{name: bound and min(1.0, bound * scale) for name, bound in differences.items()})
+        return dataclasses.replace(self, **{name: bound and bound * scale for name, bound in differences.items()})
 
 
 BOUNDS = {
@@ -182,7 +186,7 @@ def verify(name, file, path, images, labels, expected, bounds=None, **options):
         command = [sys.executable, "-m", "cvt_keras.export.verify", *map(str, (file, images, output)), json.dumps(options)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            raise ExportError(f"{name} does not run: {why_ended(done.returncode, done.stderr)}")
+            raise ExportError(f"{name} failed: {why_ended(done.returncode, done.stderr)}")
         with np.load(output) as answers:
             return compare(name, file, path, labels, expected, dict(answers), bounds)
 
@@ -210,7 +214,7 @@ def compare(name, file, path, labels, expected, answers, bounds=None):
     bounds = bounds or BOUNDS[name]
     probabilities, reference = answers["probabilities"], answers.get("reference")
     if not np.isfinite(probabilities).all():
-        raise ExportError(f"{name} does not run: its probabilities are NaN or infinite")
+        raise ExportError(f"{name} failed: its probabilities are NaN or infinite")
     differences = {"max_abs_diff": np.abs(probabilities - expected).max(axis=1)}  # of each image
     if reference is not None:
         differences["reference_max_abs_diff"] = np.abs(reference - probabilities[: len(reference)]).max(axis=1)
@@ -406,4 +410,7 @@ def _median_milliseconds(run):
 
 if __name__ == "__main__":
     artifact, images, output = map(Path, sys.argv[1:4])
-    np.savez(output, **answer(artifact, np.load(images, mmap_mode="r"), **json.loads(sys.argv[4])))
+    try:
+        np.savez(output, **answer(artifact, np.load(images, mmap_mode="r"), **json.loads(sys.argv[4])))
+    except ExportError as error:
+        sys.exit(str(error))

@@ -54,7 +54,7 @@ def test_a_run_of_version_0_1_is_compared_by_the_predictions_of_its_model(old_ru
     run_dir = old_run("plain")
     monkeypatch.chdir(run_dir.parent)
     shutil.copytree("plain", "later")
-    predictions.write("later", predictions.of(None, [0] * 64, [0] * 64, "0123456789"))
+    predictions.write("later", predictions.from_labels(None, [0] * 64, [0] * 64, "0123456789"))
     assert cli.main(["compare", "plain", "later", "--json"]) == 0
     [test] = json.loads(capsys.readouterr().out)["mcnemar"]
     assert test["reason"] == "the test images differ"  # their labels do

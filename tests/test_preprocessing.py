@@ -92,6 +92,8 @@ def test_an_invalid_value_is_named(fields, name):
 def test_an_unknown_key_is_named_beside_the_known_ones():
     with pytest.raises(ValueError, match=r"mean, std, class_names, image_size, resize.*means"):
         Preprocessing.from_config({"means": [0.5]})
+    with pytest.raises(ValueError, match=r"`calibration` has the keys temperature, threshold\. Received: temp"):
+        Calibration.from_config({"temp": 1.0})
 
 
 @pytest.mark.parametrize("preprocessing", [Preprocessing(), Preprocessing((0.5,), (0.5,)), Preprocessing((0.5,) * 3)])

@@ -32,7 +32,7 @@ def listed(paths):
             files = list(_from_stdin())
             if not files:
                 raise _not_images(f"{path}, and nothing on standard input")
-        elif path.exists():
+        elif _exists(path):
             files = list(_files(path))
             if not files:
                 raise _not_images(f"{path}, an empty folder")
@@ -47,7 +47,18 @@ def listed(paths):
 
 
 def _files(path):
-    return within(path) if path.is_dir() else [(path, None)]
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # such as a name that is too long
+        return [(path, _unreadable(error))]
+    return within(path) if is_folder else [(path, None)]
+
+
+def _exists(path):
+    try:
+        return path.exists()
+    except OSError:  # below a folder that can't be read, for instance: `_files` gives the reason
+        return True
 
 
 def _from_stdin():

@@ -15,7 +15,7 @@ from cvt_keras import cli, environment, greetings, runs, terminal
 from cvt_keras.data import image_files, images, packages
 from cvt_keras.errors import ArgumentError, ImageError
 from cvt_keras.predict.classifier import load_run, locate, require_top
-from cvt_keras.predict.evaluation import evaluate, require_folder
+from cvt_keras.predict.evaluation import evaluate
 from cvt_keras.predict.networks import KerasNetwork
 
 _MIN_IMAGES_FOR_PROGRESS = 50
@@ -41,11 +41,12 @@ class Arguments:
     """Instead of IMAGE...: a folder with a folder of images for each class. Prints the accuracy and writes a page.
     Images that the run was trained on are left out."""
     explain: Annotated[Path | None, tyro.conf.arg(metavar="OUT.png")] = None
-    """Draw what speaks for the most probable classes of the image (Grad-CAM): for --top classes, by default three.
+    """Draw the evidence for the most probable classes of the image (Grad-CAM): for --top classes, by default three.
     For one image, and a run or .keras file."""
     page: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """The page to write with --evaluate; defaults to evaluation/NAME.html in the run folder, where NAME is that of DIR. For a
-    file outside a run folder, defaults to evaluation/NAME.html. With --json or --csv, no page is written by default."""
+    """The page to write with --evaluate; an existing one is replaced. Defaults to evaluation/DIR.html in the run folder, and to
+    evaluation/DIR-FILE.html for an exported file; without a run, in the current folder. With --json or --csv, no page is
+    written by default."""
 
 
 def parse(argv):
@@ -75,6 +76,12 @@ def parse(argv):
             argument="explain",
             hint="Leave out --evaluate",
         )
+    if arguments.explain and arguments.explain.suffix.lower() != ".png":
+        raise ArgumentError(
+            f"`explain` must be a .png file. Received: explain={arguments.explain}",
+            argument="explain",
+            hint=f"Use --explain {arguments.explain.with_suffix('.png')}" if arguments.explain.name else "",
+        )
     if arguments.page and not arguments.evaluate:
         raise ArgumentError(
             f"`page` needs `evaluate`. Received: page={arguments.page}", argument="page", hint="Add --evaluate DIR"
@@ -89,8 +96,13 @@ def main(argv):
     files = [] if arguments.evaluate else list(image_files.listed(arguments.images))
     if arguments.explain:
         _require_explainable(arguments.run, files)
-    if arguments.evaluate:
-        require_folder(arguments.evaluate)
+        runs.require_writable_file(arguments.explain, argument="explain")
+    if arguments.evaluate and not arguments.evaluate.expanduser().is_dir():
+        raise ArgumentError(
+            f"`evaluate` must be a folder. Received: evaluate={arguments.evaluate}",
+            argument="evaluate",
+            hint="Use --evaluate DIR, with one folder of images per class",
+        )
     environment.start(backend=None)
     with greetings.held_back():
         classifier = load_run(arguments.run)
@@ -226,9 +238,9 @@ def _evaluate(classifier, arguments):
     """Evaluates, prints the results, and writes the page. Returns the exit code."""
     page = arguments.page
     if page is None and not (arguments.json or arguments.csv):
-        page = (classifier.run_dir or Path()) / "evaluation" / f"{arguments.evaluate.resolve().name}.html"
-    if page is not None:  # before the work
-        runs.require_writable(page.parent, argument="page")
+        page = _default_page(classifier, arguments.evaluate)
+    if page is not None:
+        runs.require_writable_file(page, argument="page")
 
     def progress(answers, n):
         with terminal.progress(n, stream=sys.stderr, least=_MIN_IMAGES_FOR_PROGRESS) as bar:
@@ -244,14 +256,24 @@ def _evaluate(classifier, arguments):
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(result), "page": page and str(page)}))
     elif arguments.csv:
-        columns = ["name", "top1", "precision", "f1", "images"]
+        columns = ["name", "top1", "top1_low", "top1_high", "precision", "f1", "images"]
         rows = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
         rows.writeheader()
-        rows.writerows(result.per_class)
+        for row in result.per_class:
+            low, high = row["top1_interval"] or (None, None)
+            rows.writerow({**row, "top1_low": low, "top1_high": high})
+        print(_summary(result), file=sys.stderr)
     else:
         _print_results(result)
         print(f"the page is {page}")
     return 1 if result.unreadable else 0
+
+
+def _default_page(classifier, folder):
+    name = folder.resolve().name or "images"
+    if classifier.path.resolve() != classifier.run_dir and classifier.path.name != runs.MODEL:
+        name += f"-{classifier.path.resolve().stem}"
+    return (classifier.run_dir or Path()) / "evaluation" / f"{name}.html"
 
 
 def _print_results(result):
@@ -263,8 +285,12 @@ def _print_results(result):
         print(f"no images of {', '.join(missing[:10])}" + (f" and {len(missing) - 10} more" if len(missing) > 10 else ""))
     for reason, n in result.left_out.items():
         print(f"left out: {n:,} {reason}")
+    print(_summary(result))
+
+
+def _summary(result):
     low, high = result.scores["top1_interval"]
-    print(f"{result.scores['top1']:.2%} top-1 (95% interval: {low:.2%} to {high:.2%}) on {result.scores['images']:,} images")
+    return f"{result.scores['top1']:.2%} top-1 (95% interval: {low:.2%} to {high:.2%}) on {result.scores['images']:,} images"
 
 
 def _warn(text):

@@ -148,13 +148,15 @@ class Classifier:
                     return item, self._network.prepare(content), None
                 return item, None, content
 
-        group, size = [], 0
+        group, images_in_group, size = [], 0, 0
         for entry in images.in_threads(prepare, items, ahead=self._network.batch_size):
             group.append(entry)
-            size += 0 if entry[1] is None else len(entry[1]) if isinstance(entry[1], bytes) else entry[1].nbytes
-            if len(group) == self._network.batch_size or size > _BATCH_BYTES:
+            if entry[1] is not None:
+                images_in_group += 1
+                size += len(entry[1]) if isinstance(entry[1], bytes) else entry[1].nbytes
+            if images_in_group == self._network.batch_size or size > _BATCH_BYTES:
                 yield from self._answered(group)
-                group, size = [], 0
+                group, images_in_group, size = [], 0, 0
         yield from self._answered(group)
 
     def _answered(self, group):

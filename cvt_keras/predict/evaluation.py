@@ -81,7 +81,7 @@ def evaluate(
     """
     from cvt_keras.report import metrics
 
-    files, stray = _list_files(require_folder(data_dir), classifier.class_names)
+    files, stray = _list_files(_existing_folder(data_dir), classifier.class_names)
     record = None if classifier.run_dir is None else ImageRecord.read(classifier.run_dir / runs.IMAGES)
     left_out: collections.Counter[str] = collections.Counter()
     if stray:
@@ -101,7 +101,7 @@ def evaluate(
             validation.add(image.path)
         return TRAINED_ON if split in ("train", EARLIER) else pixels
 
-    evaluated, logits = [], []
+    evaluated, rows = [], []
     for image, answer in progress(classifier.answers(files, read), len(files)):
         if isinstance(answer, ImageError):
             unreadable.append((str(image.path), str(answer)))
@@ -109,13 +109,13 @@ def evaluate(
             left_out[answer] += 1
         else:
             evaluated.append(image)
-            logits.append(answer[0])
+            rows.append(answer[0])
     if unreadable:
         left_out["can't be read"] = len(unreadable)
     if not evaluated:
         reasons = "; ".join(f"{reason}: {n:,}" for reason, n in left_out.items()) or "it is empty"
         raise _error(f"`data_dir` has no image to evaluate on. Received: {data_dir} ({reasons})", "Choose another folder")
-    labels, logits = np.array([image.label for image in evaluated]), np.stack(logits)
+    labels, logits = np.array([image.label for image in evaluated]), np.stack(rows)
     if classifier.model is not None:  # an exported file is calibrated already
         logits = classifier.calibration.scaled(logits)
     warnings = []
@@ -137,14 +137,10 @@ def evaluate(
     return result
 
 
-def require_folder(data_dir: str | Path) -> Path:
-    """Returns `data_dir` as a path. Raises DataError unless it is a folder."""
+def _existing_folder(data_dir: str | Path) -> Path:
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
-        fault = "is not a folder" if folder.exists() else "does not exist"
-        raise _error(
-            f"`data_dir` {fault}. Received: data_dir={data_dir}", "Use --evaluate DIR, with one folder of images per class"
-        )
+        raise _error(f"`data_dir` must be a folder. Received: data_dir={data_dir}", "Use one with a folder of images per class")
     return folder
 
 

@@ -60,7 +60,11 @@ class KerasNetwork:
         return _fitted(pixels, self.preprocessing)
 
     def __call__(self, batch):
-        return np.asarray(self.model.predict_on_batch(np.stack(batch).astype("float32")))
+        images = np.stack(batch).astype("float32")
+        # JAX compiles for each batch size, so round it up to a power of two.
+        padding = 2 ** (len(batch) - 1).bit_length() - len(batch)
+        images = np.pad(images, [(0, padding), (0, 0), (0, 0), (0, 0)])
+        return np.asarray(self.model.predict_on_batch(images))[: len(batch)]
 
 
 class TFLiteNetwork:
@@ -111,7 +115,7 @@ class SavedModelNetwork:
     gives_probabilities = True
     model = None
     preprocessing = None
-    batch_size = 32
+    batch_size = 8  # whole photos wait in memory, as PNG
 
     def __init__(self, folder):
         import tensorflow as tf

@@ -183,7 +183,7 @@ def _with_interval(scores):
 
 def _tests(compared, predict):
     first, *others = compared
-    reasons = [_difference_of_tests(first, run) for run in others]
+    reasons = [_why_not_comparable(first, run) for run in others]
     baseline, unknown = (None, "") if all(reasons) else _answers(first, predict)
     tests = []
     for run, reason in zip(others, reasons):
@@ -205,7 +205,7 @@ def _answers(run, predict):
         return None, f"the predictions of {run.name} are unknown: {error.summary}"
 
 
-def _difference_of_tests(first, run):
+def _why_not_comparable(first, run):
     """Why two reports can't be of the same test images; empty if they may be."""
     for one in (first, run):
         if not one.report["test"]:

@@ -279,7 +279,7 @@ def most_wrong(images, logits, labels, names, maps=None):
     overlaid = bool(maps) and len(worst) > 0
     figure = Figure(figsize=(columns * 1.6, rows * (3.6 if overlaid else 2) + 0.4), layout="constrained")
     title = "Most wrong test images: label, prediction" if len(worst) else "No test image is misclassified"
-    note = ". Below: what speaks for the prediction (Grad-CAM)" if overlaid else ""
+    note = ". Below: the evidence for the prediction (Grad-CAM)" if overlaid else ""
     figure.suptitle(title + note, x=0.01, ha="left")
     predicted = metrics.predictions(logits)
     probabilities = softmax(logits, axis=1)

@@ -21,6 +21,7 @@ except ImportError as error:
 CALIBRATION_BINS = 15  # Guo et al., arXiv 1706.04599
 FEW_IMAGES = 30  # the 95% interval of a top-1 of 90% on 30 images reaches from 74% to 97%
 TEMPERATURES = 0.05, 20.0  # the bounds of `fit_calibration`
+MAX_THRESHOLD = 0.99  # the highest probability that an int8 file can give is 255/256
 RESAMPLES = 200  # for the standard error of the calibration error
 ADVICE = "Train again in another --run-dir, at a lower --peak-learning-rate"
 
@@ -243,7 +244,7 @@ def fit_calibration(logits, labels, keep):
     """Fits a `Calibration` to validation images.
 
     The temperature has the lowest cross-entropy. Labels are smoothed by 1 / (n + 2), as in Platt scaling, so that a few images
-    that are all right do not lead to a temperature near 0.
+    that are all right do not lead to a temperature near 0. The threshold is at most `MAX_THRESHOLD`.
 
     Args:
         logits: float `(n, classes)`.
@@ -266,7 +267,7 @@ def fit_calibration(logits, labels, keep):
         # The highest that keeps so many: of 20 right answers and 0.95, the second lowest confidence.
         ascending = np.sort(confidence[right])
         dropped = int(len(ascending) * (1 - keep) + 1e-9)  # 20 * (1 - 0.95) is a little more than 1, or less
-        threshold = float(ascending[min(dropped, len(ascending) - 1)])
+        threshold = min(float(ascending[min(dropped, len(ascending) - 1)]), MAX_THRESHOLD)
     return dataclasses.replace(calibration, threshold=threshold)
 
 

@@ -22,7 +22,7 @@ class Row(NamedTuple):
     prediction: str
 
 
-def of(digests, labels, predicted, class_names):
+def from_labels(digests, labels, predicted, class_names):
     """The predictions for a test split.
 
     Args:

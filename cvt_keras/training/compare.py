@@ -47,12 +47,6 @@ def parse(argv):
             raise ArgumentError(f"`runs` must be different folders. Received twice: {arguments.runs[i]}", argument="runs")
     if arguments.csv and arguments.json:
         raise ArgumentError("`csv` and `json` must not be set together", argument="csv", hint="Use --csv or --json")
-    if arguments.out is not None and arguments.out.is_dir():
-        raise ArgumentError(
-            f"`out` must be a file. Received: {arguments.out}, which is a folder",
-            argument="out",
-            hint=f"Use a page in it, such as --out {arguments.out / PAGE}",
-        )
     return arguments
 
 
@@ -62,7 +56,7 @@ def main(argv):
         runs.require_finished(folder, argument="runs")
     path = arguments.out or (None if arguments.csv or arguments.json else PAGE)
     if path is not None:
-        runs.require_writable(path.parent, argument="out")
+        runs.require_writable_file(path, argument="out")
     from cvt_keras.report import compare
     from cvt_keras.training.recomputed import predictions_of
 

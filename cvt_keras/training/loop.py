@@ -276,7 +276,9 @@ def finish(plan, best, history):
         classifier.save(unfinished)
     if test is not None:
         predicted = metrics.predictions(test.logits)
-        predictions.write(run_dir, predictions.of(test.split.digests, test.split.labels, predicted, plan.source.class_names))
+        predictions.write(
+            run_dir, predictions.from_labels(test.split.digests, test.split.labels, predicted, plan.source.class_names)
+        )
     report = _report(plan, classifier, history, compression, scores)
     shown = {}
     if test is not None:

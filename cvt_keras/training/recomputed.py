@@ -67,4 +67,4 @@ def _computed(run, data_dir):
             f"{run.folder / runs.MODEL} classifies {correct:,} of {len(test):,} test images correctly, "
             f"but {runs.REPORT} says {expected_correct:,}"
         )
-    return predictions.of(test.digests, test.labels, predicted, source.class_names)
+    return predictions.from_labels(test.digests, test.labels, predicted, source.class_names)

@@ -30,7 +30,7 @@ from cvt_keras import cli, terminal
 from cvt_keras.data import image_files
 from cvt_keras.errors import ArgumentError, ImageError, MissingPackageError, ServingError
 
-from . import files as to_send
+from . import files as server_files
 
 MODEL = "cvt"  # as in models.config
 SIGNATURE, INPUT = "serving_bytes", "image_bytes"
@@ -187,13 +187,13 @@ class Client:
         images = _checked(images)
         if not images:
             raise ArgumentError("`images` must have at least one image. Received: none", argument="images")
-        files = [to_send.for_server(image) for image in images]
+        files = [server_files.for_server(image) for image in images]
         try:
             return self._predict(files)
         except ImageError:
             if not any(map(operator.is_, files, images)):
                 raise
-        return self._predict([to_send.as_png(image) if file is image else file for file, image in zip(files, images)])
+        return self._predict([server_files.as_png(image) if file is image else file for file, image in zip(files, images)])
 
     def _predict(self, files):
         try:
@@ -222,7 +222,7 @@ class Client:
         for attempt in range(max(tries, 2) if file is image else tries):
             if attempt and file is image:  # training reads some files that a server does not
                 try:
-                    file = to_send.as_png(image)
+                    file = server_files.as_png(image)
                 except ImageError as error:
                     return error
             try:
@@ -318,7 +318,7 @@ def _checked(images):
 def _for_server(image):
     """The bytes to send, or the `ImageError` that says why there are none."""
     try:
-        return to_send.for_server(image)
+        return server_files.for_server(image)
     except ImageError as error:
         return error
 

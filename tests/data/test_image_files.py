@@ -42,6 +42,15 @@ def test_standard_input_has_a_path_per_line(folder, monkeypatch):
     assert [path.name for path, _ in listed([Path("-")])] == ["1.png", "2.png", "missing.png", "\udcff.png"]
 
 
+def test_a_path_that_the_system_refuses_is_an_error_of_its_own(monkeypatch):
+    name = "x" * 300
+    [(path, error)] = listed([Path(name)])
+    assert str(path) == name and str(error) == "can't be read: File name too long"
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(name.encode())))
+    [(path, error)] = listed([Path("-")])
+    assert isinstance(error, ImageError)
+
+
 def test_a_link_without_a_target_and_a_link_back(folder):
     (folder / "a" / "back").symlink_to(folder)
     (folder / "c.png").symlink_to("/nowhere.png")

@@ -166,10 +166,10 @@ def test_classes_and_unsure_must_match_the_probabilities(fault, class_names, thr
 
 def test_a_temperature_below_one_widens_the_bounds():
     bounds = Bounds(0.005, 0.2, 0.25)
-    assert bounds.at(2.0) == bounds.at(1.0) == bounds
-    assert bounds.at(0.5) == Bounds(0.005, 0.4, 0.5)
-    assert bounds.at(0.1) == Bounds(0.005, 1.0, 1.0)
-    assert Bounds(0.0).at(0.5) == Bounds(0.0)
+    assert bounds.scaled_for(2.0) == bounds.scaled_for(1.0) == bounds
+    assert bounds.scaled_for(0.8) == Bounds(0.005, 0.25, 0.3125)
+    assert bounds.scaled_for(0.1) == bounds.scaled_for(0.5) == Bounds(0.005, 0.4, 0.5)
+    assert Bounds(0.0).scaled_for(0.5) == Bounds(0.0)
 
 
 def test_the_farthest_answer_of_the_signatures_counts():

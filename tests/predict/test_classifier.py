@@ -10,7 +10,7 @@ import pytest
 from PIL import ExifTags, Image
 
 import cvt_keras
-from cvt_keras import Preprocessing, load_run, runs
+from cvt_keras import CvT, Preprocessing, Stage, Variant, load_run, runs
 from cvt_keras.data import images
 from cvt_keras.errors import ArgumentError, DivergedError, ImageError, NoRunError, RunError
 from cvt_keras.predict import Prediction, networks
@@ -59,6 +59,21 @@ def test_many_images_are_answered_in_order_and_batches(classifier, photos, monke
     classifier.predict(paths[:5])
     assert called == [2, 2, 1]
     assert classifier.predict([]) == []
+
+
+def test_images_that_are_skipped_leave_the_batches_full(classifier, photos, monkeypatch):
+    monkeypatch.setattr(classifier._network, "batch_size", 2)
+    shapes = []
+    predict = classifier.model.predict_on_batch
+    monkeypatch.setattr(classifier.model, "predict_on_batch", lambda images: shapes.append(len(images)) or predict(images))
+    (photos.folder / "bad.png").write_text("hello")
+    paths = [*photos.pixels][:5]
+    answers = [*classifier.classify([paths[0], photos.folder / "bad.png", *paths[1:]])]
+    assert shapes == [2, 2, 1]
+    assert [getattr(answer, "path", None) for answer in answers] == [paths[0], None, *paths[1:]]
+    # As a backend may compile for each size, there are few: powers of two.
+    rows = classifier._network([classifier._network.prepare(pixels) for pixels in [*photos.pixels.values()][:3]])
+    assert shapes[-1] == 4 and rows.shape == (3, 3)
 
 
 def test_top_is_limited_to_the_classes(classifier, photos):
@@ -153,6 +168,10 @@ def test_a_run_has_its_report(run_dir, keras_file, read_once):
     assert cvt_keras.load_run is load_run
 
 
+def _sizeless_network(path):
+    CvT(Variant((Stage(dim=8, depth=1, heads=1),)), 2, (None, None, 3)).save(path / "other.keras")
+
+
 def _other_network(path):
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(path / "other.keras")
 
@@ -166,6 +185,7 @@ def _other_network(path):
         (lambda path: (path / "3").mkdir(), "", NoRunError, "is none of these"),
         (lambda path: (path / "recipe.json").write_text("{}"), "", RunError, "not finished: model.keras is missing"),
         (lambda path: (path / "other.keras").write_text("hello"), "other.keras", RunError, "other.keras is damaged"),
+        (_sizeless_network, "other.keras", RunError, "can't be read: it does not say how large its images are"),
         (_other_network, "other.keras", RunError, "other.keras can't be read: `model` must be a `CvT`"),
         (lambda path: (path / "other.tflite").write_text("hello"), "other.tflite", RunError, "no metadata of an export"),
     ],

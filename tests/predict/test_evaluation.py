@@ -78,7 +78,7 @@ def test_other_folders_are_refused(classifier, photos, tmp_path):
     with pytest.raises(DataError, match="are not classes of the network: photos") as error:
         evaluate(classifier, tmp_path)
     assert error.value.hint == f"Use --evaluate {photos.folder}"
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match="`data_dir` must be a folder"):
         evaluate(classifier, next(iter(photos.pixels)))
     (tmp_path / "nothing" / "apples").mkdir(parents=True)
     with pytest.raises(DataError, match=r"has no image to evaluate on. Received: .*nothing \(it is empty\)"):

@@ -120,6 +120,9 @@ def test_paths_come_from_standard_input_and_globs(main, photos, monkeypatch):
         (["a.png", "--evaluate", "b"], "`evaluate` takes no images beside its folder. Received: a.png"),
         (["a.png", "--page", "b.html"], "`page` needs `evaluate`. Received: page=b.html"),
         (["--evaluate", "b", "--top", "2"], "`top` can't be combined with `evaluate`. Received: top=2"),
+        (["--evaluate", "nowhere"], "`evaluate` must be a folder. Received: evaluate=nowhere"),
+        (["a.png", "--explain", "out.jpg"], "`explain` must be a .png file. Received: explain=out.jpg"),
+        (["--evaluate", ".", "--page", "."], "`page` must be a file. Received: ., which is a folder"),
     ],
 )
 def test_wrong_arguments_end_with_2(arguments, message, main):
@@ -171,10 +174,11 @@ def pages(monkeypatch):
     return pages
 
 
-def test_evaluation_prints_accuracy_and_writes_a_page(main, photos, tmp_path, pages):
+def test_evaluation_prints_accuracy_and_writes_a_page(main, photos, tmp_path, pages, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code, lines, errors = main("--evaluate", photos.folder)
-    assert code == 0 and pages == [Path("evaluation/photos.html")]
-    assert lines[-1] == "the page is evaluation/photos.html"
+    assert code == 0 and pages == [Path("evaluation/photos-fruit.html")]
+    assert lines[-1] == "the page is evaluation/photos-fruit.html"
     assert re.fullmatch(r"[\d.]+% top-1 \(95% interval: [\d.]+% to [\d.]+%\) on 6 images", lines[-2])
     assert lines[2] == "no images of plums"
     assert len(errors) == 1 and errors[0].startswith("cvt-keras predict: It is not known which images")
@@ -185,23 +189,33 @@ def test_evaluation_prints_accuracy_and_writes_a_page(main, photos, tmp_path, pa
     assert code == 1 and errors[0].endswith("bad.png: not a JPEG, PNG, GIF, BMP, TIFF, WebP or AVIF")
     assert result["page"] == str(tmp_path / "page.html") and pages[-1] == tmp_path / "page.html"
     assert result["scores"]["images"] == 6 and result["left_out"] == {"can't be read": 1}
-    _, rows, _ = main("--evaluate", photos.folder, "--csv")
+    _, rows, errors = main("--evaluate", photos.folder, "--csv")
+    assert errors[-1].endswith("on 6 images")
     assert len(pages) == 2  # none for --csv
-    assert [row["name"] for row in csv.DictReader(rows)] == ["apples", "pears", "plums"]
+    apples, pears, plums = csv.DictReader(rows)
+    assert [row["name"] for row in (apples, pears, plums)] == ["apples", "pears", "plums"]
+    assert float(apples["top1_low"]) < float(apples["top1_high"]) and plums["top1_high"] == ""
 
 
 def test_the_page_of_a_run_lies_in_its_folder(main, photos, run_dir, classifier, pages, monkeypatch):
     monkeypatch.setattr(classifier, "run_dir", run_dir)
-    _, lines, _ = main("--evaluate", photos.folder)
-    assert lines[-1] == f"the page is {run_dir}/evaluation/photos.html" and pages == [run_dir / "evaluation" / "photos.html"]
+    names = {
+        "": "photos",
+        "model.keras": "photos",
+        "export/tflite/int8.tflite": "photos-int8",
+        "export/saved_model/1": "photos-1",
+    }
+    for file, name in names.items():
+        monkeypatch.setattr(classifier, "path", run_dir / file)
+        _, lines, _ = main("--evaluate", photos.folder)
+        assert lines[-1] == f"the page is {run_dir}/evaluation/{name}.html"
+        assert pages[-1] == run_dir / "evaluation" / f"{name}.html"
 
 
 def test_a_folder_that_can_not_be_evaluated(main, photos, capsys):
     shutil.move(photos.folder / "pears", photos.folder / "bananas")
     code, _, [error] = main("--evaluate", photos.folder)
     assert code == 1 and "folders that are not classes of the network: bananas. Its classes are apples, pears, plums" in error
-    code, _, [error] = main("--evaluate", photos.folder / "nowhere")
-    assert code == 1 and "does not exist" in error
 
 
 def test_explain_draws_the_most_probable_classes(main, photos, tmp_path, monkeypatch):
@@ -219,6 +233,16 @@ def test_explain_draws_the_most_probable_classes(main, photos, tmp_path, monkeyp
     assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) == pytest.approx(1)
     main(path, "--explain", out, "--top", "2")
     assert len(drawn[1][2]) == 2
+
+
+def test_explain_needs_a_network_without_rounding_and_a_path_for_its_picture(main, photos, tmp_path, monkeypatch):
+    [path, *_] = photos.pixels
+    (tmp_path / "folder.png").mkdir()
+    code, lines, [error] = main(path, "--explain", tmp_path / "folder.png")
+    assert code == 2 and not lines and "`explain` must be a file" in error
+    monkeypatch.setattr("cvt_keras.quantized.model.quantized_cvt_of", lambda model: model)
+    code, lines, [error] = main(path, "--explain", tmp_path / "out.png")
+    assert code == 2 and not lines and "needs a network without int8 rounding" in error
 
 
 def test_explain_needs_one_image_and_a_keras_model(photos, tmp_path, capsys):

@@ -258,6 +258,12 @@ def test_the_threshold_drops_as_many_as_it_may(n, unsure):
     assert calibration.unsure(calibration.probabilities(logits)).sum() == unsure
 
 
+def test_an_int8_file_can_reach_the_threshold():
+    logits = np.tile([20.0, 0.0], (1000, 1))
+    calibration = fit_calibration(logits, np.zeros(1000, int), 0.95)
+    assert calibration.probabilities(logits)[0, 0] > 255 / 256 > calibration.threshold == metrics.MAX_THRESHOLD
+
+
 def test_few_images_that_are_all_right_or_wrong_can_be_calibrated():
     logits = np.array([[2.0, 0.0], [0.0, 1.0]])
     right = fit_calibration(logits, np.array([0, 1]), 0.95)
