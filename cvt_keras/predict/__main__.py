@@ -63,7 +63,7 @@ def parse(argv):
                 hint="Leave out --top",
             )
     if arguments.json and arguments.csv:
-        raise ArgumentError("`json` and `csv` exclude each other", argument="csv", hint="Use either --json or --csv")
+        raise ArgumentError("`csv` can't be combined with `json`", argument="csv", hint="Use --csv or --json")
     if arguments.evaluate and arguments.images:
         raise ArgumentError(
             f"`evaluate` takes no images beside its folder. Received: {arguments.images[0]}",
@@ -72,7 +72,7 @@ def parse(argv):
         )
     if arguments.explain and arguments.evaluate:
         raise ArgumentError(
-            f"`explain` needs an image. Received: evaluate={arguments.evaluate}",
+            f"`explain` can't be combined with `evaluate`. Received: explain={arguments.explain}",
             argument="explain",
             hint="Leave out --evaluate",
         )
@@ -284,7 +284,7 @@ def _print_results(result):
     if missing := [row["name"] for row in result.per_class if not row["images"]]:
         print(f"no images of {', '.join(missing[:10])}" + (f" and {len(missing) - 10} more" if len(missing) > 10 else ""))
     for reason, n in result.left_out.items():
-        print(f"left out: {n:,} {reason}")
+        print(f"left out: {n:,} ({reason})")
     print(_summary(result))
 
 

@@ -96,7 +96,8 @@ class Classifier:
             ImageError: if an image can't be read; the message names its path.
         """
         predictions = []
-        for image, answer in zip(listed := _listed(images), self.classify(listed, top)):
+        images = list(_several(images))
+        for image, answer in zip(images, self.classify(images, top)):
             if isinstance(answer, ImageError):
                 raise ImageError(f"{image}: {answer}") if isinstance(image, (str, os.PathLike)) else answer
             predictions.append(answer)
@@ -106,7 +107,7 @@ class Classifier:
         """Classifies any number of images one after the other, in constant memory, and goes on after a bad one.
 
         Args:
-            images: an iterable of paths, uint8 arrays `(height, width, 3)` and Pillow images.
+            images: an iterable of paths, uint8 arrays `(height, width, 3)` and Pillow images; or one of them.
             top: as in `predict`.
 
         Yields:
@@ -116,7 +117,7 @@ class Classifier:
             ArgumentError: as `predict`.
         """
         require_top(top)
-        for image, answer in self.answers(images, _pixels):
+        for image, answer in self.answers(_several(images), _pixels):
             if isinstance(answer, ImageError):
                 yield answer
                 continue
@@ -222,6 +223,12 @@ def locate(run: str | os.PathLike[str]) -> tuple[type, Path]:
             return networks.KerasNetwork, path
         if path.suffix == ".tflite":
             return networks.TFLiteNetwork, path
+    if path.suffix == ".onnx":
+        raise NoRunError(
+            f"`run` can't be an ONNX file. Received: {run}",
+            argument="run",
+            hint="Use the run, or ONNX Runtime: see the guide on export",
+        )
     fault = "is none of these" if path.exists() else "does not exist"
     raise NoRunError(
         f"`run` must be a run folder, a .keras or .tflite file, or a SavedModel. Received: {run}, which {fault}",
@@ -246,15 +253,15 @@ def require_top(top: int) -> None:
         raise ArgumentError(f"`top` must be at least 1. Received: top={top}", argument="top")
 
 
-def _listed(images):
-    """One image or several, as a list."""
+def _several(images):
+    """One image or several, as an iterable."""
     from PIL import Image
 
-    if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim == 3):
+    if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
         return [images]
     if not isinstance(images, Iterable):
         raise ArgumentError(f"`images` must be {_KINDS}. Received: {type(images).__name__}", argument="images")
-    return list(images)
+    return images
 
 
 def _pixels(image, reserve):

@@ -19,11 +19,13 @@ from cvt_keras.data.folder import pixel_digest
 from cvt_keras.data.listing import first_names
 from cvt_keras.data.record import EARLIER, ImageRecord
 from cvt_keras.errors import DataError, ImageError
+from cvt_keras.preprocessing import Calibration
 
 if TYPE_CHECKING:
     from cvt_keras.predict.classifier import Classifier
 
-TRAINED_ON = "trained on by this run, or by one that its weights come from"
+TRAINED_ON = "used to train this run, or one that its weights come from"
+MOST_LISTED = 200  # mistakes on the page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Evaluation:
         scores: top-1, cross-entropy and so on; a dict as `test` in report.json.
         per_class: a dict per class, as in report.json.
         confusion: number of images by label and prediction.
+        mistakes: a dict per misclassified image, the highest cross-entropy first: `path`, `label`, `prediction`, and the
+            `probability` of the prediction.
         left_out: reason -> number of images that were not evaluated.
         warnings: a sentence each.
         unreadable: pairs of a path and the reason why it can't be read.
@@ -44,6 +48,7 @@ class Evaluation:
     scores: dict[str, Any]
     per_class: list[dict[str, Any]]
     confusion: list[list[int]]
+    mistakes: list[dict[str, Any]]
     left_out: dict[str, int]
     warnings: tuple[str, ...]
     unreadable: tuple[tuple[str, str], ...]
@@ -57,7 +62,7 @@ class _Image(NamedTuple):
 
 def evaluate(
     classifier: Classifier,
-    data_dir: str | Path,
+    folder: str | Path,
     page: str | Path | None = None,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda answers, n: answers,
 ) -> Evaluation:
@@ -68,7 +73,7 @@ def evaluate(
 
     Args:
         classifier: what `load_run` returns.
-        data_dir: the folder. Each folder in it has the name of a class; classes may be missing.
+        folder: Each folder in it has the name of a class; classes may be missing.
         page: the HTML file to write, or `None`.
         progress: wraps the iterable of answers, of which there are as many as its second argument.
 
@@ -76,12 +81,12 @@ def evaluate(
         An `Evaluation`.
 
     Raises:
-        DataError: if `data_dir` is no folder, has a folder that is not a class, or no image is left to evaluate.
+        DataError: if `folder` is no folder, has a folder that is not a class, or no image is left to evaluate.
         RunError: if images.csv is damaged.
     """
     from cvt_keras.report import metrics
 
-    files, stray = _list_files(_existing_folder(data_dir), classifier.class_names)
+    files, stray = _list_files(_existing(folder), classifier.class_names)
     record = None if classifier.run_dir is None else ImageRecord.read(classifier.run_dir / runs.IMAGES)
     left_out: collections.Counter[str] = collections.Counter()
     if stray:
@@ -114,7 +119,7 @@ def evaluate(
         left_out["can't be read"] = len(unreadable)
     if not evaluated:
         reasons = "; ".join(f"{reason}: {n:,}" for reason, n in left_out.items()) or "it is empty"
-        raise _error(f"`data_dir` has no image to evaluate on. Received: {data_dir} ({reasons})", "Choose another folder")
+        raise DataError(f"`folder` has no image to evaluate on. Received: {folder} ({reasons})", hint="Choose another folder")
     labels, logits = np.array([image.label for image in evaluated]), np.stack(rows)
     if classifier.model is not None:  # an exported file is calibrated already
         logits = classifier.calibration.scaled(logits)
@@ -122,26 +127,38 @@ def evaluate(
     if record is None:
         warnings.append("It is not known which images the network was trained on, so some of these may be among them.")
     if validation:
-        warnings.append(f"Validation images, on which the run chose its best epoch, are among these: {len(validation):,}.")
+        are = "is a validation image" if len(validation) == 1 else "are validation images"
+        warnings.append(f"{len(validation):,} of these images {are}, on which the run chose its best epoch.")
+    predicted, probabilities = metrics.predictions(logits), Calibration().probabilities(logits).max(axis=1)
+    names = classifier.class_names
     result = Evaluation(
-        class_names=classifier.class_names,
+        class_names=names,
         scores=metrics.evaluate(logits, labels),
-        per_class=metrics.per_class(logits, labels, classifier.class_names),
-        confusion=metrics.confusion(logits, labels, len(classifier.class_names)).tolist(),
+        per_class=metrics.per_class(logits, labels, names),
+        confusion=metrics.confusion(logits, labels, len(names)).tolist(),
+        mistakes=[
+            {
+                "path": str(evaluated[i].path),
+                "label": names[labels[i]],
+                "prediction": names[predicted[i]],
+                "probability": round(float(probabilities[i]), 6),
+            }
+            for i in metrics.worst(logits, labels, len(labels))
+        ],
         left_out=dict(left_out),
         warnings=tuple(warnings),
         unreadable=tuple(unreadable),
     )
     if page is not None:
-        _write_page(Path(page), classifier, Path(data_dir), result, [image.path for image in evaluated], logits, labels)
+        _write_page(Path(page), classifier, Path(folder), result, [image.path for image in evaluated], logits, labels)
     return result
 
 
-def _existing_folder(data_dir: str | Path) -> Path:
-    folder = Path(data_dir).expanduser()
-    if not folder.is_dir():
-        raise _error(f"`data_dir` must be a folder. Received: data_dir={data_dir}", "Use one with a folder of images per class")
-    return folder
+def _existing(folder: str | Path) -> Path:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise DataError(f"`folder` must be a folder. Received: {folder}", hint="Use one with a folder of images per class")
+    return path
 
 
 def _list_files(folder, class_names):
@@ -164,21 +181,17 @@ def _list_files(folder, class_names):
     if unknown:
         known = ", ".join(class_names[:10]) + (f" and {len(class_names) - 10} more" if len(class_names) > 10 else "")
         inner = next((path for path in unknown if any(child.name in labels for child in path.iterdir())), None)
-        hint = f"Use --evaluate {inner}" if inner else "Rename these folders, or move them out"
-        raise _error(
-            f"`data_dir` has folders that are not classes of the network: {first_names(unknown)}. Its classes are {known}", hint
+        raise DataError(
+            f"`folder` has folders that are not classes of the network: {first_names(unknown)}. Its classes are {known}",
+            hint=f"Use {inner}" if inner else "Rename these folders, or move them out",
         )
     return files, stray
-
-
-def _error(summary, hint):
-    return DataError(summary, argument="data_dir", hint=hint)
 
 
 # === The page ===
 
 
-def _write_page(path, classifier, data_dir, result, paths, logits, labels):
+def _write_page(path, classifier, images_folder, result, paths, logits, labels):
     from cvt_keras.report import figures, metrics, page
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +205,8 @@ def _write_page(path, classifier, data_dir, result, paths, logits, labels):
             page.TEMPLATES / "evaluation.html",
             path,
             network=str(classifier.path),
-            data_dir=str(data_dir),
+            images_folder=str(images_folder),
+            most_listed=MOST_LISTED,
             evaluation=dataclasses.asdict(result),
             classes=page.classes(dataclasses.asdict(result)),
             few_images=metrics.FEW_IMAGES,

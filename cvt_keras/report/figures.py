@@ -218,7 +218,7 @@ def confusion(counts, names):
     unit = ", class number" if names.numbered else ""
     axes.set_xlabel(f"prediction{unit}")
     axes.set_ylabel(f"label{unit}")
-    axes.set_title("Test images by label and prediction", loc="left")
+    axes.set_title("Images by label and prediction", loc="left")
     if n <= MAX_CLASSES_WITH_COUNTS:
         for row in range(n):
             for column in range(n):
@@ -278,7 +278,7 @@ def most_wrong(images, logits, labels, names, maps=None):
     rows = max(1, -(-len(worst) // columns))
     overlaid = bool(maps) and len(worst) > 0
     figure = Figure(figsize=(columns * 1.6, rows * (3.6 if overlaid else 2) + 0.4), layout="constrained")
-    title = "Most wrong test images: label, prediction" if len(worst) else "No test image is misclassified"
+    title = "Most wrong images: label, prediction" if len(worst) else "No image is misclassified"
     note = ". Below: the evidence for the prediction (Grad-CAM)" if overlaid else ""
     figure.suptitle(title + note, x=0.01, ha="left")
     predicted = metrics.predictions(logits)

@@ -187,7 +187,7 @@ def wilson(share, images):
     z2 = 1.959964**2 / images  # of the normal distribution, squared
     centre = (share + z2 / 2) / (1 + z2)
     half = math.sqrt(z2 * share * (1 - share) + z2 * z2 / 4) / (1 + z2)
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    return [0.0 if share == 0 else centre - half, 1.0 if share == 1 else centre + half]
 
 
 def confusion(logits, labels, num_classes):

@@ -46,7 +46,7 @@ def parse(argv):
         if folder in folders[:i]:
             raise ArgumentError(f"`runs` must be different folders. Received twice: {arguments.runs[i]}", argument="runs")
     if arguments.csv and arguments.json:
-        raise ArgumentError("`csv` and `json` must not be set together", argument="csv", hint="Use --csv or --json")
+        raise ArgumentError("`csv` can't be combined with `json`", argument="csv", hint="Use --csv or --json")
     return arguments
 
 

@@ -136,6 +136,7 @@ def test_a_bad_image_is_named_or_yielded(classifier, photos):
     [
         (np.zeros((4, 4, 3), "float32"), r"an array of float32 \(4, 4, 3\)"),
         ([np.zeros((4, 4), "uint8")], r"an array of uint8 \(4, 4\)"),
+        (np.zeros((5, 6), "uint8"), r"an array of uint8 \(5, 6\)"),
         (np.zeros((1, 4, 4, 4), "uint8"), r"an array of uint8 \(4, 4, 4\)"),
         (np.zeros((0, 4, 3), "uint8"), r"an array of uint8 \(0, 4, 3\)"),
         (3, "int"),
@@ -181,6 +182,7 @@ def _other_network(path):
     [
         (lambda path: None, "nowhere", NoRunError, r"`run` must be a run folder, .* Received: .*nowhere, which does not exist"),
         (lambda path: None, "", NoRunError, "is none of these"),
+        (lambda path: None, "model.onnx", NoRunError, "can't be an ONNX file"),
         (lambda path: (path / "labels.txt").write_text("a"), "labels.txt", NoRunError, "is none of these"),
         (lambda path: (path / "3").mkdir(), "", NoRunError, "is none of these"),
         (lambda path: (path / "recipe.json").write_text("{}"), "", RunError, "not finished: model.keras is missing"),

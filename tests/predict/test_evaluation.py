@@ -2,6 +2,7 @@
 
 import hashlib
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +40,11 @@ def test_the_numbers_are_those_of_the_answers(classifier, photos):
         assert result.per_class[label]["top1"] == (np.mean(own) if own else None)
         for predicted, other in enumerate(names):
             assert result.confusion[label][predicted] == [*zip(labels, answers)].count((name, other))
+    probabilities = {str(answer.path): answer.probability for answer in classifier.predict(photos.pixels)}
+    assert {mistake["path"] for mistake in result.mistakes} == {str(path) for path, ok in zip(photos.pixels, right) if not ok}
+    for mistake in result.mistakes:
+        assert mistake["label"] == Path(mistake["path"]).relative_to(photos.folder).parts[0] != mistake["prediction"]
+        assert mistake["probability"] == pytest.approx(probabilities[mistake["path"]], abs=1e-6)
     assert result.class_names == names and not result.left_out and not result.unreadable
     assert result.warnings == ("It is not known which images the network was trained on, so some of these may be among them.",)
 
@@ -54,7 +60,7 @@ def test_images_that_the_run_was_trained_on_are_left_out(run_dir, photos, read_o
         result = evaluate(load_run(network), photos.folder)
         assert result.left_out == {TRAINED_ON: 3}
         assert [row["images"] for row in result.per_class] == [1, 2, 0]
-        assert result.warnings == ("Validation images, on which the run chose its best epoch, are among these: 1.",)
+        assert result.warnings == ("1 of these images is a validation image, on which the run chose its best epoch.",)
 
 
 def test_files_that_are_not_evaluated_are_counted(classifier, photos):
@@ -77,8 +83,8 @@ def test_class_names_match_in_any_unicode_form(classifier, photos, monkeypatch):
 def test_other_folders_are_refused(classifier, photos, tmp_path):
     with pytest.raises(DataError, match="are not classes of the network: photos") as error:
         evaluate(classifier, tmp_path)
-    assert error.value.hint == f"Use --evaluate {photos.folder}"
-    with pytest.raises(DataError, match="`data_dir` must be a folder"):
+    assert error.value.hint == f"Use {photos.folder}"
+    with pytest.raises(DataError, match="`folder` must be a folder"):
         evaluate(classifier, next(iter(photos.pixels)))
     (tmp_path / "nothing" / "apples").mkdir(parents=True)
     with pytest.raises(DataError, match=r"has no image to evaluate on. Received: .*nothing \(it is empty\)"):
@@ -102,7 +108,7 @@ def test_the_loss_of_an_exported_file_is_finite(classifier, photos, monkeypatch)
 
 def test_the_page_shows_results_and_what_was_left_out(classifier, photos, tmp_path):
     (photos.folder / "apples" / "<bad>.png").write_text("hello")
-    evaluate(classifier, photos.folder, tmp_path / "pages" / "page.html")
+    [mistake, *_] = evaluate(classifier, photos.folder, tmp_path / "pages" / "page.html").mistakes
     text = (tmp_path / "pages" / "page.html").read_text()
     for part in (
         "fruit.keras",
@@ -111,6 +117,7 @@ def test_the_page_shows_results_and_what_was_left_out(classifier, photos, tmp_pa
         "plums",
         "It is not known which images",
         "rough estimate for 2 classes",
+        mistake["path"],
     ):
         assert part in text, part
     assert text.count("data:image/png;base64,") == 3

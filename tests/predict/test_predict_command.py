@@ -116,7 +116,7 @@ def test_paths_come_from_standard_input_and_globs(main, photos, monkeypatch):
         (["nowhere.png"], "Received: nowhere.png, which does not exist"),
         (["*.nothing"], "Received: *.nothing, which matches no file"),
         (["a.png", "--top", "0"], "`top` must be at least 1. Received: top=0 (--top)"),
-        (["a.png", "--json", "--csv"], "`json` and `csv` exclude each other"),
+        (["a.png", "--json", "--csv"], "`csv` can't be combined with `json`"),
         (["a.png", "--evaluate", "b"], "`evaluate` takes no images beside its folder. Received: a.png"),
         (["a.png", "--page", "b.html"], "`page` needs `evaluate`. Received: page=b.html"),
         (["--evaluate", "b", "--top", "2"], "`top` can't be combined with `evaluate`. Received: top=2"),
@@ -251,7 +251,7 @@ def test_explain_needs_one_image_and_a_keras_model(photos, tmp_path, capsys):
     for words, message in (
         (["a.keras", str(photos.folder), "--explain", "x.png"], "`explain` needs one image. Received: 6 images"),
         (["a.tflite", str(path), "--explain", "x.png"], "`explain` needs a Keras model"),
-        (["a.keras", "--evaluate", ".", "--explain", "x.png"], "`explain` needs an image"),
+        (["a.keras", "--evaluate", ".", "--explain", "x.png"], "`explain` can't be combined with `evaluate`"),
     ):
         (tmp_path / words[0]).touch()
         assert cli.main(["predict", str(tmp_path / words[0]), *words[1:]]) == 2

@@ -169,7 +169,7 @@ def test_a_perfect_network_has_no_wrong_images(shown):
     shown["logits"] = np.eye(3, dtype="float32")[shown["labels"]]
     figure = figures.most_wrong(**shown, names=figures.picture_names(NAMES))
     assert not any(axes.images for axes in figure.axes)
-    assert "No test image is misclassified" in figure._suptitle.get_text()
+    assert "No image is misclassified" in figure._suptitle.get_text()
 
 
 @pytest.fixture

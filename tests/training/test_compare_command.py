@@ -130,7 +130,7 @@ def test_exports_are_read_from_their_report(two, capsys):
     [
         (["{one}"], "`runs` must be two or more run folders. Received: 1"),
         (["{one}", "{two}", "{one}/../one"], "`runs` must be different folders. Received twice: {one}/../one"),
-        (["{one}", "{two}", "--csv", "--json"], "`csv` and `json` must not be set together. Use --csv or --json"),
+        (["{one}", "{two}", "--csv", "--json"], "`csv` can't be combined with `json`. Use --csv or --json"),
         (["{one}", "{two}", "--out", "{one}"], "`out` must be a file. Received: {one}, which is a folder. Name a file in it"),
         (["{one}", "nowhere"], "`runs` must be a run folder. Received: nowhere, which does not exist"),
     ],

@@ -68,7 +68,7 @@ def test_a_run_leaves_its_folder(finished, recipe):
     assert f"{report.test['top1']:.1%}" in (run_dir / "report.html").read_text()
 
 
-def test_the_most_wrong_images_have_the_maps_of_their_predictions(finished, recipe):
+def test_the_most_wrong_images_have_the_maps_of_their_predictions(finished, recipe, monkeypatch, capsys):
     classifier = keras.saving.load_model(finished[1] / "model.keras")
     images = np.random.default_rng(0).integers(0, 256, (40, 48, 48, 3)).astype("uint8")
     source = Split(images, np.random.default_rng(1).integers(0, 10, 40))
@@ -86,6 +86,13 @@ def test_the_most_wrong_images_have_the_maps_of_their_predictions(finished, reci
     assert loop._maps(classifier, types.SimpleNamespace(test=right, num_classes=10, recipe=recipe), logits) == {}
     with Image.open(finished[1] / "plots" / "most_wrong.png") as picture:
         assert picture.height > 1.2 * picture.width  # an overlay below each image
+
+    def out_of_memory(*arguments):
+        raise tf.errors.ResourceExhaustedError(None, None, "no memory")
+
+    monkeypatch.setattr(attention, "grad_cam", out_of_memory)
+    assert loop._maps(classifier, settled, logits) == {}
+    assert "too little memory for the Grad-CAM" in capsys.readouterr().err
 
 
 def _tensorboard_accuracies(run_dir):
