@@ -187,6 +187,7 @@ def compared_curves(histories, kept_epochs, names):
         style(axes)
         if key == "val_accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.set_ylim(top=min(axes.get_ylim()[1], 1.01))
     texts = [text if labels.numbered else f"{number}: {text}" for number, text in enumerate(labels.texts, start=1)]
     legend = figure.legend(lines, texts, loc="outside lower left", ncols=3, frameon=False, fontsize="small")
     for text in legend.get_texts():

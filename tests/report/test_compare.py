@@ -238,6 +238,9 @@ def test_curves_lie_over_each_other_and_mark_the_kept_epochs():
     assert all(one != other for one, other in itertools.combinations(styles, 2))
     rings = [line for line in accuracy.lines if len(line.get_xdata()) == 1]
     assert len(rings) == 8 and (rings[0].get_xdata()[0], rings[0].get_ydata()[0]) == (2, 0.75)
+    assert accuracy.get_ylim()[1] < 1  # ends at the data
+    sure = figures.compared_curves([[{**row, "val_accuracy": 1.0} for row in HISTORY]] * 2, [1, 1], names[:2])
+    assert 1 < sure.axes[0].get_ylim()[1] < 1.02  # there is no accuracy above 100%
     assert len(validation.lines) == 17 and len(training.lines) == 9
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [f"{i}: {name}" for i, name in enumerate(names, start=1)]
