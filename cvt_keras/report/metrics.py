@@ -13,6 +13,7 @@ try:
     import sklearn.metrics
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
+    from scipy.stats import chi2
 except ImportError as error:
     raise MissingPackageError(
         f"the metrics of a run need scikit-learn: {error}", hint="Install it: pip install scikit-learn"
@@ -244,7 +245,8 @@ def fit_calibration(logits, labels, keep):
     """Fits a `Calibration` to validation images.
 
     The temperature has the lowest cross-entropy. Labels are smoothed by 1 / (n + 2), as in Platt scaling, so that a few images
-    that are all right do not lead to a temperature near 0. The threshold is at most `MAX_THRESHOLD`.
+    that are all right do not lead to a temperature near 0. It stays 1 unless the images tell it from 1, by a likelihood-ratio
+    test at 95%: that of a network no better than chance would be arbitrary. The threshold is at most `MAX_THRESHOLD`.
 
     Args:
         logits: float `(n, classes)`.
@@ -260,7 +262,8 @@ def fit_calibration(logits, labels, keep):
         return -(1 - smoothing) * logs[np.arange(len(labels)), labels].mean() - smoothing * logs.mean()
 
     fitted = minimize_scalar(cross_entropy, bounds=np.log(TEMPERATURES), method="bounded")
-    calibration = Calibration(float(np.exp(fitted.x)))
+    likelihood_ratio = 2 * len(labels) * (cross_entropy(0.0) - fitted.fun)
+    calibration = Calibration(float(np.exp(fitted.x)) if likelihood_ratio > chi2.ppf(0.95, df=1) else 1.0)
     confidence = calibration.probabilities(logits).max(axis=1)
     threshold = 0.0
     if right.any():

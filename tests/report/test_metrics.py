@@ -258,6 +258,14 @@ def test_the_threshold_drops_as_many_as_it_may(n, unsure):
     assert calibration.unsure(calibration.probabilities(logits)).sum() == unsure
 
 
+def test_a_network_that_has_learnt_nothing_is_not_calibrated():
+    random = np.random.default_rng(0)
+    logits, labels = random.normal(0, 0.01, (128, 10)), random.integers(0, 10, 128)
+    assert fit_calibration(logits, labels, 0.95).temperature == 1
+    sure = np.eye(10)[labels] + logits  # but one that is right and not sure enough is
+    assert fit_calibration(sure, labels, 0.95).temperature < 0.5
+
+
 def test_an_int8_file_can_reach_the_threshold():
     logits = np.tile([20.0, 0.0], (1000, 1))
     calibration = fit_calibration(logits, np.zeros(1000, int), 0.95)
@@ -265,10 +273,10 @@ def test_an_int8_file_can_reach_the_threshold():
 
 
 def test_few_images_that_are_all_right_or_wrong_can_be_calibrated():
-    logits = np.array([[2.0, 0.0], [0.0, 1.0]])
-    right = fit_calibration(logits, np.array([0, 1]), 0.95)
+    logits = np.tile([[2.0, 0.0], [0.0, 1.0]], (5, 1))
+    right = fit_calibration(logits, np.array([0, 1] * 5), 0.95)
     assert metrics.TEMPERATURES[0] * 2 < right.temperature < 2  # not endless confidence
-    wrong = fit_calibration(logits, np.array([1, 0]), 0.95)
+    wrong = fit_calibration(logits, np.array([1, 0] * 5), 0.95)
     assert wrong.threshold == 0 and wrong.temperature > 10
-    assert calibration_report(logits, np.array([1, 0]), wrong, 0.95, "test")["sure_of_right"] is None
-    assert calibration_report(logits, np.array([0, 1]), right, 0.95, "test")["sure_of_wrong"] is None
+    assert calibration_report(logits, np.array([1, 0] * 5), wrong, 0.95, "test")["sure_of_right"] is None
+    assert calibration_report(logits, np.array([0, 1] * 5), right, 0.95, "test")["sure_of_wrong"] is None
