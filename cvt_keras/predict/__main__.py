@@ -270,10 +270,11 @@ def _evaluate(classifier, arguments):
 
 
 def _default_page(classifier, folder):
-    name = folder.resolve().name or "images"
-    if classifier.path.resolve() != classifier.run_dir and classifier.path.name != runs.MODEL:
-        name += f"-{classifier.path.resolve().stem}"
-    return (classifier.run_dir or Path()) / "evaluation" / f"{name}.html"
+    name, path = folder.resolve().name or "images", classifier.path.resolve()
+    run_dir = classifier.run_dir or Path()
+    if path not in (run_dir.resolve(), run_dir.resolve() / runs.MODEL):
+        name += f"-{path.stem}"
+    return run_dir / "evaluation" / f"{name}.html"
 
 
 def _print_results(result):

@@ -210,6 +210,11 @@ def test_the_page_of_a_run_lies_in_its_folder(main, photos, run_dir, classifier,
         _, lines, _ = main("--evaluate", photos.folder)
         assert lines[-1] == f"the page is {run_dir}/evaluation/{name}.html"
         assert pages[-1] == run_dir / "evaluation" / f"{name}.html"
+    monkeypatch.chdir(run_dir.parent)
+    for attribute in ("path", "run_dir"):
+        monkeypatch.setattr(classifier, attribute, Path(run_dir.name))
+    main("--evaluate", photos.folder)
+    assert pages[-1] == Path(run_dir.name) / "evaluation" / "photos.html"
 
 
 def test_a_folder_that_can_not_be_evaluated(main, photos, capsys):
