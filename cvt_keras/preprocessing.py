@@ -75,10 +75,7 @@ class Preprocessing:
         Raises:
             ValueError: for an unknown key or an invalid value.
         """
-        if isinstance(config, Preprocessing):
-            return config
-        _require_known("preprocessing", cls, config)
-        return cls(**(config or {}))
+        return _from_config(cls, "preprocessing", config)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the fields as JSON types, for `from_config`."""
@@ -138,10 +135,7 @@ class Calibration:
         Raises:
             ValueError: for an unknown key or an invalid value.
         """
-        if isinstance(config, Calibration):
-            return config
-        _require_known("calibration", cls, config)
-        return cls(**(config or {}))
+        return _from_config(cls, "calibration", config)
 
     def get_config(self) -> dict[str, float]:
         """Returns the fields as JSON types, for `from_config`."""
@@ -162,11 +156,14 @@ class Calibration:
         return np.asarray(probabilities).max(axis=-1) < self.threshold
 
 
-def _require_known(name: str, cls: type, config: Mapping[str, Any] | None) -> None:
-    """Raises ValueError if `config` has a key that is not a field of `cls`."""
+def _from_config(cls: Any, name: str, config: Any) -> Any:
+    """Returns `config` if it is a `cls`, else makes one of its fields. Raises ValueError for an unknown key."""
+    if isinstance(config, cls):
+        return config
     known = [field.name for field in dataclasses.fields(cls)]
     if unknown := set(config or {}) - set(known):
         raise ValueError(f"`{name}` has the keys {', '.join(known)}. Received: {', '.join(sorted(unknown))}")
+    return cls(**(config or {}))
 
 
 def size_text(image_size: Sequence[int]) -> str:

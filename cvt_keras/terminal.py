@@ -18,22 +18,22 @@ def is_file(stream):
         return False
 
 
-def progress(n, description=None, stream=None, least=0):
+def progress(n, description=None, stream=None, shown=True):
     """A bar that counts images, on a terminal only, and disappears when it is full.
 
     Args:
         n: the number of images.
         description: what is done to them; optional.
         stream: defaults to standard output.
-        least: with fewer images, no bar is shown.
+        shown: `False` hides the bar on a terminal too, for instance if there are few images.
 
     Returns:
         A `tqdm` bar, which is a context manager.
     """
     from tqdm import tqdm  # imported here to keep --help fast
 
-    hidden = True if n < least else None  # None: shown on a terminal
-    return tqdm(total=n, desc=description, unit=" images", leave=False, disable=hidden, file=stream or sys.stdout)
+    disable = None if shown else True  # None: except on a terminal
+    return tqdm(total=n, desc=description, unit=" images", leave=False, disable=disable, file=stream or sys.stdout)
 
 
 def discard_output():

@@ -298,7 +298,7 @@ def each(function, items, n):
 def _progress(n):
     """Shows a progress bar for many images on a terminal. Yields the function that advances it by one image."""
     try:
-        bar = terminal.progress(n, "reading images", least=_MIN_IMAGES_FOR_PROGRESS)
+        bar = terminal.progress(n, "reading images", shown=n >= _MIN_IMAGES_FOR_PROGRESS)
     except ImportError:  # of tqdm
         yield lambda: None
         return

@@ -131,8 +131,8 @@ def _classify(classifier, files, arguments):
     write = style(classifier, [path for path, _ in files], min(top, len(classifier.class_names)))
     refused = 0
     # On a terminal the lines show progress themselves, also through a pipe such as tee.
-    least = _MIN_IMAGES_FOR_PROGRESS if terminal.is_file(sys.stdout) else len(files) + 1
-    with terminal.progress(len(files), stream=sys.stderr, least=least) as bar:
+    shown = terminal.is_file(sys.stdout) and len(files) >= _MIN_IMAGES_FOR_PROGRESS
+    with terminal.progress(len(files), stream=sys.stderr, shown=shown) as bar:
         for path, answer in _answers(classifier, files, top):
             if isinstance(answer, ImageError):
                 refused += 1
@@ -243,7 +243,7 @@ def _evaluate(classifier, arguments):
         runs.require_writable_file(page, argument="page")
 
     def progress(answers, n):
-        with terminal.progress(n, stream=sys.stderr, least=_MIN_IMAGES_FOR_PROGRESS) as bar:
+        with terminal.progress(n, stream=sys.stderr, shown=n >= _MIN_IMAGES_FOR_PROGRESS) as bar:
             for answer in answers:
                 yield answer
                 bar.update()

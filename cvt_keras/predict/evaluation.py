@@ -19,7 +19,6 @@ from cvt_keras.data.folder import pixel_digest
 from cvt_keras.data.listing import first_names
 from cvt_keras.data.record import EARLIER, ImageRecord
 from cvt_keras.errors import DataError, ImageError
-from cvt_keras.preprocessing import Calibration
 
 if TYPE_CHECKING:
     from cvt_keras.predict.classifier import Classifier
@@ -114,13 +113,14 @@ def evaluate(
             left_out[answer] += 1
         else:
             evaluated.append(image)
-            rows.append(answer[0])
+            rows.append(answer)
     if unreadable:
         left_out["can't be read"] = len(unreadable)
     if not evaluated:
         reasons = "; ".join(f"{reason}: {n:,}" for reason, n in left_out.items()) or "it is empty"
         raise DataError(f"`folder` has no image to evaluate on. Received: {folder} ({reasons})", hint="Choose another folder")
-    labels, logits = np.array([image.label for image in evaluated]), np.stack(rows)
+    labels = np.array([image.label for image in evaluated])
+    logits, probabilities = map(np.stack, zip(*rows))
     if classifier.model is not None:  # an exported file is calibrated already
         logits = classifier.calibration.scaled(logits)
     warnings = []
@@ -129,8 +129,7 @@ def evaluate(
     if validation:
         are = "is a validation image" if len(validation) == 1 else "are validation images"
         warnings.append(f"{len(validation):,} of these images {are}, on which the run chose its best epoch.")
-    predicted, probabilities = metrics.predictions(logits), Calibration().probabilities(logits).max(axis=1)
-    names = classifier.class_names
+    names, predicted = classifier.class_names, metrics.predictions(logits)
     result = Evaluation(
         class_names=names,
         scores=metrics.evaluate(logits, labels),
@@ -141,7 +140,7 @@ def evaluate(
                 "path": str(evaluated[i].path),
                 "label": names[labels[i]],
                 "prediction": names[predicted[i]],
-                "probability": round(float(probabilities[i]), 6),
+                "probability": round(float(probabilities[i].max()), 6),
             }
             for i in metrics.worst(logits, labels, len(labels))
         ],
