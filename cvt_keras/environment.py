@@ -1,20 +1,27 @@
-"""The device, the installed packages, and the start of Keras and TensorFlow."""
+"""The backend of Keras, its devices and errors, and the installed packages.
 
+What differs between TensorFlow and JAX is here. On JAX, TensorFlow only reads and augments images, on the CPU.
+"""
+
+import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 from cvt_keras import greetings
 from cvt_keras.errors import ArgumentError, MissingPackageError
 
+TRAINING_BACKENDS = ("tensorflow", "jax")
 
-def start(backend="tensorflow"):
+
+def start(*backends):
     """Imports Keras and its backend for a command, and hides TensorFlow's start-up messages.
 
     Args:
-        backend: the Keras backend that the command needs; `None` means any.
+        backends: the Keras backends that the command can use; without any, it can use all.
 
     Raises:
         MissingPackageError: if Keras or its backend is not installed.
@@ -29,32 +36,49 @@ def start(backend="tensorflow"):
                 import tensorflow as tf
 
                 tf.config.list_physical_devices()
+            else:
+                keep_tensorflow_on_cpu()
     except ImportError as error:
         raise MissingPackageError(
             f"Keras can't be imported: {error}", hint="Install it with pip install keras tensorflow"
         ) from error
     except ValueError as error:  # by Keras, for an unknown backend
         raise ArgumentError(f"Keras can't start: {error}", hint="Unset KERAS_BACKEND") from error
-    if backend is not None:
-        require_backend(backend)
+    if backends:
+        require_backend(*backends)
 
 
-def require_backend(backend):
-    """Raises unless Keras runs on this backend.
+def backend():
+    """The name of the backend of Keras, such as `"tensorflow"`."""
+    import keras
+
+    return keras.config.backend()
+
+
+def require_backend(*backends):
+    """Raises unless Keras runs on one of these backends.
 
     Args:
-        backend: the name of a Keras backend, such as `"tensorflow"`.
+        backends: names of Keras backends, such as `"tensorflow"`.
 
     Raises:
         ArgumentError: if Keras runs on another.
     """
-    import keras
-
-    if keras.config.backend() != backend:
+    if backend() not in backends:
         raise ArgumentError(
-            f"Keras must use the {backend} backend. Received: {keras.config.backend()}, from KERAS_BACKEND or keras.json",
-            hint=f"Set KERAS_BACKEND={backend}",
+            f"Keras must use the {' or '.join(backends)} backend here. Received: {backend()}, from KERAS_BACKEND or keras.json",
+            hint=f"Set KERAS_BACKEND={backends[0]}",
         )
+
+
+def keep_tensorflow_on_cpu():
+    """Hides the GPUs from TensorFlow, which would reserve most of their memory, unless it is the backend."""
+    if backend() == "tensorflow":
+        return
+    with contextlib.suppress(ImportError, RuntimeError):  # not installed, or it has used its devices before
+        import tensorflow as tf
+
+        tf.config.set_visible_devices([], "GPU")
 
 
 def cpu():
@@ -68,14 +92,60 @@ def cpu():
     return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
-def device():
-    """The name of the device that TensorFlow trains on."""
+def gpus():
+    """The GPUs of this process that the backend can use: TensorFlow's physical devices, or JAX's devices."""
+    if backend() == "jax":
+        import jax
+
+        return [device for device in jax.local_devices() if device.platform != "cpu"]
     import tensorflow as tf
 
-    gpus = tf.config.list_physical_devices("GPU")
-    if not gpus:
+    return tf.config.list_physical_devices("GPU")
+
+
+def device():
+    """The name of the device that the backend trains on."""
+    if not (found := gpus()):
         return cpu()
-    return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+    if backend() == "jax":
+        return found[0].device_kind
+    import tensorflow as tf
+
+    return tf.config.experimental.get_device_details(found[0]).get("device_name", "GPU")
+
+
+def supports_bfloat16(gpu):
+    """Whether one of `gpus()` computes in bfloat16: NVIDIA's from compute capability 8 (Ampere) on."""
+    if backend() == "jax":
+        capability = getattr(gpu, "compute_capability", None)
+        return capability is None or float(capability) >= 8  # a TPU has none
+    import tensorflow as tf
+
+    return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) >= (8, 0)
+
+
+def errors():
+    """The classes of the errors that the backend and the input pipeline raise, for `except`."""
+    import tensorflow as tf
+
+    if backend() != "jax":
+        return (tf.errors.OpError,)
+    import jax
+
+    return (tf.errors.OpError, jax.errors.JaxRuntimeError)
+
+
+def lacks_memory(error):
+    """Whether one of `errors()` says that the memory of the device does not suffice."""
+    # Both raise it for a full disk too. Only the text differs.
+    return is_exhausted(error) and re.search("OOM|memory|allocat", str(error).partition("\n")[0], re.IGNORECASE) is not None
+
+
+def is_exhausted(error):
+    """Whether one of `errors()` says that the memory or the disk is full."""
+    import tensorflow as tf
+
+    return isinstance(error, tf.errors.ResourceExhaustedError) or str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 def has_nvidia_device(dev=Path("/dev")):

@@ -194,7 +194,7 @@ def main(argv):
         tempfile.TemporaryFile(dir=out.absolute().parent).close()
     except OSError as error:
         raise ArgumentError(f"`OUT.keras` must be in a writable folder. Received: {out}", argument="out") from error
-    environment.start(backend=None)
+    environment.start()
     from cvt_keras.model import CvT
 
     print(f"reading {arguments.source}", flush=True)

@@ -39,7 +39,7 @@ def main(argv):
     arguments = parse(argv)
     runs.require_finished(arguments.run, argument="run")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the converter warns about every file
-    environment.start()
+    environment.start("tensorflow")
     from .artifacts import export
 
     try:

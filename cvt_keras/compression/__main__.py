@@ -96,7 +96,7 @@ def main(argv):
     """
     arguments = parse(argv)
     runs.require_finished(arguments.run, argument="run")
-    environment.start()
+    environment.start("tensorflow")
     from cvt_keras.compression.methods import compress
 
     with cli.resumable(arguments.method, argv[1:]):

@@ -1,10 +1,12 @@
 """Augmentation of whole batches, with random draws per image. Stateless: the same seed gives the same result.
 
 In all functions, `images` has shape `(batch, height, width, channels)` and pixels in 0..255, `labels` has shape
-`(batch, classes)`, and `seed` is two integers.
+`(batch, classes)`, and `seed` is two integers. With a `Part`, `images` and `labels` are a part of a batch, and get the draws of
+their positions in it.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -12,6 +14,35 @@ import tensorflow as tf
 MAX_MAGNITUDE = 10  # RandAugment's scale in its paper: 0..10
 TRIES = 10  # of `random_area`
 _GREY = 128.0  # fills the area that a moved image uncovers
+
+
+class Part(NamedTuple):
+    """The part of a batch that one of several processes augments, with the draws that a single process would make.
+
+    Args:
+        batch: number of images in the whole batch.
+        rows: int `(n,)`, the positions in the batch.
+    """
+
+    batch: int
+    rows: np.ndarray
+
+    def of(self, draws, axis=0):
+        """Selects the rows of draws for the whole batch, which lie along `axis`."""
+        return tf.gather(draws, self.rows, axis=axis)
+
+
+class _Whole(NamedTuple):
+    """All images of a batch: like a `Part`, without selecting."""
+
+    batch: tf.Tensor
+
+    def of(self, draws, axis=0):
+        return draws
+
+
+def _part(images, part):
+    return part or _Whole(tf.shape(images)[0])
 
 
 def flip(images, mirrored):
@@ -23,15 +54,18 @@ def flip(images, mirrored):
     return tf.where(mirrored[:, None, None, None], tf.reverse(images, axis=[2]), images)
 
 
-def crop(images, seed, padding):
+def crop(images, seed, padding, part=None):
     """Pads each image by reflection, then crops it to the original size at a random position.
 
     Args:
         padding: pixels on each of the four sides; less than the image's height and width.
+        part: a `Part`, or `None` for a whole batch.
     """
-    batch, height, width = tf.unstack(tf.shape(images)[:3])
+    height, width = tf.unstack(tf.shape(images)[1:3])
+    part = _part(images, part)
     padded = tf.pad(images, [(0, 0), (padding, padding), (padding, padding), (0, 0)], "REFLECT")
-    top, left = tf.unstack(tf.random.stateless_uniform((2, batch, 1), seed, 0, 2 * padding + 1, tf.int32))
+    corners = tf.random.stateless_uniform((2, part.batch, 1), seed, 0, 2 * padding + 1, tf.int32)
+    top, left = tf.unstack(part.of(corners, axis=1))
     rows = tf.gather(padded, top + tf.range(height), axis=1, batch_dims=1)
     return tf.ensure_shape(tf.gather(rows, left + tf.range(width), axis=2, batch_dims=1), images.shape)
 
@@ -88,68 +122,77 @@ def resized_area(image, area, size, interpolation):
     return np.asarray(cut.resize(size[::-1], Image.Resampling[interpolation.upper()]))
 
 
-def mixup(images, labels, seed, alpha):
+def mixup(images, labels, seed, alpha, part=None):
     """Blends each image and its label with its neighbour's in the batch (Zhang et al., arXiv 1710.09412).
 
     Args:
         images: float.
         alpha: positive; the weight of each blend is drawn from Beta(alpha, alpha).
+        part: a `Part`, or `None` for a whole batch. The neighbour of its first image is its last.
     """
-    weights = _beta(tf.shape(images)[0], seed, alpha)
+    part = _part(images, part)
+    weights = part.of(_beta(part.batch, seed, alpha))
     return tuple(
         weight * values + (1 - weight) * _neighbour(values)
         for values, weight in ((images, weights[:, None, None, None]), (labels, weights[:, None]))
     )
 
 
-def cutmix(images, labels, seed, alpha):
+def cutmix(images, labels, seed, alpha, part=None):
     """Replaces a box in each image, and the same share of its label, by its neighbour's (Yun et al., arXiv 1905.04899).
 
     The box lies inside the image. Labels are mixed by the number of pixels that were replaced.
 
     Args:
         alpha: positive; the share of each image outside its box is drawn from Beta(alpha, alpha).
+        part: a `Part`, or `None` for a whole batch. The neighbour of its first image is its last.
     """
-    batch, height, width = tf.unstack(tf.shape(images)[:3])
+    height, width = tf.unstack(tf.shape(images)[1:3])
+    part = _part(images, part)
     share_seed, box_seed = _split(seed, 2)
-    side = tf.sqrt(1 - _beta(batch, share_seed, alpha))
-    inside = _box(height, width, side, side, box_seed)
+    side = part.of(tf.sqrt(1 - _beta(part.batch, share_seed, alpha)))
+    inside = _box(height, width, side, side, box_seed, part)
     weight = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), axis=(1, 2))  # (B, 1)
     return tf.where(inside, _neighbour(images), images), weight * labels + (1 - weight) * _neighbour(labels)
 
 
-def erase(images, seed, probability):
+def erase(images, seed, probability, part=None):
     """Fills a box of some images with noise (Zhong et al., arXiv 1708.04896, with its areas and aspect ratios).
 
     Args:
         images: float.
         probability: the probability that an image gets a box.
+        part: a `Part`, or `None` for a whole batch. Noise is drawn for the whole batch.
     """
-    batch, height, width = tf.unstack(tf.shape(images)[:3])
+    height, width, channels = tf.unstack(tf.shape(images)[1:])
+    part = _part(images, part)
     choice, sizes, position, noise = _split(seed, 4)
-    chosen = tf.random.stateless_uniform((batch, 1, 1, 1), choice) < probability
-    area, aspect = tf.unstack(tf.random.stateless_uniform((2, batch), sizes))
+    chosen = part.of(tf.random.stateless_uniform((part.batch, 1, 1, 1), choice)) < probability
+    area, aspect = tf.unstack(part.of(tf.random.stateless_uniform((2, part.batch), sizes), axis=1))
     area = 0.02 + area * (0.4 - 0.02)
     aspect = tf.exp(math.log(0.3) * (1 - 2 * aspect))  # 0.3 to 1 / 0.3
-    inside = _box(height, width, tf.sqrt(area * aspect), tf.sqrt(area / aspect), position)
-    return tf.where(chosen & inside, tf.random.stateless_uniform(tf.shape(images), noise, 0, 255), images)
+    inside = _box(height, width, tf.sqrt(area * aspect), tf.sqrt(area / aspect), position, part)
+    fill = part.of(tf.random.stateless_uniform((part.batch, height, width, channels), noise, 0, 255))
+    return tf.where(chosen & inside, fill, images)
 
 
-def rand_augment(images, seed, operations, magnitude):
+def rand_augment(images, seed, operations, magnitude, part=None):
     """Applies random operations to each image (Cubuk et al., arXiv 1909.13719).
 
     Args:
         images: float `(batch, height, width, 3)`.
         operations: number of operations, applied in sequence; each is drawn from the paper's fourteen.
         magnitude: strength of every operation, 0 to 10. The code of an operation shows what it does at 10.
+        part: a `Part`, or `None` for a whole batch.
     """
+    part = _part(images, part)
     # Not `keras.layers.RandAugment`: it draws operations per call, not per image, and evaluates all of them. Its draws depend
     # on a state, not only on seed and step, so a resumed run would draw others.
     for layer in _split(seed, operations):
         draw, direction = _split(layer, 2)
-        batch = tf.shape(images)[0]
-        drawn = tf.random.stateless_uniform((batch,), draw, 0, len(_POINTWISE) + len(_GEOMETRIC), tf.int32)
-        sign = tf.where(tf.random.stateless_uniform((batch,), direction) < 0.5, -1.0, 1.0)
+        kinds = len(_POINTWISE) + len(_GEOMETRIC)
+        drawn = part.of(tf.random.stateless_uniform((part.batch,), draw, 0, kinds, tf.int32))
+        sign = tf.where(part.of(tf.random.stateless_uniform((part.batch,), direction)) < 0.5, -1.0, 1.0)
         level = sign * magnitude / MAX_MAGNITUDE  # -1..1
         images = _colour(_move(images, drawn, level), drawn, level)
     return images
@@ -279,15 +322,17 @@ def _neighbour(batch):
     return tf.roll(batch, 1, axis=0)
 
 
-def _box(height, width, tall, wide, seed):
+def _box(height, width, tall, wide, seed, part=None):
     """Draws the position of a box inside each image. -> bool `(batch, height, width, 1)`, true inside
 
     Args:
         height, width: the images' sides in pixels.
         tall, wide: `(batch,)`, the box's sides as shares of the image's; clipped to 1.
         seed: two integers.
+        part: a `Part`, or `None` for a whole batch.
     """
-    top, left = tf.unstack(tf.random.stateless_uniform((2, tf.shape(tall)[0]), seed))
+    part = part or _Whole(tf.shape(tall)[0])
+    top, left = tf.unstack(part.of(tf.random.stateless_uniform((2, part.batch), seed), axis=1))
 
     def inside(side, share, start):
         length = tf.round(tf.minimum(share, 1.0) * tf.cast(side, tf.float32))

@@ -1,6 +1,8 @@
 """Source and recipe -> batches of float32 pixels in 0..255 and one-hot labels, by tf.data."""
 
+import math
 import weakref
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -16,7 +18,35 @@ _ORDER, _FLIP, _CROP, _RAND_AUGMENT, _ERASE, _MIXUP, _CUTMIX, _MIXUP_OR_CUTMIX, 
 _NUM_KEYS = 16  # leaves room for more; changing it would change every draw
 
 
-def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=None):
+class Share(NamedTuple):
+    """Which images of each batch this process reads, and by how many devices the whole batch must divide.
+
+    Args:
+        process: the index of this process.
+        processes: the number of processes, which read equal and consecutive parts of each batch.
+        devices: the number of devices of all processes.
+    """
+
+    process: int = 0
+    processes: int = 1
+    devices: int = 1
+
+    def rows(self, batch_size, neighbour=False):
+        """The positions of this process's images in a batch.
+
+        Args:
+            batch_size: images in the whole batch.
+            neighbour: whether to put the position before the first of them in front.
+        """
+        size = batch_size // self.processes
+        first = self.process * size
+        return np.arange(first - neighbour, first + size) % batch_size
+
+
+ALL = Share()
+
+
+def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=None, share=ALL):
     """Augmented batches of the epochs `first_epoch` to `recipe.epochs - 1`. An incomplete last batch of an epoch is dropped.
 
     Whether an image is mirrored alternates from epoch to epoch, and is random in the first. So two epochs show each image both
@@ -33,6 +63,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
         recipe: a `Recipe`; its `preprocessing`, `epochs`, `batch_size`, `seed` and augmentation are used.
         first_epoch: counted from 0.
         class_weights: a weight per class, or `None`. An image has the weight of its class.
+        share: a `Share`. The batches of all processes together are those of one process, in the same order.
 
     Returns:
         A `tf.data.Dataset` with `batches_per_epoch` batches `(images, labels)` per epoch: float32
@@ -50,10 +81,15 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
     steps = batches_per_epoch(split, recipe)
     crops = recipe.preprocessing.resize == "crop"
     weights = None if class_weights is None else np.array(class_weights, "float32")
+    # An image is mixed with the one before it in the batch, which may belong to another process.
+    neighbour = share.processes > 1 and bool(recipe.mixup or recipe.cutmix)
+    part = augment.Part(recipe.batch_size, share.rows(recipe.batch_size, neighbour)) if share.processes > 1 else None
 
     def epoch_batches(epoch):
         order = tf.random.experimental.stateless_shuffle(tf.range(len(split)), key(_ORDER, epoch))
         batches = tf.data.Dataset.from_tensor_slices(order).batch(recipe.batch_size, drop_remainder=True)
+        if part:
+            batches = batches.map(part.of)
         return batches.enumerate(start=epoch * steps)
 
     def load(step, indices, pixels):
@@ -63,32 +99,37 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
             every_second_epoch = step // steps % 2 == 1
             pixels = augment.flip(pixels, tf.gather(mirrored_first, indices) ^ every_second_epoch)
         if recipe.crop_padding and not crops:
-            pixels = augment.crop(pixels, key(_CROP, step), recipe.crop_padding)
+            pixels = augment.crop(pixels, key(_CROP, step), recipe.crop_padding, part)
         pixels = tf.cast(pixels, tf.float32)
         if recipe.rand_augment:
-            pixels = augment.rand_augment(pixels, key(_RAND_AUGMENT, step), recipe.rand_augment, recipe.rand_augment_magnitude)
+            operations, magnitude = recipe.rand_augment, recipe.rand_augment_magnitude
+            pixels = augment.rand_augment(pixels, key(_RAND_AUGMENT, step), operations, magnitude, part)
         if recipe.erase:
-            pixels = augment.erase(pixels, key(_ERASE, step), recipe.erase)
+            pixels = augment.erase(pixels, key(_ERASE, step), recipe.erase, part)
         pixels, targets = mix(pixels, targets, step)
+        if neighbour:
+            pixels, targets = pixels[1:], targets[1:]
         # Not `fit(class_weight=...)`, which would give a blended image the weight of its larger part.
         return (pixels, targets) if weights is None else (pixels, targets, tf.linalg.matvec(targets, weights))
 
     def mix(pixels, targets, step):
         plain = pixels, targets
         if recipe.mixup:
-            pixels, targets = augment.mixup(*plain, key(_MIXUP, step), recipe.mixup)
+            pixels, targets = augment.mixup(*plain, key(_MIXUP, step), recipe.mixup, part)
         if recipe.cutmix:
             mixed = pixels, targets
-            pixels, targets = augment.cutmix(*plain, key(_CUTMIX, step), recipe.cutmix)
+            pixels, targets = augment.cutmix(*plain, key(_CUTMIX, step), recipe.cutmix, part)
             if recipe.mixup:  # each image gets one of the two
                 first = tf.random.stateless_uniform((recipe.batch_size, 1), key(_MIXUP_OR_CUTMIX, step)) < 0.5
+                first = part.of(first) if part else first
                 pixels = tf.where(first[:, :, None, None], mixed[0], pixels)
                 targets = tf.where(first, mixed[1], targets)
         return pixels, targets
 
     batches = tf.data.Dataset.range(first_epoch, recipe.epochs).flat_map(epoch_batches)
     if crops:
-        dataset = _random_areas(batches, split.images, recipe, lambda step: key(_AREA, step)).map(load, tf.data.AUTOTUNE)
+        areas = _random_areas(batches, split.images, recipe, lambda step: key(_AREA, step), part)
+        dataset = areas.map(load, tf.data.AUTOTUNE)
     else:
         read = _reader(split.images)
         dataset = batches.map(
@@ -97,7 +138,7 @@ def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=No
     return _keeping(split.images, dataset.prefetch(tf.data.AUTOTUNE))
 
 
-def _random_areas(batches, images, recipe, seed):
+def _random_areas(batches, images, recipe, seed, part):
     """Reads a random area of each image. `(step, indices)` -> `(step, indices, pixels)`, uint8 `(batch, height, width, 3)`.
 
     Args:
@@ -105,7 +146,9 @@ def _random_areas(batches, images, recipe, seed):
         images: those of a `Split`; their sizes may differ.
         recipe: a `Recipe`.
         seed: a function of the step.
+        part: a `Part`, or `None` for whole batches.
     """
+    size = len(part.rows) if part else recipe.batch_size
     height, width = recipe.preprocessing.image_size
     interpolation = recipe.preprocessing.interpolation
     # Relative to the network's input, so that a wide image is not squeezed into a square one.
@@ -113,7 +156,8 @@ def _random_areas(batches, images, recipe, seed):
     read = _python_reader(images)
 
     def draw(step, indices):
-        return tf.repeat(step, recipe.batch_size), indices, augment.area_draws(recipe.batch_size, seed(step))
+        draws = augment.area_draws(recipe.batch_size, seed(step))
+        return tf.repeat(step, size), indices, part.of(draws) if part else draws
 
     def cut(index, draws):
         image = read(int(index))
@@ -125,7 +169,7 @@ def _random_areas(batches, images, recipe, seed):
         return step, index, tf.ensure_shape(pixels, (height, width, 3))
 
     areas = batches.map(draw).unbatch().map(load, num_parallel_calls=tf.data.AUTOTUNE)
-    batches = areas.batch(recipe.batch_size, drop_remainder=True)
+    batches = areas.batch(size, drop_remainder=True)
     return batches.map(lambda steps, indices, pixels: (steps[0], indices, pixels))
 
 
@@ -134,15 +178,36 @@ def batches_per_epoch(split, recipe):
     return len(split) // recipe.batch_size
 
 
-def evaluation_batches(split, num_classes, preprocessing):
-    """Batches of all images of a `Split`, in order, not augmented, resized as the `Preprocessing` says."""
+def evaluation_batches(split, num_classes, preprocessing, share=ALL):
+    """Batches of all images of a `Split`, in order, not augmented, resized as the `Preprocessing` says.
+
+    Several devices need batches of one size that divides among them. The last batch is filled up with images of weight 0. The
+    weight of the others is such that Keras' loss, the mean over all images with their weights, is the mean over the real ones.
+
+    Args:
+        split: a `Split`.
+        num_classes: width of the one-hot labels.
+        preprocessing: a `Preprocessing`.
+        share: a `Share`.
+
+    Returns:
+        A `tf.data.Dataset` of batches `(images, labels)`: float32 `(batch, height, width, channels)` and `(batch, num_classes)`.
+        For several devices, `(images, labels, weights)`, with float32 `(batch,)` weights.
+    """
     height, width = preprocessing.image_size
     size = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 32 * 32 // (height * width)))
+    indices, weights = tf.data.Dataset.range(len(split)), None
+    if share.devices > 1:
+        steps = math.ceil(len(split) / size)
+        size = math.ceil(len(split) / steps / share.devices) * share.devices
+        positions = np.arange(steps * size).reshape(steps, size)[:, share.rows(size)].ravel()
+        weights = np.where(positions < len(split), steps * size / len(split), 0).astype("float32")
+        indices = tf.data.Dataset.from_tensor_slices(np.where(positions < len(split), positions, 0))
+        size //= share.processes
 
     def load(indices, pixels):
         return tf.cast(pixels, tf.float32), tf.one_hot(tf.gather(split.labels, indices), num_classes)
 
-    indices = tf.data.Dataset.range(len(split))
     if preprocessing.resize == "crop":  # image by image, as their sizes may differ
         read_one = _python_reader(split.images)
 
@@ -157,6 +222,9 @@ def evaluation_batches(split, num_classes, preprocessing):
         dataset = indices.batch(size).map(
             lambda indices: load(indices, fit(read(indices), preprocessing)), num_parallel_calls=tf.data.AUTOTUNE
         )
+    if weights is not None:
+        dataset = tf.data.Dataset.zip((dataset, tf.data.Dataset.from_tensor_slices(weights).batch(size)))
+        dataset = dataset.map(lambda batch, weights: (*batch, weights))
     return _keeping(split.images, dataset.prefetch(tf.data.AUTOTUNE))
 
 

@@ -103,7 +103,7 @@ def main(argv):
             argument="evaluate",
             hint="Use --evaluate DIR, with one folder of images per class",
         )
-    environment.start(backend=None)
+    environment.start()
     with greetings.held_back():
         classifier = load_run(arguments.run)
         packages.require("tensorflow").config.list_physical_devices()  # beside JAX, it starts only here

@@ -57,6 +57,8 @@ class Report:
         train_images_per_class: in the order of `class_names`. Empty in files of older versions.
         calibration: what `calibration_report` returns, on the test split, or on the validation split if the test split was not
             evaluated. `None` in files of older versions.
+        backend: the backend of Keras, `"tensorflow"` or `"jax"`. Older versions trained on TensorFlow only.
+        devices: number of devices that the run trained on.
     """
 
     dataset: str
@@ -88,6 +90,8 @@ class Report:
     test_images: int | None = None
     train_images_per_class: list[int] = field(default_factory=list)
     calibration: dict | None = None
+    backend: str = "tensorflow"
+    devices: int = 1
 
 
 def best_epoch(history, first_epoch=0):

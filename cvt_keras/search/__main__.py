@@ -44,7 +44,7 @@ def main(argv):
     if arguments.fresh and folder.holds_search(arguments.search_dir) and not (arguments.yes or _agreed(arguments.search_dir)):
         print(f"nothing was deleted in {arguments.search_dir}", file=sys.stderr)
         return 1
-    environment.start()
+    environment.start(*environment.TRAINING_BACKENDS)
     from cvt_keras.search import search
 
     with cli.resumable("search", argv, again=[word for word in argv if word not in ("--fresh", "--yes")]):

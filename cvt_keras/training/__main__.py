@@ -3,6 +3,9 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 from cvt_keras import cli, environment
 from cvt_keras.training import flags
@@ -14,6 +17,16 @@ class Arguments(flags.RecipeFlags):
     """The run folder to write; defaults to runs/<recipe>-<dataset>-<variant>."""
     resume: bool = False
     """Resume the run in the run folder after its last finished epoch. Use the same flags as at the start."""
+    devices: Annotated[int | Literal["all"] | None, tyro.conf.arg(metavar="N|all")] = None
+    """Devices to train on, in each process; more than one with KERAS_BACKEND=jax only.
+    None: one, and for one of several processes all that it sees."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """With several processes: the address of process 0. Defaults to JAX_COORDINATOR_ADDRESS, or to what Slurm or Open MPI say.
+    There is no password: use a trusted network."""
+    processes: int | None = None
+    """With several processes: their number. Defaults to JAX_NUM_PROCESSES, or to what Slurm or Open MPI say."""
+    process_id: int | None = None
+    """With several processes: the index of this one, from 0. Defaults to JAX_PROCESS_ID, or to what Slurm or Open MPI say."""
 
 
 def parse(argv):
@@ -23,12 +36,17 @@ def parse(argv):
 
 def main(argv):
     name, arguments = parse(argv)
-    environment.start()
+    environment.start(*environment.TRAINING_BACKENDS)
     from cvt_keras.report import metrics
+    from cvt_keras.training import distributed
     from cvt_keras.training.loop import run
 
+    if group := distributed.find(arguments.coordinator, arguments.processes, arguments.process_id):
+        distributed.join(group)
     with cli.resumable("train", argv):
-        result = run(arguments.recipe, arguments.run_dir, resume=arguments.resume, name=name)
+        result = run(arguments.recipe, arguments.run_dir, resume=arguments.resume, name=name, devices=arguments.devices)
+    if result.report is None:  # process 0 writes it
+        return
     split = "test" if result.report.test else "validation"  # a run from Python may have left the test images untouched
     scores = getattr(result.report, split)
     low, high = metrics.wilson(scores["top1"], scores["images"])  # the report of an older version lacks it

@@ -8,9 +8,10 @@ import zipfile
 import keras
 import numpy as np
 
-from cvt_keras import runs, signals
+from cvt_keras import environment, runs, signals
 from cvt_keras.errors import DivergedError, RecipeError, RunError
 from cvt_keras.report.metrics import best_epoch, merit
+from cvt_keras.training import distributed
 
 CLASS_WEIGHTS = "class weights"  # key of a checkpoint's `data`
 
@@ -157,11 +158,13 @@ class Checkpoints(keras.callbacks.Callback):
 
     A checkpoint is a folder such as `epoch-0003`. It is written atomically, and then replaces the one before. It holds the raw
     weights, the states of the random seeds, the variables of the optimizer with the moving average, and the best weights.
-    `state.json` holds the best score and loss, the history and `data`. After the checkpoint `history.csv` is written.
+    `state.json` holds the best score and loss, the history, `data` and `machine`. After the checkpoint `history.csv` is written.
+    Of several processes, the first writes, and the others wait for it.
 
     Args:
         run_dir: the run folder.
         data: a dict that identifies the images and labels; see `Source.fingerprint`.
+        machine: a dict of the backend and the devices; see `distributed.machine`.
         stopwatch, best: the `Stopwatch` and the `BestWeights`, which must come before this callback.
         extra: variables to store besides those of the model and the optimizer.
 
@@ -173,11 +176,12 @@ class Checkpoints(keras.callbacks.Callback):
     # `SwapEMAWeights` it saves the averaged weights. It deletes its backup when training stops gracefully. It writes weights
     # and metadata one after the other, so a kill between them leaves parts that do not match.
 
-    def __init__(self, run_dir, data, stopwatch, best, extra=()):
+    def __init__(self, run_dir, data, machine, stopwatch, best, extra=()):
         super().__init__()
         self.extra = extra
         self.run_dir = run_dir
         self.data = data
+        self.machine = machine
         self.stopwatch = stopwatch
         self.best = best
         self.history = []
@@ -223,7 +227,14 @@ class Checkpoints(keras.callbacks.Callback):
             variable.assign(values[name])
         self.history, self.best.score, self.best.weights = runs.from_one(history), score, list(best.values()) or None
         self.best.loss = state.get("best_loss", _loss_of_first(self.history[self.best.first_epoch :], score))
-        runs.write_csv(self.run_dir / runs.HISTORY, self.history)  # a kill may have come before it was written
+        if distributed.is_first():
+            runs.write_csv(self.run_dir / runs.HISTORY, self.history)  # a kill may have come before it was written
+
+    def share_state(self, model):
+        """Gives all processes of a group the state of the first, so that they start from the same to the last bit."""
+        variables = list(self._state(model).values())
+        for variable, value in zip(variables, distributed.broadcast([np.asarray(v) for v in variables])):
+            variable.assign(value)
 
     def on_epoch_end(self, epoch, logs=None):
         row = {
@@ -234,13 +245,19 @@ class Checkpoints(keras.callbacks.Callback):
             "seconds": self.stopwatch.seconds,
         }
         self.history = [*self.history, row]
+        if distributed.is_first():
+            self._write(epoch)
+        distributed.wait(f"checkpoint {epoch}")
+
+    def _write(self, epoch):
         with runs.whole_folder(self._folder / f"epoch-{epoch + 1:04d}") as unfinished:
             np.savez(unfinished / "state.npz", **{name: np.asarray(v) for name, v in self._state(self.model).items()})
             np.savez(unfinished / "best.npz", *(self.best.weights or ()))
             best = {"best_score": self.best.score}
             if self.best.weights is not None:  # otherwise the loss is infinite, which JSON can't store
                 best["best_loss"] = self.best.loss
-            runs.write_json(unfinished / "state.json", {**best, "history": self.history, "data": self.data})
+            state = {**best, "history": self.history, "data": self.data, "machine": self.machine}
+            runs.write_json(unfinished / "state.json", state)
         for older in _stored(self.run_dir)[:-1]:
             shutil.rmtree(older)
         runs.write_csv(self.run_dir / runs.HISTORY, self.history)
@@ -261,9 +278,27 @@ class Checkpoints(keras.callbacks.Callback):
 
 def stored_data(run_dir):
     """The `data` of the newest checkpoint in a run folder, or `None` if there is no checkpoint or it is damaged."""
+    return _stored_entry(run_dir, "data")
+
+
+def stored_machine(run_dir):
+    """The `machine` of the newest checkpoint in a run folder, or `{}` if there is no checkpoint or it is damaged."""
+    if not _stored(run_dir):
+        return {}
+    # Versions that did not store it trained on one device with TensorFlow.
+    return _stored_entry(run_dir, "machine") or {"backend": "tensorflow", "devices": 1}
+
+
+def finished_epochs(run_dir):
+    """The number of finished epochs of the run in a folder, by its newest checkpoint."""
+    stored = _stored(run_dir)
+    return int(stored[-1].name.removeprefix("epoch-")) if stored else 0
+
+
+def _stored_entry(run_dir, name):
     stored = _stored(run_dir)
     try:
-        return runs.read_json(stored[-1] / "state.json")["data"] if stored else None
+        return runs.read_json(stored[-1] / "state.json")[name] if stored else None
     except (OSError, LookupError, TypeError, RunError):
         return None  # `Checkpoints.restore` raises for it
 

@@ -3,21 +3,20 @@
 import contextlib
 import dataclasses
 import os
-import re
 from typing import NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from cvt_keras import attention, environment, runs
 from cvt_keras.data.pipeline import evaluation_batches, training_batches
 from cvt_keras.data.split import Split
-from cvt_keras.errors import OutOfMemoryError, RecipeError
+from cvt_keras.errors import OutOfMemoryError, RecipeError, RunError
 from cvt_keras.model import build_classifier, set_calibration
 from cvt_keras.preprocessing import size_text
 from cvt_keras.quantized.model import quantized_cvt_of
 from cvt_keras.report import figures, metrics, page, predictions
+from cvt_keras.training import distributed
 from cvt_keras.training.callbacks import (
     CLASS_WEIGHTS,
     BestWeights,
@@ -27,6 +26,7 @@ from cvt_keras.training.callbacks import (
     StopAfterStep,
     Stopwatch,
     TensorBoard,
+    stored_machine,
 )
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.freeze import freeze
@@ -45,23 +45,32 @@ def run(
     evaluate_test: bool = True,
     compressor: Compressor | None = None,
     name: str = "run",
+    devices: distributed.Devices | None = None,
 ) -> RunResult:
     """Trains by `recipe` and writes a run folder.
+
+    On JAX, the processes of a group that `distributed.join` formed train together. The first of them writes the run folder,
+    which all must see. After the last epoch the group parts.
 
     Args:
         recipe: a `Recipe`.
         run_dir: a new or empty folder or, with `resume`, that of a run. Defaults to `runs/<name>-<dataset>-<variant>`, with the
             data set that `auto` loaded.
         resume: resume the run in `run_dir` after its last finished epoch. The result is that of an uninterrupted run, bit by
-            bit if TensorFlow is deterministic. A finished run is not changed.
+            bit if the backend is deterministic, unless the backend or the number of devices changed. A finished run is not
+            changed.
         evaluate_test: whether to evaluate on the test images at the end. Nothing else uses them.
         compressor: a `Compressor` of `cvt_keras.compression`; it starts from the recipe's `weights`.
         name: the name of the recipe, for the default run folder.
+        devices: the number of devices to train on, or `"all"`; more than one on JAX only. `None` is 1, and for a process of a
+            group all of its own.
 
     Returns:
-        A `RunResult`.
+        A `RunResult`. In a group, its report is `None` in all processes except the first.
 
     Raises:
+        ArgumentError: if there are fewer devices.
+        DistributedError: if the processes of a group have different settings or images, or one of them failed.
         OccupiedError: if `run_dir` is not empty without `resume`, or holds something other than a run.
         DataError: if the images can't be loaded.
         RecipeError: if the recipe does not fit the images, its weights or, with `resume`, the run.
@@ -72,15 +81,23 @@ def run(
         OutOfMemoryError: if a batch does not fit into memory.
         OSError: if a file can't be written.
     """
-    plan = settle(recipe, run_dir, resume, evaluate_test, compressor, name)
-    if isinstance(plan, RunResult):
-        return plan
-    with _occupied(plan), _named_errors(plan):
-        best, history = fit(plan)
-        result = finish(plan, best, history)
-    if plan.source.fallback:
-        warn(plan.source.fallback)
-    return result
+    with distributed.quiet():
+        with distributed.agreeing("settle"):
+            plan = settle(recipe, run_dir, resume, evaluate_test, compressor, name, devices)
+        if isinstance(plan, RunResult):
+            return plan
+        distributed.require_same("plan", plan.fingerprint())
+        with _occupied(plan), _named_errors(plan):
+            with distributed.spread(plan.devices):
+                best, history = fit(plan)
+            is_first = distributed.is_first()
+            distributed.leave()
+            if not is_first:
+                return RunResult(plan.run_dir, None, history)
+            result = finish(plan, best, history)
+        if plan.source.fallback:
+            warn(plan.source.fallback)
+        return result
 
 
 # === Fit ===
@@ -99,21 +116,30 @@ def fit(plan):
     keras.utils.set_random_seed(recipe.seed)
     classifier = _starting_classifier(plan)
     compile_classifier(classifier, recipe, plan.steps_per_epoch * recipe.epochs)
-    if not plan.resumed:
+    if not plan.resumed and distributed.is_first():
         runs.write_json(run_dir / runs.RECIPE, recipe.settings())
         _write_record(plan)
     (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
 
     stopwatch, best = Stopwatch(), BestWeights(compressor.first_epoch)
-    checkpoints = Checkpoints(run_dir, _data(plan), stopwatch, best, compressor.variables)
+    machine, earlier_machine = distributed.machine(plan.devices), stored_machine(run_dir)
+    checkpoints = Checkpoints(run_dir, _data(plan), machine, stopwatch, best, compressor.variables)
     checkpoints.restore(classifier)
     if not checkpoints.history and plan.checkpoint is None:
         adapt_whitening(classifier, plan.train, recipe.preprocessing)
+    checkpoints.share_state(classifier)
     # The checkpoint shows that the images are the same. Writes the record if a kill or an older version left none.
-    _write_record(plan)
+    if distributed.is_first():
+        _write_record(plan)
     finished = len(checkpoints.history)
     if finished:
         print(f"resuming after epoch {finished} of {recipe.epochs}", flush=True)
+        if earlier_machine != machine:
+            print(
+                f"not an exact resume: the run trained on {_machine_text(earlier_machine)}, and continues on "
+                f"{_machine_text(machine)}",
+                flush=True,
+            )
     elif plan.resumed:
         print(f"no finished epoch to resume from in {run_dir}: starting from epoch 1", flush=True)
     early_stopping = EarlyStopping(recipe.early_stopping, checkpoints, compressor.first_epoch)
@@ -121,12 +147,12 @@ def fit(plan):
         return best, checkpoints.history
     with StopAfterStep() as stop:
         classifier.fit(
-            training_batches(plan.train, plan.num_classes, recipe, finished, plan.class_weights),
+            training_batches(plan.train, plan.num_classes, recipe, finished, plan.class_weights, plan.share),
             initial_epoch=finished,
             epochs=recipe.epochs,
             steps_per_epoch=plan.steps_per_epoch,
             shuffle=False,  # the pipeline shuffles
-            validation_data=evaluation_batches(plan.validation, plan.num_classes, recipe.preprocessing),
+            validation_data=evaluation_batches(plan.validation, plan.num_classes, recipe.preprocessing, plan.share),
             callbacks=[
                 stop,
                 HaltOnNaN(_advice(recipe)),
@@ -134,12 +160,17 @@ def fit(plan):
                 stopwatch,
                 best,
                 *([keras.callbacks.SwapEMAWeights()] if recipe.ema else []),
-                TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False),
+                *([TensorBoard(run_dir / runs.TENSORBOARD, write_graph=False)] if distributed.is_first() else []),
                 checkpoints,  # last of all that an epoch needs: an epoch in a checkpoint is not trained again
                 early_stopping,  # reads the history of `checkpoints`
             ],
         )
     return best, checkpoints.history
+
+
+def _machine_text(machine):
+    devices = machine["devices"]
+    return f"{machine['backend']} with {devices} {'device' if devices == 1 else 'devices'}"
 
 
 def adapt_whitening(classifier, split, preprocessing):
@@ -194,6 +225,22 @@ def _starting_classifier(plan):
     return classifier
 
 
+class _CountingImages:
+    """A metric in which all images count the same, except those of weight 0, which fill up a batch."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        counts = None if sample_weight is None else keras.ops.cast(sample_weight > 0, "float32")
+        return super().update_state(y_true, y_pred, sample_weight=counts)
+
+
+class Accuracy(_CountingImages, keras.metrics.CategoricalAccuracy):
+    """Top-1 accuracy."""
+
+
+class CrossEntropy(_CountingImages, keras.metrics.CategoricalCrossentropy):
+    """The mean cross-entropy, without the weights of classes."""
+
+
 def compile_classifier(classifier, recipe, steps):
     """Compiles a classifier as a recipe says.
 
@@ -206,7 +253,7 @@ def compile_classifier(classifier, recipe, steps):
         optimizer=make_optimizer(recipe, classifier, steps),
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
         # The loss depends on label smoothing. The plain cross-entropy can be compared between runs.
-        metrics=["accuracy", keras.metrics.CategoricalCrossentropy(from_logits=True, name="cross_entropy")],
+        weighted_metrics=[Accuracy(name="accuracy"), CrossEntropy(from_logits=True, name="cross_entropy")],
         jit_compile=recipe.xla == "on",
     )
     # `fit` would create these variables in its first step, and trace the step a second time, which is slow.
@@ -343,6 +390,8 @@ def _report(plan, classifier, history, compression, scores):
         train_images_per_class=np.bincount(plan.train.labels, minlength=plan.num_classes).tolist(),
         device=environment.device(),
         versions=environment.versions(),
+        backend=environment.backend(),
+        devices=len(plan.devices) if plan.devices else 1,
     )
 
 
@@ -362,7 +411,9 @@ def _maps(classifier, plan, logits):
         for images, _ in evaluation_batches(plan.test.take(worst), plan.num_classes, plan.recipe.preprocessing):
             drawn = attention.grad_cam(classifier, images, [next(predicted) for _ in images])
             maps |= {next(indices): pair for pair in zip(images.numpy(), drawn)}
-    except tf.errors.ResourceExhaustedError:
+    except environment.errors() as error:
+        if not environment.lacks_memory(error):
+            raise
         warn("too little memory for the Grad-CAM of the most wrong images, which the report shows without")
         return {}
     return maps
@@ -384,6 +435,16 @@ def _occupied(plan):
         BusyError: if another process trains there.
         OccupiedError: if another process has started a run there in the meantime.
     """
+    if not distributed.is_first():
+        distributed.wait("occupied")
+        if not plan.run_dir.is_dir():
+            raise RunError(
+                f"`run_dir` must be a folder that all processes see. Received: {plan.run_dir}, which process 0 has created",
+                argument="run_dir",
+                hint="Use a folder on a shared disk",
+            )
+        yield
+        return
     run_dir = plan.run_dir
     created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -392,6 +453,7 @@ def _occupied(plan):
             if not plan.resumed:
                 runs.require_vacant(run_dir)
             runs.sweep(run_dir)
+            distributed.wait("occupied")
             yield
     finally:
         with contextlib.suppress(OSError):  # stops at the first folder that is not empty
@@ -401,14 +463,17 @@ def _occupied(plan):
 
 @contextlib.contextmanager
 def _named_errors(plan):
-    """Turns TensorFlow's errors for too little memory, a full disk or an unreadable image into ones that say how to fix it."""
+    """Turns a backend's errors for too little memory, a full disk or an unreadable image into ones that say how to fix it."""
     try:
         yield
-    except tf.errors.ResourceExhaustedError as error:
-        # TensorFlow raises the same class for both. Only the text differs.
-        reason = str(error.message).splitlines()[0]
-        if not re.search("OOM|memory|allocat", reason, re.IGNORECASE):
-            raise OSError(f"{plan.run_dir} can't be written: {reason}") from error
+    except environment.errors() as error:
+        if not environment.is_exhausted(error):
+            for split in (plan.source.train, plan.source.validation, plan.source.test):
+                for first in getattr(split.images, "errors", ())[:1]:
+                    raise first from error
+            raise
+        if not environment.lacks_memory(error):
+            raise OSError(f"{plan.run_dir} can't be written: {error}") from error
         size = size_text(plan.recipe.preprocessing.image_size)
         image_size = "" if plan.recipe.compression else f" or an --image-size below {size}"  # compression has no such flag
         raise OutOfMemoryError(
@@ -416,8 +481,3 @@ def _named_errors(plan):
             argument="batch_size",
             hint=f"Train in another --run-dir with a --batch-size below {plan.recipe.batch_size}{image_size}",
         ) from error
-    except tf.errors.OpError as error:
-        for split in (plan.source.train, plan.source.validation, plan.source.test):
-            for first in getattr(split.images, "errors", ())[:1]:
-                raise first from error
-        raise

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from cvt_keras import environment, runs
 from cvt_keras.conversion import checkpoint as checkpoints
@@ -24,14 +23,17 @@ from cvt_keras.errors import (
 )
 from cvt_keras.preprocessing import Preprocessing, size_text
 from cvt_keras.report.metrics import Report
-from cvt_keras.training import class_weights, freeze, held_out
-from cvt_keras.training.callbacks import stored_data
+from cvt_keras.training import class_weights, distributed, freeze, held_out
+from cvt_keras.training.callbacks import finished_epochs, stored_data
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.recipes import Recipe
 from cvt_keras.training.resume import read_stored_run
 from cvt_keras.variants import get_variant, named
 
 RUNS = Path("runs")  # the parent of the default run folders
+# Settings that may differ between processes that train together. The weights to start from are those of process 0, and the
+# weights of the classes are compared by their values.
+OF_A_MACHINE = ("data_dir", "cache", "cache_dir", "weights", "class_weights", "skip_broken")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Plan:
         record: the split of each image, for images.csv; `None` if that file must not be written, see `held_out.settle`.
         class_weights: a float per class, or `None` for equal weights.
         warnings: sentences about the images.
+        devices: JAX's devices of all processes, or `None` for one device.
     """
 
     recipe: Recipe
@@ -79,6 +82,7 @@ class Plan:
     record: ImageRecord | None = None
     class_weights: tuple[float, ...] | None = None
     warnings: tuple[str, ...] = ()
+    devices: list | None = None
 
     @property
     def num_classes(self):
@@ -92,8 +96,26 @@ class Plan:
     def image_shape(self):
         return *self.recipe.preprocessing.image_size, 3
 
+    @property
+    def share(self):
+        """The `Share` of each batch that this process reads."""
+        return distributed.share(self.devices)
 
-def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=None, name="run"):
+    def fingerprint(self):
+        """What must be the same in all processes that train together: a dict of JSON values."""
+        settings = {name: value for name, value in self.recipe.settings().items() if name not in OF_A_MACHINE}
+        return {
+            **settings,
+            **self.source.fingerprint(),
+            "class weights": self.class_weights and list(self.class_weights),
+            "finished epochs": finished_epochs(self.run_dir),
+            "test images": None if self.test is None else len(self.test),
+            "devices": self.devices and len(self.devices),
+            "versions": environment.versions(),
+        }
+
+
+def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=None, name="run", devices=None):
     """Completes the recipe, loads the data and the weights, and checks that the run can start. Writes nothing.
 
     Args, raises: as `cvt_keras.training.run`.
@@ -102,10 +124,13 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
         A `Plan`, or the `RunResult` of a run that is already finished.
     """
     compressor = compressor or Compressor()
-    environment.require_backend("tensorflow")
+    environment.require_backend(*(environment.TRAINING_BACKENDS if compressor.settings is None else ("tensorflow",)))
+    environment.keep_tensorflow_on_cpu()
+    devices = distributed.devices_of(devices)
     run_dir, stored = _locate(recipe, run_dir, resume, name)
     resolved = _resolved(recipe, stored, compressor)
-    print(f"{environment.device()}, {resolved.precision}, XLA {resolved.xla}", flush=True)
+    _require_divisible(resolved.batch_size, devices)
+    print(f"{_devices_text(devices)}, {resolved.precision}, XLA {resolved.xla}", flush=True)
     if stored is not None and (result := _finished(run_dir, evaluate_test)) is not None:
         stored.require_same(resolved, images_known=False)
         print(f"the run in {run_dir} is already finished", flush=True)
@@ -150,6 +175,7 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
         record=record,
         class_weights=weights_per_class,
         warnings=(*source.warnings, *differences, *few),
+        devices=devices,
     )
     require_fit(settled, plan.train)
     _show_resizing(settled)
@@ -206,14 +232,36 @@ def _resolved(recipe, stored, compressor):
             hint="Use cvt-keras prune, cluster or qat on a finished run",
         )
     recipe = dataclasses.replace(recipe, compression=compressor.settings)
-    recipe = resolve(recipe) if stored is None else stored.completed(recipe)
+    if recipe.xla == "off" and environment.backend() == "jax":
+        print("xla=off is ignored: JAX compiles all steps with XLA", flush=True)
+    recipe = resolve(recipe if stored is None else stored.completed(recipe))
     compressor.require(recipe)
     return recipe
 
 
+def _require_divisible(batch_size, devices):
+    if devices and (rest := batch_size % len(devices)):
+        below, above = batch_size - rest, batch_size - rest + len(devices)
+        nearest = above if 2 * rest > len(devices) or not below else below
+        raise RecipeError(
+            f"`batch_size` must be a multiple of {len(devices)}, the number of devices. Received: batch_size={batch_size}",
+            argument="batch_size",
+            hint=f"Use --batch-size {nearest}",
+        )
+
+
+def _devices_text(devices):
+    if not devices:
+        return environment.device()
+    by = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
+    return f"{len(devices)} devices{by}, each {environment.device()}"
+
+
 def _warn_of_unseen_gpu():
-    if not tf.config.list_physical_devices("GPU") and environment.has_nvidia_device():
-        warn('this machine has an NVIDIA device that TensorFlow can\'t use. Try pip install "tensorflow[and-cuda]"')
+    if environment.gpus() or not environment.has_nvidia_device():
+        return
+    name, install = {"tensorflow": ("TensorFlow", "tensorflow[and-cuda]"), "jax": ("JAX", "jax[cuda13]")}[environment.backend()]
+    warn(f'this machine has an NVIDIA device that {name} can\'t use. Try pip install "{install}"')
 
 
 def _locate(recipe, run_dir, resume, name):
@@ -250,19 +298,16 @@ def _locate(recipe, run_dir, resume, name):
 
 def resolve(recipe):
     """The recipe with `precision` and `xla` for this machine where they are `auto`."""
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = environment.gpus()
     precision, xla = recipe.precision, recipe.xla
     if precision == "auto":
-        precision = _gpu_precision(gpus[0]) if gpus else "float32"
-    if xla == "auto":
+        on_gpu = "mixed_bfloat16" if gpus and environment.supports_bfloat16(gpus[0]) else "mixed_float16"
+        precision = on_gpu if gpus else "float32"
+    if environment.backend() == "jax":
+        xla = "on"
+    elif xla == "auto":
         xla = "on" if gpus else "off"
     return dataclasses.replace(recipe, precision=precision, xla=xla)
-
-
-def _gpu_precision(gpu):
-    # bfloat16 needs compute capability 8 (Ampere).
-    capability = tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
-    return "mixed_bfloat16" if capability >= (8, 0) else "mixed_float16"
 
 
 def _finished(run_dir, evaluate_test):

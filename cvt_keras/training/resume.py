@@ -5,9 +5,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvt_keras import runs
+from cvt_keras import environment, runs
 from cvt_keras.errors import DifferentRunError, RunError
 from cvt_keras.preprocessing import Preprocessing
+from cvt_keras.training.callbacks import stored_machine
 from cvt_keras.training.recipes import Recipe, read_recipe
 from cvt_keras.variants import Variant, different_fields, get_variant, named
 
@@ -20,11 +21,14 @@ class StoredRun:
         run_dir: the run folder.
         recipe: the `Recipe` in its recipe.json.
         newer_fields: fields of a recipe that are missing in its recipe.json, because an older version wrote it.
+        same_backend: whether the backend of Keras is that of the finished epochs. XLA is an option of TensorFlow only, so the
+            `xla` of a run on another backend does not count.
     """
 
     run_dir: Path
     recipe: Recipe
     newer_fields: tuple[str, ...]
+    same_backend: bool = True
 
     def completed(self, recipe):
         """Fills in the fields that a recipe leaves open from the stored recipe.
@@ -34,6 +38,8 @@ class StoredRun:
         """
         recipe = without_newer_fields(recipe, self.newer_fields)
         open_fields = [name for name in ("dataset", "precision", "xla") if getattr(recipe, name) == "auto"]
+        if not self.same_backend:
+            open_fields = [name for name in open_fields if name != "xla"]
         if recipe.weights and same_weights(self.recipe.weights, recipe.weights) and self._leaves_variant_open(recipe):
             open_fields.append("variant")
         recipe = dataclasses.replace(recipe, **{name: getattr(self.recipe, name) for name in open_fields})
@@ -72,6 +78,8 @@ class StoredRun:
         # A broken file that the run did not have may be skipped: `Checkpoints.restore` compares the images. The pixels are the
         # same wherever they are kept.
         names = [name for name in names if name not in ("skip_broken", "cache", "cache_dir")]
+        if not self.same_backend:
+            names = [name for name in names if name != "xla"]
         if same_weights(stored["weights"], received["weights"]):
             names = [name for name in names if name != "weights"]
         elif "variant" in names:  # it comes from the weights
@@ -104,7 +112,8 @@ def read_stored_run(run_dir):
         raise RunError(f"{path} was not written by a run: it has auto for {', '.join(open_fields)}", hint=hint)
     # Versions that did not store how images are resized stretched them.
     recipe = recipe.resized_like(Preprocessing())
-    return StoredRun(run_dir, recipe, newer_fields(runs.read_json(path)))
+    same_backend = stored_machine(run_dir).get("backend") == environment.backend()
+    return StoredRun(run_dir, recipe, newer_fields(runs.read_json(path)), same_backend)
 
 
 def newer_fields(settings):

@@ -1,0 +1,414 @@
+"""Training on several devices and by several processes, with JAX.
+
+The processes form a group by `jax.distributed`. Each reads its share of each batch, and `keras.distribution.DataParallel` sums
+the gradients of all devices. Process 0 alone writes the run folder. After the last epoch the group parts, and process 0 goes on
+alone.
+
+JAX ends a process by SIGABRT when another one dies or does not join, so what can be checked is checked before.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from cvt_keras import environment
+from cvt_keras.data.pipeline import Share
+from cvt_keras.errors import ArgumentError, DistributedError, UserError
+
+COORDINATOR, PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# Number of processes, and the variable of each of them, of the launchers that JAX knows.
+_LAUNCHERS = {"SLURM_NTASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
+
+COORDINATOR_SECONDS = 45.0  # until a process without an answer of the coordinator gives up
+JOIN_SECONDS = 300.0  # until the group must be complete
+HEARTBEAT_SECONDS = 20  # without a heartbeat of a process until the others end
+_MILLISECONDS = 24 * 3600 * 1000  # to wait for a process that downloads or decodes images
+
+Devices = int | Literal["all"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together. What is `None` is found by JAX.
+
+    Args:
+        coordinator: HOST:PORT on which process 0 listens.
+        processes: the number of processes.
+        process_id: the index of this process.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
+
+
+# === Finding and joining the group ===
+
+
+def find(coordinator=None, processes=None, process_id=None, variables=os.environ):
+    """The group that this process belongs to, by arguments, else by environment variables, else by the launcher.
+
+    Args:
+        coordinator, processes, process_id: as for `Group`; `None` means unknown. `processes=1` means no group.
+        variables: environment variables. `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` stand for the
+            arguments. Slurm and Open MPI set variables that JAX reads.
+
+    Returns:
+        A `Group`, or `None` if this process trains alone.
+
+    Raises:
+        ArgumentError: if an argument or variable is missing or invalid.
+    """
+    coordinator = coordinator or variables.get(COORDINATOR)
+    processes = _number("processes", processes, PROCESSES, variables)
+    process_id = _number("process_id", process_id, PROCESS_ID, variables)
+    if processes == 1 and not process_id:
+        return None
+    given = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
+    if _is_launched(variables):
+        return Group(**given)
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        received = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ArgumentError(
+            f"`{missing[0]}` is required for training by several processes. Received: {received}",
+            argument=missing[0],
+            hint="Use --coordinator HOST:PORT, --processes N and --process-id I together, or let cvt-keras launch set them",
+        )
+    if processes < 1:
+        raise ArgumentError(f"`processes` must be at least 1. Received: processes={processes}", argument="processes")
+    if not 0 <= process_id < processes:
+        raise ArgumentError(
+            f"`process_id` must be from 0 to {processes - 1}, as there are {processes} processes. "
+            f"Received: process_id={process_id}",
+            argument="process_id",
+        )
+    host_and_port(coordinator)
+    return Group(**given)
+
+
+def _number(name, value, variable, variables):
+    text = variables.get(variable)
+    if value is not None or not text:
+        return value
+    if not text.isdecimal():
+        raise ArgumentError(f"`{name}` must be a number. Received: {variable}={text}", argument=name)
+    return int(text)
+
+
+def _is_launched(variables):
+    """Whether a launcher started several processes, this one among them."""
+    return any(variables.get(count, "1") != "1" and process in variables for count, process in _LAUNCHERS.items())
+
+
+def host_and_port(coordinator):
+    """Splits an address.
+
+    Raises:
+        ArgumentError: if it is not HOST:PORT.
+    """
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ArgumentError(
+            f"`coordinator` must be HOST:PORT, such as 10.0.0.1:7272. Received: coordinator={coordinator}", argument="coordinator"
+        )
+    return host.strip("[]"), int(port)
+
+
+def join(group):
+    """Joins the group. Must come before anything else uses JAX.
+
+    Args:
+        group: a `Group`.
+
+    Raises:
+        ArgumentError: if Keras does not run on JAX.
+        DistributedError: if the coordinator does not answer within `COORDINATOR_SECONDS`, or its address is in use.
+    """
+    require_jax(f"`processes` must be 1 on {environment.backend()}. Received: processes={group.processes}", "processes")
+    import jax
+
+    # It would take SIGTERM away from Python.
+    jax.config.update("jax_enable_preemption_service", False)
+    if group.process_id == 0 and group.coordinator is not None:
+        _require_free(group.coordinator)
+    elif group.coordinator is not None:
+        _require_answer(group.coordinator)
+    # JAX would abort the process with a stack trace.
+    late = threading.Timer(JOIN_SECONDS, _give_up, [group])
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(
+            group.coordinator,
+            group.processes,
+            group.process_id,
+            initialization_timeout=2 * int(JOIN_SECONDS),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,  # at the exit of a process that failed alone
+        )
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(f"this process can't join its group: {error}") from error
+    finally:
+        late.cancel()
+
+
+def require_jax(summary, argument):
+    """Raises an `ArgumentError` with this summary unless Keras runs on JAX."""
+    if environment.backend() != "jax":
+        raise ArgumentError(
+            summary,
+            argument=argument,
+            hint="Set KERAS_BACKEND=jax, after pip install jax: only on JAX can Keras train on several devices",
+        )
+
+
+def _require_free(coordinator):
+    host, port = host_and_port(coordinator)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise DistributedError(
+                f"process 0 can't listen on port {port} of `coordinator`: {error.strerror}. Received: coordinator={coordinator}",
+                argument="coordinator",
+                hint="Choose another port for all processes",
+            ) from error
+
+
+def _require_answer(coordinator):
+    host, port = host_and_port(coordinator)
+    deadline = time.monotonic() + COORDINATOR_SECONDS
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise DistributedError(
+                    f"no coordinator answers at {coordinator} within {COORDINATOR_SECONDS:.0f} s: {error.strerror or error}",
+                    argument="coordinator",
+                    hint="Start process 0 on that machine, or check --coordinator and the firewall",
+                ) from error
+        time.sleep(0.5)
+
+
+def _give_up(group):
+    number = f"the {group.processes} processes" if group.processes else "the processes"
+    print(
+        f"cvt-keras train: not all of {number} joined within {JOIN_SECONDS:.0f} s. Start them all, with the same --coordinator",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # the main thread waits in JAX, and can't be interrupted
+
+
+def leave():
+    """Leaves the group when all its processes do. This process can use its own devices after that."""
+    if count() > 1:
+        import jax
+
+        wait("leave")  # process 0 may still be writing
+        jax.distributed.shutdown()
+
+
+# === Inside the group ===
+
+
+def count():
+    """The number of processes that train together."""
+    return _state().num_processes if _state() else 1
+
+
+def index():
+    """The index of this process. Process 0 writes the run folder."""
+    return _state().process_id if _state() else 0
+
+
+def is_first():
+    """Whether this process writes the run folder."""
+    return index() == 0
+
+
+def _state():
+    """JAX's record of the group, or `None` outside of one. JAX has no public way to send text from process to process.
+
+    `jax.process_count()` would start the devices, and still counts the group after it has parted.
+    """
+    if "jax" not in sys.modules:
+        return None
+    from jax._src import distributed
+
+    return distributed.global_state if distributed.global_state.client is not None else None
+
+
+def exchange(topic, value):
+    """Sends a value to all processes, and waits for theirs.
+
+    Args:
+        topic: a name, new in each call.
+        value: a JSON value.
+
+    Returns:
+        The values of all processes, in their order.
+    """
+    if count() == 1:
+        return [value]
+    client = _state().client
+    client.key_value_set(f"cvt_keras/{topic}/{index()}", json.dumps(value))
+    return [json.loads(client.blocking_key_value_get(f"cvt_keras/{topic}/{i}", _MILLISECONDS)) for i in range(count())]
+
+
+def broadcast(arrays):
+    """The NumPy arrays of process 0, for all processes. Their shapes must be the same in all.
+
+    Args:
+        arrays: a list of arrays.
+    """
+    if count() == 1:
+        return arrays
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.broadcast_one_to_all(arrays)
+
+
+def wait(topic):
+    """Waits until all processes call this with the same topic, which must be new in each call."""
+    if count() > 1:
+        _state().client.wait_at_barrier(f"cvt_keras/{topic}", _MILLISECONDS)
+
+
+@contextlib.contextmanager
+def agreeing(topic):
+    """If the block raises in one process, raises in all: what it raised there, and an error that names it elsewhere.
+
+    Raises:
+        DistributedError: if another process failed.
+    """
+    try:
+        yield
+    except UserError as error:
+        if count() > 1:
+            print(f"process {index()} failed: {error.summary}. Waiting for the others", file=sys.__stderr__, flush=True)
+        exchange(topic, error.summary)
+        raise
+    failures = exchange(topic, None)
+    for process, failure in enumerate(failures):
+        if failure is not None:
+            raise DistributedError(f"process {process} failed: {failure}")
+
+
+def require_same(topic, settings):
+    """Raises in all processes unless they have the same settings.
+
+    Args:
+        topic: a name, new in each call.
+        settings: a dict of JSON values.
+
+    Raises:
+        DistributedError: if the settings of a process differ from those of process 0. Names both values of each.
+    """
+    first, *others = exchange(topic, settings)
+    for process, other in enumerate(others, 1):
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if names:
+            raise DistributedError(
+                f"process {process} differs from process 0",
+                details=[f"{name}: {other.get(name)!r} in process {process}, {first.get(name)!r} in process 0" for name in names],
+                hint="Start all processes with the same flags, images and versions",
+            )
+
+
+@contextlib.contextmanager
+def quiet():
+    """Hides the output of all processes except the first during the block. Errors that it raises are not hidden."""
+    if is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+# === Devices ===
+
+
+def devices_of(devices=None):
+    """The devices to train on.
+
+    Args:
+        devices: the number of devices of each process, or `"all"`. `None` is 1 for a process that trains alone, otherwise all.
+
+    Returns:
+        A list of JAX's devices of all processes, or `None` for one device.
+
+    Raises:
+        ArgumentError: if there are fewer devices, or if Keras runs on TensorFlow and there should be several.
+    """
+    if devices is not None and devices != "all" and (not isinstance(devices, int) or devices < 1):
+        raise ArgumentError(f"`devices` must be a number from 1, or all. Received: devices={devices!r}", argument="devices")
+    if environment.backend() != "jax":
+        several = max(1, len(environment.gpus())) > 1 if devices == "all" else devices not in (None, 1)
+        if several:
+            require_jax(f"`devices` must be 1 on TensorFlow. Received: devices={devices}", "devices")
+        return None
+    import jax
+
+    here = jax.local_device_count()
+    if devices is None:
+        devices = 1 if count() == 1 else here
+    elif devices == "all":
+        devices = here
+    if devices > here:
+        raise ArgumentError(
+            f"`devices` must be at most {here}, the number of devices that JAX sees here. Received: devices={devices}",
+            argument="devices",
+            hint="On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N devices of it",
+        )
+    if devices == 1 and count() == 1:
+        return None
+    of_processes = [[device for device in jax.devices() if device.process_index == i] for i in range(count())]
+    return [device for own in of_processes for device in own[:devices]]
+
+
+def share(devices):
+    """The `Share` of this process, for `devices_of`'s result."""
+    return Share(index(), count(), len(devices) if devices else 1)
+
+
+def machine(devices):
+    """What a run trains on, as far as its result depends on it: a dict of JSON values.
+
+    Args:
+        devices: what `devices_of` returned.
+    """
+    return {"backend": environment.backend(), "devices": len(devices) if devices else 1}
+
+
+@contextlib.contextmanager
+def spread(devices):
+    """Makes the block's models train on these devices: each holds all weights and a part of each batch.
+
+    Args:
+        devices: what `devices_of` returned.
+    """
+    if devices is None:
+        yield
+        return
+    import keras
+
+    before = keras.distribution.distribution()
+    # Not sharded by Keras: the pipeline gives each process its share.
+    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False))
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(before)
