@@ -13,6 +13,7 @@ Exit codes:
 import contextlib
 import dataclasses
 import importlib
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from cvt_keras import signals
 from cvt_keras.errors import RunError, UserError
 
 MOST_DETAILS = 10  # lines of an error's `details` that are printed
+PROGRAM = "CVT_KERAS_PROGRAM"  # environment variable: the words before a command's arguments, if another command started it
 # Arguments that are positional on the command line. Each other argument has a flag of its name.
 POSITIONAL = {"RECIPE", "run", "runs", "source", "out", "images"}
 
@@ -34,6 +36,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("cvt_keras.training.__main__", "Train a network and write a run folder"),
+    "launch": Command("cvt_keras.training.launch", "Train by several processes on this machine"),
     "search": Command("cvt_keras.search.__main__", "Search for a good recipe with keras-tuner"),
     "prune": Command("cvt_keras.compression.__main__", "Prune a run: set its smallest weights to zero", ("prune",)),
     "cluster": Command("cvt_keras.compression.__main__", "Cluster a run: give each kernel a few distinct values", ("cluster",)),
@@ -81,11 +84,17 @@ def run(name, argv):
         signals.raise_on_sigterm()
         module = importlib.import_module(command.module)
         return module.main([*command.before, *argv]) or 0
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        return failed(name, error)
+
+
+def failed(name, error):
+    """Prints an error that ended the command `name`, and returns the exit code. Raises an error that is a bug."""
+    if isinstance(error, UserError):
         # `convert` shows all faults of a checkpoint. The other commands point to it.
         most_details = len(error.details) if name == "convert" else MOST_DETAILS
         return _fail(name, message(error, most_details), error.exit_code)
-    except ImportError as error:
+    if isinstance(error, ImportError):
         if (error.name or "").partition(".")[0] == "cvt_keras":
             hint = "In a checkout, run pip install -r requirements.txt or pip install -e ."
             return _fail(name, f"{error}. {hint}", 1)
@@ -94,11 +103,12 @@ def run(name, argv):
             f"{error}. Install the missing package: pip install -r requirements.txt in a checkout, else the extra train",
             1,
         )
-    except (MemoryError, OSError) as error:
+    if isinstance(error, (MemoryError, OSError)):
         return _fail(name, str(error) or type(error).__name__, 1)
-    except KeyboardInterrupt as stop:
+    if isinstance(error, KeyboardInterrupt):
         print(file=sys.stderr)  # after the terminal's ^C
-        return _fail(name, ". ".join(["stopped", *map(str, stop.args)]), signals.exit_code(stop))
+        return _fail(name, ". ".join(["stopped", *map(str, error.args)]), signals.exit_code(error))
+    raise error
 
 
 def message(error, most_details=MOST_DETAILS):
@@ -158,6 +168,8 @@ def resumable(name, argv, again=None):
 
 def _program(name, argv):
     """The words that the user typed before `argv`, or else `cvt-keras` and the command's name."""
+    if program := os.environ.get(PROGRAM):
+        return shlex.split(program)
     script = sys.orig_argv[: len(sys.orig_argv) - len(argv)]
     if sys.orig_argv[len(script) :] == argv and Path(sys.argv[0]).name != "cvt-keras":
         return script  # such as python3.11 train.py

@@ -150,13 +150,22 @@ def is_exhausted(error):
 
 def has_nvidia_device(dev=Path("/dev")):
     """Whether this machine has an NVIDIA device, even one that TensorFlow can't use."""
-    if any(dev.glob("nvidia[0-9]*")):
-        return True
-    try:  # WSL has no such file, but has nvidia-smi
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
+    # WSL has no such file, but has nvidia-smi.
+    return any(dev.glob("nvidia[0-9]*")) or "GPU" in _nvidia_smi()
+
+
+def count_nvidia_devices():
+    """The number of NVIDIA devices that a new process would see, without starting them."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return _nvidia_smi().count("GPU ")
+
+
+def _nvidia_smi():
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return "GPU" in listed.stdout
+        return ""
 
 
 def versions():

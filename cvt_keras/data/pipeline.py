@@ -2,13 +2,13 @@
 
 import math
 import weakref
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from cvt_keras.data import augment
 from cvt_keras.data.images import fit
+from cvt_keras.data.share import ALL
 from cvt_keras.errors import UserError
 
 EVALUATION_BATCH = 500  # for 32x32 pixels. Divides 5,000 and 10,000: XLA would compile again for a smaller last batch
@@ -16,34 +16,6 @@ EVALUATION_BATCH = 500  # for 32x32 pixels. Divides 5,000 and 10,000: XLA would 
 # Each random draw has a key of its own, so that no two draws are correlated, also with those of another seed.
 _ORDER, _FLIP, _CROP, _RAND_AUGMENT, _ERASE, _MIXUP, _CUTMIX, _MIXUP_OR_CUTMIX, _AREA = range(9)
 _NUM_KEYS = 16  # leaves room for more; changing it would change every draw
-
-
-class Share(NamedTuple):
-    """Which images of each batch this process reads, and by how many devices the whole batch must divide.
-
-    Args:
-        process: the index of this process.
-        processes: the number of processes, which read equal and consecutive parts of each batch.
-        devices: the number of devices of all processes.
-    """
-
-    process: int = 0
-    processes: int = 1
-    devices: int = 1
-
-    def rows(self, batch_size, neighbour=False):
-        """The positions of this process's images in a batch.
-
-        Args:
-            batch_size: images in the whole batch.
-            neighbour: whether to put the position before the first of them in front.
-        """
-        size = batch_size // self.processes
-        first = self.process * size
-        return np.arange(first - neighbour, first + size) % batch_size
-
-
-ALL = Share()
 
 
 def training_batches(split, num_classes, recipe, first_epoch=0, class_weights=None, share=ALL):
@@ -191,8 +163,8 @@ def evaluation_batches(split, num_classes, preprocessing, share=ALL):
         share: a `Share`.
 
     Returns:
-        A `tf.data.Dataset` of batches `(images, labels)`: float32 `(batch, height, width, channels)` and `(batch, num_classes)`.
-        For several devices, `(images, labels, weights)`, with float32 `(batch,)` weights.
+        A `tf.data.Dataset` of batches `(images, labels)`: float32 `(batch, height, width, channels)` and
+        `(batch, num_classes)`. For several devices, `(images, labels, weights)`, with float32 `(batch,)` weights.
     """
     height, width = preprocessing.image_size
     size = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 32 * 32 // (height * width)))

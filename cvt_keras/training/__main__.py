@@ -1,7 +1,9 @@
 """The command `cvt-keras train`: flags in, one call of `cvt_keras.training.run`."""
 
 import dataclasses
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,8 +45,14 @@ def main(argv):
 
     if group := distributed.find(arguments.coordinator, arguments.processes, arguments.process_id):
         distributed.join(group)
-    with cli.resumable("train", argv):
-        result = run(arguments.recipe, arguments.run_dir, resume=arguments.resume, name=name, devices=arguments.devices)
+    try:
+        with cli.resumable("train", argv):
+            result = run(arguments.recipe, arguments.run_dir, resume=arguments.resume, name=name, devices=arguments.devices)
+    except (Exception, KeyboardInterrupt) as error:
+        if distributed.count() == 1:
+            raise
+        # This process failed alone. A usual exit would wait for the others, which wait for this one.
+        os._exit(_failed(error))
     if result.report is None:  # process 0 writes it
         return
     split = "test" if result.report.test else "validation"  # a run from Python may have left the test images untouched
@@ -52,6 +60,17 @@ def main(argv):
     low, high = metrics.wilson(scores["top1"], scores["images"])  # the report of an older version lacks it
     interval = f"95% interval: {low:.2%} to {high:.2%}"
     print(f"{scores['top1']:.2%} top-1 ({interval}) on {scores['images']:,} {split} images; the run is in {result.run_dir}")
+
+
+def _failed(error):
+    try:
+        return cli.failed("train", error)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import zipfile
 import keras
 import numpy as np
 
-from cvt_keras import environment, runs, signals
+from cvt_keras import runs, signals
 from cvt_keras.errors import DivergedError, RecipeError, RunError
 from cvt_keras.report.metrics import best_epoch, merit
 from cvt_keras.training import distributed
@@ -158,8 +158,8 @@ class Checkpoints(keras.callbacks.Callback):
 
     A checkpoint is a folder such as `epoch-0003`. It is written atomically, and then replaces the one before. It holds the raw
     weights, the states of the random seeds, the variables of the optimizer with the moving average, and the best weights.
-    `state.json` holds the best score and loss, the history, `data` and `machine`. After the checkpoint `history.csv` is written.
-    Of several processes, the first writes, and the others wait for it.
+    `state.json` holds the best score and loss, the history, `data` and `machine`. After the checkpoint `history.csv` is
+    written. Of several processes, the first writes, and the others wait for it.
 
     Args:
         run_dir: the run folder.

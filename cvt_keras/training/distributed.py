@@ -10,6 +10,7 @@ JAX ends a process by SIGABRT when another one dies or does not join, so what ca
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cvt_keras import environment
-from cvt_keras.data.pipeline import Share
+from cvt_keras.data.share import Share
 from cvt_keras.errors import ArgumentError, DistributedError, UserError
 
 COORDINATOR, PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -28,6 +29,7 @@ _LAUNCHERS = {"SLURM_NTASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM
 COORDINATOR_SECONDS = 45.0  # until a process without an answer of the coordinator gives up
 JOIN_SECONDS = 300.0  # until the group must be complete
 HEARTBEAT_SECONDS = 20  # without a heartbeat of a process until the others end
+LOST = "lost the connection to another process"  # in the error of a process that survives another one
 _MILLISECONDS = 24 * 3600 * 1000  # to wait for a process that downloads or decodes images
 
 Devices = int | Literal["all"]
@@ -118,7 +120,8 @@ def host_and_port(coordinator):
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ArgumentError(
-            f"`coordinator` must be HOST:PORT, such as 10.0.0.1:7272. Received: coordinator={coordinator}", argument="coordinator"
+            f"`coordinator` must be HOST:PORT, such as 10.0.0.1:7272. Received: coordinator={coordinator}",
+            argument="coordinator",
         )
     return host.strip("[]"), int(port)
 
@@ -155,10 +158,26 @@ def join(group):
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,  # at the exit of a process that failed alone
         )
+        with _without_output():
+            jax.devices()  # connects the processes
     except (RuntimeError, ValueError) as error:
         raise DistributedError(f"this process can't join its group: {error}") from error
     finally:
         late.cancel()
+
+
+@contextlib.contextmanager
+def _without_output():
+    """Hides what C++ code prints during the block. The library that connects CPUs prints a line in each process."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def require_jax(summary, argument):
@@ -172,14 +191,14 @@ def require_jax(summary, argument):
 
 
 def _require_free(coordinator):
-    host, port = host_and_port(coordinator)
+    _, port = host_and_port(coordinator)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
             raise DistributedError(
-                f"process 0 can't listen on port {port} of `coordinator`: {error.strerror}. Received: coordinator={coordinator}",
+                f"process 0 can't listen on the port of `coordinator`: {error.strerror}. Received: coordinator={coordinator}",
                 argument="coordinator",
                 hint="Choose another port for all processes",
             ) from error
@@ -212,8 +231,13 @@ def _give_up(group):
     os._exit(1)  # the main thread waits in JAX, and can't be interrupted
 
 
+def is_lost(error):
+    """Whether one of `environment.errors()` came from the connection to another process."""
+    return count() > 1 and re.search("gloo|nccl|coordination|connection|peer", str(error), re.IGNORECASE) is not None
+
+
 def leave():
-    """Leaves the group when all its processes do. This process can use its own devices after that."""
+    """Leaves the group when all its processes do. This process can use its own devices after that. Needs no group."""
     if count() > 1:
         import jax
 
@@ -291,6 +315,8 @@ def wait(topic):
 def agreeing(topic):
     """If the block raises in one process, raises in all: what it raised there, and an error that names it elsewhere.
 
+    The group parts before that, as it does for all errors that its processes agree on.
+
     Raises:
         DistributedError: if another process failed.
     """
@@ -299,12 +325,16 @@ def agreeing(topic):
     except UserError as error:
         if count() > 1:
             print(f"process {index()} failed: {error.summary}. Waiting for the others", file=sys.__stderr__, flush=True)
-        exchange(topic, error.summary)
+        exchange(topic, [error.summary, error.exit_code])
+        leave()
         raise
-    failures = exchange(topic, None)
-    for process, failure in enumerate(failures):
+    for process, failure in enumerate(exchange(topic, None)):
         if failure is not None:
-            raise DistributedError(f"process {process} failed: {failure}")
+            summary, exit_code = failure
+            error = DistributedError(f"process {process} failed: {summary}")
+            error.exit_code = exit_code
+            leave()
+            raise error
 
 
 def require_same(topic, settings):
@@ -315,15 +345,18 @@ def require_same(topic, settings):
         settings: a dict of JSON values.
 
     Raises:
-        DistributedError: if the settings of a process differ from those of process 0. Names both values of each.
+        ArgumentError: if the settings of a process differ from those of process 0. Names both values of each.
     """
     first, *others = exchange(topic, settings)
     for process, other in enumerate(others, 1):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if names:
-            raise DistributedError(
+            leave()
+            raise ArgumentError(
                 f"process {process} differs from process 0",
-                details=[f"{name}: {other.get(name)!r} in process {process}, {first.get(name)!r} in process 0" for name in names],
+                details=[
+                    f"{name}: {other.get(name)!r} in process {process}, {first.get(name)!r} in process 0" for name in names
+                ],
                 hint="Start all processes with the same flags, images and versions",
             )
 

@@ -11,7 +11,7 @@ import numpy as np
 from cvt_keras import attention, environment, runs
 from cvt_keras.data.pipeline import evaluation_batches, training_batches
 from cvt_keras.data.split import Split
-from cvt_keras.errors import OutOfMemoryError, RecipeError, RunError
+from cvt_keras.errors import DistributedError, OutOfMemoryError, RecipeError, RunError
 from cvt_keras.model import build_classifier, set_calibration
 from cvt_keras.preprocessing import size_text
 from cvt_keras.quantized.model import quantized_cvt_of
@@ -85,6 +85,7 @@ def run(
         with distributed.agreeing("settle"):
             plan = settle(recipe, run_dir, resume, evaluate_test, compressor, name, devices)
         if isinstance(plan, RunResult):
+            distributed.leave()
             return plan
         distributed.require_same("plan", plan.fingerprint())
         with _occupied(plan), _named_errors(plan):
@@ -467,6 +468,10 @@ def _named_errors(plan):
     try:
         yield
     except environment.errors() as error:
+        if distributed.is_lost(error):
+            reason = str(error).partition("\n")[0]
+            hint = "Another process died. Resume by starting all of them with --resume"
+            raise DistributedError(f"this process {distributed.LOST}: {reason}", hint=hint) from error
         if not environment.is_exhausted(error):
             for split in (plan.source.train, plan.source.validation, plan.source.test):
                 for first in getattr(split.images, "errors", ())[:1]:
