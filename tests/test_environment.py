@@ -3,10 +3,12 @@ import platform
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import keras
 import pytest
+import tensorflow as tf
 
 from cvt_keras import environment
 from cvt_keras.errors import ArgumentError
@@ -86,13 +88,66 @@ def test_tensorflow_starts_without_messages():
     assert (done.returncode, done.stdout, done.stderr) == (0, "started\n", "")
 
 
-@pytest.mark.parametrize("backend", ["jax", None])
-def test_another_backend_than_the_required_one_is_refused(backend, monkeypatch):
+@pytest.mark.parametrize("backends", [("jax",), ("tensorflow", "jax"), ()])
+def test_another_backend_than_the_required_ones_is_refused(backends, monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "torch")
-    if backend is None:
-        environment.start(backend=None)
+    if not backends:
+        environment.start()
         return
     with pytest.raises(ArgumentError) as error:
-        environment.start(backend=backend)
-    assert "torch" in error.value.summary
-    assert error.value.hint == f"Set KERAS_BACKEND={backend}"
+        environment.start(*backends)
+    assert f"the {' or '.join(backends)} backend here. Received: torch" in error.value.summary
+    assert error.value.hint == f"Set KERAS_BACKEND={backends[0]}"
+
+
+def test_the_nvidia_devices_of_a_new_process_are_counted(monkeypatch):
+    for visible, count in (("0,2", 2), ("", 0), ("-1", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert environment.count_nvidia_devices() == count
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    listed = subprocess.CompletedProcess([], 0, stdout="GPU 0: NVIDIA H100 (UUID: GPU-1)\nGPU 1: NVIDIA H100 (UUID: GPU-2)\n")
+    monkeypatch.setattr(environment.subprocess, "run", lambda *args, **kwargs: listed)
+    assert environment.count_nvidia_devices() == 2
+    monkeypatch.setattr(environment.subprocess, "run", _not_installed)
+    assert environment.count_nvidia_devices() == 0
+
+
+class JaxRuntimeError(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "exhausted", "memory"),
+    [
+        (tf.errors.ResourceExhaustedError(None, None, "OOM when allocating a tensor"), True, True),
+        (tf.errors.ResourceExhaustedError(None, None, "events.v2; No space left on device"), True, False),
+        (tf.errors.InvalidArgumentError(None, None, "out of memory"), False, False),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), True, True),
+        (JaxRuntimeError("INTERNAL: memory"), False, False),
+    ],
+)
+def test_errors_of_memory_and_disk_are_told_apart_on_both_backends(error, exhausted, memory):
+    assert (environment.is_exhausted(error), environment.lacks_memory(error)) == (exhausted, memory)
+
+
+def test_jax_has_its_own_devices_and_errors(monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    jax = pytest.importorskip("jax")
+    assert environment.gpus() == []
+    assert environment.errors() == (tf.errors.OpError, jax.errors.JaxRuntimeError)
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    assert environment.gpus() == [gpu]
+    assert environment.device() == "NVIDIA H100"
+    assert environment.supports_bfloat16(gpu)
+    assert not environment.supports_bfloat16(types.SimpleNamespace(compute_capability="7.5"))
+
+
+def test_tensorflow_leaves_the_gpus_to_jax(monkeypatch):
+    hidden = []
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda *arguments: hidden.append(arguments))
+    environment.keep_tensorflow_on_cpu()
+    assert not hidden
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    environment.keep_tensorflow_on_cpu()
+    assert hidden == [([], "GPU")]

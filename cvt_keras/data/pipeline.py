@@ -172,6 +172,7 @@ def evaluation_batches(split, num_classes, preprocessing, share=ALL):
     if share.devices > 1:
         steps = math.ceil(len(split) / size)
         size = math.ceil(len(split) / steps / share.devices) * share.devices
+        steps = math.ceil(len(split) / size)
         positions = np.arange(steps * size).reshape(steps, size)[:, share.rows(size)].ravel()
         weights = np.where(positions < len(split), steps * size / len(split), 0).astype("float32")
         indices = tf.data.Dataset.from_tensor_slices(np.where(positions < len(split), positions, 0))

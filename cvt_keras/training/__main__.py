@@ -1,7 +1,6 @@
 """The command `cvt-keras train`: flags in, one call of `cvt_keras.training.run`."""
 
 import dataclasses
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -51,8 +50,12 @@ def main(argv):
     except (Exception, KeyboardInterrupt) as error:
         if distributed.count() == 1:
             raise
-        # This process failed alone. A usual exit would wait for the others, which wait for this one.
-        os._exit(_failed(error))
+        try:
+            code = cli.failed("train", error)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        distributed.end(code)
     if result.report is None:  # process 0 writes it
         return
     split = "test" if result.report.test else "validation"  # a run from Python may have left the test images untouched
@@ -60,17 +63,6 @@ def main(argv):
     low, high = metrics.wilson(scores["top1"], scores["images"])  # the report of an older version lacks it
     interval = f"95% interval: {low:.2%} to {high:.2%}"
     print(f"{scores['top1']:.2%} top-1 ({interval}) on {scores['images']:,} {split} images; the run is in {result.run_dir}")
-
-
-def _failed(error):
-    try:
-        return cli.failed("train", error)
-    except Exception:
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 if __name__ == "__main__":

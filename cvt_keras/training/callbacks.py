@@ -8,12 +8,13 @@ import zipfile
 import keras
 import numpy as np
 
-from cvt_keras import runs, signals
+from cvt_keras import environment, runs, signals
 from cvt_keras.errors import DivergedError, RecipeError, RunError
 from cvt_keras.report.metrics import best_epoch, merit
 from cvt_keras.training import distributed
 
 CLASS_WEIGHTS = "class weights"  # key of a checkpoint's `data`
+FIRST_MACHINE = {"backend": "tensorflow", "devices": 1}  # of versions that did not store it
 
 
 class HaltOnNaN(keras.callbacks.Callback):
@@ -164,24 +165,27 @@ class Checkpoints(keras.callbacks.Callback):
     Args:
         run_dir: the run folder.
         data: a dict that identifies the images and labels; see `Source.fingerprint`.
-        machine: a dict of the backend and the devices; see `distributed.machine`.
         stopwatch, best: the `Stopwatch` and the `BestWeights`, which must come before this callback.
         extra: variables to store besides those of the model and the optimizer.
+        devices: number of devices to train on.
 
     Attributes:
         history: a dict per finished epoch.
+        machine: what the result depends on besides the recipe and the images: backend and number of devices.
+        former_machine: `machine` in the restored checkpoint, or `None`.
     """
 
     # Why not Keras' `BackupAndRestore`: it leaves out the seed state of dropout, so the weights differ after a resume. After
     # `SwapEMAWeights` it saves the averaged weights. It deletes its backup when training stops gracefully. It writes weights
     # and metadata one after the other, so a kill between them leaves parts that do not match.
 
-    def __init__(self, run_dir, data, machine, stopwatch, best, extra=()):
+    def __init__(self, run_dir, data, stopwatch, best, extra=(), devices=1):
         super().__init__()
         self.extra = extra
         self.run_dir = run_dir
         self.data = data
-        self.machine = machine
+        self.machine = {"backend": environment.backend(), "devices": devices}
+        self.former_machine = None
         self.stopwatch = stopwatch
         self.best = best
         self.history = []
@@ -201,6 +205,7 @@ class Checkpoints(keras.callbacks.Callback):
             values, best = _arrays(newest / "state.npz"), _arrays(newest / "best.npz")
             state = runs.read_json(newest / "state.json")
             data, history, score = (state[name] for name in ("data", "history", "best_score"))
+            self.former_machine = state.get("machine", FIRST_MACHINE)
         except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, RunError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise RunError(f"{newest} is damaged: {reason}", hint="Remove it to start again from epoch 1") from error
@@ -285,8 +290,7 @@ def stored_machine(run_dir):
     """The `machine` of the newest checkpoint in a run folder, or `{}` if there is no checkpoint or it is damaged."""
     if not _stored(run_dir):
         return {}
-    # Versions that did not store it trained on one device with TensorFlow.
-    return _stored_entry(run_dir, "machine") or {"backend": "tensorflow", "devices": 1}
+    return _stored_entry(run_dir, "machine") or FIRST_MACHINE
 
 
 def finished_epochs(run_dir):

@@ -228,7 +228,14 @@ def _give_up(group):
         file=sys.stderr,
         flush=True,
     )
-    os._exit(1)  # the main thread waits in JAX, and can't be interrupted
+    end(1)  # the main thread waits in JAX, and can't be interrupted
+
+
+def end(code):
+    """Ends this process at once. A usual exit waits for the other processes, which may wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_lost(error):
@@ -415,15 +422,6 @@ def devices_of(devices=None):
 def share(devices):
     """The `Share` of this process, for `devices_of`'s result."""
     return Share(index(), count(), len(devices) if devices else 1)
-
-
-def machine(devices):
-    """What a run trains on, as far as its result depends on it: a dict of JSON values.
-
-    Args:
-        devices: what `devices_of` returned.
-    """
-    return {"backend": environment.backend(), "devices": len(devices) if devices else 1}
 
 
 @contextlib.contextmanager

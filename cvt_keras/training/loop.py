@@ -26,7 +26,6 @@ from cvt_keras.training.callbacks import (
     StopAfterStep,
     Stopwatch,
     TensorBoard,
-    stored_machine,
 )
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.freeze import freeze
@@ -123,8 +122,7 @@ def fit(plan):
     (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
 
     stopwatch, best = Stopwatch(), BestWeights(compressor.first_epoch)
-    machine, earlier_machine = distributed.machine(plan.devices), stored_machine(run_dir)
-    checkpoints = Checkpoints(run_dir, _data(plan), machine, stopwatch, best, compressor.variables)
+    checkpoints = Checkpoints(run_dir, _data(plan), stopwatch, best, compressor.variables, plan.share.devices)
     checkpoints.restore(classifier)
     if not checkpoints.history and plan.checkpoint is None:
         adapt_whitening(classifier, plan.train, recipe.preprocessing)
@@ -135,12 +133,9 @@ def fit(plan):
     finished = len(checkpoints.history)
     if finished:
         print(f"resuming after epoch {finished} of {recipe.epochs}", flush=True)
-        if earlier_machine != machine:
-            print(
-                f"not an exact resume: the run trained on {_machine_text(earlier_machine)}, and continues on "
-                f"{_machine_text(machine)}",
-                flush=True,
-            )
+        if checkpoints.former_machine != checkpoints.machine:
+            before, now = map(_machine_text, (checkpoints.former_machine, checkpoints.machine))
+            print(f"not an exact resume: the run trained on {before}, and continues on {now}", flush=True)
     elif plan.resumed:
         print(f"no finished epoch to resume from in {run_dir}: starting from epoch 1", flush=True)
     early_stopping = EarlyStopping(recipe.early_stopping, checkpoints, compressor.first_epoch)
@@ -392,7 +387,7 @@ def _report(plan, classifier, history, compression, scores):
         device=environment.device(),
         versions=environment.versions(),
         backend=environment.backend(),
-        devices=len(plan.devices) if plan.devices else 1,
+        devices=plan.share.devices,
     )
 
 
@@ -478,7 +473,7 @@ def _named_errors(plan):
                     raise first from error
             raise
         if not environment.lacks_memory(error):
-            raise OSError(f"{plan.run_dir} can't be written: {error}") from error
+            raise OSError(f"{plan.run_dir} can't be written: {str(error).partition(chr(10))[0]}") from error
         size = size_text(plan.recipe.preprocessing.image_size)
         image_size = "" if plan.recipe.compression else f" or an --image-size below {size}"  # compression has no such flag
         raise OutOfMemoryError(

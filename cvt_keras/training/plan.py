@@ -110,7 +110,7 @@ class Plan:
             "class weights": self.class_weights and list(self.class_weights),
             "finished epochs": finished_epochs(self.run_dir),
             "test images": None if self.test is None else len(self.test),
-            "devices": self.devices and len(self.devices),
+            "devices": self.share.devices,
             "versions": environment.versions(),
         }
 

@@ -6,8 +6,10 @@ import keras
 import numpy as np
 import pytest
 
+from cvt_keras.data import pipeline
 from cvt_keras.data.images import fit, stretch
 from cvt_keras.data.pipeline import batches_per_epoch, evaluation_batches, training_batches
+from cvt_keras.data.share import Share
 from cvt_keras.data.split import Split
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.training.recipes import SMOKE
@@ -82,6 +84,49 @@ def test_keras_divides_a_weighted_loss_by_the_number_of_images():
     )
     expected = np.mean(np.array([3.0, 0.5]) * plain(labels, logits))
     np.testing.assert_allclose(weighted(labels, logits, np.array([3.0, 0.5], "float32")), expected, rtol=1e-6)
+
+
+def _joined(parts):
+    """The whole batches, from those of each process."""
+    return [[np.concatenate(values) for values in zip(*batches)] for batches in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("change", [{}, ALL, {"mixup": 1.0}, {"cutmix": 1.0}, {"resize": "crop", "mixup": 0.5}])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_together_see_the_batches_of_one(split, processes, change):
+    recipe, weights = dataclasses.replace(PLAIN, **change), tuple(np.arange(1.0, 11.0))
+    whole = list(training_batches(split, 10, recipe, 1, weights).as_numpy_iterator())
+    parts = [
+        training_batches(split, 10, recipe, 1, weights, Share(process, processes, processes)).as_numpy_iterator()
+        for process in range(processes)
+    ]
+    joined = _joined(parts)
+    assert len(joined) == len(whole) == 6
+    for batch, expected in zip(joined, whole):
+        for values, expected_values in zip(batch, expected, strict=True):
+            np.testing.assert_array_equal(values, expected_values)
+
+
+@pytest.mark.parametrize(("images", "devices", "processes", "size"), [(100, 4, 1, 100), (99, 4, 2, 100), (70, 6, 3, 72)])
+def test_evaluation_batches_for_several_devices_are_filled_up_with_weight_0(split, images, devices, processes, size):
+    split = split.limit(images)
+    parts = [
+        evaluation_batches(split, 10, PLAIN.preprocessing, Share(process, processes, devices)).as_numpy_iterator()
+        for process in range(processes)
+    ]
+    [(pixels, labels, weights)] = _joined(parts)
+    assert len(pixels) == size
+    np.testing.assert_array_equal(pixels[:images, 0, 0, 0], np.arange(images))
+    np.testing.assert_array_equal(labels[:images].argmax(axis=1), split.labels)
+    np.testing.assert_array_equal(weights[images:], 0)
+    np.testing.assert_allclose(weights[:images], size / images)  # so that Keras' mean over all is that over the images
+
+
+def test_evaluation_batches_for_several_devices_have_one_size(split, monkeypatch):
+    monkeypatch.setattr(pipeline, "EVALUATION_BATCH", 32)
+    batches = list(evaluation_batches(split, 10, PLAIN.preprocessing, Share(devices=3)).as_numpy_iterator())
+    assert {len(images) for images, _, _ in batches} == {27}
+    assert sum((weights > 0).sum() for _, _, weights in batches) == 100
 
 
 def test_a_later_first_epoch_gives_the_same_batches(split):

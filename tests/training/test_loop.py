@@ -115,6 +115,7 @@ def test_the_report_has_all_fields(finished, recipe):
         *("train_seconds", "train_images_per_second", "test", "validation", "per_class", "device", "versions"),
         *("confusion", "train_images", "compression", "data_warnings", "left_out", "class_weights"),
         *("epochs_trained", "kept_epoch", "test_images", "train_images_per_class", "calibration"),
+        *("backend", "devices"),
     }
     assert report.compression is None
     assert report.train_images == recipe.train_limit

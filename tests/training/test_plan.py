@@ -23,6 +23,7 @@ from cvt_keras.errors import (
     UnavailableError,
 )
 from cvt_keras.training import loop, plan
+from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.plan import resolve
 from cvt_keras.training.recipes import SMOKE
 
@@ -57,11 +58,39 @@ def test_an_nvidia_device_that_tensorflow_can_not_use_is_warned_of(short, tmp_pa
 
 
 def test_another_backend_is_refused(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    monkeypatch.setattr(keras.config, "backend", lambda: "torch")
     with pytest.raises(ArgumentError) as error:
         run(recipe, tmp_path / "run")
-    assert "jax" in error.value.summary
+    assert "torch" in error.value.summary
     assert error.value.hint == "Set KERAS_BACKEND=tensorflow"
+
+
+def test_compression_is_refused_on_jax(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    with pytest.raises(ArgumentError) as error:
+        loop.run(recipe, tmp_path / "run", compressor=Compressor({"method": "prune"}))
+    assert error.value.summary.startswith("Keras must use the tensorflow backend here. Received: jax")
+
+
+def test_more_devices_on_tensorflow_are_refused_with_the_way_to_them(recipe, tmp_path):
+    for devices in (2, 0, "two"):
+        with pytest.raises(ArgumentError) as error:
+            loop.run(recipe, tmp_path / "run", devices=devices)
+        assert error.value.argument == "devices"
+        assert f"Received: devices={devices}" in error.value.summary.replace("'", "")
+    with pytest.raises(ArgumentError) as error:
+        loop.run(recipe, tmp_path / "run", devices=2)
+    assert "KERAS_BACKEND=jax" in error.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("devices", "batch_size", "nearest"), [(4, 130, 128), (4, 131, 132), (4, 1, 4), (3, 128, 129)])
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(devices, batch_size, nearest):
+    plan._require_divisible(nearest, [None] * devices)
+    with pytest.raises(RecipeError) as error:
+        plan._require_divisible(batch_size, [None] * devices)
+    assert error.value.argument == "batch_size"
+    assert error.value.hint == f"Use --batch-size {nearest}"
 
 
 # === Data ===

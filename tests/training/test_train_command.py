@@ -96,7 +96,7 @@ RESUME = "To resume: cvt-keras train smoke --run-dir 'my runs/one' --resume"
     ],
 )
 def test_an_error_or_signal_ends_a_run_with_one_line(raised, code, part, monkeypatch, capsys):
-    def stop(recipe, run_dir, resume, name):
+    def stop(recipe, run_dir, resume, name, devices):
         raise raised
 
     monkeypatch.setattr(loop, "run", stop)
@@ -109,7 +109,7 @@ def test_an_error_or_signal_ends_a_run_with_one_line(raised, code, part, monkeyp
 def test_without_test_images_the_validation_accuracy_is_printed(monkeypatch, capsys):
     report = SimpleNamespace(test=None, validation={"top1": 0.125, "images": 5_000})
     result = SimpleNamespace(report=report, run_dir="runs/x")
-    monkeypatch.setattr(loop, "run", lambda recipe, run_dir, resume, name: result)
+    monkeypatch.setattr(loop, "run", lambda recipe, run_dir, resume, name, devices: result)
     assert cli.main(["train", "smoke"]) == 0
     assert (
         "12.50% top-1 (95% interval: 11.61% to 13.45%) on 5,000 validation images; the run is in runs/x"
