@@ -20,12 +20,12 @@ sys.path[:0] = map(str, Path(__file__).parents[:2])  # to run without installing
 
 from cvt_keras import environment
 from cvt_keras.pretrained import transformers_config
-from measuring import image_rates, require_at_least_one
+from measuring import image_rates, matrix_product_rate, matrix_size, require_at_least_one, training_flops
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Measures images per second and peak memory of a training step of transformers' network."""
+    """Measures images per second, peak memory, and FLOP/s as a share of the FLOP/s of a large matrix product."""
 
     variant: str = "cvt_13"
     """The name of a network of the paper."""
@@ -73,17 +73,36 @@ def training_seconds(arguments):
     return seconds[1:]
 
 
-def main(arguments):
+def product_rate(precision):
+    """FLOP/s of the product of two large square matrices on this device."""
+    on_gpu = torch.cuda.is_available()
+    side, products = matrix_size(on_gpu)
+    matrix = torch.randn(side, side, device="cuda" if on_gpu else "cpu") / side**0.5
+    return matrix_product_rate(matrix.to(getattr(torch, precision)), lambda product: product[0, 0].item(), products)
+
+
+def measure(arguments):
+    """Returns the result: a dict of JSON values."""
     seconds = training_seconds(arguments)
     rates = image_rates(arguments.steps * arguments.batch_size, seconds)
+    flops = training_flops(arguments.variant, arguments.image_size, arguments.num_classes) * rates["images_per_second"]
     on_gpu = torch.cuda.is_available()
-    result = {
+    memory = torch.cuda.max_memory_allocated() if on_gpu else None  # read before the large matrices are allocated
+    product = product_rate(arguments.precision)
+    return {
         **dataclasses.asdict(arguments),
         "device": torch.cuda.get_device_name() if on_gpu else environment.cpu(),
         **rates,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "peak_memory_bytes": memory,
+        "training_flops": flops,
+        "matrix_product_flops": product,
+        "share_of_matrix_product": flops / product,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def main(arguments):
+    result = measure(arguments)
     print(json.dumps(result, indent=2))
     return result
 

@@ -20,10 +20,10 @@ from keras import ops
 
 sys.path[:0] = map(str, Path(__file__).parents[:2])  # to run without installing the package
 
-from cvt_keras import CvT, environment, macs
+from cvt_keras import CvT, environment
 from cvt_keras.training.optimizers import decays
 from cvt_keras.variants import get_variant
-from measuring import image_rates, require_at_least_one
+from measuring import image_rates, matrix_product_rate, matrix_size, require_at_least_one, training_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,17 +103,13 @@ def _repeated(images, labels):
     return tf.data.Dataset.from_tensors((images, labels)).repeat().prefetch(tf.data.AUTOTUNE)
 
 
-def matrix_product_rate(precision, repetitions=5):
-    """FLOP/s of the product of two large square matrices on this device, the best of `repetitions`."""
-    side = 8192 if _on_accelerator() else 2048
+def product_rate(precision):
+    """FLOP/s of the product of two large square matrices on this device."""
+    side, products = matrix_size(_on_accelerator())
     dtype = {"float32": "float32", "mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}[precision]
-    a = ops.cast(ops.convert_to_tensor(np.random.default_rng(0).normal(size=(side, side)).astype("float32")), dtype)
-    seconds = []
-    for _ in range(repetitions + 1):
-        started = time.perf_counter()
-        float(ops.cast(ops.matmul(a, a)[0, 0], "float32"))  # reading one number waits for the product
-        seconds.append(time.perf_counter() - started)
-    return 2 * side**3 / min(seconds[1:])
+    matrix = np.random.default_rng(0).normal(size=(side, side)).astype("float32") / side**0.5
+    matrix = ops.cast(ops.convert_to_tensor(matrix), dtype)
+    return matrix_product_rate(matrix, lambda product: float(ops.cast(product[0, 0], "float32")), products)
 
 
 def _on_accelerator():
@@ -142,17 +138,16 @@ def _process_peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main(arguments):
+def measure(arguments):
+    """Returns the result: a dict of JSON values."""
     name, peak_bytes = device()
     seconds, xla = training_seconds(arguments)
     # Read before the large matrices are allocated: they may need more than a small network.
     memory = peak_bytes() if peak_bytes else _process_peak_bytes()
     rates = image_rates(arguments.steps * arguments.batch_size, seconds)
-    shape = (arguments.image_size, arguments.image_size, 3)
-    # The backward pass computes two products for each one of the forward pass.
-    flops = 3 * 2 * macs(arguments.variant, shape, arguments.num_classes) * rates["images_per_second"]
-    product = matrix_product_rate(arguments.precision)
-    result = {
+    flops = training_flops(arguments.variant, arguments.image_size, arguments.num_classes) * rates["images_per_second"]
+    product = product_rate(arguments.precision)
+    return {
         **dataclasses.asdict(arguments),
         "backend": keras.config.backend(),
         "xla": "on" if xla else "off",
@@ -160,10 +155,15 @@ def main(arguments):
         **rates,
         "peak_memory_bytes": memory,
         "peak_memory_of": "device" if peak_bytes else "process",
+        "training_flops": flops,
         "matrix_product_flops": product,
         "share_of_matrix_product": flops / product,
         "versions": environment.versions(),
     }
+
+
+def main(arguments):
+    result = measure(arguments)
     print(json.dumps(result, indent=2))
     return result
 
