@@ -22,7 +22,7 @@ from cvt_keras.layers import ConvTokenEmbedding, CvTBlock, PixelNormalization, W
 from cvt_keras.report.metrics import evaluate
 from cvt_keras.training import RECIPES, Recipe, run
 from cvt_keras.training.callbacks import BestWeights, Stopwatch
-from cvt_keras.training.loop import adapt_whitening, compile_classifier
+from cvt_keras.training.objective import WHITENING_IMAGES, adapt_whitening, compile_classifier
 from cvt_keras.training.plan import resolve
 from cvt_keras.variants import get_variant, named
 from result_tables import add_rows
@@ -153,7 +153,8 @@ def fit(network, change, recipe, source):
             raise ValueError(f"`{name}` must be {getattr(default, name)} here. Received: {name}={getattr(recipe, name)}")
     keras.utils.set_random_seed(recipe.seed)
     classifier, cost = build(network, change, recipe, source, recipe.precision)
-    adapt_whitening(classifier, source.train, recipe.preprocessing)
+    first = evaluation_batches(source.train.limit(WHITENING_IMAGES), len(source.class_names), recipe.preprocessing)
+    adapt_whitening(classifier, first)
     classes, steps = len(source.class_names), batches_per_epoch(source.train, recipe)
     compile_classifier(classifier, recipe, steps * recipe.epochs)
     best, stopwatch, seconds = BestWeights(), Stopwatch(), []

@@ -37,11 +37,10 @@ from cvt_keras import build_classifier, environment
 from cvt_keras.data.images import decode, in_threads
 from cvt_keras.data.tfds import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, VALIDATION_IMAGES
 from cvt_keras.training import RECIPES
-from cvt_keras.training.optimizers import make_optimizer
+from cvt_keras.training.objective import WHITENING_IMAGES, adapt_whitening, compile_classifier
 from measuring import image_rates, training_flops
 
 CLASSES = len(CIFAR10_CLASSES)
-WHITENING_IMAGES = 5_000  # as in `cvt_keras.training.loop`
 EVALUATION_BATCH = 500
 PERCENTS = (80, 85, 88, 89, 90, 91, 92, 93)  # validation accuracies to reach
 PACKED = "cifar10.npz"
@@ -301,10 +300,10 @@ def augmented_batch(recipe, images, labels, draws):
 
 
 def compiled_classifier(recipe, images):
-    """Returns a classifier that is ready to train, as `cvt_keras.training.loop` makes it, which needs TensorFlow.
+    """Returns a classifier that is ready to train, with its whitening adapted.
 
     Args:
-        recipe: a `Recipe`; its precision is not `"auto"`.
+        recipe: a `Recipe`; its precision and `xla` are not `"auto"`.
         images: uint8 `(n, 32, 32, 3)`, all training images.
     """
     for name in ("rand_augment", "erase", "mixup", "weights"):
@@ -314,21 +313,11 @@ def compiled_classifier(recipe, images):
     classifier = build_classifier(
         recipe.variant, CLASSES, images.shape[1:], mean=CIFAR10_MEAN, std=CIFAR10_STD, dtype=recipe.precision
     )
-    classifier.compile(
-        optimizer=make_optimizer(recipe, classifier, len(images) // recipe.batch_size * recipe.epochs),
-        loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
-        metrics=["accuracy"],
+    compile_classifier(classifier, recipe, len(images) // recipe.batch_size * recipe.epochs)
+    first = images[:WHITENING_IMAGES]
+    adapt_whitening(
+        classifier, ((first[i : i + EVALUATION_BATCH].astype("float32"),) for i in range(0, len(first), EVALUATION_BATCH))
     )
-    # `train_step` needs their variables.
-    classifier.optimizer.build(classifier.trainable_variables)
-    blank = np.zeros((1, CLASSES), "float32")
-    classifier.compute_loss(None, blank, blank)
-    classifier.compute_metrics(None, blank, blank)
-    whitening = next((layer for layer in classifier._flatten_layers() if layer.name == "whitening"), None)
-    if whitening is not None:
-        first, normalize = images[:WHITENING_IMAGES], classifier.get_layer("normalization")
-        batches = (first[i : i + EVALUATION_BATCH] for i in range(0, len(first), EVALUATION_BATCH))
-        whitening.adapt(normalize(batch.astype("float32")) for batch in batches)
     return classifier
 
 
@@ -407,7 +396,7 @@ def training(name, arguments):
     """Trains by a recipe. Yields its settings, a result per epoch, and the summary."""
     started = time.perf_counter()
     recipe = dataclasses.replace(
-        RECIPES[name], precision=PRECISION, seed=arguments.seed, **(SMOKE_RECIPE if arguments.smoke else {})
+        RECIPES[name], precision=PRECISION, xla="on", seed=arguments.seed, **(SMOKE_RECIPE if arguments.smoke else {})
     )
     data = load(arguments.data) if arguments.data else synthetic(45_000, 5_000)
     if arguments.smoke:

@@ -22,7 +22,7 @@ from cvt_keras.data.cache import Cache
 from cvt_keras.data.pipeline import training_batches
 from cvt_keras.data.split import Split
 from cvt_keras.training import RECIPES
-from cvt_keras.training.loop import compile_classifier
+from cvt_keras.training.objective import compile_classifier
 from cvt_keras.training.plan import resolve
 from measuring import require_at_least_one
 

@@ -15,7 +15,7 @@ from cifar10 import CHANGES, CNN, build
 from cvt_keras import Preprocessing, environment
 from cvt_keras.data import tfds
 from cvt_keras.training import RECIPES
-from cvt_keras.training.loop import compile_classifier
+from cvt_keras.training.objective import compile_classifier
 from cvt_keras.training.plan import resolve
 from cvt_keras.variants import get_variant, named
 from measuring import require_at_least_one

@@ -73,8 +73,11 @@ def require_backend(*backends):
 
 def keep_tensorflow_on_cpu():
     """Hides the GPUs from TensorFlow, which would reserve most of their memory, unless it is the backend."""
-    if backend() == "tensorflow":
-        return
+    if backend() != "tensorflow":
+        _hide_gpus_from_tensorflow()
+
+
+def _hide_gpus_from_tensorflow():
     with contextlib.suppress(ImportError, RuntimeError):  # not installed, or it has used its devices before
         import tensorflow as tf
 
@@ -90,6 +93,15 @@ def cpu():
     except (OSError, StopIteration):
         pass  # not Linux
     return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def hide_gpus():
+    """Makes this process use no GPU. Must come before the backend starts its devices."""
+    if backend() == "jax":
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+    _hide_gpus_from_tensorflow()
 
 
 def gpus():

@@ -66,7 +66,7 @@ ALLOWED = {
     },
 }
 # Import Keras and NumPy only, to run on every backend.
-PORTABLE = ("layers", "model", "conversion", "quantized", "attention", "training.optimizers")
+PORTABLE = ("layers", "model", "conversion", "quantized", "attention", "training.objective", "training.optimizers")
 # Keras has no gradients of its own.
 OWN_BACKENDS = {"attention": {"jax", "tensorflow"}}
 # The modules of training that export may import: what a run is, not how it is trained.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from cvt_keras import runs
+from cvt_keras import environment, runs
 from cvt_keras.errors import RecipeError, SearchError
 from cvt_keras.preprocessing import Preprocessing
 from cvt_keras.search import distributed, folder, oracles, results
@@ -72,7 +72,7 @@ def search(
         max_macs: maximum multiply-accumulates per image, or `None` for no limit.
         space: the search space: a dict of name -> `Range` or `Choice`, or the path of a JSON file. Defaults to every name that
             can be varied, around the recipe's own values.
-        chief: hand out trials to workers and train none here. TensorFlow in this process then sees no GPU.
+        chief: hand out trials to workers and train none here. This process then uses no GPU.
         worker: train the trials that the chief at `address` hands out.
         address: HOST:PORT that the chief listens on.
         worker_timeout: seconds without a heartbeat after which a worker's trial goes to another worker. The chief stops after
@@ -104,6 +104,7 @@ def search(
         fresh=fresh,
     )
     options.require(recipe)
+    environment.keep_tensorflow_on_cpu()
     space = spaces.space_of(recipe) if space is None else spaces.read(space, recipe)
     with _isolated():
         if worker:
@@ -132,7 +133,7 @@ def _search(recipe, space, search_dir, options):
         if recipe.dataset == "auto":
             recipe = dataclasses.replace(recipe, dataset=stored["recipe"]["dataset"])
     if options.chief:
-        tf.config.set_visible_devices([], "GPU")  # the GPUs are for workers on this machine
+        environment.hide_gpus()  # they are for workers on this machine
     oracle, settings = _settle(recipe, space, options)
     oracle.require_one()
     _require_same(stored, settings, search_dir)

@@ -29,12 +29,10 @@ from cvt_keras.training.callbacks import (
 )
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.freeze import freeze
-from cvt_keras.training.optimizers import make_optimizer
+from cvt_keras.training.objective import WHITENING_IMAGES, adapt_whitening, compile_classifier
 from cvt_keras.training.plan import RunResult, settle, warn
 from cvt_keras.training.recipes import Recipe
 from cvt_keras.variants import macs
-
-WHITENING_IMAGES = 5_000  # enough for the covariance of small patches
 
 
 def run(
@@ -125,7 +123,8 @@ def fit(plan):
     checkpoints = Checkpoints(run_dir, _data(plan), stopwatch, best, compressor.variables, plan.share.devices)
     checkpoints.restore(classifier)
     if not checkpoints.history and plan.checkpoint is None:
-        adapt_whitening(classifier, plan.train, recipe.preprocessing)
+        first = evaluation_batches(plan.train.limit(WHITENING_IMAGES), plan.num_classes, recipe.preprocessing)
+        adapt_whitening(classifier, first)
     checkpoints.share_state(classifier)
     # The checkpoint shows that the images are the same. Writes the record if a kill or an older version left none.
     if distributed.is_first():
@@ -169,22 +168,6 @@ def _machine_text(machine):
     return f"{machine['backend']} with {devices} {'device' if devices == 1 else 'devices'}"
 
 
-def adapt_whitening(classifier, split, preprocessing):
-    """Sets the kernel of the whitening layer, if the classifier has one.
-
-    Args:
-        classifier: a classifier of raw pixels, with the layer `normalization`.
-        split: the training images, a `Split`; the first 5,000 are used.
-        preprocessing: the recipe's `Preprocessing`.
-    """
-    whitening = next((layer for layer in classifier._flatten_layers() if layer.name == "whitening"), None)
-    if whitening is None:
-        return
-    normalize = classifier.get_layer("normalization")
-    batches = evaluation_batches(split.limit(WHITENING_IMAGES), classifier.output_shape[-1], preprocessing)
-    whitening.adapt(normalize(images) for images, _ in batches)
-
-
 def _write_record(plan):
     """Writes images.csv, unless it exists or the plan has no record."""
     path = plan.run_dir / runs.IMAGES
@@ -219,44 +202,6 @@ def _starting_classifier(plan):
         batches = evaluation_batches(plan.train, plan.num_classes, recipe.preprocessing)
         compressor.start(classifier, batches, plan.steps_per_epoch, recipe.epochs)
     return classifier
-
-
-class _CountingImages:
-    """A metric in which all images count the same, except those of weight 0, which fill up a batch."""
-
-    def update_state(self, y_true, y_pred, sample_weight=None):
-        counts = None if sample_weight is None else keras.ops.cast(sample_weight > 0, "float32")
-        return super().update_state(y_true, y_pred, sample_weight=counts)
-
-
-class Accuracy(_CountingImages, keras.metrics.CategoricalAccuracy):
-    """Top-1 accuracy."""
-
-
-class CrossEntropy(_CountingImages, keras.metrics.CategoricalCrossentropy):
-    """The mean cross-entropy, without the weights of classes."""
-
-
-def compile_classifier(classifier, recipe, steps):
-    """Compiles a classifier as a recipe says.
-
-    Args:
-        classifier: a `keras.Model` of logits.
-        recipe: a `Recipe`; `precision` and `xla` are not `"auto"`.
-        steps: the number of steps of the whole training.
-    """
-    classifier.compile(
-        optimizer=make_optimizer(recipe, classifier, steps),
-        loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
-        # The loss depends on label smoothing. The plain cross-entropy can be compared between runs.
-        weighted_metrics=[Accuracy(name="accuracy"), CrossEntropy(from_logits=True, name="cross_entropy")],
-        jit_compile=recipe.xla == "on",
-    )
-    # `fit` would create these variables in its first step, and trace the step a second time, which is slow.
-    classifier.optimizer.build(classifier.trainable_variables)
-    blank = np.zeros((1, classifier.output_shape[-1]), "float32")
-    classifier.compute_loss(None, blank, blank)
-    classifier.compute_metrics(None, blank, blank)  # `fit` resets the metrics
 
 
 def _build(plan, dtype):

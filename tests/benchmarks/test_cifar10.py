@@ -10,9 +10,10 @@ from eager import eagerly
 from benchmarks import cifar10
 from cvt_keras import VARIANTS, Preprocessing, Stage, Variant, macs
 from cvt_keras.data import sources
+from cvt_keras.data.pipeline import evaluation_batches
 from cvt_keras.data.split import Source, Split
 from cvt_keras.layers import Whitening
-from cvt_keras.training import loop
+from cvt_keras.training.objective import adapt_whitening
 from cvt_keras.training.recipes import SMOKE
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -184,7 +185,7 @@ def test_a_setting_that_only_a_run_has_is_refused(arguments):
 def test_the_cnn_is_whitened_as_a_network_is():
     classifier, _ = cifar10.cnn(PREPROCESSING, 32)
     split = _split(20)
-    loop.adapt_whitening(classifier, split, Preprocessing(image_size=(32, 32)))
+    adapt_whitening(classifier, evaluation_batches(split, 10, Preprocessing(image_size=(32, 32))))
     expected = Whitening()
     expected.adapt((split.images / 255 - 0.5) / 0.25)
     kernels = (keras.ops.convert_to_numpy(layer.kernel) for layer in (classifier.get_layer("whitening"), expected))

@@ -10,7 +10,7 @@ import pytest
 from cvt_keras.errors import ArgumentError, DataError, DistributedError
 from cvt_keras.training import distributed, launch
 from cvt_keras.training.distributed import Group, find
-from cvt_keras.training.loop import Accuracy, CrossEntropy
+from cvt_keras.training.objective import Accuracy, CrossEntropy
 
 GROUP = {"coordinator": "10.0.0.1:7272", "processes": 4, "process_id": 2}
 VARIABLES = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:7272", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}

@@ -179,7 +179,7 @@ def test_a_run_of_tensorflow_is_resumed_on_jax(train_on_jax, tmp_path, monkeypat
 # === Devices and processes ===
 
 
-def _launch(processes, run_dir, recipe_file, jax_environment, *flags):
+def _launch(processes, run_dir, recipe_file, *flags):
     train = ["--", "train", "--recipe-file", recipe_file, "--run-dir", run_dir]
     return [*CLI, "launch", "--processes", str(processes), *flags, *map(str, train)]
 
@@ -195,7 +195,7 @@ def recipe_file(tmp_path_factory):
 def by_two_processes(recipe_file, jax_environment, tmp_path_factory):
     """The folder of a run by `cvt-keras launch --processes 2`, and the finished process."""
     run_dir = tmp_path_factory.mktemp("two") / "run"
-    command = _launch(2, run_dir, recipe_file, jax_environment)
+    command = _launch(2, run_dir, recipe_file)
     done = subprocess.run(command, env=jax_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return run_dir, done
@@ -228,7 +228,7 @@ def test_devices_train_like_one(train_on_jax, on_one_device, tmp_path, devices):
 
 @pytest.mark.slow
 def test_four_processes_train_like_one(recipe_file, jax_environment, on_one_device, tmp_path):
-    command = _launch(4, tmp_path / "run", recipe_file, jax_environment)
+    command = _launch(4, tmp_path / "run", recipe_file)
     subprocess.run(command, env=jax_environment, check=True, capture_output=True)
     _require_close(_history(tmp_path / "run"), _history(on_one_device[0] / "random"), abs=1e-5)
 
@@ -262,23 +262,32 @@ def _children(process):
     return sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
 
-@pytest.fixture
-def long_recipe(tmp_path):
-    """So many epochs that a process can be killed in the middle of the training."""
-    path = tmp_path / "long.json"
-    path.write_text(json.dumps(dataclasses.replace(RANDOM, epochs=40).settings()))
+LONG = 15  # so many epochs that a process can be killed in the middle of the training
+
+
+@pytest.fixture(scope="session")
+def long_recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "long.json"
+    path.write_text(json.dumps(dataclasses.replace(RANDOM, epochs=LONG).settings()))
     return path
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(long_recipe, jax_environment, tmp_path_factory):
+    """The folder of a run by two processes."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(_launch(2, run_dir, long_recipe), env=jax_environment, check=True, capture_output=True)
+    return run_dir
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="lists the processes in /proc")
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_killed_process_is_named_and_the_resumed_run_is_that_of_an_uninterrupted_one(
-    long_recipe, jax_environment, tmp_path, dead
+    long_recipe, uninterrupted, jax_environment, tmp_path, dead
 ):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(_launch(2, whole, long_recipe, jax_environment), env=jax_environment, check=True, capture_output=True)
-    command = _launch(2, killed, long_recipe, jax_environment)
+    killed = tmp_path / "killed"
+    command = _launch(2, killed, long_recipe)
     launched = subprocess.Popen(command, env=jax_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _wait_for_epoch(killed, 3)
     os.kill(_children(launched)[dead], signal.SIGKILL)
@@ -288,15 +297,15 @@ def test_a_killed_process_is_named_and_the_resumed_run_is_that_of_an_uninterrupt
     assert launched.returncode == 1
     assert f"process {dead} of 2 was killed by SIGKILL" in printed
     assert f"To resume: cvt-keras launch --processes 2 -- train --recipe-file {long_recipe}" in printed
-    assert len(runs.read_history(killed)) < 40
+    assert len(runs.read_history(killed)) < LONG
     subprocess.run([*command, "--resume"], env=jax_environment, check=True, capture_output=True)
-    _require_close(_history(killed), _history(whole), abs=1e-6)
+    _require_close(_history(killed), _history(uninterrupted), abs=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="lists the processes in /proc")
 def test_launch_restarts_after_a_kill(long_recipe, jax_environment, tmp_path):
-    command = _launch(2, tmp_path / "run", long_recipe, jax_environment, "--restarts", "1")
+    command = _launch(2, tmp_path / "run", long_recipe, "--restarts", "1")
     launched = subprocess.Popen(command, env=jax_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _wait_for_epoch(tmp_path / "run", 3)
     os.kill(_children(launched)[1], signal.SIGKILL)
@@ -304,7 +313,7 @@ def test_launch_restarts_after_a_kill(long_recipe, jax_environment, tmp_path):
     assert launched.returncode == 0, printed
     assert "restart 1 of 1: resuming after the last finished epoch" in shown
     assert "resuming after epoch" in shown
-    assert len(runs.read_history(tmp_path / "run")) == 40
+    assert len(runs.read_history(tmp_path / "run")) == LONG
 
 
 @pytest.mark.slow
