@@ -10,7 +10,7 @@ import pytest
 
 if keras.config.backend() != "tensorflow":
     collect_ignore = [
-        *("benchmarks", "compression", "data", "export", "predict", "quantized", "report", "search", "training"),
+        *("benchmarks", "compression", "data", "deploy", "export", "predict", "quantized", "report", "search", "training"),
         *("test_architecture.py", "test_environment.py", "test_old_runs.py", "test_runs.py"),
     ]
 
