@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 GUIDES = (
-    *("your-photos", "predict", "training", "python", "pretrained", "search", "compression"),
+    *("your-photos", "predict", "training", "python", "pretrained", "search", "many-machines", "compression"),
     *("export", "serving", "mobile", "browser", "what-it-sees"),
 )
 # Each list runs in a folder of its own, in this order: later guides use the runs of earlier ones.
