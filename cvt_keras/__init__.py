@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cvt_keras.preprocessing import Calibration, Preprocessing
     from cvt_keras.variants import VARIANTS, Stage, Variant, macs
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 __all__ = [
     "MLP",

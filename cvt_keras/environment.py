@@ -40,7 +40,8 @@ def start(*backends):
                 keep_tensorflow_on_cpu()
     except ImportError as error:
         raise MissingPackageError(
-            f"Keras can't be imported: {error}", hint="Install it with pip install keras tensorflow"
+            f"Keras can't be imported: {error}",
+            hint=f"Install it with pip install keras {os.environ.get('KERAS_BACKEND', 'tensorflow')}",
         ) from error
     except ValueError as error:  # by Keras, for an unknown backend
         raise ArgumentError(f"Keras can't start: {error}", hint="Unset KERAS_BACKEND") from error

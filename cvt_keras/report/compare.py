@@ -160,11 +160,12 @@ def differences_text(comparison):
 
 def _summary(run):
     report = run.report
-    fields = ("dataset", "variant", "parameters", "macs", "train_images", "train_seconds", "train_images_per_second", "device")
+    fields = ("dataset", "variant", "parameters", "macs", "train_images", "train_seconds", "train_images_per_second")
     return {
         "name": run.name,
         "folder": str(run.folder),
         **{name: report[name] for name in fields},
+        "device": page.machine(report),
         "epochs": len(run.history),
         "kept_epoch": page.kept_epoch(report, run.history),
         "validation": _with_interval(report["validation"]),
@@ -229,6 +230,7 @@ def _differences(compared):
     for run in compared:
         report = run.report
         others = {name: report[name] for name in ("dataset", "train_images", "device", "versions")}
+        others |= {"backend": report.get("backend", "tensorflow"), "devices": report.get("devices", 1)}
         flat.append(dict(_flat({**run.settings, **others})))
     names = dict.fromkeys(name for values in flat for name in values)
     rows = {name: [values.get(name) for values in flat] for name in names}

@@ -33,6 +33,7 @@ def write(run_dir):
         TEMPLATES / "run.html",
         run_dir / runs.PAGE,
         report=report,
+        machine=machine(report),
         compression=compression(report),
         history=[{name: _rounded(name, value) for name, value in row.items()} for row in history],
         kept_epoch=kept_epoch(report, history),
@@ -96,6 +97,13 @@ def compression(report):
         kernels = "all kernels" if methods[-1] == "qat" else "the compressed kernels"
         text += f" {report['compression']['sparsity']:.1%} of the weights in {kernels} are zero."
     return text
+
+
+def machine(report):
+    """The devices and the backend that a run trained on, as text. Reports of older versions lack some of it."""
+    devices, backend = report.get("devices", 1), report.get("backend", "tensorflow")
+    text = report["device"] if devices == 1 else f"{devices} devices, each {report['device']}"
+    return f"{text}, JAX" if backend == "jax" else text
 
 
 def kept_epoch(report, history):

@@ -42,7 +42,14 @@ def main(argv):
     from cvt_keras.training import distributed
     from cvt_keras.training.loop import run
 
-    if group := distributed.find(arguments.coordinator, arguments.processes, arguments.process_id):
+    group = distributed.find(arguments.coordinator, arguments.processes, arguments.process_id)
+    if group and arguments.resume and arguments.run_dir and _is_trained(arguments):
+        # The group has parted before. A scheduler may start a single one of its processes again.
+        if group.process_id:
+            print("all epochs are finished: process 0 does the rest alone")
+            return
+        group = None
+    if group:
         distributed.join(group)
     try:
         with cli.resumable("train", argv):
@@ -63,6 +70,12 @@ def main(argv):
     low, high = metrics.wilson(scores["top1"], scores["images"])  # the report of an older version lacks it
     interval = f"95% interval: {low:.2%} to {high:.2%}"
     print(f"{scores['top1']:.2%} top-1 ({interval}) on {scores['images']:,} {split} images; the run is in {result.run_dir}")
+
+
+def _is_trained(arguments):
+    from cvt_keras.training.callbacks import finished_epochs
+
+    return finished_epochs(arguments.run_dir) >= arguments.recipe.epochs
 
 
 if __name__ == "__main__":

@@ -23,8 +23,12 @@ from cvt_keras.data.share import Share
 from cvt_keras.errors import ArgumentError, DistributedError, UserError
 
 COORDINATOR, PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# Number of processes, and the variable of each of them, of the launchers that JAX knows.
-_LAUNCHERS = {"SLURM_NTASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
+# Launchers that JAX knows: their variables for the number of processes and the index of this one, and one that only their
+# processes have. A batch script of Slurm has the others too.
+_LAUNCHERS = (
+    ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK"),
+)
 
 COORDINATOR_SECONDS = 45.0  # until a process without an answer of the coordinator gives up
 JOIN_SECONDS = 300.0  # until the group must be complete
@@ -37,17 +41,17 @@ Devices = int | Literal["all"]
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train together. What is `None` is found by JAX.
+    """The processes that train together.
 
     Args:
-        coordinator: HOST:PORT on which process 0 listens.
+        coordinator: HOST:PORT on which process 0 listens. With `None` JAX asks the launcher.
         processes: the number of processes.
         process_id: the index of this process.
     """
 
-    coordinator: str | None = None
-    processes: int | None = None
-    process_id: int | None = None
+    coordinator: str | None
+    processes: int
+    process_id: int
 
 
 # === Finding and joining the group ===
@@ -72,9 +76,10 @@ def find(coordinator=None, processes=None, process_id=None, variables=os.environ
     process_id = _number("process_id", process_id, PROCESS_ID, variables)
     if processes == 1 and not process_id:
         return None
+    if launched := _launched(variables):
+        number, index = launched
+        return Group(coordinator, number if processes is None else processes, index if process_id is None else process_id)
     given = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
-    if _is_launched(variables):
-        return Group(**given)
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return None
@@ -106,9 +111,12 @@ def _number(name, value, variable, variables):
     return int(text)
 
 
-def _is_launched(variables):
-    """Whether a launcher started several processes, this one among them."""
-    return any(variables.get(count, "1") != "1" and process in variables for count, process in _LAUNCHERS.items())
+def _launched(variables):
+    """The number of processes that a launcher started, and the index of this one, or `None`."""
+    for number, index, own in _LAUNCHERS:
+        if variables.get(number, "1") != "1" and own in variables:
+            return int(variables[number]), int(variables[index])
+    return None
 
 
 def host_and_port(coordinator):
@@ -222,9 +230,9 @@ def _require_answer(coordinator):
 
 
 def _give_up(group):
-    number = f"the {group.processes} processes" if group.processes else "the processes"
     print(
-        f"cvt-keras train: not all of {number} joined within {JOIN_SECONDS:.0f} s. Start them all, with the same --coordinator",
+        f"cvt-keras train: not all of the {group.processes} processes joined within {JOIN_SECONDS:.0f} s. "
+        "Start them all, with the same --coordinator",
         file=sys.stderr,
         flush=True,
     )

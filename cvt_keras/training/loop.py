@@ -26,6 +26,7 @@ from cvt_keras.training.callbacks import (
     StopAfterStep,
     Stopwatch,
     TensorBoard,
+    stored_machine,
 )
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.freeze import freeze
@@ -331,8 +332,7 @@ def _report(plan, classifier, history, compression, scores):
         train_images_per_class=np.bincount(plan.train.labels, minlength=plan.num_classes).tolist(),
         device=environment.device(),
         versions=environment.versions(),
-        backend=environment.backend(),
-        devices=plan.share.devices,
+        **stored_machine(plan.run_dir),
     )
 
 

@@ -128,12 +128,15 @@ def test_the_settings_that_differ_are_named_by_field():
     wider = {**variant, "stages": [{"dim": 16, "pool": True}, {"dim": 32}]}
     theirs = {**ours, "dataset": "digits", "variant": wider, "image_size": [32, 64], "weights": "w.keras"}
     theirs["compression"] = {"method": "qat"}
-    comparison = _compared(_run("one", settings=ours), _run("two", settings=theirs, device="a GPU"), one="++--", two="++--")
+    machine = {"device": "a GPU", "backend": "jax", "devices": 4}  # reports of older versions lack the last two
+    comparison = _compared(_run("one", settings=ours), _run("two", settings=theirs, **machine), one="++--", two="++--")
     assert comparison["differences"] == {
         "variant.stages[0].dim": [8, 16],
         "image_size": [[32, 32], [32, 64]],
         "weights": [None, "w.keras"],
         "device": ["a CPU", "a GPU"],
+        "backend": ["tensorflow", "jax"],
+        "devices": [1, 4],
         "variant.stages[1].dim": [None, 32],
         "compression.method": [None, "qat"],
     }

@@ -301,3 +301,9 @@ def test_a_template_whose_variable_is_missing_writes_no_page(tmp_path):
     page.render(tmp_path / "own.html", tmp_path / "page.html", title="own", missing="<b>")
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["own.html", "page.html"]
     assert "&lt;b&gt;" in (tmp_path / "page.html").read_text()
+
+
+def test_the_page_says_on_what_the_run_was_trained(run_dir):
+    assert "a CPU & its cores" in _written(run_dir).text
+    runs.write_json(run_dir / runs.REPORT, {**REPORT, "backend": "jax", "devices": 4})
+    assert "4 devices, each a CPU & its cores, JAX" in _written(run_dir).text

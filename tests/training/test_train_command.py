@@ -15,7 +15,7 @@ from cvt_keras import cli
 from cvt_keras.conversion.layouts import microsoft_weights
 from cvt_keras.errors import DivergedError, OccupiedError, OutOfMemoryError, RunError
 from cvt_keras.signals import Terminated
-from cvt_keras.training import loop, plan
+from cvt_keras.training import distributed, loop, plan
 from cvt_keras.training.__main__ import parse
 
 ROOT = Path(__file__).parent.parent.parent
@@ -104,6 +104,18 @@ def test_an_error_or_signal_ends_a_run_with_one_line(raised, code, part, monkeyp
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("cvt-keras train: ")
     assert part in line
+
+
+@pytest.mark.parametrize("process_id", [0, 1])
+def test_the_processes_of_a_finished_training_join_no_group(process_id, tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints" / "epoch-0002").mkdir(parents=True)
+    monkeypatch.setattr(distributed, "join", lambda group: pytest.fail("joined"))
+    report = SimpleNamespace(test=None, validation={"top1": 0.125, "images": 5_000})
+    monkeypatch.setattr(loop, "run", lambda *args, **kwargs: SimpleNamespace(report=report, run_dir="runs/x"))
+    group = ["--coordinator", "127.0.0.1:9", "--processes", "2", "--process-id", str(process_id)]
+    assert cli.main(["train", "smoke", "--run-dir", str(tmp_path), "--resume", *group]) == 0
+    printed = capsys.readouterr().out
+    assert ("all epochs are finished" in printed, "validation images" in printed) == (process_id == 1, process_id == 0)
 
 
 def test_without_test_images_the_validation_accuracy_is_printed(monkeypatch, capsys):

@@ -14,7 +14,7 @@ from cvt_keras.training.objective import Accuracy, CrossEntropy
 
 GROUP = {"coordinator": "10.0.0.1:7272", "processes": 4, "process_id": 2}
 VARIABLES = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:7272", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
-SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}
+SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "node[1-2]"}
 
 
 # === The group ===
@@ -28,12 +28,13 @@ SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}
         ({}, VARIABLES, Group(**GROUP)),
         ({"process_id": 0}, VARIABLES, Group("10.0.0.1:7272", 4, 0)),
         ({"coordinator": "[::1]:1"}, VARIABLES, Group("[::1]:1", 4, 2)),
-        ({}, SLURM, Group()),
-        ({}, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, Group()),
-        ({"coordinator": "a:1"}, SLURM, Group("a:1")),
+        ({}, SLURM, Group(None, 8, 3)),
+        ({}, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, Group(None, 2, 0)),
+        ({"coordinator": "a:1"}, SLURM, Group("a:1", 8, 3)),
+        ({}, {**SLURM, "JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "0"}, Group("a:1", 8, 0)),
         ({"processes": 1}, SLURM, None),
-        ({}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({}, {"SLURM_NTASKS": "8"}, None),  # in a job, but not started by srun
+        ({}, {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # in a batch script, not started by srun
         ({}, {**VARIABLES, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
     ],
 )
