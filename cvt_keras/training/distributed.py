@@ -34,7 +34,7 @@ COORDINATOR_SECONDS = 45.0  # until a process without an answer of the coordinat
 JOIN_SECONDS = 300.0  # until the group must be complete
 HEARTBEAT_SECONDS = 20  # without a heartbeat of a process until the others end
 LOST = "lost the connection to another process"  # in the error of a process that survives another one
-_MILLISECONDS = 24 * 3600 * 1000  # to wait for a process that downloads or decodes images
+_PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # for a process that downloads or decodes images
 
 Devices = int | Literal["all"]
 
@@ -304,7 +304,7 @@ def exchange(topic, value):
         return [value]
     client = _state().client
     client.key_value_set(f"cvt_keras/{topic}/{index()}", json.dumps(value))
-    return [json.loads(client.blocking_key_value_get(f"cvt_keras/{topic}/{i}", _MILLISECONDS)) for i in range(count())]
+    return [json.loads(client.blocking_key_value_get(f"cvt_keras/{topic}/{i}", _PATIENCE_MILLISECONDS)) for i in range(count())]
 
 
 def broadcast(arrays):
@@ -323,7 +323,7 @@ def broadcast(arrays):
 def wait(topic):
     """Waits until all processes call this with the same topic, which must be new in each call."""
     if count() > 1:
-        _state().client.wait_at_barrier(f"cvt_keras/{topic}", _MILLISECONDS)
+        _state().client.wait_at_barrier(f"cvt_keras/{topic}", _PATIENCE_MILLISECONDS)
 
 
 @contextlib.contextmanager

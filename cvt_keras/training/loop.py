@@ -86,7 +86,13 @@ def run(
             distributed.leave()
             return plan
         distributed.require_same("plan", plan.fingerprint())
-        with _occupied(plan), _named_errors(plan):
+        with contextlib.ExitStack() as stack:
+            with distributed.agreeing("occupied"):
+                if distributed.is_first():
+                    stack.enter_context(_occupied(plan))
+            with distributed.agreeing("shared"):
+                _require_shared(plan)
+            stack.enter_context(_named_errors(plan))
             with distributed.spread(plan.devices):
                 best, history = fit(plan)
             is_first = distributed.is_first()
@@ -376,16 +382,6 @@ def _occupied(plan):
         BusyError: if another process trains there.
         OccupiedError: if another process has started a run there in the meantime.
     """
-    if not distributed.is_first():
-        distributed.wait("occupied")
-        if not plan.run_dir.is_dir():
-            raise RunError(
-                f"`run_dir` must be a folder that all processes see. Received: {plan.run_dir}, which process 0 has created",
-                argument="run_dir",
-                hint="Use a folder on a shared disk",
-            )
-        yield
-        return
     run_dir = plan.run_dir
     created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -394,12 +390,21 @@ def _occupied(plan):
             if not plan.resumed:
                 runs.require_vacant(run_dir)
             runs.sweep(run_dir)
-            distributed.wait("occupied")
             yield
     finally:
         with contextlib.suppress(OSError):  # stops at the first folder that is not empty
             for folder in created:
                 folder.rmdir()
+
+
+def _require_shared(plan):
+    """Raises unless this process sees the run folder, which process 0 has created."""
+    if not plan.run_dir.is_dir():
+        raise RunError(
+            f"`run_dir` must be a folder that all processes see. Received: {plan.run_dir}, which process 0 has created",
+            argument="run_dir",
+            hint="Use a folder on a shared disk",
+        )
 
 
 @contextlib.contextmanager

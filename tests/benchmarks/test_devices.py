@@ -27,7 +27,7 @@ def test_each_way_is_trained_and_compared_with_one_device(tmp_path, monkeypatch,
     table = tmp_path / "devices.csv"
     rows = devices.main(devices.Arguments(processes=(2,), csv=table))
     assert [row["trained by"] for row in rows] == ["one device", "2 devices", "2 processes"]
-    assert [row["largest difference"] for row in rows] == ["0.0e+00", "1.0e-06", "1.0e-06"]
+    assert [row["largest difference of a loss"] for row in rows] == ["0.0e+00", "1.0e-06", "1.0e-06"]
     assert [row["seconds per step"] for row in rows] == ["0.500", "1.000", "1.500"]
     assert [(command, count) for command, _, count in commands] == [
         (["train"], "1"),
@@ -35,7 +35,7 @@ def test_each_way_is_trained_and_compared_with_one_device(tmp_path, monkeypatch,
         (["launch", "--processes", "2", "--", "train"], "1"),
     ]
     assert commands[1][1] == ["--devices", "2"]
-    assert table.read_text().startswith("trained by,loss,validation loss,largest difference,")
+    assert table.read_text().startswith("trained by,loss,validation loss,largest difference of a loss,")
     assert "2.000001" in capsys.readouterr().out
 
 

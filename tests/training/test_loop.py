@@ -21,15 +21,17 @@ from cvt_keras.data.split import Split
 from cvt_keras.data.tfds import CIFAR10_CLASSES
 from cvt_keras.errors import (
     BusyError,
+    DistributedError,
     DivergedError,
     OccupiedError,
     OutOfMemoryError,
     RecipeError,
+    RunError,
 )
 from cvt_keras.layers import Whitening
 from cvt_keras.quantized.model import quantize
 from cvt_keras.report import figures, metrics
-from cvt_keras.training import loop, plan
+from cvt_keras.training import distributed, loop, plan
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.variants import macs, to_dict
 
@@ -279,6 +281,28 @@ def test_a_full_disk_is_not_reported_as_too_little_memory(short, tmp_path, monke
     monkeypatch.setattr(keras.Model, "fit", _exhaust("events.v2; No space left on device"))
     with pytest.raises(OSError, match=f"{tmp_path}/run can't be written: events.v2; No space left on device$"):
         run(short, tmp_path / "run")
+
+
+def test_a_lost_connection_to_another_process_is_named(short, tmp_path, monkeypatch):
+    plan_ = plan.settle(short, tmp_path / "run")
+    lost = tf.errors.UnknownError(None, None, "Gloo all-reduce failed: Connection closed by peer")
+    with pytest.raises(tf.errors.UnknownError), loop._named_errors(plan_):
+        raise lost
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    with pytest.raises(DistributedError) as error, loop._named_errors(plan_):
+        raise lost
+    assert distributed.LOST in error.value.summary and "--resume" in error.value.hint
+    with pytest.raises(tf.errors.UnknownError), loop._named_errors(plan_):
+        raise tf.errors.UnknownError(None, None, "something else")
+
+
+def test_a_run_folder_that_only_process_0_sees_is_refused(short, tmp_path):
+    plan_ = plan.settle(short, tmp_path / "run")
+    with pytest.raises(RunError) as error:
+        loop._require_shared(plan_)
+    assert error.value.argument == "run_dir" and str(tmp_path / "run") in error.value.summary
+    (tmp_path / "run").mkdir()
+    loop._require_shared(plan_)
 
 
 def test_a_page_without_test_results_is_replaced_after_a_kill(short, untested, monkeypatch):

@@ -88,6 +88,15 @@ def test_a_port_in_use_is_named():
     assert address in error.value.summary
 
 
+def test_a_group_that_stays_incomplete_ends_with_one_line(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(distributed, "end", codes.append)
+    distributed._give_up(Group(**GROUP))
+    assert codes == [1]
+    [line] = capsys.readouterr().err.splitlines()
+    assert "4 processes" in line
+
+
 class _Client:
     """JAX's client of the coordination service, for threads."""
 
