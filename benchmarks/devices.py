@@ -55,6 +55,9 @@ class Arguments:
 
     def __post_init__(self):
         require_at_least_one(self, "train_limit")
+        for count in self.processes:
+            if count < 1 or RECIPE.batch_size % count:
+                raise ValueError(f"`processes` must divide {RECIPE.batch_size}, the batch size. Received: {count}")
 
 
 def recipe_of(arguments):
@@ -70,22 +73,21 @@ def recipe_of(arguments):
 
 
 def ways(processes):
-    """How to train: `(name, number of devices, arguments of cvt-keras before those of train)`."""
+    """How to train: `(name, devices of each process, arguments of cvt-keras before those of train)`."""
     yield "one device", 1, ["train"]
     for count in processes:
         yield f"{count} devices", count, ["train"]
-        yield f"{count} processes", count, ["launch", "--processes", str(count), "--", "train"]
+        yield f"{count} processes", 1, ["launch", "--processes", str(count), "--", "train"]
 
 
 def train(name, devices, command, recipe_file, run_dir):
     """Trains in one way. Returns the history, and the seconds of the whole command."""
-    several = ["--devices", str(devices)] if name.endswith("devices") else []
     variables = {
         **os.environ,
         "KERAS_BACKEND": "jax",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices if several else 1}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    flags = ["--recipe-file", str(recipe_file), "--run-dir", str(run_dir), *several]
+    flags = ["--recipe-file", str(recipe_file), "--run-dir", str(run_dir), "--devices", str(devices)]
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "cvt_keras.cli", *command, *flags], env=variables, capture_output=True, text=True

@@ -45,8 +45,9 @@ EVALUATION_BATCH = 500
 PERCENTS = (80, 85, 88, 89, 90, 91, 92, 93)  # validation accuracies to reach
 PACKED = "cifar10.npz"
 PRECISION = "mixed_bfloat16"
-# Dense products in bfloat16, from NVIDIA's data sheets. The first name that the device's name contains counts.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+# Dense products in bfloat16, by the device's name. NVIDIA's data sheets "H100 Tensor Core GPU" and "H200 Tensor Core GPU" give
+# twice as much for their SXM modules, for sparse matrices.
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 NETWORKS = {
     "cvt_cifar": {"variant": "cvt_cifar", "image_size": 32, "num_classes": 10, "batch_size": 128},
@@ -107,7 +108,7 @@ def say(result):
 
 def device_peak(device):
     """FLOP/s of dense products in bfloat16 of a device by its name, or `None` if it is not known."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    return PEAK_FLOPS.get(device)
 
 
 def with_share_of_peak(result):
@@ -358,6 +359,7 @@ def weights(classifier, state):
     if not optimizer.use_ema:
         return state[0]
     values = {id(variable): value for variable, value in zip(optimizer.variables, state[2])}
+    # Keras has no public name for them.
     return [values[id(average)] for average in optimizer._model_variables_moving_average]
 
 

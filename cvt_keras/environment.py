@@ -5,6 +5,7 @@ What differs between TensorFlow and JAX is here. On JAX, TensorFlow only reads a
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -36,17 +37,21 @@ def start(*backends):
                 import tensorflow as tf
 
                 tf.config.list_physical_devices()
-            else:
+            elif backends:  # a command that needs no backend in particular may not need TensorFlow either
                 keep_tensorflow_on_cpu()
     except ImportError as error:
         raise MissingPackageError(
             f"Keras can't be imported: {error}",
-            hint=f"Install it with pip install keras {os.environ.get('KERAS_BACKEND', 'tensorflow')}",
+            hint=f"Install it with pip install keras {_packages(os.environ.get('KERAS_BACKEND'))}",
         ) from error
     except ValueError as error:  # by Keras, for an unknown backend
         raise ArgumentError(f"Keras can't start: {error}", hint="Unset KERAS_BACKEND") from error
     if backends:
         require_backend(*backends)
+
+
+def _packages(backend):
+    return {"jax": "jax tensorflow"}.get(backend, backend or "tensorflow")  # TensorFlow reads the images for JAX
 
 
 def backend():
@@ -118,20 +123,21 @@ def gpus():
 
 def device():
     """The name of the device that the backend trains on."""
-    if not (found := gpus()):
+    if not (devices := gpus()):
         return cpu()
     if backend() == "jax":
-        return found[0].device_kind
+        return devices[0].device_kind
     import tensorflow as tf
 
-    return tf.config.experimental.get_device_details(found[0]).get("device_name", "GPU")
+    return tf.config.experimental.get_device_details(devices[0]).get("device_name", "GPU")
 
 
 def supports_bfloat16(gpu):
     """Whether one of `gpus()` computes in bfloat16: NVIDIA's from compute capability 8 (Ampere) on."""
     if backend() == "jax":
         capability = getattr(gpu, "compute_capability", None)
-        return capability is None or float(capability) >= 8  # a TPU has none
+        # A TPU has none, and that of AMD is no number.
+        return not re.fullmatch(r"[\d.]+", str(capability)) or float(capability) >= 8
     import tensorflow as tf
 
     return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) >= (8, 0)
@@ -150,7 +156,7 @@ def errors():
 
 def lacks_memory(error):
     """Whether one of `errors()` says that the memory of the device does not suffice."""
-    # Both raise it for a full disk too. Only the text differs.
+    # TensorFlow raises the same class for a full disk. Only the text differs.
     return is_exhausted(error) and re.search("OOM|memory|allocat", str(error).partition("\n")[0], re.IGNORECASE) is not None
 
 
@@ -168,10 +174,14 @@ def has_nvidia_device(dev=Path("/dev")):
 
 
 def count_nvidia_devices():
-    """The number of NVIDIA devices that a new process would see, without starting them."""
+    """The number of NVIDIA devices that JAX would use in a new process, without starting them."""
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    platforms = os.environ.get("JAX_PLATFORMS", "cuda")
+    if not any(map(importlib.util.find_spec, plugins)) or not re.search("cuda|gpu", platforms):
+        return 0
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
-    return _nvidia_smi().count("GPU ")
+    return sum(line.startswith("GPU ") for line in _nvidia_smi().splitlines())
 
 
 def _nvidia_smi():

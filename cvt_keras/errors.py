@@ -118,7 +118,7 @@ class SearchError(UserError):
 
 
 class DistributedError(UserError):
-    """The chief or the workers of a search can't be reached."""
+    """Other processes of a search or a training that can't be reached, or failed."""
 
 
 class ServingError(UserError):

@@ -101,14 +101,20 @@ def test_another_backend_than_the_required_ones_is_refused(backends, monkeypatch
 
 
 def test_the_nvidia_devices_of_a_new_process_are_counted(monkeypatch):
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin")
     for visible, count in (("0,2", 2), ("", 0), ("-1", 0)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert environment.count_nvidia_devices() == count
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    listed = subprocess.CompletedProcess([], 0, stdout="GPU 0: NVIDIA H100 (UUID: GPU-1)\nGPU 1: NVIDIA H100 (UUID: GPU-2)\n")
+    listed = subprocess.CompletedProcess(
+        [], 0, stdout="GPU 0: NVIDIA H100 (UUID: GPU-1)\nGPU 1: RTX 3060 Laptop GPU (UUID: GPU-2)\n"
+    )
     monkeypatch.setattr(environment.subprocess, "run", lambda *args, **kwargs: listed)
     assert environment.count_nvidia_devices() == 2
-    monkeypatch.setattr(environment.subprocess, "run", _not_installed)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert environment.count_nvidia_devices() == 0
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)  # JAX without CUDA
     assert environment.count_nvidia_devices() == 0
 
 
@@ -140,7 +146,8 @@ def test_jax_has_its_own_devices_and_errors(monkeypatch):
     assert environment.gpus() == [gpu]
     assert environment.device() == "NVIDIA H100"
     assert environment.supports_bfloat16(gpu)
-    assert not environment.supports_bfloat16(types.SimpleNamespace(compute_capability="7.5"))
+    for capability, supported in (("7.5", False), ("gfx90a", True), (None, True)):
+        assert environment.supports_bfloat16(types.SimpleNamespace(compute_capability=capability)) == supported
 
 
 def test_tensorflow_leaves_the_gpus_to_jax(monkeypatch):

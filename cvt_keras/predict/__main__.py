@@ -104,6 +104,7 @@ def main(argv):
             hint="Use --evaluate DIR, with one folder of images per class",
         )
     environment.start()
+    environment.keep_tensorflow_on_cpu()
     with greetings.held_back():
         classifier = load_run(arguments.run)
         packages.require("tensorflow").config.list_physical_devices()  # beside JAX, it starts only here

@@ -102,7 +102,7 @@ def compression(report):
 def machine(report):
     """The devices and the backend that a run trained on, as text. Reports of older versions lack some of it."""
     devices, backend = report.get("devices", 1), report.get("backend", "tensorflow")
-    text = report["device"] if devices == 1 else f"{devices} devices, each {report['device']}"
+    text = report["device"] if devices == 1 else f"{devices} devices: {report['device']}"
     return f"{text}, JAX" if backend == "jax" else text
 
 

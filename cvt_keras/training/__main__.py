@@ -62,7 +62,7 @@ def main(argv):
         except Exception:
             traceback.print_exc()
             code = 1
-        distributed.end(code)
+        distributed.end_process(code)
     if result.report is None:  # process 0 writes it
         return
     split = "test" if result.report.test else "validation"  # a run from Python may have left the test images untouched
@@ -73,9 +73,10 @@ def main(argv):
 
 
 def _is_trained(arguments):
-    from cvt_keras.training.callbacks import finished_epochs
+    from cvt_keras.training.callbacks import is_early_stop_due, stored_history
 
-    return finished_epochs(arguments.run_dir) >= arguments.recipe.epochs
+    history, recipe = stored_history(arguments.run_dir), arguments.recipe
+    return len(history) >= recipe.epochs or is_early_stop_due(history, recipe.early_stopping)
 
 
 if __name__ == "__main__":

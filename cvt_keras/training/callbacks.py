@@ -14,7 +14,7 @@ from cvt_keras.report.metrics import best_epoch, merit
 from cvt_keras.training import distributed
 
 CLASS_WEIGHTS = "class weights"  # key of a checkpoint's `data`
-FIRST_MACHINE = {"backend": "tensorflow", "devices": 1}  # of versions that did not store it
+DEFAULT_MACHINE = {"backend": "tensorflow", "devices": 1}  # older versions did not store it
 
 
 class HaltOnNaN(keras.callbacks.Callback):
@@ -133,16 +133,20 @@ class EarlyStopping(keras.callbacks.Callback):
     @property
     def is_due(self):
         """Whether training must stop after the epochs so far."""
-        history = self.checkpoints.history
-        if not self.patience or len(history) <= self.first_epoch:
-            return False
-        return len(history) - best_epoch(history, self.first_epoch)["epoch"] >= self.patience
+        return is_early_stop_due(self.checkpoints.history, self.patience, self.first_epoch)
 
     def on_epoch_end(self, epoch, logs=None):
         if self.is_due and epoch + 1 < self.params["epochs"]:
             best = best_epoch(self.checkpoints.history, self.first_epoch)["epoch"]
             print(f"early stopping after epoch {epoch + 1} of {self.params['epochs']}: epoch {best} is the best", flush=True)
             self.model.stop_training = True
+
+
+def is_early_stop_due(history, patience, first_epoch=0):
+    """Whether the last `patience` epochs brought no improvement; see `EarlyStopping`."""
+    if not patience or len(history) <= first_epoch:
+        return False
+    return len(history) - best_epoch(history, first_epoch)["epoch"] >= patience
 
 
 class TensorBoard(keras.callbacks.TensorBoard):
@@ -205,7 +209,7 @@ class Checkpoints(keras.callbacks.Callback):
             values, best = _arrays(newest / "state.npz"), _arrays(newest / "best.npz")
             state = runs.read_json(newest / "state.json")
             data, history, score = (state[name] for name in ("data", "history", "best_score"))
-            self.former_machine = state.get("machine", FIRST_MACHINE)
+            self.former_machine = state.get("machine", DEFAULT_MACHINE)
         except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, RunError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise RunError(f"{newest} is damaged: {reason}", hint="Remove it to start again from epoch 1") from error
@@ -290,7 +294,12 @@ def stored_machine(run_dir):
     """The `machine` of the newest checkpoint in a run folder, or `{}` if there is no checkpoint or it is damaged."""
     if not _stored(run_dir):
         return {}
-    return _stored_entry(run_dir, "machine") or FIRST_MACHINE
+    return _stored_entry(run_dir, "machine") or DEFAULT_MACHINE
+
+
+def stored_history(run_dir):
+    """The history in the newest checkpoint of a run folder, a dict per epoch; `[]` without a checkpoint."""
+    return runs.from_one(_stored_entry(run_dir, "history") or [])
 
 
 def finished_epochs(run_dir):

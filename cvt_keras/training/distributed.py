@@ -1,8 +1,8 @@
 """Training on several devices and by several processes, with JAX.
 
 The processes form a group by `jax.distributed`. Each reads its share of each batch, and `keras.distribution.DataParallel` sums
-the gradients of all devices. Process 0 alone writes the run folder. After the last epoch the group parts, and process 0 goes on
-alone.
+the gradients of all devices. Process 0 alone writes the run folder. After the last epoch the group parts, and process 0
+continues alone.
 
 JAX ends a process by SIGABRT when another one dies or does not join, so what can be checked is checked before.
 """
@@ -23,18 +23,19 @@ from cvt_keras.data.share import Share
 from cvt_keras.errors import ArgumentError, DistributedError, UserError
 
 COORDINATOR, PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# Launchers that JAX knows: their variables for the number of processes and the index of this one, and one that only their
-# processes have. A batch script of Slurm has the others too.
+# Launchers that JAX knows. Each row names the variables for the number of processes and for the index of this one, a variable
+# that only launched processes have (Slurm's batch script has the first two as well), and the one by which JAX finds the
+# coordinator.
 _LAUNCHERS = (
-    ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK"),
+    ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_NODELIST"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri"),
 )
 
-COORDINATOR_SECONDS = 45.0  # until a process without an answer of the coordinator gives up
-JOIN_SECONDS = 300.0  # until the group must be complete
+COORDINATOR_SECONDS = 45.0  # how long a process waits for the coordinator to answer
+JOIN_SECONDS = 300.0  # how long the group waits for its last process
 HEARTBEAT_SECONDS = 20  # without a heartbeat of a process until the others end
 LOST = "lost the connection to another process"  # in the error of a process that survives another one
-_PATIENCE_MILLISECONDS = 24 * 3600 * 1000  # for a process that downloads or decodes images
+_SLICE_MILLISECONDS = 1_000  # between two chances to answer Ctrl-C while waiting for another process
 
 Devices = int | Literal["all"]
 
@@ -76,15 +77,15 @@ def find(coordinator=None, processes=None, process_id=None, variables=os.environ
     process_id = _number("process_id", process_id, PROCESS_ID, variables)
     if processes == 1 and not process_id:
         return None
-    if launched := _launched(variables):
-        number, index = launched
-        return Group(coordinator, number if processes is None else processes, index if process_id is None else process_id)
-    given = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
+    launched_processes, launched_id, jax_knows_coordinator = _launched(variables)
+    processes = launched_processes if processes is None else processes
+    process_id = launched_id if process_id is None else process_id
+    settings = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
+    missing = [name for name, value in settings.items() if value is None]
+    if len(missing) == len(settings):
         return None
-    if missing:
-        received = ", ".join(f"{name}={value}" for name, value in given.items())
+    if missing and not (missing == ["coordinator"] and jax_knows_coordinator):
+        received = ", ".join(f"{name}={value}" for name, value in settings.items())
         raise ArgumentError(
             f"`{missing[0]}` is required for training by several processes. Received: {received}",
             argument=missing[0],
@@ -98,8 +99,9 @@ def find(coordinator=None, processes=None, process_id=None, variables=os.environ
             f"Received: process_id={process_id}",
             argument="process_id",
         )
-    host_and_port(coordinator)
-    return Group(**given)
+    if coordinator is not None:
+        host_and_port(coordinator)
+    return Group(**settings)
 
 
 def _number(name, value, variable, variables):
@@ -112,11 +114,11 @@ def _number(name, value, variable, variables):
 
 
 def _launched(variables):
-    """The number of processes that a launcher started, and the index of this one, or `None`."""
-    for number, index, own in _LAUNCHERS:
+    """The number of processes that a launcher started, the index of this one, and whether JAX finds the coordinator."""
+    for number, index, own, coordinator in _LAUNCHERS:
         if variables.get(number, "1") != "1" and own in variables:
-            return int(variables[number]), int(variables[index])
-    return None
+            return int(variables[number]), int(variables[index]), coordinator in variables
+    return None, None, False
 
 
 def host_and_port(coordinator):
@@ -137,6 +139,9 @@ def host_and_port(coordinator):
 def join(group):
     """Joins the group. Must come before anything else uses JAX.
 
+    Ends the process with exit code 1 if the group is not complete after `JOIN_SECONDS`: JAX can't be interrupted while it
+    waits.
+
     Args:
         group: a `Group`.
 
@@ -147,7 +152,7 @@ def join(group):
     require_jax(f"`processes` must be 1 on {environment.backend()}. Received: processes={group.processes}", "processes")
     import jax
 
-    # It would take SIGTERM away from Python.
+    # JAX's preemption service would replace Python's handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     if group.process_id == 0 and group.coordinator is not None:
         _require_free(group.coordinator)
@@ -231,15 +236,15 @@ def _require_answer(coordinator):
 
 def _give_up(group):
     print(
-        f"cvt-keras train: not all of the {group.processes} processes joined within {JOIN_SECONDS:.0f} s. "
+        f"not all of the {group.processes} processes joined within {JOIN_SECONDS:.0f} s. "
         "Start them all, with the same --coordinator",
         file=sys.stderr,
         flush=True,
     )
-    end(1)  # the main thread waits in JAX, and can't be interrupted
+    end_process(1)  # the main thread waits in JAX, and can't be interrupted
 
 
-def end(code):
+def end_process(code):
     """Ends this process at once. A usual exit waits for the other processes, which may wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -247,8 +252,14 @@ def end(code):
 
 
 def is_lost(error):
-    """Whether one of `environment.errors()` came from the connection to another process."""
-    return count() > 1 and re.search("gloo|nccl|coordination|connection|peer", str(error), re.IGNORECASE) is not None
+    """Whether an error came from the connection to another process."""
+    if count() == 1:
+        return False
+    import jax
+
+    first_line = str(error).partition("\n")[0]
+    says_so = re.search(r"\b(gloo|nccl|coordination|connection|peer)\b", first_line, re.IGNORECASE)
+    return isinstance(error, jax.errors.JaxRuntimeError) and says_so is not None
 
 
 def leave():
@@ -302,16 +313,30 @@ def exchange(topic, value):
     """
     if count() == 1:
         return [value]
-    client = _state().client
-    client.key_value_set(f"cvt_keras/{topic}/{index()}", json.dumps(value))
-    return [json.loads(client.blocking_key_value_get(f"cvt_keras/{topic}/{i}", _PATIENCE_MILLISECONDS)) for i in range(count())]
+    _state().client.key_value_set(f"cvt_keras/{topic}/{index()}", json.dumps(value))
+    return [json.loads(_stored(f"cvt_keras/{topic}/{i}")) for i in range(count())]
+
+
+def _stored(key):
+    """Waits for a value of JAX's coordination service, in slices: Python answers no signal while JAX waits."""
+    import jax
+
+    while True:
+        try:
+            return _state().client.blocking_key_value_get(key, _SLICE_MILLISECONDS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 def broadcast(arrays):
-    """The NumPy arrays of process 0, for all processes. Their shapes must be the same in all.
+    """Gives all processes the arrays of process 0.
 
     Args:
-        arrays: a list of arrays.
+        arrays: a list of NumPy arrays, of the same shapes and types in all processes.
+
+    Returns:
+        The arrays of process 0.
     """
     if count() == 1:
         return arrays
@@ -322,8 +347,7 @@ def broadcast(arrays):
 
 def wait(topic):
     """Waits until all processes call this with the same topic, which must be new in each call."""
-    if count() > 1:
-        _state().client.wait_at_barrier(f"cvt_keras/{topic}", _PATIENCE_MILLISECONDS)
+    exchange(topic, None)
 
 
 @contextlib.contextmanager
@@ -372,7 +396,7 @@ def require_same(topic, settings):
                 details=[
                     f"{name}: {other.get(name)!r} in process {process}, {first.get(name)!r} in process 0" for name in names
                 ],
-                hint="Start all processes with the same flags, images and versions",
+                hint="Start all processes with the same flags, images and versions, and with one run folder that all see",
             )
 
 

@@ -1,6 +1,7 @@
 """The command `cvt-keras launch`: starts a training by several processes on this machine, and ends all if one dies."""
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import shlex
@@ -22,6 +23,7 @@ from cvt_keras.training.distributed import COORDINATOR, LOST, PROCESS_ID, PROCES
 POLL_SECONDS = 0.2
 OTHERS_SECONDS = 3.0  # after the end of one process, to see which others end by themselves
 STOP_SECONDS = 15.0  # after SIGTERM, before a process is killed: it finishes its step
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _LAST_LINES = 15  # of a dead process's output that are shown
 
 
@@ -74,6 +76,8 @@ def parse(argv):
 
 def main(argv):
     arguments, train_argv = parse(argv)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # ignored under nohup
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # a closed terminal ends all processes
     program = ["cvt-keras", "launch", *argv[: argv.index("--")], "--", "train"]
     devices = devices_of_processes(arguments.processes, environment.count_nvidia_devices())
     for restart in range(arguments.restarts + 1):
@@ -86,8 +90,6 @@ def main(argv):
             break
         print(f"cvt-keras launch: {cli.message(failure)}", file=sys.stderr, flush=True)
         print(f"restart {restart + 1} of {arguments.restarts}: resuming after the last finished epoch", flush=True)
-    if failure.exit_code != 2:
-        failure.hint = f"Finished epochs are kept. To resume: {shlex.join([*program, *train_argv])}"
     raise failure
 
 
@@ -136,13 +138,22 @@ def run(processes, devices, train_argv, program):
                 own = {**variables, PROCESS_ID: str(i), **({"JAX_LOCAL_DEVICE_IDS": devices[i]} if devices else {})}
                 command = [sys.executable, "-m", "cvt_keras.cli", "train", *train_argv]
                 # A session of its own: Ctrl-C reaches this process alone, which ends all.
-                started.append(subprocess.Popen(command, env=own, stdout=output, stderr=output, start_new_session=True))
+                options = {"start_new_session": True, "preexec_fn": _end_with_parent}
+                started.append(subprocess.Popen(command, env=own, stdout=output, stderr=output, **options))
             if not _wait(started):
                 return None
             _see_others_end(started)
-            return _failure(started, [_read(Path(logs) / str(i)) for i in range(processes)])
+            again = train_argv if "--resume" in train_argv else [*train_argv, "--resume"]
+            outputs = [_read(Path(logs) / str(i)) for i in range(processes)]
+            return _failure(started, outputs, shlex.join([*program, *again]))
         finally:
             _end(started)
+
+
+def _end_with_parent():
+    """Asks Linux to end this process if its parent is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(started):
@@ -162,8 +173,14 @@ def _see_others_end(started):
         time.sleep(POLL_SECONDS)
 
 
-def _failure(started, outputs):
-    """The error for a training whose processes ended: that of the process that failed first, as far as one can tell."""
+def _failure(started, outputs, resume):
+    """The error for a training whose processes ended: that of the process that failed first, as far as one can tell.
+
+    Args:
+        started: the processes.
+        outputs: what each printed, as text; that of process 0 is empty.
+        resume: the command that resumes the training.
+    """
 
     codes = {i: process.returncode for i, process in enumerate(started) if process.returncode}
     killed = [i for i, code in codes.items() if code < 0 and code != -signal.SIGABRT]
@@ -179,7 +196,9 @@ def _failure(started, outputs):
     else:
         reason = f"ended with exit code {code}"
     lines = [line for line in outputs[dead].splitlines() if line.strip()][-_LAST_LINES:]
-    error = DistributedError(f"process {dead} of {len(started)} {reason}", details=lines)
+    # A process that ended by itself has said what to do.
+    hint = f"Finished epochs are kept. To resume: {resume}" if code < 0 else None
+    error = DistributedError(f"process {dead} of {len(started)} {reason}", details=lines, hint=hint)
     error.exit_code = code if code > 0 else 1
     return error
 

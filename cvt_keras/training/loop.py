@@ -82,6 +82,7 @@ def run(
     with distributed.quiet():
         with distributed.agreeing("settle"):
             plan = settle(recipe, run_dir, resume, evaluate_test, compressor, name, devices)
+        distributed.require_same("finished", {"finished run": isinstance(plan, RunResult)})
         if isinstance(plan, RunResult):
             distributed.leave()
             return plan
@@ -124,7 +125,8 @@ def fit(plan):
     if not plan.resumed and distributed.is_first():
         runs.write_json(run_dir / runs.RECIPE, recipe.settings())
         _write_record(plan)
-    (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
+    if distributed.is_first():
+        (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
 
     stopwatch, best = Stopwatch(), BestWeights(compressor.first_epoch)
     checkpoints = Checkpoints(run_dir, _data(plan), stopwatch, best, compressor.variables, plan.share.devices)
@@ -139,7 +141,7 @@ def fit(plan):
     finished = len(checkpoints.history)
     if finished:
         print(f"resuming after epoch {finished} of {recipe.epochs}", flush=True)
-        if checkpoints.former_machine != checkpoints.machine:
+        if finished < recipe.epochs and checkpoints.former_machine != checkpoints.machine:
             before, now = map(_machine_text, (checkpoints.former_machine, checkpoints.machine))
             print(f"not an exact resume: the run trained on {before}, and continues on {now}", flush=True)
     elif plan.resumed:
@@ -413,14 +415,14 @@ def _named_errors(plan):
     try:
         yield
     except environment.errors() as error:
-        if distributed.is_lost(error):
-            reason = str(error).partition("\n")[0]
-            hint = "Another process died. Resume by starting all of them with --resume"
-            raise DistributedError(f"this process {distributed.LOST}: {reason}", hint=hint) from error
         if not environment.is_exhausted(error):
             for split in (plan.source.train, plan.source.validation, plan.source.test):
                 for first in getattr(split.images, "errors", ())[:1]:
                     raise first from error
+            if distributed.is_lost(error):
+                reason = str(error).partition("\n")[0]
+                hint = "Another process died. Resume by starting all of them with --resume"
+                raise DistributedError(f"this process {distributed.LOST}: {reason}", hint=hint) from error
             raise
         if not environment.lacks_memory(error):
             raise OSError(f"{plan.run_dir} can't be written: {str(error).partition(chr(10))[0]}") from error

@@ -1,4 +1,4 @@
-"""What a network is trained for: its loss, its metrics, and the start from the images. Imports Keras only."""
+"""What a network is trained for: its loss, its metrics, and the start from the images. Runs on every backend of Keras."""
 
 import keras
 import numpy as np

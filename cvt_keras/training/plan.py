@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+import cvt_keras
 from cvt_keras import environment, runs
 from cvt_keras.conversion import checkpoint as checkpoints
 from cvt_keras.conversion.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ from cvt_keras.variants import get_variant, named
 RUNS = Path("runs")  # the parent of the default run folders
 # Settings that may differ between processes that train together. The weights to start from are those of process 0, and the
 # weights of the classes are compared by their values.
-OF_A_MACHINE = ("data_dir", "cache", "cache_dir", "weights", "class_weights", "skip_broken")
+MACHINE_SETTINGS = ("data_dir", "cache", "cache_dir", "weights", "class_weights", "skip_broken")
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class RunResult:
 
     Args:
         run_dir: the run folder.
-        report: the `Report`, as in `report.json`.
+        report: the `Report`, as in `report.json`. `None` in a process that does not write the run folder.
         history: a dict per epoch, as in `history.csv`; `"epoch"` counts from 1.
     """
 
     run_dir: Path
-    report: Report
+    report: Report | None
     history: list[dict[str, float]]
 
 
@@ -103,14 +104,18 @@ class Plan:
 
     def fingerprint(self):
         """What must be the same in all processes that train together: a dict of JSON values."""
-        settings = {name: value for name, value in self.recipe.settings().items() if name not in OF_A_MACHINE}
+        settings = {name: value for name, value in self.recipe.settings().items() if name not in MACHINE_SETTINGS}
         return {
             **settings,
             **self.source.fingerprint(),
             "class weights": self.class_weights and list(self.class_weights),
+            "mean": list(self.source.mean),  # with `std` part of the network, but no variables
+            "std": list(self.source.std),
+            "classes of the weights": self.checkpoint and list(self.checkpoint.preprocessing.class_names or ()),
             "finished epochs": finished_epochs(self.run_dir),
             "test images": None if self.test is None else len(self.test),
             "devices": self.share.devices,
+            "version": cvt_keras.__version__,
             "versions": environment.versions(),
         }
 
@@ -135,7 +140,8 @@ def settle(recipe, run_dir=None, resume=False, evaluate_test=True, compressor=No
         stored.require_same(resolved, images_known=False)
         print(f"the run in {run_dir} is already finished", flush=True)
         return result
-    runs.require_writable(run_dir or RUNS)
+    if distributed.is_first():
+        runs.require_writable(run_dir or RUNS)
     _warn_of_unseen_gpu()
 
     weights_per_class = class_weights.read(resolved.class_weights)
@@ -253,8 +259,10 @@ def _require_divisible(batch_size, devices):
 def _devices_text(devices):
     if not devices:
         return environment.device()
-    by = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
-    return f"{len(devices)} devices{by}, each {environment.device()}"
+    number = f"{len(devices)} {'device' if len(devices) == 1 else 'devices'}"
+    if distributed.count() > 1:
+        return f"{distributed.count()} processes with {number} in all: {environment.device()}"
+    return f"{number}: {environment.device()}"
 
 
 def _warn_of_unseen_gpu():

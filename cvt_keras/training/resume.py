@@ -112,7 +112,8 @@ def read_stored_run(run_dir):
         raise RunError(f"{path} was not written by a run: it has auto for {', '.join(open_fields)}", hint=hint)
     # Versions that did not store how images are resized stretched them.
     recipe = recipe.resized_like(Preprocessing())
-    same_backend = stored_machine(run_dir).get("backend") == environment.backend()
+    backend = stored_machine(run_dir).get("backend")  # unknown before the first checkpoint
+    same_backend = backend == environment.backend() if backend else not (environment.backend() == "jax" and recipe.xla == "off")
     return StoredRun(run_dir, recipe, newer_fields(runs.read_json(path)), same_backend)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Searches for a recipe on several nodes: a chief on the first node, and one worker per GPU. After a failure or at the time limit,
-# the job goes back to the queue and resumes. Edit the numbers and the settings, then run: sbatch deploy/slurm/search.sh
+# Searches for a recipe on several nodes: a chief on the first node, and one worker per GPU. After a failure or at the time
+# limit, the job goes back to the queue and resumes. Edit the numbers and the settings, then run: sbatch deploy/slurm/search.sh
 # The guide is docs/guides/many-machines.md.
 
 #SBATCH --job-name=cvt-search

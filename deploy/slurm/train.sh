@@ -39,8 +39,8 @@ export KERAS_BACKEND=jax
 # shellcheck disable=SC2016
 process='trap : TERM; "$@"; code=$?; exit $((code == 2 ? 254 : code))'
 
-# JAX reads the coordinator and the number of processes from Slurm. It gives each process the GPU of its local rank, so each must
-# see all GPUs of its node (--gpu-bind=none). Process 0 tests after the others have ended (--wait=0).
+# JAX reads the coordinator and the number of processes from Slurm. It gives each process the GPU of its local rank, so each
+# must see all GPUs of its node (--gpu-bind=none). Process 0 tests after the others have ended (--wait=0).
 code=0
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --gpu-bind=none --kill-on-bad-exit=1 --wait=0 \
   bash -c "$process" process cvt-keras train "${training[@]}" --resume || code=$?

@@ -34,7 +34,10 @@ def test_each_way_is_trained_and_compared_with_one_device(tmp_path, monkeypatch,
         (["train"], "2"),
         (["launch", "--processes", "2", "--", "train"], "1"),
     ]
-    assert commands[1][1] == ["--devices", "2"]
+    assert [flags for _, flags, _ in commands] == [["--devices", count] for count in "121"]
+    for processes in (0, 7):
+        with pytest.raises(ValueError, match=f"Received: {processes}"):
+            devices.Arguments(processes=(processes,))
     assert table.read_text().startswith("trained by,loss,validation loss,largest difference of a loss,")
     assert "2.000001" in capsys.readouterr().out
 

@@ -89,6 +89,7 @@ def _hyper(**settings):
     ],
     ids=["paper", "c12", "c12 with class token"],
 )
+@pytest.mark.slow
 def test_it_is_the_projects_network(variant, network, tolerance, images):
     keras.utils.set_random_seed(0)
     model = CvT(variant, 10, (32, 32, 3))
@@ -132,6 +133,7 @@ def test_the_whitening_kernel_is_the_projects_but_for_signs_and_order():
     )
 
 
+@pytest.mark.slow
 def test_it_takes_the_steps_of_the_projects_muon(model, images):
     optimizer = make_optimizer(Recipe(), model, 10 * STEPS)
     variables = _variables(model)
@@ -279,6 +281,7 @@ def test_experiments_that_can_share_a_program_do():
     assert all(len(group) <= 6 and len({experiment.network for experiment in group}) == 1 for group in groups)
 
 
+@pytest.mark.slow
 def test_it_writes_a_line_per_run(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (networks.VALIDATION_IMAGES + 40, 32, 32, 3), dtype=np.uint8)

@@ -34,6 +34,7 @@ def test_it_measures_this_backend(capsys):
     assert json.loads(capsys.readouterr().out) == result
 
 
+@pytest.mark.slow
 def test_the_script_runs_on_jax_without_tensorflow():
     block = "import runpy, sys; sys.modules['tensorflow'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
     code = f"import sys; sys.argv = {[str(SCRIPT), *TINY]!r}; sys.argv[0] = {str(SCRIPT)!r}; {block}"

@@ -29,6 +29,7 @@ def test_rows_by_hand():
     assert (name, count, before, after, unsure) == ("x", 4, 7 / 8, 7 / 8, 0.5)
 
 
+@pytest.mark.slow
 def test_it_measures_a_trained_network(cifar10_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(unknown.RECIPES, "tiny", unknown.RECIPES["smoke"])
     names = sources.load("cifar10", str(cifar10_dir)).class_names

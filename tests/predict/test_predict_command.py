@@ -23,7 +23,7 @@ from cvt_keras.report import figures
 def loaded_once(classifier, monkeypatch):
     """Loads the classifier once for all tests, and starts no process to filter TensorFlow's greetings."""
     monkeypatch.setattr(command, "load_run", lambda run: classifier)
-    monkeypatch.setattr(command.environment, "start", lambda backend: None)
+    monkeypatch.setattr(command.environment, "start", lambda *backends: None)
 
 
 @pytest.fixture

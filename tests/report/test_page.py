@@ -306,4 +306,4 @@ def test_a_template_whose_variable_is_missing_writes_no_page(tmp_path):
 def test_the_page_says_on_what_the_run_was_trained(run_dir):
     assert "a CPU & its cores" in _written(run_dir).text
     runs.write_json(run_dir / runs.REPORT, {**REPORT, "backend": "jax", "devices": 4})
-    assert "4 devices, each a CPU & its cores, JAX" in _written(run_dir).text
+    assert "4 devices: a CPU & its cores, JAX" in _written(run_dir).text

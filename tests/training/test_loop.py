@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from eager import eagerly
+from jax.errors import JaxRuntimeError
 from PIL import Image
 
 from cvt_keras import VARIANTS, CvT, Preprocessing, Stage, Variant, attention, calibration_of, preprocessing_of, runs
@@ -285,15 +286,21 @@ def test_a_full_disk_is_not_reported_as_too_little_memory(short, tmp_path, monke
 
 def test_a_lost_connection_to_another_process_is_named(short, tmp_path, monkeypatch):
     plan_ = plan.settle(short, tmp_path / "run")
-    lost = tf.errors.UnknownError(None, None, "Gloo all-reduce failed: Connection closed by peer")
-    with pytest.raises(tf.errors.UnknownError), loop._named_errors(plan_):
+    lost = JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+    monkeypatch.setattr(loop.environment, "errors", lambda: (tf.errors.OpError, JaxRuntimeError))
+    with pytest.raises(JaxRuntimeError), loop._named_errors(plan_):
         raise lost
     monkeypatch.setattr(distributed, "count", lambda: 2)
     with pytest.raises(DistributedError) as error, loop._named_errors(plan_):
         raise lost
     assert distributed.LOST in error.value.summary and "--resume" in error.value.hint
-    with pytest.raises(tf.errors.UnknownError), loop._named_errors(plan_):
-        raise tf.errors.UnknownError(None, None, "something else")
+    broken = tf.errors.UnknownError(None, None, "photos/connections/a.jpg; peer")  # of the images that this process reads
+    for other, kind in (
+        (broken, tf.errors.UnknownError),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: memory\npeer"), OutOfMemoryError),
+    ):
+        with pytest.raises(kind), loop._named_errors(plan_):
+            raise other
 
 
 def test_a_run_folder_that_only_process_0_sees_is_refused(short, tmp_path):

@@ -14,7 +14,8 @@ import pytest
 from eager import eagerly
 
 from cvt_keras import CvT, Stage, Variant, runs
-from cvt_keras.training import Recipe, loop, run
+from cvt_keras.export import export
+from cvt_keras.training import Recipe, launch, loop, run
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).parent / "on_jax.py"
@@ -44,6 +45,7 @@ RANDOM = dataclasses.replace(
     cutmix=0.4,
     ema=0.9,
     label_smoothing=0.1,
+    class_weights="auto",
     seed=7,
 )
 
@@ -212,7 +214,7 @@ def test_two_processes_train_like_one(by_two_processes, on_one_device):
 def test_processes_show_one_bar_and_write_one_run(by_two_processes):
     run_dir, done = by_two_processes
     assert done.stdout.count("Epoch 1/2") == 1
-    assert done.stdout.count("2 devices of 2 processes") == 1
+    assert done.stdout.count("2 processes with 2 devices in all") == 1
     assert done.stdout.count("images; the run is in") == 1
     assert len(list((run_dir / runs.TENSORBOARD / "train").iterdir())) == 1
     assert not [path for path in run_dir.rglob("*") if runs.is_unfinished(path)]
@@ -222,7 +224,7 @@ def test_processes_show_one_bar_and_write_one_run(by_two_processes):
 @pytest.mark.parametrize("devices", [2, 4])
 def test_devices_train_like_one(train_on_jax, on_one_device, tmp_path, devices):
     printed = train_on_jax({"recipe": RANDOM, "run_dir": tmp_path / "run", "devices": "all"}, devices=devices)
-    assert printed.startswith(f"{devices} devices, each ")
+    assert printed.startswith(f"{devices} devices: ")
     _require_close(_history(tmp_path / "run"), _history(on_one_device[0] / "random"), abs=1e-5)
 
 
@@ -319,27 +321,58 @@ def test_launch_restarts_after_a_kill(long_recipe, jax_environment, tmp_path):
 @pytest.mark.slow
 def test_processes_with_other_flags_or_images_are_refused_with_both_values(jax_environment, recipe_file, tmp_path):
     group = ["--processes", "2", "--run-dir", str(tmp_path / "run"), "--recipe-file", str(recipe_file)]
-    for port, flags, difference in (
-        (7391, ["--seed", "8"], "seed: 8 in process 1, 7 in process 0"),
-        (7392, ["--test-limit", "21"], "test_limit: 21 in process 1, 20 in process 0"),
+    for flags, difference in (
+        (["--seed", "8"], "seed: 8 in process 1, 7 in process 0"),
+        (["--test-limit", "21"], "test_limit: 21 in process 1, 20 in process 0"),
     ):
+        address = f"127.0.0.1:{launch._free_port()}"
         commands = [
-            [*CLI, "train", *group, "--coordinator", f"127.0.0.1:{port}", "--process-id", str(i), *(flags if i else [])]
-            for i in range(2)
+            [*CLI, "train", *group, "--coordinator", address, "--process-id", str(i), *(flags if i else [])] for i in range(2)
         ]
-        started = [subprocess.Popen(command, env=jax_environment, stderr=subprocess.PIPE, text=True) for command in commands]
-        for process in started:
-            _, printed = process.communicate()
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started = [subprocess.Popen(command, env=jax_environment, **pipes) for command in commands]
+        for i, process in enumerate(started):
+            shown, printed = process.communicate()
             assert process.returncode == 2, printed
+            assert ("digits: " in shown) == (i == 0)  # only process 0 prints its progress
             assert "process 1 differs from process 0" in printed and difference in printed
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_a_coordinator_that_never_comes_is_reported_within_a_minute(jax_environment, tmp_path):
-    flags = ["--coordinator", "127.0.0.1:7393", "--processes", "2", "--process-id", "1", "--run-dir", str(tmp_path / "run")]
+    flags = ["--coordinator", "127.0.0.1:7", "--processes", "2", "--process-id", "1", "--run-dir", str(tmp_path / "run")]
     started = time.monotonic()
     done = subprocess.run([*CLI, "train", "smoke", *flags], env=jax_environment, capture_output=True, text=True)
     assert time.monotonic() - started < 60
     assert done.returncode == 1
-    assert "no coordinator answers at 127.0.0.1:7393" in done.stderr
+    assert "no coordinator answers at 127.0.0.1:7" in done.stderr
+
+
+# === Other commands ===
+
+
+@pytest.mark.slow
+def test_a_run_of_jax_is_exported_on_tensorflow(on_one_device):
+    folder, _ = on_one_device
+    [artifact] = export(folder / "random", formats=("dynamic_int8",), verify_images=20)
+    assert artifact.passed
+
+
+@pytest.mark.slow
+def test_a_search_runs_on_jax(jax_environment, recipe_file, tmp_path):
+    flags = ["--recipe-file", str(recipe_file), "--trials", "2", "--epochs", "1", "--search-dir", str(tmp_path / "search")]
+    done = subprocess.run([*CLI, "search", *flags], env=jax_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "best: trial" in done.stdout
+    for run_dir in (tmp_path / "search" / "trials").iterdir():
+        assert runs.read_json(run_dir / runs.REPORT)["backend"] == "jax"
+
+
+@pytest.mark.slow
+def test_compression_is_refused_in_one_line(jax_environment, on_one_device, tmp_path):
+    command = [*CLI, "prune", str(on_one_device[0] / "random"), "--run-dir", str(tmp_path / "pruned")]
+    done = subprocess.run(command, env=jax_environment, capture_output=True, text=True)
+    [line] = done.stderr.strip().splitlines()
+    assert done.returncode == 2
+    assert line.endswith("Set KERAS_BACKEND=tensorflow")

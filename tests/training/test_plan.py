@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 import os
 import shutil
 import sys
@@ -82,6 +83,22 @@ def test_more_devices_on_tensorflow_are_refused_with_the_way_to_them(recipe, tmp
         loop.run(recipe, tmp_path / "run", devices=2)
     assert "KERAS_BACKEND=jax" in error.value.hint
     assert not (tmp_path / "run").exists()
+
+
+def test_the_fingerprint_tells_recipes_images_and_weights_apart(recipe, tmp_path):
+    def fingerprint(**change):
+        return loop.settle(dataclasses.replace(recipe, **change), tmp_path / "run").fingerprint()
+
+    same, first = fingerprint(cache="memory"), fingerprint()
+    assert first == same
+    json.dumps(first)
+    for change, name in (
+        ({"seed": 9}, "seed"),
+        ({"dataset": "digits"}, "checksum of train images"),
+        ({"class_weights": "auto"}, "class weights"),
+    ):
+        assert fingerprint(**change)[name] != first[name]
+    assert first["mean"] and first["version"] and "keras" in first["versions"]
 
 
 @pytest.mark.parametrize(("devices", "batch_size", "nearest"), [(4, 130, 128), (4, 131, 132), (4, 1, 4), (3, 128, 129)])

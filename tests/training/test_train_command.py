@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cvt_keras import cli
+from cvt_keras import cli, runs
 from cvt_keras.conversion.layouts import microsoft_weights
 from cvt_keras.errors import DivergedError, OccupiedError, OutOfMemoryError, RunError
 from cvt_keras.signals import Terminated
@@ -109,6 +109,8 @@ def test_an_error_or_signal_ends_a_run_with_one_line(raised, code, part, monkeyp
 @pytest.mark.parametrize("process_id", [0, 1])
 def test_the_processes_of_a_finished_training_join_no_group(process_id, tmp_path, monkeypatch, capsys):
     (tmp_path / "checkpoints" / "epoch-0002").mkdir(parents=True)
+    state = {"history": [{"epoch": epoch, "val_accuracy": 0.5, "val_loss": 1.0} for epoch in (1, 2)]}
+    runs.write_json(tmp_path / "checkpoints" / "epoch-0002" / "state.json", state)
     monkeypatch.setattr(distributed, "join", lambda group: pytest.fail("joined"))
     report = SimpleNamespace(test=None, validation={"top1": 0.125, "images": 5_000})
     monkeypatch.setattr(loop, "run", lambda *args, **kwargs: SimpleNamespace(report=report, run_dir="runs/x"))

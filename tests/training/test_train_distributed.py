@@ -1,5 +1,6 @@
 import subprocess
 import threading
+import time
 import types
 
 import jax
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 
 from cvt_keras.errors import ArgumentError, DataError, DistributedError
-from cvt_keras.training import distributed, launch
+from cvt_keras.training import RunResult, distributed, launch, loop
 from cvt_keras.training.distributed import Group, find
 from cvt_keras.training.objective import Accuracy, CrossEntropy
 
 GROUP = {"coordinator": "10.0.0.1:7272", "processes": 4, "process_id": 2}
 VARIABLES = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:7272", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
 SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "node[1-2]"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
 
 
 # === The group ===
@@ -29,7 +31,8 @@ SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "node[
         ({"process_id": 0}, VARIABLES, Group("10.0.0.1:7272", 4, 0)),
         ({"coordinator": "[::1]:1"}, VARIABLES, Group("[::1]:1", 4, 2)),
         ({}, SLURM, Group(None, 8, 3)),
-        ({}, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, Group(None, 2, 0)),
+        ({}, {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}, Group(None, 2, 0)),
+        ({"coordinator": "a:1"}, OPEN_MPI, Group("a:1", 2, 0)),
         ({"coordinator": "a:1"}, SLURM, Group("a:1", 8, 3)),
         ({}, {**SLURM, "JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "0"}, Group("a:1", 8, 0)),
         ({"processes": 1}, SLURM, None),
@@ -54,6 +57,10 @@ def test_the_group_comes_from_flags_then_variables_then_the_launcher(arguments, 
         ({**GROUP, "coordinator": "10.0.0.1"}, {}, "coordinator"),
         ({**GROUP, "coordinator": "a:70000"}, {}, "coordinator"),
         ({}, {**VARIABLES, "JAX_PROCESS_ID": "two"}, "process_id"),
+        ({"process_id": 9}, SLURM, "process_id"),
+        ({"processes": 0}, SLURM, "processes"),
+        ({"coordinator": "first"}, SLURM, "coordinator"),
+        ({}, OPEN_MPI, "coordinator"),  # a version of which JAX can't tell where process 0 is
     ],
 )
 def test_an_incomplete_or_wrong_group_is_refused(arguments, variables, argument):
@@ -90,7 +97,7 @@ def test_a_port_in_use_is_named():
 
 def test_a_group_that_stays_incomplete_ends_with_one_line(monkeypatch, capsys):
     codes = []
-    monkeypatch.setattr(distributed, "end", codes.append)
+    monkeypatch.setattr(distributed, "end_process", codes.append)
     distributed._give_up(Group(**GROUP))
     assert codes == [1]
     [line] = capsys.readouterr().err.splitlines()
@@ -101,7 +108,7 @@ class _Client:
     """JAX's client of the coordination service, for threads."""
 
     def __init__(self):
-        self.values, self.changed, self.barrier = {}, threading.Condition(), None
+        self.values, self.changed, self.slices = {}, threading.Condition(), 0
 
     def key_value_set(self, key, value):
         with self.changed:
@@ -111,7 +118,9 @@ class _Client:
 
     def blocking_key_value_get(self, key, milliseconds):
         with self.changed:
-            assert self.changed.wait_for(lambda: key in self.values, 10)
+            self.slices += 1
+            if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
             return self.values[key]
 
 
@@ -138,8 +147,30 @@ def in_a_group(monkeypatch):
         return results
 
     monkeypatch.setattr(distributed, "_state", lambda: getattr(states, "value", None))
-    monkeypatch.setattr(distributed, "leave", lambda: None)
+    monkeypatch.setattr(distributed, "_SLICE_MILLISECONDS", 20)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: setattr(states, "value", None))
+    run.client = client
     return run
+
+
+def test_waiting_for_another_process_is_done_in_slices(in_a_group):
+    def late(i):
+        time.sleep(0.2 * i)
+        return distributed.exchange("topic", i)
+
+    assert in_a_group(late, 2) == [[0, 1]] * 2
+    assert in_a_group.client.slices > 5
+
+
+def test_a_run_that_only_one_process_sees_as_finished_is_refused(in_a_group, monkeypatch):
+    def settle(*arguments):
+        return RunResult("run", None, []) if distributed.is_first() else None
+
+    monkeypatch.setattr(loop, "settle", settle)
+    for error in in_a_group(lambda i: loop.run(None), 2):
+        assert type(error) is ArgumentError
+        assert error.details == ("finished run: False in process 1, True in process 0",)
+        assert "one run folder that all see" in error.hint
 
 
 def test_processes_exchange_values_in_their_order(in_a_group):
@@ -172,23 +203,17 @@ def test_different_settings_are_refused_in_all_processes_with_both_values(in_a_g
         assert error.details == ("seed: 1 in process 2, 0 in process 0", "only here: 1 in process 2, None in process 0")
 
 
-def test_only_the_first_process_prints(in_a_group, capsys):
+def test_only_the_first_process_prints(in_a_group, capsys, monkeypatch):
     assert (distributed.count(), distributed.index(), distributed.is_first()) == (1, 0, True)
     assert in_a_group(lambda i: (distributed.count(), distributed.index(), distributed.is_first()), 2) == [
         (2, 0, True),
         (2, 1, False),
     ]
 
-    def report(i):
+    for i in range(2):  # one after the other, as threads share standard output
+        monkeypatch.setattr(distributed, "_state", lambda i=i: types.SimpleNamespace(num_processes=2, process_id=i))
         with distributed.quiet():
             print(f"from {i}")
-
-    # One after the other, as threads share standard output.
-    monkeypatched = distributed._state
-    for i in range(2):
-        distributed._state = lambda i=i: types.SimpleNamespace(num_processes=2, process_id=i)
-        report(i)
-    distributed._state = monkeypatched
     assert capsys.readouterr().out == "from 0\n"
 
 
@@ -211,13 +236,13 @@ def test_devices_are_those_of_this_machine(monkeypatch):
 
 def test_the_devices_of_a_group_are_ordered_by_process(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    found = [types.SimpleNamespace(process_index=i, id=id_) for i, id_ in ((1, 0), (0, 1), (1, 2), (0, 3))]
+    devices = [types.SimpleNamespace(process_index=i, id=id_) for i, id_ in ((1, 0), (0, 1), (1, 2), (0, 3))]
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
-    monkeypatch.setattr(jax, "devices", lambda: found)
+    monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(distributed, "_state", lambda: types.SimpleNamespace(num_processes=2, process_id=1))
     assert [device.id for device in distributed.devices_of()] == [1, 3, 0, 2]
     assert [device.id for device in distributed.devices_of(1)] == [1, 0]
-    assert distributed.share(found) == (1, 2, 4)
+    assert distributed.share(devices) == (1, 2, 4)
     assert distributed.share(None) == (1, 2, 1)
 
 
@@ -289,10 +314,11 @@ LOST = f"cvt-keras train: this process {distributed.LOST}: closed by peer\n"
 )
 def test_the_process_that_failed_first_is_named(codes, outputs, dead, exit_code):
     started = [types.SimpleNamespace(returncode=code) for code in codes]
-    error = launch._failure(started, outputs)
+    error = launch._failure(started, outputs, "RESUME")
     assert error.summary.startswith(f"process {dead} of {len(codes)} ")
     assert error.exit_code == exit_code
     assert error.details == tuple(outputs[dead].splitlines())
+    assert (error.hint is not None and error.hint.endswith("RESUME")) == (codes[dead] < 0)
 
 
 def _started(*codes):
@@ -322,9 +348,7 @@ def test_launch_resumes_as_often_as_it_may(restarts, failures, runs, code, monke
     argv = ["--processes", "2", "--restarts", str(restarts), "--", "train", "smoke"]
     assert launch.cli.main(["launch", *argv]) == code
     assert calls == [["smoke"], ["smoke", "--resume"], ["smoke", "--resume"]][:runs]
-    if code:
-        resume = f"To resume: cvt-keras launch --processes 2 --restarts {restarts} -- train smoke --resume"
-        assert resume in capsys.readouterr().err
+    assert ("process 1 of 2 was killed" in capsys.readouterr().err) == (failures > 0)
 
 
 def test_launch_does_not_restart_after_a_wrong_argument(monkeypatch, capsys):
