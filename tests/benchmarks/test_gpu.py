@@ -150,7 +150,7 @@ def test_time_to_accuracy():
 
 
 def test_the_share_of_the_peak_needs_a_known_device():
-    for device, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-40GB": 312e12}.items():
+    for device, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}.items():
         result = gpu.with_share_of_peak({"device": device, "training_flops": peak / 4})
         assert (result["peak_flops"], result["share_of_peak"]) == (peak, 0.25)
     result = {"device": "AMD EPYC, 2 cores", "training_flops": 1e9}

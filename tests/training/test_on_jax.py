@@ -319,6 +319,22 @@ def test_launch_restarts_after_a_kill(long_recipe, jax_environment, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="lists the processes in /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 143), (signal.SIGKILL, -9)])
+def test_no_process_outlives_a_closed_terminal_or_a_killed_launcher(long_recipe, jax_environment, tmp_path, number, code):
+    command = _launch(2, tmp_path / "run", long_recipe)
+    launched = subprocess.Popen(command, env=jax_environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait_for_epoch(tmp_path / "run", 2)
+    processes = _children(launched)
+    os.kill(launched.pid, number)
+    assert launched.wait() == code
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{process}").exists() for process in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
 def test_processes_with_other_flags_or_images_are_refused_with_both_values(jax_environment, recipe_file, tmp_path):
     group = ["--processes", "2", "--run-dir", str(tmp_path / "run"), "--recipe-file", str(recipe_file)]
     for flags, difference in (
