@@ -130,6 +130,8 @@ def main(arguments):
             history, seconds = train(name, devices, command, recipe_file, Path(folder) / name)
             first = first or history
             rows.append(row(name, history, seconds, first, steps))
+            if len(rows) == 1:
+                print(" | ".join(rows[0]))
             print(" | ".join(rows[-1].values()), flush=True)
     print(f"{environment.cpu()}; {environment.versions()}")
     if arguments.csv:

@@ -156,6 +156,8 @@ def resumable(name, argv, again=None):
     if again is None:
         again = [*argv, *([] if "--resume" in argv else ["--resume"])]
     command = shlex.join([*_program(name, argv), *again])
+    if os.environ.get("KERAS_BACKEND") == "jax" and PROGRAM not in os.environ:  # the command may have been given it alone
+        command = f"KERAS_BACKEND=jax {command}"
     try:
         yield
     except UserError:

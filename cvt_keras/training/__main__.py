@@ -49,14 +49,15 @@ def main(argv):
             print("all epochs are finished: process 0 does the rest alone")
             return
         group = None
-    if group:
-        distributed.join(group)
     try:
+        if group:
+            distributed.join(group)
         with cli.resumable("train", argv):
             result = run(arguments.recipe, arguments.run_dir, resume=arguments.resume, name=name, devices=arguments.devices)
     except (Exception, KeyboardInterrupt) as error:
-        if distributed.count() == 1:
+        if group is None:
             raise
+        print()  # the error does not continue the line of the progress bar
         try:
             code = cli.failed("train", error)
         except Exception:

@@ -34,6 +34,7 @@ _LAUNCHERS = (
 COORDINATOR_SECONDS = 45.0  # how long a process waits for the coordinator to answer
 JOIN_SECONDS = 300.0  # how long the group waits for its last process
 HEARTBEAT_SECONDS = 20  # without a heartbeat of a process until the others end
+PATIENCE_SECONDS = 2.0  # before a failed process says that it waits for the others
 LOST = "lost the connection to another process"  # in the error of a process that survives another one
 _SLICE_MILLISECONDS = 1_000  # between two chances to answer Ctrl-C while waiting for another process
 
@@ -139,18 +140,19 @@ def host_and_port(coordinator):
 def join(group):
     """Joins the group. Must come before anything else uses JAX.
 
-    Ends the process with exit code 1 if the group is not complete after `JOIN_SECONDS`: JAX can't be interrupted while it
-    waits.
+    After an error, end the process by `end_process`: a thread of JAX may still wait for the group.
 
     Args:
         group: a `Group`.
 
     Raises:
-        ArgumentError: if Keras does not run on JAX.
-        DistributedError: if the coordinator does not answer within `COORDINATOR_SECONDS`, or its address is in use.
+        ArgumentError: if Keras does not run on JAX, or if another process has another number of processes.
+        DistributedError: if the coordinator does not answer within `COORDINATOR_SECONDS`, if its address is in use, or if the
+            group is not complete after `JOIN_SECONDS`.
     """
     require_jax(f"`processes` must be 1 on {environment.backend()}. Received: processes={group.processes}", "processes")
     import jax
+    from jax.experimental import multihost_utils
 
     # JAX's preemption service would replace Python's handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
@@ -158,10 +160,33 @@ def join(group):
         _require_free(group.coordinator)
     elif group.coordinator is not None:
         _require_answer(group.coordinator)
-    # JAX would abort the process with a stack trace.
-    late = threading.Timer(JOIN_SECONDS, _give_up, [group])
-    late.daemon = True
-    late.start()
+    if group.process_id == 0:
+        print(
+            f"waiting for {group.processes} processes at {group.coordinator or 'the address that the launcher knows'}",
+            flush=True,
+        )
+    # In a thread, so that this one can answer Ctrl-C.
+    failures = []
+    joining = threading.Thread(target=_initialize, args=(group, failures), daemon=True)
+    joining.start()
+    deadline = time.monotonic() + JOIN_SECONDS  # JAX would abort the process with a stack trace
+    while joining.is_alive():
+        joining.join(0.2)
+        if time.monotonic() > deadline:
+            raise DistributedError(
+                f"not all of the {group.processes} processes joined within {JOIN_SECONDS:.0f} s",
+                hint="Start them all, with the same --coordinator",
+            )
+    if failures:
+        raise DistributedError(f"this process can't join its group: {failures[0]}") from failures[0]
+    _require_same_number(group)
+    with _without_output():
+        multihost_utils.sync_global_devices("join")  # connects the devices
+
+
+def _initialize(group, failures):
+    import jax
+
     try:
         jax.distributed.initialize(
             group.coordinator,
@@ -171,12 +196,21 @@ def join(group):
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,  # at the exit of a process that failed alone
         )
-        with _without_output():
-            jax.devices()  # connects the processes
     except (RuntimeError, ValueError) as error:
-        raise DistributedError(f"this process can't join its group: {error}") from error
-    finally:
-        late.cancel()
+        failures.append(error)
+
+
+def _require_same_number(group):
+    """Raises unless all processes were started for a group of the same size. JAX does not compare the sizes."""
+    _state().client.key_value_set(f"cvt_keras/processes/{index()}", str(group.processes))
+    for process in range(group.processes):
+        other = int(_stored(f"cvt_keras/processes/{process}"))
+        if other != group.processes:
+            raise ArgumentError(
+                f"`processes` must be the same in all. Received: processes={group.processes} in process {index()}, "
+                f"processes={other} in process {process}",
+                argument="processes",
+            )
 
 
 @contextlib.contextmanager
@@ -234,20 +268,12 @@ def _require_answer(coordinator):
         time.sleep(0.5)
 
 
-def _give_up(group):
-    print(
-        f"not all of the {group.processes} processes joined within {JOIN_SECONDS:.0f} s. "
-        "Start them all, with the same --coordinator",
-        file=sys.stderr,
-        flush=True,
-    )
-    end_process(1)  # the main thread waits in JAX, and can't be interrupted
-
-
 def end_process(code):
     """Ends this process at once. A usual exit waits for the other processes, which may wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_first():
+        time.sleep(1)  # the others need the coordinator until they have said why they end
     os._exit(code)
 
 
@@ -362,15 +388,18 @@ def agreeing(topic):
     try:
         yield
     except UserError as error:
-        if count() > 1:
-            print(f"process {index()} failed: {error.summary}. Waiting for the others", file=sys.__stderr__, flush=True)
-        exchange(topic, [error.summary, error.exit_code])
+        text = f"process {index()} failed: {error.summary}. Waiting for the others"
+        late = threading.Timer(PATIENCE_SECONDS, lambda: print(text, file=sys.__stderr__, flush=True))
+        late.daemon = True
+        late.start()
+        exchange(topic, [error.summary, error.exit_code, error.hint])
+        late.cancel()
         leave()
         raise
     for process, failure in enumerate(exchange(topic, None)):
         if failure is not None:
-            summary, exit_code = failure
-            error = DistributedError(f"process {process} failed: {summary}")
+            summary, exit_code, hint = failure
+            error = DistributedError(f"process {process} failed: {summary}", hint=hint)
             error.exit_code = exit_code
             leave()
             raise error

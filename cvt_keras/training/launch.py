@@ -45,12 +45,19 @@ def parse(argv):
         ArgumentError: if a value is wrong, or no command `train` follows.
         What `training.__main__.parse` raises.
     """
+    if "--" not in argv and "train" in argv:
+        raise ArgumentError("`--` must come before `train`", hint="Use cvt-keras launch --processes N -- train ...")
+    if (backend := os.environ.get("KERAS_BACKEND", "jax")) != "jax":
+        raise ArgumentError(
+            f"Keras must use the jax backend for several processes. Received: KERAS_BACKEND={backend}",
+            hint="Unset KERAS_BACKEND: launch sets it",
+        )
     at = argv.index("--") if "--" in argv else len(argv)
     own, command = argv[:at], argv[at + 1 :]
     arguments = tyro.cli(
         Arguments,
-        prog="cvt-keras launch --processes N -- train",
-        description="Train by several processes on this machine. The arguments of cvt-keras train follow `-- train`.",
+        prog="cvt-keras launch",
+        description="Train by several processes on this machine, on JAX: cvt-keras launch --processes N -- train ...",
         args=own,
     )
     for name, least in (("processes", 1), ("restarts", 0)):

@@ -403,7 +403,8 @@ def _require_shared(plan):
     """Raises unless this process sees the run folder, which process 0 has created."""
     if not plan.run_dir.is_dir():
         raise RunError(
-            f"`run_dir` must be a folder that all processes see. Received: {plan.run_dir}, which process 0 has created",
+            f"`run_dir` must be a folder that all processes see. Received: {plan.run_dir.resolve()}, "
+            "which is not the folder of process 0",
             argument="run_dir",
             hint="Use a folder on a shared disk",
         )
@@ -421,8 +422,8 @@ def _named_errors(plan):
                     raise first from error
             if distributed.is_lost(error):
                 reason = str(error).partition("\n")[0]
-                hint = "Another process died. Resume by starting all of them with --resume"
-                raise DistributedError(f"this process {distributed.LOST}: {reason}", hint=hint) from error
+                summary = f"another process died or was stopped: this process {distributed.LOST} ({reason})"
+                raise DistributedError(summary, hint="To resume, start all processes with --resume") from error
             raise
         if not environment.lacks_memory(error):
             raise OSError(f"{plan.run_dir} can't be written: {str(error).partition(chr(10))[0]}") from error

@@ -257,12 +257,17 @@ def _require_divisible(batch_size, devices):
 
 
 def _devices_text(devices):
+    text = _count_text(devices) + environment.device()
+    return f"JAX, {text}" if environment.backend() == "jax" else text
+
+
+def _count_text(devices):
     if not devices:
-        return environment.device()
+        return ""
     number = f"{len(devices)} {'device' if len(devices) == 1 else 'devices'}"
     if distributed.count() > 1:
-        return f"{distributed.count()} processes with {number} in all: {environment.device()}"
-    return f"{number}: {environment.device()}"
+        return f"{distributed.count()} processes with {number} in all: "
+    return f"{number}: "
 
 
 def _warn_of_unseen_gpu():

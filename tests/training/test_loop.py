@@ -293,7 +293,8 @@ def test_a_lost_connection_to_another_process_is_named(short, tmp_path, monkeypa
     monkeypatch.setattr(distributed, "count", lambda: 2)
     with pytest.raises(DistributedError) as error, loop._named_errors(plan_):
         raise lost
-    assert distributed.LOST in error.value.summary and "--resume" in error.value.hint
+    assert error.value.summary.startswith("another process died") and distributed.LOST in error.value.summary
+    assert "--resume" in error.value.hint
     broken = tf.errors.UnknownError(None, None, "photos/connections/a.jpg; peer")  # of the images that this process reads
     for other, kind in (
         (broken, tf.errors.UnknownError),

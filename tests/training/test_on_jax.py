@@ -224,7 +224,7 @@ def test_processes_show_one_bar_and_write_one_run(by_two_processes):
 @pytest.mark.parametrize("devices", [2, 4])
 def test_devices_train_like_one(train_on_jax, on_one_device, tmp_path, devices):
     printed = train_on_jax({"recipe": RANDOM, "run_dir": tmp_path / "run", "devices": "all"}, devices=devices)
-    assert printed.startswith(f"{devices} devices: ")
+    assert printed.startswith(f"JAX, {devices} devices: ")
     _require_close(_history(tmp_path / "run"), _history(on_one_device[0] / "random"), abs=1e-5)
 
 

@@ -95,13 +95,15 @@ def test_a_port_in_use_is_named():
     assert address in error.value.summary
 
 
-def test_a_group_that_stays_incomplete_ends_with_one_line(monkeypatch, capsys):
-    codes = []
-    monkeypatch.setattr(distributed, "end_process", codes.append)
-    distributed._give_up(Group(**GROUP))
-    assert codes == [1]
-    [line] = capsys.readouterr().err.splitlines()
-    assert "4 processes" in line
+def test_a_group_that_stays_incomplete_is_an_error(monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    monkeypatch.setattr(distributed, "JOIN_SECONDS", 0.3)
+    monkeypatch.setattr(distributed, "_initialize", lambda group, failures: time.sleep(3))
+    with pytest.raises(DistributedError, match="not all of the 4 processes joined"):
+        distributed.join(Group(None, 4, 2))
+    monkeypatch.setattr(distributed, "_initialize", lambda group, failures: failures.append(ValueError("no address")))
+    with pytest.raises(DistributedError, match="no address"):
+        distributed.join(Group(None, 4, 2))
 
 
 class _Client:
@@ -160,6 +162,12 @@ def test_waiting_for_another_process_is_done_in_slices(in_a_group):
 
     assert in_a_group(late, 2) == [[0, 1]] * 2
     assert in_a_group.client.slices > 5
+
+
+def test_different_numbers_of_processes_are_refused(in_a_group):
+    errors = in_a_group(lambda i: distributed._require_same_number(Group(None, 2 + i, i)), 2)
+    assert "processes=2 in process 0, processes=3 in process 1" in errors[0].summary
+    assert "processes=3 in process 1, processes=2 in process 0" in errors[1].summary
 
 
 def test_a_run_that_only_one_process_sees_as_finished_is_refused(in_a_group, monkeypatch):
@@ -271,6 +279,7 @@ def test_metrics_count_each_image_once_whatever_its_weight_and_those_of_weight_0
         (["--processes", "0", "--", "train"], "processes"),
         (["--processes", "2", "--restarts", "-1", "--", "train"], "restarts"),
         (["--processes", "2"], None),
+        (["--processes", "2", "train", "smoke"], None),
         (["--processes", "2", "--", "search"], None),
         (["--processes", "2", "--", "train", "--processes", "2"], "processes"),
         (["--processes", "2", "--", "train", "smoke", "--coordinator", "a:1"], "coordinator"),
