@@ -161,10 +161,8 @@ def join(group):
     elif group.coordinator is not None:
         _require_answer(group.coordinator)
     if group.process_id == 0:
-        print(
-            f"waiting for {group.processes} processes at {group.coordinator or 'the address that the launcher knows'}",
-            flush=True,
-        )
+        where = f" at {group.coordinator}" if group.coordinator else ""
+        print(f"waiting until all {group.processes} processes have joined{where}", flush=True)
     # In a thread, so that this one can answer Ctrl-C.
     failures = []
     joining = threading.Thread(target=_initialize, args=(group, failures), daemon=True)
