@@ -397,10 +397,10 @@ def agreeing(topic):
     for process, failure in enumerate(exchange(topic, None)):
         if failure is not None:
             summary, exit_code, hint = failure
-            error = DistributedError(f"process {process} failed: {summary}", hint=hint)
-            error.exit_code = exit_code
+            relayed = DistributedError(f"process {process} failed: {summary}", hint=hint)
+            relayed.exit_code = exit_code
             leave()
-            raise error
+            raise relayed
 
 
 def require_same(topic, settings):
