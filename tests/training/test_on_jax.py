@@ -193,26 +193,32 @@ def recipe_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
-def by_two_processes(recipe_file, jax_environment, tmp_path_factory):
-    """The folder of a run by `cvt-keras launch --processes 2`, and the finished process."""
-    run_dir = tmp_path_factory.mktemp("two") / "run"
-    command = _launch(2, run_dir, recipe_file)
-    done = subprocess.run(command, env=jax_environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return run_dir, done
-
-
-def test_two_processes_train_like_one(by_two_processes, on_one_device):
-    run_dir, _ = by_two_processes
+def test_two_processes_train_like_one(jax_environment, on_one_device, tmp_path):
+    job = {"recipe": RANDOM.settings(), "run_dir": str(tmp_path / "run")}
+    group = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{launch._free_port()}", "JAX_NUM_PROCESSES": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, json.dumps([job])], env={**jax_environment, **group, "JAX_PROCESS_ID": str(i)}, **pipes
+        )
+        for i in range(2)
+    ]
+    for i, process in enumerate(started):
+        shown, printed = process.communicate()
+        assert process.returncode == 0, printed
+        assert shown.count("Epoch 1/2") == (i == 0)  # only process 0 shows its progress
     folder, _ = on_one_device
-    _require_close(_history(run_dir), _history(folder / "random"), abs=1e-5)
-    report = runs.read_json(run_dir / runs.REPORT)
-    assert (report["backend"], report["devices"], report["test"]["images"]) == ("jax", 2, 20)
+    _require_close(_history(tmp_path / "run"), _history(folder / "random"), abs=1e-5)
+    report = runs.read_json(tmp_path / "run" / runs.REPORT)
+    assert (report["backend"], report["devices"]) == ("jax", 2)
 
 
-def test_processes_show_one_bar_and_write_one_run(by_two_processes):
-    run_dir, done = by_two_processes
+@pytest.mark.slow
+def test_launched_processes_show_one_bar_and_write_one_run(recipe_file, jax_environment, tmp_path):
+    run_dir = tmp_path / "run"
+    done = subprocess.run(_launch(2, run_dir, recipe_file), env=jax_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert runs.read_json(run_dir / runs.REPORT)["test"]["images"] == 20
     assert done.stdout.count("Epoch 1/2") == 1
     assert done.stdout.count("2 processes with 2 devices in all") == 1
     assert done.stdout.count("images; the run is in") == 1
