@@ -136,7 +136,7 @@ def supports_bfloat16(gpu):
     """Whether one of `gpus()` computes in bfloat16: NVIDIA's from compute capability 8 (Ampere) on."""
     if backend() == "jax":
         capability = getattr(gpu, "compute_capability", None)
-        # A TPU has none, and that of AMD is no number.
+        # Only NVIDIA's is a number: AMD's is a name such as gfx90a, and a TPU has no such attribute.
         return not re.fullmatch(r"[\d.]+", str(capability)) or float(capability) >= 8
     import tensorflow as tf
 

@@ -241,6 +241,8 @@ class Checkpoints(keras.callbacks.Callback):
 
     def share_state(self, model):
         """Gives all processes of a group the state of the first, so that they start from the same to the last bit."""
+        if distributed.count() == 1:
+            return
         variables = list(self._state(model).values())
         for variable, value in zip(variables, distributed.broadcast([np.asarray(v) for v in variables])):
             variable.assign(value)
@@ -291,21 +293,13 @@ def stored_data(run_dir):
 
 
 def stored_machine(run_dir):
-    """The `machine` of the newest checkpoint in a run folder, or `{}` if there is no checkpoint or it is damaged."""
-    if not _stored(run_dir):
-        return {}
-    return _stored_entry(run_dir, "machine") or DEFAULT_MACHINE
+    """The `machine` of the newest checkpoint in a run folder, or `{}` if there is no checkpoint."""
+    return (_stored_entry(run_dir, "machine") or DEFAULT_MACHINE) if _stored(run_dir) else {}
 
 
 def stored_history(run_dir):
-    """The history in the newest checkpoint of a run folder, a dict per epoch; `[]` without a checkpoint."""
+    """The history in the newest checkpoint of a run folder, a dict per epoch; `[]` without one, or if it is damaged."""
     return runs.from_one(_stored_entry(run_dir, "history") or [])
-
-
-def finished_epochs(run_dir):
-    """The number of finished epochs of the run in a folder, by its newest checkpoint."""
-    stored = _stored(run_dir)
-    return int(stored[-1].name.removeprefix("epoch-")) if stored else 0
 
 
 def _stored_entry(run_dir, name):

@@ -156,10 +156,8 @@ def join(group):
 
     # JAX's preemption service would replace Python's handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
-    if group.process_id == 0 and group.coordinator is not None:
-        _require_free(group.coordinator)
-    elif group.coordinator is not None:
-        _require_answer(group.coordinator)
+    if group.coordinator is not None:
+        (_require_answer if group.process_id else _require_free)(group.coordinator)
     if group.process_id == 0:
         where = f" at {group.coordinator}" if group.coordinator else ""
         print(f"waiting until all {group.processes} processes have joined{where}", flush=True)

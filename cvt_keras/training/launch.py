@@ -188,7 +188,6 @@ def _failure(started, outputs, resume):
         outputs: what each printed, as text; that of process 0 is empty.
         resume: the command that resumes the training.
     """
-
     codes = {i: process.returncode for i, process in enumerate(started) if process.returncode}
     killed = [i for i, code in codes.items() if code < 0 and code != -signal.SIGABRT]
     # A process that lost another one aborts, or says so. What process 0 says is on the terminal.

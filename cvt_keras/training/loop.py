@@ -122,10 +122,10 @@ def fit(plan):
     keras.utils.set_random_seed(recipe.seed)
     classifier = _starting_classifier(plan)
     compile_classifier(classifier, recipe, plan.steps_per_epoch * recipe.epochs)
-    if not plan.resumed and distributed.is_first():
-        runs.write_json(run_dir / runs.RECIPE, recipe.settings())
-        _write_record(plan)
     if distributed.is_first():
+        if not plan.resumed:
+            runs.write_json(run_dir / runs.RECIPE, recipe.settings())
+            _write_record(plan)
         (run_dir / runs.CHECKPOINTS).mkdir(exist_ok=True)
 
     stopwatch, best = Stopwatch(), BestWeights(compressor.first_epoch)

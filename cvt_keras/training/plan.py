@@ -25,7 +25,7 @@ from cvt_keras.errors import (
 from cvt_keras.preprocessing import Preprocessing, size_text
 from cvt_keras.report.metrics import Report
 from cvt_keras.training import class_weights, distributed, freeze, held_out
-from cvt_keras.training.callbacks import finished_epochs, stored_data
+from cvt_keras.training.callbacks import stored_data, stored_history
 from cvt_keras.training.compressor import Compressor
 from cvt_keras.training.recipes import Recipe
 from cvt_keras.training.resume import read_stored_run
@@ -112,7 +112,7 @@ class Plan:
             "mean": list(self.source.mean),  # with `std` part of the network, but no variables
             "std": list(self.source.std),
             "classes of the weights": self.checkpoint and list(self.checkpoint.preprocessing.class_names or ()),
-            "finished epochs": finished_epochs(self.run_dir),
+            "finished epochs": len(stored_history(self.run_dir)),
             "test images": None if self.test is None else len(self.test),
             "devices": self.share.devices,
             "version": cvt_keras.__version__,
